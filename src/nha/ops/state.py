@@ -1,0 +1,187 @@
+"""The memory of one NHA layer: a fixed set of slots and the tail of a sliding window."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMAT = "nha-state-v1"
+
+
+def slot_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype slots are kept in: float32, or float64 next to float64 inputs.
+
+    >>> slot_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class NHAState:
+    """What a layer remembers of the tokens it has seen. Every call returns a new one.
+
+    `B` rows, `H` KV heads, `M` slots, `D`/`Dv` head dims, `W` the window size. The tail holds the last `W`
+    tokens, oldest first and right-aligned: with fewer than `W` tokens seen its first entries are unused.
+    With `window_size == -1` (full attention) the tail holds every token and the slots are empty (`M == 0`).
+
+    >>> state = NHAState.from_slots(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), window_size=3)
+    >>> state.slots_live, state.seen.tolist(), tuple(state.key.shape)
+    (True, [0], (1, 3, 2, 4))
+    >>> state.nbytes == sum(t.numel() * t.element_size() for t in state.tensors().values())
+    True
+    """
+
+    window_size: int
+    slot_key: Tensor  # [B, H, M, D], float32 (float64 next to float64 inputs)
+    slot_value: Tensor  # [B, H, M, Dv]
+    key: Tensor  # [B, W, H, D]
+    value: Tensor  # [B, W, H, Dv]
+    tail_slot_key: Tensor | None  # [B, W, H, D]; None where the slots see the same keys as the window
+    tail_log_gate: Tensor  # [B, W, H, M]
+    seen: Tensor  # [B] int64, tokens seen by each row
+    slots_live: bool = False  # slots handed in by the caller take part from token 0
+
+    @classmethod
+    def empty(
+        cls, window_size: int, *, key: Tensor, value: Tensor, log_gate: Tensor, shared: bool
+    ) -> NHAState:
+        """A state that has seen nothing, shaped after one segment of inputs (any length).
+
+        `key` [B, T, H, D], `value` [B, T, H, Dv], `log_gate` [B, T, H, M]; `shared` says that slots and
+        window see the same keys.
+        """
+        batch, _, heads, dim = key.shape
+        value_dim, slots = value.shape[-1], log_gate.shape[-1]
+        width = max(window_size, 0)
+        kept = slot_dtype(key.dtype)
+        return cls(
+            window_size=window_size,
+            slot_key=key.new_zeros(batch, heads, slots, dim, dtype=kept),
+            slot_value=key.new_zeros(batch, heads, slots, value_dim, dtype=kept),
+            key=key.new_zeros(batch, width, heads, dim),
+            value=value.new_zeros(batch, width, heads, value_dim),
+            tail_slot_key=None if shared else key.new_zeros(batch, width, heads, dim),
+            tail_log_gate=log_gate.new_zeros(batch, width, heads, slots),
+            seen=torch.zeros(batch, dtype=torch.int64, device=key.device),
+        )
+
+    @classmethod
+    def from_slots(
+        cls,
+        slot_key: Tensor,
+        slot_value: Tensor,
+        window_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        shared_keys: bool = True,
+    ) -> NHAState:
+        """A state whose slots are given and live from token 0; they may require gradients.
+
+        `slot_key` [B, H, M, D] and `slot_value` [B, H, M, Dv] keep (or get) the slot dtype; `dtype` is that of
+        the keys and values to come (default: that of `slot_key`). Set `shared_keys=False` if the calls will pass
+        `k_slot`. Raises ValueError for shapes that do not fit and for `window_size < 0`.
+        """
+        if window_size < 0:
+            raise ValueError(f"slots need window_size >= 0, got {window_size}")
+        if slot_key.dim() != 4 or slot_value.dim() != 4 or slot_key.shape[:3] != slot_value.shape[:3]:
+            raise ValueError(
+                "expected slot_key [B, H, M, D] and slot_value [B, H, M, Dv], "
+                f"got {list(slot_key.shape)} and {list(slot_value.shape)}"
+            )
+        batch, heads, slots, dim = slot_key.shape
+        dtype = dtype or slot_key.dtype
+        kept = slot_dtype(dtype)
+
+        def zeros(last: int) -> Tensor:
+            return slot_key.new_zeros(batch, window_size, heads, last, dtype=dtype)
+
+        return cls(
+            window_size=window_size,
+            slot_key=slot_key.to(kept),
+            slot_value=slot_value.to(kept),
+            key=zeros(dim),
+            value=zeros(slot_value.shape[-1]),
+            tail_slot_key=None if shared_keys else zeros(dim),
+            tail_log_gate=zeros(slots),
+            seen=torch.zeros(batch, dtype=torch.int64, device=slot_key.device),
+            slots_live=True,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field name, without the absent ones."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors of the state."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def _map(self, function) -> NHAState:
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> NHAState:
+        """The state on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def detach(self) -> NHAState:
+        """The state cut off from the graph that made it (truncated back-propagation through time)."""
+        return self._map(torch.Tensor.detach)
+
+    def select(self, rows: Tensor) -> NHAState:
+        """The rows with these indices, in this order, repeats allowed (`rows` int64 [N])."""
+        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    @classmethod
+    def join(cls, states: list[NHAState]) -> NHAState:
+        """States of one window size as the rows of one; tails of unlike length (full attention) are right-aligned."""
+        joined = {}
+        for name in states[0].tensors():
+            rows = [getattr(state, name) for state in states]
+            if name in ("key", "value", "tail_slot_key", "tail_log_gate"):
+                width = max(row.shape[1] for row in rows)
+                rows = [F.pad(row, (0, 0, 0, 0, width - row.shape[1], 0)) for row in rows]
+            joined[name] = torch.cat(rows)
+        return replace(states[0], **joined)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as one safetensors file; an existing file is replaced only by a whole new one."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        meta = {
+            "format": FORMAT,
+            "window_size": str(self.window_size),
+            "slots_live": str(int(self.slots_live)),
+        }
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, temporary, metadata=meta
+        )
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> NHAState:
+        """Read a state written by `save`. Raises ValueError for a truncated or foreign file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                meta = file.metadata() or {}
+                names = set(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
+        wanted = {f.name for f in fields(cls)} - {"window_size", "slots_live", "tail_slot_key"}
+        if meta.get("format") != FORMAT or not wanted <= names:
+            raise ValueError(
+                f"expected a state of format {FORMAT!r} at {path}, got format {meta.get('format')!r}"
+            )
+        tensors.setdefault("tail_slot_key", None)  # type: ignore[arg-type]
+        return cls(window_size=int(meta["window_size"]), slots_live=bool(int(meta["slots_live"])), **tensors)
