@@ -1,0 +1,5 @@
+"""`python -m nha.cli` is the `nha` command."""
+
+from nha.cli.app import main
+
+main()

@@ -1,0 +1,50 @@
+"""The command line's root: global options and the list of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nha.cli import common
+from nha.cli.doctor import doctor
+
+app = typer.Typer(
+    name="nha",
+    help="Turn pretrained transformers into Native Hybrid Attention models: constant memory at any length.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    epilog="Start with [bold]nha quickstart[/]; it needs no network and takes a few minutes.",
+)
+evaluate_app = typer.Typer(help="Measure a model.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(evaluate_app, name="eval")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from nha import __version__
+
+        typer.echo(f"nha {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the whole traceback of an error, not only its one line.")
+    ] = False,
+) -> None:
+    common.show_tracebacks(traceback)
+
+
+app.command(epilog="Example: [cyan]nha doctor --json[/]")(doctor)
+
+
+def main() -> None:
+    """Entry point of the `nha` script."""
+    app()

@@ -1,0 +1,115 @@
+"""`nha hybridize`: a pretrained model in, a hybrid directory out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nha.cli import common, loading
+from nha.cli.common import BadInput, command, err, out, print_json
+
+
+@command
+def hybridize(
+    model: Annotated[str, typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")],
+    output: Annotated[Path, typer.Argument(help="The new directory for the hybrid.")],
+    window: Annotated[
+        str, typer.Option(help="Tokens each window holds, or a list with one entry per layer; -1: full attention.")
+    ] = "64",
+    slots: Annotated[int, typer.Option(help="Slots per key-value head.")] = 64,
+    full_layers: Annotated[
+        str, typer.Option(help="Layers that keep full attention, such as 3,11,18,26.", show_default=False)
+    ] = "",
+    init: Annotated[str, typer.Option(help="How gates start: 'kmeans', or 'paper' for the authors' form.")] = "kmeans",
+    sinks: Annotated[int, typer.Option(help="Constant keys that stand in for a text's first tokens.")] = 1,
+    slot_distance: Annotated[int, typer.Option(help="How many tokens back a query sees the slots.")] = 128,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file to calibrate on.", show_default="built-in text")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the k-means.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """Turn a pretrained model into a hybrid and save it, weights and all."""
+    windows = common.parse_windows(window)
+    layers = common.parse_ints(full_layers, "--full-layers")
+    check_settings(slots, sinks, slot_distance, dtype)
+    if init not in ("kmeans", "paper"):
+        raise BadInput(f"expected --init to be kmeans or paper, got {init!r}")
+    common.check_new_directory(output)
+    texts = None if calibration is None else [common.read_text(calibration)]
+    source = loading.find(model)
+    check_convertible(source, windows, layers)
+
+    from nha.hybridize import hybridize as convert
+
+    started = time.perf_counter()
+    with err.status(f"loading {source.label}"):
+        loaded, tokenizer = loading.load(source, dtype=dtype)
+    with common.steps(f"converting {source.label}") as advance:
+        hybrid = convert(
+            loaded,
+            num_slots=slots,
+            window_size=windows,
+            full_layers=layers,
+            init=init,
+            calibration=texts,
+            tokenizer=tokenizer,
+            slot_distance=slot_distance,
+            num_sinks=sinks,
+            seed=seed,
+            progress=advance,
+        )
+    with err.status(f"writing {output}"):
+        save(hybrid, tokenizer, output)
+    found: dict[str, Any] = {
+        "model": source.name,
+        "output": str(output),
+        "window_sizes": list(hybrid.config.window_sizes),
+        "num_slots": slots,
+        "num_sinks": sinks,
+        "init": init,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if as_json:
+        print_json(found)
+        return
+    converted = sum(w >= 0 for w in found["window_sizes"])
+    out.print(f"[green]✓[/] {converted} of {len(found['window_sizes'])} layers converted, saved in [bold]{output}[/]")
+    out.print(f'  try it:  [cyan]nha generate {output} "Why is the sky blue?"[/]')
+
+
+def check_settings(slots: int, sinks: int, slot_distance: int, dtype: str) -> None:
+    """Raise BadInput for options outside what they can be."""
+    common.check_at_least("--slots", slots, 1)
+    common.check_at_least("--sinks", sinks, 0)
+    common.check_at_least("--slot-distance", slot_distance, 0)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise BadInput(f"expected --dtype to be auto, float32, bfloat16 or float16, got {dtype!r}")
+
+
+def check_convertible(source: loading.Source, windows: int | list[int], full_layers: list[int]) -> None:
+    """Raise BadInput, before any weight is read, for a family or layer numbers that cannot be converted."""
+    if source.config is None:
+        count = 30  # the embedded model's layers
+        common.check_window_count(windows, count)
+        common.check_layers(full_layers, count)
+        return
+    if loading.is_hybrid(source.config):
+        raise BadInput(f"expected a model to convert, {source.name} is a hybrid already")
+    from nha.models.adapter import check_family
+    from nha.models.config import plan_windows
+
+    check_family(source.config)
+    common.check_layers(full_layers, loading.layers_of(source.config))
+    plan_windows(source.config, windows, full_layers)
+
+
+def save(model: Any, tokenizer: Any, output: Path) -> None:
+    """Write model and tokenizer into a directory that appears only when it is whole."""
+    with common.whole_directory(output) as work:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)

@@ -1,0 +1,156 @@
+"""The layer for models trained from scratch: projections, gate and rotary positions around `nha_attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nha.ops import NHAState, nha_attention
+
+GATE_DIVISOR = 8.0
+
+
+def log_gate(logits: Tensor, heads: int) -> Tensor:
+    """Log-gates [B, T, H, M] of gate logits [B, T, H * M]: logsigmoid(logits) / 8 (arXiv 2510.07019).
+
+    >>> log_gate(torch.zeros(1, 1, 2), heads=1)[0, 0, 0].tolist()  # ln(1/2) / 8
+    [-0.08664339780807495, -0.08664339780807495]
+    """
+    return F.logsigmoid(logits).unflatten(-1, (heads, -1)) / GATE_DIVISOR
+
+
+def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, dim] in float32 of the rotary embedding at positions [B, T] (arXiv 2104.09864)."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angle = positions[..., None].float() * theta**-exponent
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, T, heads, D] by tables [B, T, D], pairing dimension i with i + D / 2.
+
+    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)).flatten().tolist()
+    [0.0, 1.0]
+    """
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
+
+
+def segment_positions(
+    batch: int, length: int, device: torch.device, state: NHAState | None, mask: Tensor | None, cu: Tensor | None
+) -> Tensor:
+    """Positions [B, T] of a segment's tokens: counted over real tokens, from 0 in every packed sequence."""
+    if mask is not None:
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+    else:
+        positions = torch.arange(length, device=device).expand(batch, -1)
+    if cu is not None:
+        row = torch.searchsorted(cu, positions[0].to(cu.dtype), right=True) - 1
+        positions = positions - cu[row]
+        return positions if state is None else positions + state.seen[row]
+    return positions if state is None else positions + state.seen[:, None]
+
+
+class NativeHybridAttention(nn.Module):
+    """Native Hybrid Attention as a drop-in attention layer (arXiv 2510.07019).
+
+    Queries and keys of the window carry rotary positions, those of the slots none. The log-gate is
+    `logsigmoid(g_proj(x)) / 8` without a bias. Optional sinks are learned, constant key/value pairs.
+
+    Args:
+        hidden_size: width of the input and output.
+        num_heads: query heads.
+        num_kv_heads: key/value heads, a divisor of `num_heads`; default `num_heads`.
+        num_slots: slots per KV head.
+        window_size: tokens in the window; 0 is a pure linear RNN, -1 full attention. May be changed at any time.
+        head_dim: default `hidden_size // num_heads`.
+        num_sinks: learned sinks per KV head.
+        rope_theta: base of the rotary embedding; None for no positions at all.
+        bias: give q, k, v and output projections a bias.
+
+    Raises:
+        ValueError: heads that do not divide, or a window below -1.
+
+    >>> _ = torch.manual_seed(0)
+    >>> layer = NativeHybridAttention(16, num_heads=4, num_kv_heads=2, num_slots=4, window_size=3)
+    >>> x = torch.randn(1, 7, 16)
+    >>> whole, _ = layer(x)
+    >>> first, state = layer(x[:, :4], return_state=True)
+    >>> second, _ = layer(x[:, 4:], state=state)
+    >>> torch.allclose(whole, torch.cat([first, second], 1), atol=1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        num_slots: int = 64,
+        window_size: int = 64,
+        head_dim: int | None = None,
+        num_sinks: int = 0,
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"expected hidden_size to be a multiple of num_heads, got {hidden_size} and {num_heads}")
+        if window_size < -1:
+            raise ValueError(f"expected window_size to be an int >= -1, got {window_size!r}")
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.num_slots, self.window_size, self.rope_theta = num_slots, window_size, rope_theta
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
+        self.g_proj = nn.Linear(hidden_size, num_kv_heads * num_slots, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
+        self.sink_key = nn.Parameter(torch.zeros(num_kv_heads, num_sinks, self.head_dim))
+        self.sink_value = nn.Parameter(torch.zeros(num_kv_heads, num_sinks, self.head_dim))
+
+    @property
+    def sink(self) -> tuple[Tensor, Tensor] | None:
+        """The learned sinks (key [H, S, D], value [H, S, D]), None without any."""
+        return (self.sink_key, self.sink_value) if self.sink_key.shape[1] else None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, HQ, D], keys [B, T, H, D] and values [B, T, H, D] of x [B, T, hidden], no positions yet."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: NHAState | None = None,
+        return_state: bool = False,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        impl: str = "auto",
+    ) -> tuple[Tensor, NHAState | None]:
+        """Attend from x [B, T, hidden]; returns (output [B, T, hidden], state after x if asked for).
+
+        `state` continues an earlier segment; `attention_mask` [B, T] bool marks padding and `cu_seqlens` packed
+        sequences, as in `nha_attention`, which raises for inputs that do not fit together.
+        """
+        q, k, v = self.project(x)
+        q_rope, k_rope = q, k
+        if self.rope_theta is not None:
+            positions = segment_positions(x.shape[0], x.shape[1], x.device, state, attention_mask, cu_seqlens)
+            cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
+            q_rope, k_rope = rotate(q, cos, sin), rotate(k, cos, sin)
+        result = nha_attention(
+            q_rope, k_rope, v, log_gate(self.g_proj(x), self.num_kv_heads), window_size=self.window_size,
+            q_slot=q, k_slot=k, sink=self.sink, state=state, return_state=return_state,
+            attention_mask=attention_mask, cu_seqlens=cu_seqlens, impl=impl,
+        )  # fmt: skip
+        return self.o_proj(result.out.flatten(2)), result.state

@@ -1,0 +1,378 @@
+"""One adapter for every family: attention modules keep their own code and gain slots, a sink and a window.
+
+A family's attention projects, normalises and rotates as it always did and then calls the attention function that
+its configuration names. Here that function is "nha". Each attention module's class is swapped for a subclass that
+passes on what the slots need as well: the hidden states (for the gate), the rotary tables and the cache layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache as memoize
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+
+from nha.layer import log_gate
+from nha.models.attend import Segment, attend, causal_mask, own_attention, remember, spare_first_token
+from nha.models.cache import NHACacheLayer, prepare_cache
+from nha.models.config import FULL, check_windows
+
+NAME = "nha"
+ABLATIONS = (None, "slots_off", "window_off")
+
+
+class SlotParameters(nn.Module):
+    """What one attention layer gains: the gate, the sink and where the slots sit.
+
+    `g_proj` maps hidden states to gate logits [B, T, H * M]; `sink_key` [H, S, D] and `sink_value` [H, S, Dv] are
+    constant keys and values; `slot_cos` and `slot_sin` [1, 1, R] are the family's rotary tables at the distance at
+    which a query sees the slots.
+    """
+
+    slot_cos: Tensor
+    slot_sin: Tensor
+
+    def __init__(self, hidden_size: int, heads: int, head_dim: int, num_slots: int, num_sinks: int, tables: Tensor):
+        super().__init__()
+        self.g_proj = nn.Linear(hidden_size, heads * num_slots)
+        self.sink_key = nn.Parameter(torch.empty(heads, num_sinks, head_dim))
+        self.sink_value = nn.Parameter(torch.empty(heads, num_sinks, head_dim))
+        self.register_buffer("slot_cos", tables[0])
+        self.register_buffer("slot_sin", tables[1])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gates that leave the slots nearly alone and a sink of zeros, until calibration or training sets them."""
+        nn.init.normal_(self.g_proj.weight, std=0.02)
+        nn.init.zeros_(self.g_proj.bias)
+        nn.init.zeros_(self.sink_key)
+        nn.init.zeros_(self.sink_value)
+
+
+@dataclass
+class Observation:
+    """What an attention layer saw in the latest forward pass: hidden [B, T, hidden], the rest [B, T, H, D]."""
+
+    hidden: Tensor
+    slot_key: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def rotate_heads(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, heads, T, D] with the family's own rotary function and tables [B, T, R], in float32."""
+    apply = sys.modules[module.family.__module__].apply_rotary_pos_emb  # type: ignore[union-attr]
+    return apply(x.float(), x.float()[:, :1], cos, sin)[0]
+
+
+def unrotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo the rotary positions of x [B, heads, T, D]: the family's rotation with -sin.
+
+    Families that scale their tables (YaRN, LongRoPE) keep that scale in x: only the rotation is undone.
+    """
+    cos, sin = cos.float(), sin.float()
+    norm = torch.rsqrt(cos.square() + sin.square())
+    return rotate_heads(module, x, cos * norm, -sin * norm)
+
+
+def slot_view(
+    module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Query and key [B, heads, T, D] as the slots see them: the key without position, the query at a fixed distance.
+
+    (None, None) for a layer without rotary positions, where slots and window see the same.
+    """
+    if tables is None:
+        return None, None
+    at = module.nha  # type: ignore[union-attr]
+    cos, sin = at.slot_cos.float(), at.slot_sin.float()
+    norm = torch.rsqrt(cos.square() + sin.square())
+    q = rotate_heads(module, unrotate(module, query, *tables), cos * norm, sin * norm)
+    return q.to(query.dtype), unrotate(module, key, *tables).to(key.dtype)
+
+
+def segment_padding(mask: Tensor | None, length: int, layer: NHACacheLayer | None) -> Tensor | None:
+    """The padding [B, T] of this segment's tokens, from what `hybrid_mask` returned."""
+    if mask is None:
+        return None
+    if mask.dim() != 4 or mask.dtype != torch.bool:
+        raise ValueError(
+            f"expected a padding mask [B, T], got a prepared mask {list(mask.shape)} of {mask.dtype}; "
+            "only padding and packing are meaningful"
+        )
+    if mask.shape[-2] == 1 and mask.shape[-1] == length:
+        return mask[:, 0, 0]
+    place = torch.arange(length, device=mask.device)
+    past = mask.shape[-1] - length
+    if layer is not None and layer.is_compileable and past:
+        past = layer.length - length
+    column = (place + past)[None, None, :, None]
+    return mask.gather(3, column.expand(*mask.shape[:2], -1, -1))[:, 0, :, 0]
+
+
+def hybrid_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    nha_hidden: Tensor | None = None, nha_tables: tuple[Tensor, Tensor] | None = None,
+    nha_layer: NHACacheLayer | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D]."""
+    if nha_hidden is None:
+        raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
+    if module.observer is not None:
+        slot_key = key if nha_tables is None else unrotate(module, key, *nha_tables).to(key.dtype)
+        module.observer(Observation(nha_hidden, *(x.transpose(1, 2) for x in (slot_key, key, value))))
+    if module.window_size == FULL:
+        return own_attention(
+            module, query, key, value, attention_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if dropout:
+        raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {dropout}")
+    window = 0 if module.ablation == "window_off" else module.window_size
+    cu = kwargs.get("cu_seq_lens_q")
+    state = None if nha_layer is None else nha_layer.state
+    padding = None if cu is not None else segment_padding(attention_mask, query.shape[2], nha_layer)
+    parameters = module.nha
+    gate = log_gate(parameters.g_proj(nha_hidden), key.shape[1])
+    if module.ablation == "slots_off":
+        gate = gate[..., :0]
+    sink = None
+    if parameters.sink_key.shape[1]:
+        sink = (parameters.sink_key.to(key.dtype), parameters.sink_value.to(value.dtype))
+        gate = spare_first_token(gate, padding, cu, state)
+    slot_query, slot_key = slot_view(module, query, key, nha_tables)
+    views = (x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key))
+    segment = Segment(*views, mask=padding, cu_seqlens=cu)  # type: ignore[arg-type]
+    from_start = module.config.slots_from_start
+    if state is None and query.shape[2] <= window and cu is None and not from_start:
+        # The very kernel of the unconverted layer, so that short inputs give its bits.
+        if nha_layer is not None:
+            remember(segment, window, nha_layer)
+        mask = causal_mask(padding)
+        return own_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
+    out = attend(
+        segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, slots_from_start=from_start,
+        softcap=softcap,
+    )  # fmt: skip
+    return out, None
+
+
+def hybrid_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
+    *, attention_mask: Tensor | None = None, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
+    """The mask function "nha" of transformers: a hybrid layer needs the padding of its segment and nothing of T x T.
+
+    Returns None without padding, else [B, 1, 1, T]; a model with some unconverted layers gets transformers' own
+    mask [B, 1, T, Tk], from whose diagonal the other layers read the padding.
+    """
+    if FULL in config.window_sizes:
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip and not capped, **kwargs,
+        )  # type: ignore[arg-type]  # fmt: skip
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+    if padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
+        return None
+    column = torch.arange(q_length, device=padding.device) + (q_offset - kv_offset)
+    return padding.index_select(1, column)[:, None, None, :]
+
+
+AttentionInterface.register(NAME, hybrid_attention)
+AttentionMaskInterface.register(NAME, hybrid_mask)
+
+
+@memoize
+def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a family's attention class that hands the slots' inputs on."""
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if self.config._attn_implementation != NAME:
+            got = self.config._attn_implementation
+            raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
+        layer = None
+        if past_key_values is not None:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError("expected packed sequences without a cache, got cu_seq_lens_q and past_key_values")
+            if self.layer_idx == 0:
+                windows = [0 if self.ablation == "window_off" and w != FULL else w for w in self.config.window_sizes]
+                prepare_cache(past_key_values, windows)
+            layer = past_key_values.layers[self.layer_idx]
+        return family.forward(
+            self, hidden_states=hidden_states, position_embeddings=position_embeddings,
+            attention_mask=attention_mask, past_key_values=past_key_values, nha_hidden=hidden_states,
+            nha_tables=position_embeddings if getattr(self, "use_rope", True) else None,
+            nha_layer=layer if isinstance(layer, NHACacheLayer) else None, **kwargs,
+        )  # fmt: skip
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return _rebuild, (family,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+    name = f"NHA{family.__name__}"
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "family": family, "__module__": __name__}
+    return type(name, (family,), body)
+
+
+def _rebuild(family: type[nn.Module]) -> nn.Module:
+    new = hybrid_class(family)
+    return new.__new__(new)
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The stack of layers inside a causal language model."""
+    return model.get_decoder()
+
+
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a model's decoder, in order."""
+    return [layer.self_attn for layer in decoder(model).layers]  # type: ignore[union-attr]
+
+
+def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
+    """Per layer, cosines and sines [2, 1, 1, R] of the family's own rotary embedding at a distance in tokens."""
+    rotary, config = decoder(model).rotary_emb, model.config  # type: ignore[union-attr]
+    parameter = next(model.parameters())
+    x = torch.zeros(1, 1, 1, device=parameter.device)
+    position = torch.full((1, 1), distance, device=parameter.device)
+    typed = "layer_type" in inspect.signature(rotary.forward).parameters
+    kinds = config.layer_types if typed else [None] * config.num_hidden_layers
+    return [torch.stack(rotary(x, position, kind) if typed else rotary(x, position)) for kind in kinds]
+
+
+def install(model: PreTrainedModel) -> None:
+    """Give every attention module of a model whose configuration is a hybrid's the class and parameters it needs.
+
+    The modules' weights stay as they are. Parameters of the slots start as in `SlotParameters.reset_parameters`.
+    """
+    config: Any = model.config
+    tables = slot_tables(model, config.slot_distance)
+    for module, window, table in zip(attention_layers(model), config.window_sizes, tables, strict=True):
+        weight = next(module.parameters())
+        if not hasattr(module, NAME):
+            heads = config.num_key_value_heads
+            new = SlotParameters(
+                config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table
+            )  # type: ignore[arg-type]
+            module.nha = new.to(device=weight.device, dtype=weight.dtype)
+        module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
+        module.window_size, module.ablation, module.observer = window, None, None  # type: ignore[assignment]
+    stack = decoder(model)
+    if not any(hook is mark_packing for hook in stack._forward_pre_hooks.values()):
+        stack.register_forward_pre_hook(mark_packing, with_kwargs=True)
+    config._attn_implementation = NAME
+
+
+def mark_packing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before a forward pass, name the boundaries of sequences packed into one row.
+
+    They come as `cu_seq_lens_q` (which `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes) or are
+    read off `position_ids` that start again. Without them slots would leak from one sequence into the next.
+    """
+    position = kwargs.get("position_ids")
+    if kwargs.get("past_key_values") is not None:
+        return None
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return args, kwargs | {"use_cache": False}
+    if position is None or kwargs.get("attention_mask") is not None:
+        return None
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "expected cu_seq_lens_q beside position_ids in a compiled forward pass without a cache, got none; use "
+            "DataCollatorWithFlattening(return_flash_attn_kwargs=True), or leave position_ids out"
+        )
+    jumps = position.diff(dim=1) != 1
+    if not bool(jumps.any()):
+        return None
+    if position.shape[0] != 1:
+        raise ValueError(f"expected packed sequences in one row, got position_ids {list(position.shape)} that restart")
+    inner = jumps[0].nonzero().flatten() + 1
+    ends = torch.tensor([0, position.shape[1]], device=position.device)
+    cu = torch.cat([ends[:1], inner, ends[1:]]).to(torch.int32)
+    return args, kwargs | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False}
+
+
+def hybrid_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a hybrid model; raises ValueError for any other model."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "window_sizes"):
+        raise ValueError(f"expected a hybrid model, got {type(model).__name__}; call hybridize first")
+    return attention_layers(model)
+
+
+def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
+    """Change the windows of a live model: one int per layer, in tokens, or one int for all.
+
+    -1 makes a layer what it was before the conversion. Weights stay as they are; a running cache made with other
+    windows is refused by the next forward pass. Raises ValueError, before anything changes, for a list of the
+    wrong length or a window that a layer cannot have.
+
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model = NHAForCausalLM(NHAConfig.tiny())
+    >>> set_windows(model, [8, -1])
+    >>> model.config.window_sizes
+    [8, -1]
+    """
+    modules = hybrid_layers(model)
+    checked = check_windows(model.config, windows)  # type: ignore[arg-type]
+    model.config.window_sizes = checked
+    for module, window in zip(modules, checked, strict=True):
+        module.window_size = window  # type: ignore[assignment]
+
+
+@contextmanager
+def ablate(model: PreTrainedModel, what: str | None) -> Iterator[None]:
+    """Within the context, read hybrid layers without their slots ("slots_off") or their window ("window_off").
+
+    Slots off keeps window and sink. Window off reads slots that hold every token and the sink (a window of 0).
+    """
+    if what not in ABLATIONS:
+        raise ValueError(f"expected an ablation in {ABLATIONS}, got {what!r}")
+    modules = hybrid_layers(model)
+    before = [module.ablation for module in modules]
+    try:
+        for module in modules:
+            module.ablation = what  # type: ignore[assignment]
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            module.ablation = old
+
+
+@contextmanager
+def observe(model: PreTrainedModel, windows: int | Sequence[int] = FULL) -> Iterator[list[Observation | None]]:
+    """Within the context, the list that is yielded holds what each layer saw in the latest forward pass.
+
+    Windows are -1 meanwhile (the model before its conversion), unless others are asked for.
+    """
+    modules = hybrid_layers(model)
+    before = list(model.config.window_sizes)  # type: ignore[arg-type]
+    seen: list[Observation | None] = [None] * len(modules)
+
+    def keep(index: int) -> Callable[[Observation], None]:
+        def store(observation: Observation) -> None:
+            seen[index] = observation
+
+        return store
+
+    set_windows(model, windows)
+    try:
+        for index, module in enumerate(modules):
+            module.observer = keep(index)  # type: ignore[assignment]
+        yield seen
+    finally:
+        for module in modules:
+            module.observer = None  # type: ignore[assignment]
+        set_windows(model, before)

@@ -1,0 +1,129 @@
+"""What every hybrid attention layer does with its queries, keys and gates, and the attention it had before."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from nha.models.cache import Inputs, NHACacheLayer
+from nha.ops import NHAState, nha_attention
+from nha.ops.segment import advance, align_left
+
+
+@dataclass
+class Segment:
+    """One layer's inputs for T tokens, all laid out [B, T, heads, dim] as `nha_attention` takes them."""
+
+    query: Tensor  # [B, T, HQ, D]
+    key: Tensor  # [B, T, H, D]
+    value: Tensor  # [B, T, H, Dv]
+    log_gate: Tensor  # [B, T, H, M]
+    slot_query: Tensor | None  # [B, T, HQ, D]; None where slots see what the window sees
+    slot_key: Tensor | None  # [B, T, H, D]
+    mask: Tensor | None  # [B, T] bool, False = padding
+    cu_seqlens: Tensor | None
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the segment writes into a state."""
+        return Inputs(self.key, self.value, self.log_gate, self.slot_key, self.mask)
+
+
+def attend(
+    segment: Segment, *, window_size: int, scale: float | None, sink: tuple[Tensor, Tensor] | None,
+    layer: NHACacheLayer | None, slots_from_start: bool, softcap: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any."""
+    state = None if layer is None else layer.state
+    if state is None and slots_from_start:
+        state = zero_slots(segment, window_size)
+    result = nha_attention(
+        segment.query, segment.key, segment.value, segment.log_gate, window_size=window_size,
+        q_slot=segment.slot_query, k_slot=segment.slot_key, sink=sink, scale=scale, state=state,
+        return_state=layer is not None, attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens,
+        softcap=softcap, impl=impl,
+    )  # fmt: skip
+    if layer is not None and result.state is not None:
+        layer.write(result.state, segment.inputs)
+    return result.out
+
+
+def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
+    """Leave a first segment that fits into the window in the cache layer: no token is committed."""
+    key, value, gate = segment.key, segment.value, segment.log_gate
+    slot_key = key if segment.slot_key is None else segment.slot_key
+    state = NHAState.empty(window_size, key=key, value=value, log_gate=gate, shared=segment.slot_key is None)
+    count = None
+    if segment.mask is not None:
+        key, value, gate, slot_key = align_left(segment.mask, key, value, gate, slot_key)
+        count = segment.mask.sum(1)
+    after = advance(state, key, value, gate, slot_key, (state.slot_key, state.slot_value), count)
+    layer.write(after, segment.inputs)
+
+
+def zero_slots(segment: Segment, window_size: int) -> NHAState:
+    """All-zero slots that take part from token 0, as in the code published with the paper."""
+    heads, slots = segment.log_gate.shape[2:]
+    rows = segment.key.shape[0] if segment.cu_seqlens is None else segment.cu_seqlens.shape[0] - 1
+
+    def zeros(like: Tensor) -> Tensor:
+        return like.new_zeros(rows, heads, slots, like.shape[-1])
+
+    return NHAState.from_slots(
+        zeros(segment.key), zeros(segment.value), window_size, dtype=segment.key.dtype,
+        shared_keys=segment.slot_key is None,
+    )  # fmt: skip
+
+
+def spare_first_token(
+    log_gate: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, state: NHAState | None
+) -> Tensor:
+    """Set the log-gate of every sequence's first token to 0: the sink stands in for it, the slots skip it.
+
+    >>> gate = torch.full((1, 3, 1, 1), -1.0)
+    >>> spare_first_token(gate, torch.tensor([[False, True, True]]), None, None).flatten().tolist()
+    [-1.0, 0.0, -1.0]
+    """
+    length = log_gate.shape[1]
+    place = torch.arange(length, device=log_gate.device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1] if state is None else torch.where(state.seen > 0, length, cu_seqlens[:-1])
+        first = (place[:, None] == starts).any(1)[None]
+    else:
+        start = 0 if mask is None else mask.int().argmax(1, keepdim=True)
+        first = (place == start)[None] if mask is None else place == start
+        if state is not None:
+            first = first & (state.seen == 0)[:, None]
+    return log_gate.masked_fill(first[..., None, None], 0.0)
+
+
+def own_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
+    softcap: float | None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The attention that the layer had before: SDPA, or the family's own code where scores are capped.
+
+    `query` [B, HQ, T, D], `key` and `value` [B, H, Tk, D]; `mask` [B, 1, T, Tk] bool or None for causal.
+    """
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    low = torch.finfo(query.dtype).min
+    additive = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), low)
+    eager = sys.modules[module.family.__module__].eager_attention_forward  # type: ignore[union-attr]
+    return eager(module, query, key, value, additive, softcap=softcap, **kwargs)
+
+
+def causal_mask(padding: Tensor | None) -> Tensor | None:
+    """The mask [B, 1, T, T] of a segment that starts its rows, from its padding [B, T]; None without any."""
+    if padding is None:
+        return None
+    length = padding.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
+    return causal & padding[:, None, None, :]

@@ -1,0 +1,149 @@
+"""Configurations: how many tokens each layer's window holds, and what the slots beside it look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+FULL = -1
+
+
+def sliding_layers(config: PreTrainedConfig) -> list[bool]:
+    """Which layers of a family's configuration attend to a sliding window of their own.
+
+    >>> from transformers import Gemma2Config
+    >>> sliding_layers(Gemma2Config(num_hidden_layers=4))
+    [True, False, True, False]
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        kinds = [kind] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def check_windows(config: PreTrainedConfig, windows: int | Sequence[int]) -> list[int]:
+    """One window per layer, in tokens; an int stands for all layers, -1 for the layer as it came.
+
+    Raises ValueError for a list of the wrong length, for a window below -1 and for one that is longer than the
+    sliding window a layer was trained with: beyond that the layer never saw a token.
+
+    >>> from transformers import LlamaConfig
+    >>> check_windows(LlamaConfig(num_hidden_layers=3), [64, -1, 64])
+    [64, -1, 64]
+    """
+    layers = config.num_hidden_layers
+    given = [windows] * layers if isinstance(windows, int) else list(windows)
+    if len(given) != layers:
+        raise ValueError(f"expected {layers} window sizes, one per layer, got {len(given)}")
+    own = getattr(config, "sliding_window", None)
+    for index, (window, sliding) in enumerate(zip(given, sliding_layers(config), strict=True)):
+        if isinstance(window, bool) or not isinstance(window, int) or window < FULL:
+            raise ValueError(f"expected window sizes to be ints >= -1, got {window!r} for layer {index}")
+        if sliding and own is not None and window > own:
+            raise ValueError(
+                f"expected a window of at most {own} for layer {index}, its own sliding window, got {window}"
+            )
+    return given
+
+
+def plan_windows(
+    config: PreTrainedConfig, window_size: int | Sequence[int], full_layers: Sequence[int] = ()
+) -> list[int]:
+    """The windows of a conversion: `window_size` in every layer with full attention, except in `full_layers`.
+
+    Layers that slide over a window of their own already take constant memory and stay as they are, unless all
+    layers do (Mistral, Phi-3). A list names the window of every layer and overrides this. Raises ValueError as
+    `check_windows` does, and for a layer that does not exist.
+
+    >>> from transformers import Gemma2Config
+    >>> plan_windows(Gemma2Config(num_hidden_layers=4), 64)
+    [-1, 64, -1, 64]
+    """
+    windows = check_windows(config, window_size)
+    sliding = sliding_layers(config)
+    if isinstance(window_size, int) and not all(sliding):
+        windows = [FULL if slides else window for window, slides in zip(windows, sliding, strict=True)]
+    for layer in full_layers:
+        if not -len(windows) <= layer < len(windows):
+            raise ValueError(f"expected full_layers to be below {len(windows)}, the number of layers, got {layer}")
+        windows[layer] = FULL
+    return windows
+
+
+class HybridConfigMixin:
+    """What a family's configuration gains when some of its layers become NHA layers.
+
+    Attributes:
+        window_sizes: tokens in the window of each layer; -1 leaves the layer as it came. An int is expanded.
+        num_slots: slots per KV head.
+        num_sinks: constant key/value pairs per KV head that stand in for the first tokens of a text.
+        slot_distance: tokens between a query and where it sees the slots.
+        slots_from_start: slots take part from token 0, at zero, as in the code published with the paper.
+    """
+
+    window_sizes: int | list[int]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
+        for name, least in (("num_slots", 1), ("num_sinks", 0), ("slot_distance", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
+        from nha.models.registry import register_model
+
+        register_model(type(self))  # type: ignore[arg-type]
+
+
+@strict
+class NHAConfig(HybridConfigMixin, LlamaConfig):
+    """A Llama-shaped model of `NativeHybridAttention` layers, trained from scratch.
+
+    Takes every argument of `transformers.LlamaConfig` and those of `HybridConfigMixin`, with the defaults of the
+    paper: no sinks, and slots without positions. Raises ValueError for a window list of the wrong length.
+
+    >>> NHAConfig.tiny(window_sizes=[4, -1]).window_sizes
+    [4, -1]
+    """
+
+    model_type = "nha"
+
+    window_sizes: int | list[int] = 64
+    num_slots: int = 64
+    num_sinks: int = 0
+
+    slot_distance = 0
+    slots_from_start = False
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> NHAConfig:
+        """Two layers of width 64, for tests and first steps."""
+        sizes = dict(
+            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, window_sizes=16, num_slots=8, max_position_embeddings=1 << 16,
+        )  # fmt: skip
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def paper_340m(cls, **changes: Any) -> NHAConfig:
+        """The 340M model of the paper: 24 layers of width 1,024, 64 slots, a window of 64 tokens."""
+        sizes = dict(
+            vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1 << 16,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def paper_1_3b(cls, **changes: Any) -> NHAConfig:
+        """The 1.3B model of the paper: 24 layers of width 2,048, 64 slots, a window of 64 tokens."""
+        sizes = dict(
+            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+            num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1 << 16,
+        )  # fmt: skip
+        return cls(**(sizes | changes))

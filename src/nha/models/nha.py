@@ -1,0 +1,110 @@
+"""NHAForCausalLM: a Llama-shaped language model of `NativeHybridAttention` layers, trained from scratch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+
+from nha.layer import NativeHybridAttention, log_gate, rotate
+from nha.models.adapter import NAME, mark_packing, segment_padding
+from nha.models.attend import Segment, attend, own_attention
+from nha.models.cache import NHACacheLayer, prepare_cache
+from nha.models.config import FULL, NHAConfig
+
+
+class NHAAttention(NativeHybridAttention):
+    """`NativeHybridAttention` behind the interface of transformers' decoder layers."""
+
+    is_causal = True
+
+    def __init__(self, config: NHAConfig, layer_idx: int):
+        windows: Any = config.window_sizes
+        super().__init__(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_slots,
+            windows[layer_idx], config.head_dim, config.num_sinks, rope_theta=None, bias=config.attention_bias,
+        )  # fmt: skip
+        self.config, self.layer_idx = config, layer_idx
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.ablation: str | None = None
+        self.observer: Any = None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend from hidden_states [B, T, hidden] with rotary tables [B, T, D]; the cache is updated in place."""
+        slot_query, slot_key, value = self.project(hidden_states)
+        query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
+        cu = kwargs.get("cu_seq_lens_q")
+        layer = self._cache_layer(past_key_values, cu)
+        if past_key_values is not None:
+            full = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        else:
+            full = (key.transpose(1, 2), value.transpose(1, 2))
+        if self.observer is not None:
+            self.observer(Observation(hidden_states, slot_key, key, value))
+        if self.window_size == FULL:
+            scale = self.head_dim**-0.5
+            out, _ = own_attention(self, query.transpose(1, 2), *full, attention_mask, softcap=None, scaling=scale)
+            return self.o_proj(out.flatten(2)), None
+        padding = None if cu is not None else segment_padding(attention_mask, query.shape[1], layer)
+        gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
+        if self.ablation == "slots_off":
+            gate = gate[..., :0]
+        out = attend(
+            Segment(query, key, value, gate, slot_query, slot_key, padding, cu), layer=layer,
+            window_size=0 if self.ablation == "window_off" else self.window_size, scale=None, sink=self.sink,
+            slots_from_start=False,
+        )  # fmt: skip
+        return self.o_proj(out.flatten(2)), None
+
+    def _cache_layer(self, cache: Cache | None, cu_seqlens: Tensor | None) -> NHACacheLayer | None:
+        return cache_layer(self, cache, cu_seqlens)
+
+
+class NHAModel(LlamaModel):
+    """The decoder of `NHAForCausalLM`."""
+
+    config_class = NHAConfig
+
+    def __init__(self, config: NHAConfig):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = NHAAttention(config, index)  # type: ignore[union-attr]
+        self.register_forward_pre_hook(mark_packing, with_kwargs=True)
+        self.post_init()
+
+
+class NHAForCausalLM(LlamaForCausalLM):
+    """A language model of `NativeHybridAttention` layers; everything else is Llama's.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = NHAForCausalLM(NHAConfig.tiny())
+    >>> tokens = torch.arange(40)[None]
+    >>> tuple(model(tokens).logits.shape)
+    (1, 40, 128)
+    >>> model.generate(tokens, max_new_tokens=3, do_sample=False).shape[1]
+    43
+    """
+
+    config_class = NHAConfig
+
+    def __init__(self, config: NHAConfig):
+        super().__init__(config)
+        self.model = NHAModel(config)
+        self.config._attn_implementation = NAME
+        self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NativeHybridAttention):
+            torch.nn.init.zeros_(module.sink_key)
+            torch.nn.init.zeros_(module.sink_value)

@@ -1,0 +1,418 @@
+"""The report's figures. Colours are Okabe and Ito's, told apart by people with any kind of colour vision, and every
+line also has its own dash and a label at its end."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nha.report.results import FORMS, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE, NARROW = (7.7, 3.85), (4.0, 4.2)  # inches
+DPI = 200  # twice an ordinary screen's
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one figure; `forms` maps a form's name to (colour, dash)."""
+
+    background: str
+    ink: str
+    muted: str
+    line: str
+    fill: str
+    hybrid: str
+    hybrid_soft: str
+    forms: dict[str, tuple[str, Any]]
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    ink="#1f2328",
+    muted="#5f6871",
+    line="#d9dde2",
+    fill="#f1f3f5",
+    hybrid="#0072b2",
+    hybrid_soft="#cfe3f1",
+    forms={
+        "teacher": ("#3d444c", "-"),
+        "hybrid": ("#0072b2", "-"),
+        "sink_only": ("#c75000", (0, (5, 2))),
+        "slots_off": ("#a8558a", (0, (1.2, 1.6))),
+        "untuned": ("#007a5a", (0, (3, 1.5, 1, 1.5))),
+    },
+)
+DARK = Theme(
+    background="#15181d",
+    ink="#e7e9ec",
+    muted="#9aa4af",
+    line="#343a42",
+    fill="#20252c",
+    hybrid="#56b4e9",
+    hybrid_soft="#1f4258",
+    forms={
+        "teacher": ("#c9cfd6", "-"),
+        "hybrid": ("#56b4e9", "-"),
+        "sink_only": ("#f0a03c", (0, (5, 2))),
+        "slots_off": ("#dd9ac4", (0, (1.2, 1.6))),
+        "untuned": ("#3cc79f", (0, (3, 1.5, 1, 1.5))),
+    },
+)
+
+
+def tokens(count: float) -> str:
+    """A number of tokens as people write it.
+
+    >>> tokens(512), tokens(2048), tokens(131072)
+    ('512', '2K', '128K')
+    """
+    return f"{count / 1024:g}K" if count >= 1024 and count % 1024 == 0 else f"{count:,.0f}"
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Label positions at least `gap` apart, each as near to its value as the order allows, within [low, high].
+
+    >>> spread([1.0, 1.1, 5.0], 0.5, 0.0, 10.0)
+    [0.8, 1.3, 5.0]
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    groups: list[list[float]] = []  # [centre, count] of labels pushed together
+    for i in order:
+        groups.append([values[i], 1])
+        while len(groups) > 1:
+            (c1, n1), (c2, n2) = groups[-2], groups[-1]
+            if c2 - c1 >= gap * (n1 + n2) / 2 - 1e-12:
+                break
+            groups[-2:] = [[(c1 * n1 + c2 * n2) / (n1 + n2), n1 + n2]]
+    placed: list[float] = []
+    for centre, count in groups:
+        half = gap * (count - 1) / 2
+        centre = max(min(centre, high - half), low + half)
+        placed += [centre - half + gap * j for j in range(int(count))]
+    for i in range(len(placed) - 2, -1, -1):  # a group held back at the top may have reached the one below
+        placed[i] = min(placed[i], placed[i + 1] - gap)
+    result = [0.0] * len(values)
+    for i, y in zip(order, placed, strict=True):
+        result[i] = round(y, 9)
+    return result
+
+
+def _figure(theme: Theme, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.background)
+    FigureCanvasAgg(figure)
+    return figure, figure.add_axes((0.0, 0.0, 1.0, 1.0))
+
+
+def _style(figure: Figure, axes: Axes, theme: Theme, right: float) -> None:
+    """Margins in inches, so that labels keep their room at any width."""
+    width, height = figure.get_size_inches()
+    left, top, bottom = 0.62, 0.46, 0.56
+    axes.set_position(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
+    axes.set_facecolor(theme.background)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(theme.line)
+    axes.grid(axis="y", color=theme.line, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=9, colors=theme.muted, pad=5)
+    axes.tick_params(axis="x", which="major", length=3, color=theme.line)
+    axes.xaxis.label.set(color=theme.muted, fontsize=9)
+
+
+def _title(axes: Axes, theme: Theme, text: str) -> None:
+    """The y axis' quantity, written out above it instead of turned sideways."""
+    figure = axes.figure
+    height = float(figure.get_size_inches()[1])  # type: ignore[union-attr]
+    figure.text(0.012, 1 - 0.13 / height, text, ha="left", va="top", color=theme.muted, fontsize=9)
+
+
+def _end_labels(axes: Axes, theme: Theme, entries: list[tuple[float, float, str, str]]) -> None:
+    """Labels right of the last points: (x, y, text, colour), moved apart where they would overlap."""
+    figure = axes.figure
+    figure.canvas.draw()
+    dots = [axes.transData.transform((x, y)) for x, y, _, _ in entries]
+    lines = [text.count("\n") + 1 for _, _, text, _ in entries]
+    box = axes.get_window_extent()
+    gap = 0.165 * float(figure.dpi) * max(lines, default=1)
+    heights = spread([float(d[1]) for d in dots], gap, box.y0 + gap / 2, box.y1 - gap / 4)
+    pad = 0.07 * float(figure.dpi)
+    for (_, _, text, colour), dot, y in zip(entries, dots, heights, strict=True):
+        x = box.x1 + pad
+        axes.annotate(
+            text,
+            xy=(float(dot[0]), float(dot[1])),
+            xytext=(x, y),
+            xycoords="figure pixels",
+            textcoords="figure pixels",
+            ha="left",
+            va="center",
+            color=colour,
+            fontsize=9,
+            linespacing=1.25,
+            annotation_clip=False,
+        )
+
+
+def _plain_log_ticks(axis: Any, low: float, high: float) -> None:
+    """A few round numbers on a logarithmic axis, written as numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    steps: list[float] = []
+    for wanted in ([1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8], [1, 1.5, 2, 3, 5, 7], [1, 2, 5], [1]):
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        steps = [s * 10.0**p for p in powers for s in wanted if low <= s * 10.0**p <= high]
+        if len(steps) <= 6:
+            break
+    axis.set_major_locator(FixedLocator(steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _context_axis(axes: Axes, contexts: Sequence[int], label: str, narrow: bool) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    shown = list(contexts)
+    while len(shown) > (5 if narrow else 9):
+        shown = shown[::-1][::2][::-1]
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
+    axes.set_xlabel(label)
+
+
+def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
+    """Perplexity by position in the document, one line per form."""
+    narrow = size[0] < 6
+    figure, axes = _figure(theme, size)
+    edges = results.bucket_edges
+    middles = [(a + b) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    entries = []
+    every: list[float] = []
+    for name in ("sink_only", "slots_off", "untuned", "teacher", "hybrid"):
+        form = results.form(name)
+        if form is None:
+            continue
+        colour, dash = theme.forms[name]
+        strong = name in ("teacher", "hybrid")
+        axes.plot(
+            middles,
+            form.by_position,
+            color=colour,
+            linestyle=dash,
+            linewidth=2.4 if strong else 1.6,
+            marker="o" if strong else None,
+            markersize=4,
+            solid_capstyle="round",
+            zorder=3 if strong else 2,
+        )
+        every += [value for value in form.by_position if math.isfinite(value)]
+        entries.append((middles[-1], form.by_position[-1], FORMS[name][0], colour))
+    axes.set_yscale("log")
+    low, high = min(every) * 0.93, max(every) * 1.07
+    axes.set_ylim(low, high)
+    _plain_log_ticks(axes.yaxis, low, high)
+    ticks = sorted({2 ** math.ceil(math.log2(max(edge, 1))) for edge in edges[1:]})
+    _context_axis(axes, ticks, "position in the document (tokens)", narrow)
+    axes.set_xlim(middles[0] / 1.15, middles[-1] * 1.04)
+    _style(figure, axes, theme, right=1.32)
+    window = results.window
+    if window > middles[0]:
+        axes.axvspan(axes.get_xlim()[0], window, color=theme.fill, zorder=0)
+        axes.annotate(
+            "← inside the window:\n     the same model",
+            (window, low),
+            xytext=(6, 8),
+            textcoords="offset points",
+            color=theme.muted,
+            fontsize=8.5,
+            va="bottom",
+            linespacing=1.3,
+        )
+    _title(axes, theme, "Perplexity (lower is better)")
+    _end_labels(axes, theme, entries)
+    return figure
+
+
+def _two_lines(
+    results: Results,
+    theme: Theme,
+    size: tuple[float, float],
+    values: tuple[list[float], list[float]],
+    text: Callable[[float], str],
+    title: str,
+    *,
+    log: bool,
+) -> Figure:
+    """Original and hybrid against context length, with the last values spelt out."""
+    narrow = size[0] < 6
+    figure, axes = _figure(theme, size)
+    contexts = [cost.context for cost in results.costs][: len(values[0])]
+    entries = []
+    for name, ys in zip(("teacher", "hybrid"), values, strict=True):
+        colour, dash = theme.forms[name]
+        axes.plot(contexts, ys, color=colour, linestyle=dash, linewidth=2.4, marker="o", markersize=4.5)
+        entries.append((contexts[-1], ys[-1], f"{FORMS[name][0]}\n{text(ys[-1])}", colour))
+    every = values[0] + values[1]
+    if log:
+        axes.set_yscale("log")
+        low, high = min(every) / 1.6, max(every) * 1.6
+    else:
+        low, high = 0.0, max(every) * 1.1
+    axes.set_ylim(low, high)
+    if log:
+        _plain_log_ticks(axes.yaxis, low, high)
+    _context_axis(axes, contexts, "context already read (tokens)", narrow)
+    axes.set_xlim(contexts[0] / 1.12, contexts[-1] * 1.06)
+    _style(figure, axes, theme, right=0.98)
+    _title(axes, theme, title)
+    _end_labels(axes, theme, entries)
+    return figure
+
+
+def cache(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
+    """Megabytes of cache against context length, logarithmic."""
+    values = ([c.teacher_bytes / 1e6 for c in results.costs], [c.hybrid_bytes / 1e6 for c in results.costs])
+
+    def text(value: float) -> str:
+        return f"{value:,.0f} MB" if value >= 100 else f"{value:.1f} MB"
+
+    return _two_lines(results, theme, size, values, text, "Memory for one conversation (MB, logarithmic)", log=True)
+
+
+def speed(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
+    """Milliseconds to write one token against context length."""
+    timed = [c for c in results.costs if c.teacher_ms is not None and c.hybrid_ms is not None]
+    values = ([c.teacher_ms or 0.0 for c in timed], [c.hybrid_ms or 0.0 for c in timed])
+    return _two_lines(
+        results, theme, size, values, lambda ms: f"{ms:.0f} ms", "Time to write one token (milliseconds)", log=False
+    )
+
+
+def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
+    """What each model keeps of a text: every token, or slots and a window."""
+    narrow = size[0] < 6
+    figure, axes = _figure(theme, size)
+    width, height = size
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
+    axes.axis("off")
+    left, right = 0.25, width - 0.25
+    grey, blue = theme.forms["teacher"][0], theme.hybrid
+
+    def cell(x: float, y: float, w: float, h: float, face: str, edge: str, alpha: float = 1.0) -> None:
+        from matplotlib.patches import FancyBboxPatch
+
+        shape = FancyBboxPatch(
+            (x, y),
+            w,
+            h,
+            boxstyle="round,pad=0,rounding_size=0.045",
+            facecolor=face,
+            edgecolor=edge,
+            linewidth=1.0,
+            alpha=alpha,
+        )
+        axes.add_patch(shape)
+
+    def label(x: float, y: float, text: str, colour: str, **options: Any) -> None:
+        options = {"fontsize": 9, "va": "center", "ha": "left", "linespacing": 1.3, **options}
+        axes.text(x, y, text, color=colour, **options)
+
+    count = 16 if narrow else 30
+    inside = 5 if narrow else 8
+    pitch = (right - left) / count
+    box = pitch * 0.78
+    top = height - (0.9 if narrow else 0.95)
+    label(left, height - 0.22, "Original", grey, fontsize=10.5, fontweight="bold")
+    label(left, height - 0.47, "keeps every token of the text, so its memory grows", theme.muted)
+    for i in range(count):
+        cell(left + i * pitch, top, box, 0.26, theme.fill, grey)
+    label(left, top - 0.17, "first token", theme.muted, fontsize=8)
+    label(right - (pitch - box), top - 0.17, "newest", theme.muted, fontsize=8, ha="right")
+
+    base = top - (1.85 if narrow else 1.62)
+    window = results.window
+    above = base + (1.23 if narrow else 0.97)
+    label(left, above, "Hybrid", blue, fontsize=10.5, fontweight="bold")
+    label(left, above - 0.25, "keeps a fixed amount, whatever the length of the text", theme.muted)
+    for i in range(count - inside):
+        cell(left + i * pitch, base, box, 0.26, theme.background, theme.line)
+    for i in range(count - inside, count):
+        cell(left + i * pitch, base, box, 0.26, blue, blue)
+    start = left + (count - inside) * pitch
+    end = right - (pitch - box)
+    label(end, base + 0.43, f"window: the last {window} tokens, exact", blue, fontsize=8.5, ha="right")
+
+    low = 0.34
+    slots = 6 if narrow else 8
+    slot_pitch, slot = 0.3, 0.235
+    slots_left = left + (0.1 if narrow else 1.6)
+    shades = [0.35, 0.8, 0.5, 0.95, 0.3, 0.65, 0.45, 0.75]
+    for i in range(slots):
+        cell(slots_left + i * slot_pitch, low, slot, slot, theme.hybrid_soft, blue)
+        cell(slots_left + i * slot_pitch, low, slot, slot * shades[i], blue, "none", alpha=0.55)
+    slots_end = slots_left + (slots - 1) * slot_pitch + slot
+    name = f"slots: {results.num_slots} running\nsummaries of the rest"
+    if narrow:
+        label(slots_left, low - 0.19, f"{results.num_slots} slots: summaries of the rest", blue, fontsize=8.5)
+    else:
+        label(slots_left - 0.12, low + slot / 2, name, blue, fontsize=8.5, ha="right", multialignment="right")
+    arrow = {"arrowstyle": "-|>", "color": theme.muted, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate(
+        "",
+        xy=(slots_end - slot / 2, low + slot + 0.05),
+        xytext=(start - pitch + box / 2, base - 0.05),
+        arrowprops={**arrow, "connectionstyle": "arc3,rad=-0.12"},
+    )
+    between = (slots_end + start) / 2
+    label(
+        between - (0.0 if narrow else 0.1),
+        (base + low + slot) / 2 + 0.16,
+        "leaving the window" if narrow else "a token that leaves the window\nis blended into the slots",
+        theme.muted,
+        fontsize=8,
+        ha="right",
+        multialignment="right",
+    )
+    query_x, query_y = end - 0.45, low + slot / 2
+    cell(query_x - 0.42, query_y - 0.15, 0.84, 0.3, theme.background, theme.ink)
+    label(query_x, query_y, "next token", theme.ink, fontsize=8, ha="center")
+    axes.annotate("", xy=(query_x - 0.46, query_y), xytext=(slots_end + 0.06, query_y), arrowprops=arrow)
+    axes.annotate("", xy=(query_x, query_y + 0.18), xytext=(query_x, base - 0.05), arrowprops=arrow)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results, Theme, tuple[float, float]], Figure]] = {
+    "memories": memories,
+    "perplexity": perplexity,
+    "cache": cache,
+    "speed": speed,
+}
+
+
+def figure_names(results: Results) -> list[str]:
+    """The figures there is data for."""
+    timed = sum(c.teacher_ms is not None and c.hybrid_ms is not None for c in results.costs)
+    return [name for name in FIGURES if name != "speed" or timed >= 2]
+
+
+def png(results: Results, name: str, theme: Theme = LIGHT, size: tuple[float, float] = WIDE) -> bytes:
+    """One figure as a PNG file's bytes."""
+    figure = FIGURES[name](results, theme, size)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor=theme.background)
+    return buffer.getvalue()
