@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from tests.inputs import Case, call, cases, error, gradients, leaves, make, random_loss, rounding
+from tests.inputs import Case, assert_close_to, call, cases, error, gradients, leaves, make, random_loss, rounding
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,6 +50,17 @@ def test_chunked_errs_at_most_twice_as_much_as_the_reference(dtype, case):
         assert error(got, exact[name]) <= bound, (name, error(got, exact[name]), bound)
 
 
+@given(case=cases(max_length=60))
+def test_capped_scores_agree_in_float64(case):
+    flat = leaves(make(case))
+    found = []
+    for impl in ("reference", "chunked"):
+        output = call(flat, window_size=case.window, impl=impl, softcap=0.7, return_state=True, return_slot_mass=True)
+        found.append({"out": output.out, "mass": output.slot_mass} | gradients(flat, random_loss(output)))
+    for name, exact in found[0].items():
+        assert_close_to(found[1][name], exact, name)
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda d: str(d).removeprefix("torch."))
 def test_states_stay_float32_and_outputs_keep_their_dtype(dtype):
     flat = leaves(make(Case(), dtype))
@@ -86,7 +97,7 @@ def test_chunked_operators_are_well_formed():
     args = (
         flat["q"], torch.cat([state.key, flat["k"]], 1), torch.cat([state.value, flat["v"]], 1), flat["q_slot"],
         flat["k_slot"], flat["log_gate"], torch.cat([state.slot_key, state.slot_value], -1),
-        flat["k"].new_zeros(1, 0, 3), flat["v"].new_zeros(1, 0, 2), torch.zeros(1, dtype=torch.int64), 3, 0.5, False,
+        flat["k"].new_zeros(1, 0, 3), flat["v"].new_zeros(1, 0, 2), torch.zeros(1, dtype=torch.int64), 3, 0.5, 0.0, False,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.nha.chunked.default, [a.detach() if torch.is_tensor(a) else a for a in args]

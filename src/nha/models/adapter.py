@@ -119,6 +119,19 @@ def segment_padding(mask: Tensor | None, length: int, layer: NHACacheLayer | Non
     return mask.gather(3, column.expand(*mask.shape[:2], -1, -1))[:, 0, :, 0]
 
 
+def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | None) -> NHACacheLayer | None:
+    """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache."""
+    if cache is None:
+        return None
+    if cu_seqlens is not None:
+        raise ValueError("expected packed sequences without a cache, got cu_seq_lens_q and past_key_values")
+    if module.layer_idx == 0:
+        off = module.ablation == "window_off"
+        prepare_cache(cache, [0 if off and window != FULL else window for window in module.config.window_sizes])
+    layer = cache.layers[module.layer_idx]
+    return layer if isinstance(layer, NHACacheLayer) else None
+
+
 def hybrid_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
@@ -203,19 +216,12 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
         if self.config._attn_implementation != NAME:
             got = self.config._attn_implementation
             raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
-        layer = None
-        if past_key_values is not None:
-            if kwargs.get("cu_seq_lens_q") is not None:
-                raise ValueError("expected packed sequences without a cache, got cu_seq_lens_q and past_key_values")
-            if self.layer_idx == 0:
-                windows = [0 if self.ablation == "window_off" and w != FULL else w for w in self.config.window_sizes]
-                prepare_cache(past_key_values, windows)
-            layer = past_key_values.layers[self.layer_idx]
+        layer = cache_layer(self, past_key_values, kwargs.get("cu_seq_lens_q"))
         return family.forward(
             self, hidden_states=hidden_states, position_embeddings=position_embeddings,
             attention_mask=attention_mask, past_key_values=past_key_values, nha_hidden=hidden_states,
             nha_tables=position_embeddings if getattr(self, "use_rope", True) else None,
-            nha_layer=layer if isinstance(layer, NHACacheLayer) else None, **kwargs,
+            nha_layer=layer, **kwargs,
         )  # fmt: skip
 
     def __reduce_ex__(self, protocol: int) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import cache as memoize
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +12,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 FULL = -1
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "olmo2", "gemma2", "gemma3_text", "phi3", "granite",
+)  # fmt: skip
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:
@@ -147,3 +152,31 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
             num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1 << 16,
         )  # fmt: skip
         return cls(**(sizes | changes))
+
+
+@memoize
+def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
+    """The configuration class of a family's hybrids, of model type "nha-<family>"."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    base = CONFIG_MAPPING[family]
+    fields: dict[str, tuple[type, Any]] = {
+        "window_sizes": (int | list[int], 64), "num_slots": (int, 64), "num_sinks": (int, 1),
+        "slot_distance": (int, 128), "slots_from_start": (bool, False),
+    }  # type: ignore[dict-item]  # fmt: skip
+    name = f"NHA{base.__name__}"
+    body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
+    body |= {"__annotations__": {field: kind for field, (kind, _) in fields.items()}, "__module__": __name__}
+    new = strict(type(name, (HybridConfigMixin, base), body | {"model_type": f"nha-{family}"}))
+    setattr(sys.modules[__name__], name, new)
+    return new
+
+
+def register() -> None:
+    """Make `AutoConfig` know every hybrid configuration; model classes follow when a configuration is made."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    AutoConfig.register("nha", NHAConfig, exist_ok=True)
+    for family in FAMILIES:
+        if family in CONFIG_MAPPING:
+            AutoConfig.register(f"nha-{family}", hybrid_config_class(family), exist_ok=True)

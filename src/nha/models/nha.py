@@ -10,9 +10,8 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
-from nha.models.adapter import NAME, mark_packing, segment_padding
+from nha.models.adapter import NAME, Observation, cache_layer, mark_packing, segment_padding
 from nha.models.attend import Segment, attend, own_attention
-from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, NHAConfig
 
 
@@ -44,7 +43,7 @@ class NHAAttention(NativeHybridAttention):
         slot_query, slot_key, value = self.project(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
         cu = kwargs.get("cu_seq_lens_q")
-        layer = self._cache_layer(past_key_values, cu)
+        layer = cache_layer(self, past_key_values, cu)
         if past_key_values is not None:
             full = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
         else:
@@ -65,9 +64,6 @@ class NHAAttention(NativeHybridAttention):
             slots_from_start=False,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), None
-
-    def _cache_layer(self, cache: Cache | None, cu_seqlens: Tensor | None) -> NHACacheLayer | None:
-        return cache_layer(self, cache, cu_seqlens)
 
 
 class NHAModel(LlamaModel):

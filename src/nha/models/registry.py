@@ -1,4 +1,4 @@
-"""Hybrid configurations and models of every family, known to transformers' Auto classes."""
+"""Hybrid models of every family: which there are, and how a live model becomes one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import sys
 from functools import cache as memoize
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nha.models.adapter import SlotParameters, install
-from nha.models.config import HybridConfigMixin, NHAConfig, check_windows
-
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "olmo2", "gemma2", "gemma3_text", "phi3", "granite",
-)  # fmt: skip
+from nha.models.config import FAMILIES, NHAConfig, check_windows, hybrid_config_class
 
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
 RECURRENT = "its layers are not softmax attention"
@@ -44,22 +39,6 @@ def check_family(config: PreTrainedConfig) -> None:
         raise ValueError(f"expected a model that is not a hybrid yet, got {family}")
     reason = REFUSED.get(family, "it has not been tried")
     raise ValueError(f"expected a model of one of {', '.join(FAMILIES)}, got {family}: {reason}")
-
-
-@memoize
-def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
-    """The configuration class of a family's hybrids, of model type "nha-<family>"."""
-    base = CONFIG_MAPPING[family]
-    fields: dict[str, tuple[type, Any]] = {
-        "window_sizes": (int | list[int], 64), "num_slots": (int, 64), "num_sinks": (int, 1),
-        "slot_distance": (int, 128), "slots_from_start": (bool, False),
-    }  # type: ignore[dict-item]  # fmt: skip
-    name = f"NHA{base.__name__}"
-    body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
-    body |= {"__annotations__": {field: kind for field, (kind, _) in fields.items()}, "__module__": __name__}
-    new = strict(type(name, (HybridConfigMixin, base), body | {"model_type": f"nha-{family}"}))
-    setattr(sys.modules[__name__], name, new)
-    return new
 
 
 class HybridModelMixin:
@@ -95,14 +74,6 @@ def register_model(config_class: type[PreTrainedConfig]) -> None:
     else:
         model_class = hybrid_model_class(config_class)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-
-
-def register() -> None:
-    """Make `AutoConfig` know every hybrid configuration; model classes follow when a configuration is made."""
-    AutoConfig.register("nha", NHAConfig, exist_ok=True)
-    for family in FAMILIES:
-        if family in CONFIG_MAPPING:
-            AutoConfig.register(f"nha-{family}", hybrid_config_class(family), exist_ok=True)
 
 
 def to_hybrid(

@@ -66,6 +66,7 @@ def nha_attention(
     k_slot: Tensor | None = None,
     sink: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     state: NHAState | None = None,
     return_state: bool = False,
     attention_mask: Tensor | None = None,
@@ -94,6 +95,7 @@ def nha_attention(
         q_slot, k_slot: what the slots see instead of `q`, `k` (same shapes).
         sink: constant (key [H, S, D], value [H, S, Dv]).
         scale: factor of all scores, default D ** -0.5.
+        softcap: cap scores as c * tanh(score / c), as Gemma 2 does.
         state: what earlier segments left, or `NHAState.from_slots(...)`.
         return_state: also return the state after this segment.
         attention_mask: [B, T] bool for this segment, False = padding, on the left or right of a row only. The
@@ -119,6 +121,8 @@ def nha_attention(
     True
     """
     _check(q, k, v, log_gate, window_size, q_slot, k_slot, sink, state, attention_mask, cu_seqlens)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"expected softcap to be None or above 0, got {softcap}")
     name = choose(impl, q.device)
     if attention_mask is not None:
         check_mask(attention_mask)
@@ -131,7 +135,10 @@ def nha_attention(
         state = NHAState.empty(window_size, key=rows, value=v, log_gate=log_gate, shared=k_slot is None)
     q_slot = q if q_slot is None else q_slot
     k_slot = k if k_slot is None else k_slot
-    options = {"scale": scale, "state": state, "attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+    options = {
+        "scale": scale, "softcap": softcap, "state": state,
+        "attention_mask": attention_mask, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
     if name == "reference":
         out, mass, after = reference(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     elif window_size == -1 or (fresh and window_size >= q.shape[1]):

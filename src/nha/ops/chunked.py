@@ -166,9 +166,12 @@ def _band(plan: _Plan, groups: int, like: Tensor) -> Tensor:
 
 
 def _weights(
-    group: _Group, plan: _Plan, start: int, sink_key: Tensor, first: Tensor, slots_live: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax weights [B, H, size * G, S + M + blocks * tile], slot scores before `rise`, and masked q.k."""
+    group: _Group, plan: _Plan, start: int, sink_key: Tensor, first: Tensor, slots_live: bool, softcap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Softmax weights [B, H, size * G, S + M + blocks * tile], slot scores before `rise`, and masked q.k.
+
+    With a softcap also the derivative of the capped scores, shaped as the weights.
+    """
     _, _, chunks, rows, dim = group.slot_query.shape
     per_kv = rows // plan.chunk
     qk = group.slot_query @ group.token_key.transpose(-1, -2)
@@ -177,20 +180,27 @@ def _weights(
     parts = [_times_rise(bare, group, plan).flatten(2, 3)]
     if sink_key.shape[1]:
         parts.insert(0, group.slot_query.flatten(2, 3) @ sink_key.transpose(-1, -2))
+    if group.window_key is not None:
+        parts.append((group.query @ group.window_key.transpose(-1, -2)).flatten(2, 3))
+    slope = None
+    if softcap:
+        parts = [torch.tanh(part / softcap) for part in parts]
+        slope = 1 - torch.cat(parts, -1).square()
+        parts = [part * softcap for part in parts]
     if not slots_live and start < plan.window:
         token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
         dead = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
-        parts = [part.masked_fill(dead, float("-inf")) for part in parts]
+        old = len(parts) - (group.window_key is not None)
+        parts[:old] = [part.masked_fill(dead, float("-inf")) for part in parts[:old]]
     if group.window_key is not None:
-        score = group.query @ group.window_key.transpose(-1, -2)
+        score = parts[-1].unflatten(2, (group.window_key.shape[2], -1))
         score += _band(plan, per_kv, score)
         if start < plan.window:
             tile = torch.arange(score.shape[2], device=first.device)[:, None] * plan.tile
             column = torch.arange(score.shape[-1], device=first.device) + start + plan.window - plan.lead
             unseen = tile + column < first[:, None, None]  # [B, tiles, blocks * tile]
             score.masked_fill_(unseen[:, None, :, None], float("-inf"))
-        parts.append(score.flatten(2, 3))
-    return torch.cat(parts, -1).softmax(-1), bare, qk
+    return torch.cat(parts, -1).softmax(-1), bare, qk, slope
 
 
 def _times_rise(rows: Tensor, group: _Group, plan: _Plan) -> Tensor:
@@ -213,7 +223,8 @@ def _unpack(rows: Tensor, per_kv: int, out: Tensor) -> None:
 @torch.library.custom_op("nha::chunked", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, k_slot: Tensor, log_gate: Tensor, slots: Tensor,
-    sink_key: Tensor, sink_value: Tensor, first: Tensor, window: int, scale: float, slots_live: bool,
+    sink_key: Tensor, sink_value: Tensor, first: Tensor, window: int, scale: float, softcap: float,
+    slots_live: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The forward pass over T queries; keys, values and gates begin W tokens before the first query.
 
@@ -230,7 +241,7 @@ def _forward(
     for start, stop in plan.spans():
         starts.append(slots)
         group, slots = _load((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale)
-        weights, _, _ = _weights(group, plan, start, sink_key, first, slots_live)
+        weights, *_ = _weights(group, plan, start, sink_key, first, slots_live, softcap)
         on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
         spread = _times_rise(on_slots.unflatten(2, (group.rise.shape[2], -1)), group, plan)
         result = _masked(spread @ group.fall.transpose(-1, -2), plan) @ group.token_value
@@ -246,7 +257,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, window, scale, slots_live):
+def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, window, *_):
     batch, length, query_heads, _ = q.shape
     plan = _plan(batch, length, query_heads, log_gate.shape[-1], window)
     out = q.new_empty(batch, length, query_heads, v.shape[-1])
@@ -258,7 +269,8 @@ def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, win
 def _backward(
     grad_out: Tensor, grad_mass: Tensor, grad_slots: Tensor, starts: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, k_slot: Tensor, log_gate: Tensor,
-    sink_key: Tensor, sink_value: Tensor, first: Tensor, window: int, scale: float, slots_live: bool,
+    sink_key: Tensor, sink_value: Tensor, first: Tensor, window: int, scale: float, softcap: float,
+    slots_live: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, q_slot, k_slot, log_gate, slots, sink key and sink value, group by group from the end.
 
@@ -279,7 +291,7 @@ def _backward(
     for index, (start, stop) in reversed(list(enumerate(plan.spans()))):
         count = stop - start
         group, _ = _load((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), starts[index], scale)
-        weights, bare, qk = _weights(group, plan, start, sink_key, first, slots_live)
+        weights, bare, qk, slope = _weights(group, plan, start, sink_key, first, slots_live, softcap)
         tiles, chunks = weights.shape[2] // (plan.tile * per_kv), group.rise.shape[2]
         on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
         on_slots = on_slots.unflatten(2, (chunks, -1))
@@ -298,6 +310,8 @@ def _backward(
         if group.window_value is not None:
             parts.append((do.unflatten(2, (tiles, -1)) @ group.window_value.transpose(-1, -2)).flatten(2, 3))
         dscore = torch._softmax_backward_data(torch.cat(parts, -1), weights, -1, weights.dtype)
+        if slope is not None:
+            dscore *= slope
         d_sink, d_slots, d_window = dscore.split([sinks, num_slots, plan.blocks * plan.tile], -1)
         d_slots = d_slots.unflatten(2, (chunks, -1))
 
@@ -381,7 +395,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_out, grad_mass, grad_slots, _):
     grads = _backward(grad_out, grad_mass, grad_slots, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -390,12 +404,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, q_slot: Tensor, k_slot: Tensor,
     sink: tuple[Tensor, Tensor] | None, *,
-    scale: float, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, softcap: float | None, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, NHAState]:  # fmt: skip
     """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and the state after the segment (shapes as `nha_attention`)."""
     if cu_seqlens is not None:
         inputs = (q, k, v, log_gate, q_slot, k_slot)
-        return each_sequence(chunked, inputs, scale, state, cu_seqlens, sink)
+        return each_sequence(chunked, inputs, scale, softcap, state, cu_seqlens, sink)
     count = None
     if attention_mask is not None:
         q, k, v, log_gate, q_slot, k_slot = align_left(attention_mask, q, k, v, log_gate, q_slot, k_slot)
@@ -418,7 +432,7 @@ def chunked(
     out, mass, slots, _ = _forward(
         q.to(dtype), joined(state.key, k), joined(state.value, v), q_slot.to(dtype),
         joined(tail_slot_key, k_slot)[:, :length], gates, slots, sink[0].to(dtype), sink[1].to(dtype),
-        first, window, scale, state.slots_live,
+        first, window, scale, softcap or 0.0, state.slots_live,
     )  # fmt: skip
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)

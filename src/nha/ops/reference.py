@@ -20,6 +20,7 @@ def reference(
     sink: tuple[Tensor, Tensor] | None,
     *,
     scale: float,
+    softcap: float | None,
     state: NHAState,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -33,7 +34,7 @@ def reference(
     states = []
     for row, (batch, tokens) in enumerate(_rows(q, attention_mask, cu_seqlens)):
         inputs = [x[batch, tokens] for x in (q, k, v, log_gate, q_slot, k_slot)]
-        out_row, mass_row, state_row = _one_sequence(*inputs, sink, scale, state.select(torch.tensor([row])))
+        out_row, mass_row, state_row = _one_sequence(*inputs, sink, scale, softcap, state.select(torch.tensor([row])))
         out[batch, tokens], mass[batch, tokens] = out_row, mass_row
         states.append(state_row)
     return out, mass, NHAState.join(states)
@@ -51,7 +52,7 @@ def _rows(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -
     return [(b, slice(first[b], first[b] + counts[b])) for b in range(batch)]
 
 
-def _one_sequence(q, k, v, log_gate, q_slot, k_slot, sink, scale, state):
+def _one_sequence(q, k, v, log_gate, q_slot, k_slot, sink, scale, softcap, state):
     """One row: q, q_slot [T, HQ, D], k, k_slot [T, H, D], v [T, H, Dv], log_gate [T, H, M]; state of one row."""
     window, seen = state.window_size, int(state.seen)
     slot_key, slot_value = state.slot_key[0], state.slot_value[0]  # [H, M, D], [H, M, Dv]
@@ -91,7 +92,10 @@ def _one_sequence(q, k, v, log_gate, q_slot, k_slot, sink, scale, state):
             window_key = torch.stack([key for key, *_ in tail], 1)
             values.append(torch.stack([value for _, value, *_ in tail], 1))
             scores.append(window_query @ window_key.transpose(1, 2))
-        weights = (scale * torch.cat(scores, -1)).softmax(-1)
+        score = scale * torch.cat(scores, -1)
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        weights = score.softmax(-1)
         outputs.append((weights.to(v.dtype) @ torch.cat(values, 1)).reshape(q.shape[1], -1))
         masses.append(weights[..., :slots].to(slot_key.dtype).sum(-1).reshape(-1))
 

@@ -78,11 +78,11 @@ def advance(
 
 def full_attention(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor, *,
-    scale: float, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, softcap: float | None, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, NHAState]:  # fmt: skip
     """Causal attention over tail and segment through SDPA; nothing is ever committed to the slots."""
     if cu_seqlens is not None:
-        return each_sequence(full_attention, (q, k, v, log_gate, k_slot), scale, state, cu_seqlens)
+        return each_sequence(full_attention, (q, k, v, log_gate, k_slot), scale, softcap, state, cu_seqlens)
     count = None
     if attention_mask is not None:
         q, k, v, log_gate, k_slot = align_left(attention_mask, q, k, v, log_gate, k_slot)
@@ -97,10 +97,13 @@ def full_attention(
         mask = mask[:, None]
     else:
         keys, values = k, v
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-        attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)  # fmt: skip
+    heads = [x.transpose(1, 2) for x in (q, keys, values)]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+        ).transpose(1, 2)
+    else:
+        out = capped_attention(*heads, mask, scale, softcap).transpose(1, 2)
     mass = q.new_zeros(q.shape[:3], dtype=slot_dtype(q.dtype))
     after = advance(state, k, v, log_gate, k_slot, (state.slot_key, state.slot_value), count)
     if attention_mask is not None:
@@ -108,8 +111,22 @@ def full_attention(
     return out, mass, after
 
 
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention with scores capped as c * tanh(score / c): q [B, HQ, T, D], k, v [B, H, Tk, ...]; SDPA has none."""
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if mask is None:
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    score = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    weights = score.masked_fill(~mask, float("-inf")).softmax(-1, dtype=slot_dtype(q.dtype))
+    return weights.to(v.dtype) @ v
+
+
 def each_sequence(
-    function, inputs: tuple[Tensor, ...], scale: float, state: NHAState, cu_seqlens: Tensor, *extra
+    function, inputs: tuple[Tensor, ...], scale: float, softcap: float | None, state: NHAState,
+    cu_seqlens: Tensor, *extra,
 ):
     """Run packed sequences one by one and pack the results; states are joined row by row."""
     bounds = cu_seqlens.tolist()
@@ -121,6 +138,7 @@ def each_sequence(
             results.append((nothing, nothing[..., 0].to(slot_dtype(inputs[0].dtype)), own))
             continue
         part = [x[:, start:stop] for x in inputs]
-        results.append(function(*part, *extra, scale=scale, state=own, attention_mask=None, cu_seqlens=None))
+        options = {"scale": scale, "softcap": softcap, "state": own, "attention_mask": None, "cu_seqlens": None}
+        results.append(function(*part, *extra, **options))
     outs, masses, states = zip(*results, strict=True)
     return torch.cat(outs, 1), torch.cat(masses, 1), NHAState.join(list(states))

@@ -1,0 +1,5 @@
+"""`python -m nha` is the `nha` command."""
+
+from nha.cli import main
+
+main()
