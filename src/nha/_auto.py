@@ -7,19 +7,39 @@ import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 AUTO = "transformers.models.auto.configuration_auto"
 
 
-def register() -> None:
-    """Register the hybrid configurations with transformers."""
-    from nha.models.config import register as register_all
+def teach(mapping: Any) -> None:
+    """Let a mapping from model types to configurations learn the hybrids when it is first asked for one.
 
-    register_all()
+    Not at once: this may run while the families' own configurations are half imported.
+    """
+    known = type(mapping)
+
+    def learn(key: object) -> None:
+        if isinstance(key, str) and key.startswith("nha") and type(mapping) is not known:
+            mapping.__class__ = known
+            from nha.models.config import register
+
+            register()
+
+    class Learning(known):
+        def __contains__(self, key: object) -> bool:
+            learn(key)
+            return known.__contains__(self, key)
+
+        def __getitem__(self, key: str) -> Any:
+            learn(key)
+            return known.__getitem__(self, key)
+
+    mapping.__class__ = Learning
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads the Auto classes as ever, then registers the hybrids."""
+    """Loads the Auto classes as ever, then teaches them the hybrids."""
 
     def __init__(self, inner: importlib.abc.Loader):
         self.inner = inner
@@ -29,7 +49,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.inner.exec_module(module)
-        register()
+        teach(module.CONFIG_MAPPING)  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -46,8 +66,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """Register at once if the Auto classes are loaded, else as soon as they are."""
+    """Teach the Auto classes now if they are loaded, else as soon as they are."""
     if AUTO in sys.modules:
-        register()
+        teach(sys.modules[AUTO].CONFIG_MAPPING)  # type: ignore[attr-defined]
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
