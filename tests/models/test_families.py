@@ -1,0 +1,163 @@
+"""One adapter serves every family: what it adds, and what it leaves alone."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nha import set_windows
+from nha.models.adapter import ablate, attention_layers, observe
+from nha.models.config import FAMILIES
+from tests.models.families import hybrid, teacher, tokens
+
+WINDOW = 8
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def in_pieces(model, ids, sizes):
+    cache, found = None, []
+    with torch.no_grad():
+        for piece in ids.split(sizes, 1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+    return torch.cat(found, 1)
+
+
+def close(a, b):
+    """Equal up to rounding in float32 that three random layers amplify."""
+    assert (a - b).abs().max() <= 2e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicts_bit_for_bit_what_its_teacher_does_within_the_window(family):
+    ids = tokens(2, WINDOW)
+    assert torch.equal(logits(hybrid(family, WINDOW), ids), logits(teacher(family), ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_of_minus_one_give_the_teacher_back(family):
+    ids = tokens(2, 40)
+    model = hybrid(family, WINDOW)
+    assert not torch.allclose(logits(model, ids), logits(teacher(family), ids), atol=1e-3)
+    set_windows(model, -1)
+    assert torch.equal(logits(model, ids), logits(teacher(family), ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("windows", [WINDOW, [WINDOW, -1, 0], [-1, 3, WINDOW]], ids=str)
+def test_any_split_into_segments_gives_the_same_logits(family, windows):
+    model, ids = hybrid(family, windows), tokens(2, 40)
+    whole = logits(model, ids, use_cache=False)
+    close(in_pieces(model, ids, [3, 1, 20, 1, 1, 14]), whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_rows_equal_the_rows_alone(family):
+    model = hybrid(family, [WINDOW, -1, 4])
+    long, short = tokens(1, 30), tokens(1, 17, seed=1)
+    for left in (True, False):
+        pad = torch.zeros(1, 13, dtype=torch.long)
+        ids = torch.cat([long, torch.cat([pad, short] if left else [short, pad], 1)])
+        mask = (ids != 0).long()
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        found = logits(model, ids, attention_mask=mask, position_ids=position)
+        close(found[:1], logits(model, long))
+        close(found[1:, 13:] if left else found[1:, :17], logits(model, short))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_do_not_leak(family):
+    model = hybrid(family, [WINDOW, -1, 4])
+    parts = [tokens(1, n, seed=n) for n in (19, 1, 12)]
+    position = torch.cat([torch.arange(x.shape[1]) for x in parts])[None]
+    found = logits(model, torch.cat(parts, 1), position_ids=position)
+    close(found, torch.cat([logits(model, x) for x in parts], 1))
+    cu = torch.tensor([0, 19, 20, 32], dtype=torch.int32)
+    named = logits(model, torch.cat(parts, 1), position_ids=position, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+    close(named, found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_with_the_same_bits(family, tmp_path):
+    model, ids = hybrid(family, [WINDOW, 4, -1]), tokens(1, 40)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(model)
+    assert loaded.config.model_type == f"nha-{family}"
+    assert loaded.config.window_sizes == [WINDOW, 4, -1]
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slot_keys_carry_no_position(family):
+    """The same tokens at other positions have the same slot keys, in every layer before which positions matter not."""
+    model, ids = hybrid(family), tokens(1, 6)
+    found = []
+    for start in (0, 500):
+        with observe(model) as seen, torch.no_grad():
+            model(ids, position_ids=torch.arange(start, start + 6)[None], use_cache=False)
+        found.append(seen[0].slot_key)
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_the_slots_gets_a_gradient(family):
+    model, ids = hybrid(family), tokens(2, 40)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    for layer in attention_layers(model):
+        for name, weight in layer.nha.named_parameters():
+            assert weight.grad is not None and weight.grad.abs().max() > 0, name
+
+
+def test_slots_off_equals_a_model_whose_slots_hold_nothing_but_the_sink_stays():
+    model, ids = hybrid(), tokens(1, 40)
+    with ablate(model, "slots_off"):
+        off = logits(model, ids)
+    assert not torch.allclose(off, logits(model, ids), atol=1e-3)
+    with torch.no_grad():
+        for layer in attention_layers(model):
+            layer.nha.sink_value += 1
+    with ablate(model, "slots_off"):
+        assert not torch.allclose(off, logits(model, ids), atol=1e-3)
+
+
+def test_window_off_equals_a_window_of_zero():
+    model, ids = hybrid(), tokens(1, 40)
+    with ablate(model, "window_off"):
+        off = logits(model, ids)
+    set_windows(model, 0)
+    assert torch.equal(off, logits(model, ids))
+
+
+def test_changing_windows_equals_building_the_model_with_them():
+    ids = tokens(2, 40)
+    model = hybrid("llama", WINDOW)
+    set_windows(model, [3, -1, 5])
+    assert torch.equal(logits(model, ids), logits(hybrid("llama", [3, -1, 5]), ids))
+
+
+def test_the_papers_form_lets_zero_slots_take_part_from_the_start():
+    plain = hybrid("llama", WINDOW, sinks=0, slot_distance=0)
+    paper = hybrid("llama", WINDOW, sinks=0, slot_distance=0, slots_from_start=True)
+    ids = tokens(1, 40)
+    assert not torch.allclose(logits(plain, ids), logits(paper, ids), atol=1e-3)
+    close(in_pieces(paper, ids, [3, 1, 20, 1, 1, 14]), logits(paper, ids))
+
+
+def test_the_first_token_is_the_sinks_and_never_reaches_the_slots():
+    """Slots alone (window 0, slots off beyond the sink) do not change when only the first token's value does."""
+    model, ids = hybrid("llama", [0, 0, 0]), tokens(1, 12)
+    states = []
+    for first in (5, 6):
+        changed = ids.clone()
+        changed[0, 0] = first
+        with torch.no_grad():
+            cache = model(changed[:, :1], use_cache=True).past_key_values
+        states.append(cache.layers[0].state.slot_value)
+    assert torch.equal(states[0], torch.zeros_like(states[0]))
+    assert torch.equal(states[1], torch.zeros_like(states[1]))
