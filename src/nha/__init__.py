@@ -57,6 +57,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-from nha import _auto  # noqa: E402
+from nha import _auto
 
 _auto.watch()

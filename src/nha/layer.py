@@ -40,7 +40,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def segment_positions(
-    batch: int, length: int, device: torch.device, state: NHAState | None, mask: Tensor | None, cu: Tensor | None
+    batch: int,
+    length: int,
+    device: torch.device,
+    state: NHAState | None,
+    mask: Tensor | None,
+    cu: Tensor | None,
 ) -> Tensor:
     """Positions [B, T] of a segment's tokens: counted over real tokens, from 0 in every packed sequence."""
     if mask is not None:

@@ -20,7 +20,9 @@ def test_doctor_reports_as_json_alone_on_stdout():
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["healthy"] and found["chosen"] in found["implementations"]
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    assert (
+        found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    )
     available = {name for name, status in found["implementations"].items() if status == "available"}
     assert {check["implementation"] for check in found["checks"]} == available
     assert all(check["passed"] for check in found["checks"])

@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 
-from tests.inputs import Case, assert_close_to, call, cases, error, gradients, leaves, make, random_loss, rounding
+from tests.inputs import (
+    Case,
+    assert_close_to,
+    call,
+    cases,
+    error,
+    gradients,
+    leaves,
+    make,
+    random_loss,
+    rounding,
+)
 
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,9 +47,7 @@ def terms_behind(flat, exact):
 @given(case=cases(max_length=60))
 def test_chunked_errs_at_most_twice_as_much_as_the_reference(dtype, case):
     low = leaves(make(case, dtype))
-    exact = results(
-        {n: x.detach().double().requires_grad_() for n, x in low.items()}, case.window, "reference"
-    )
+    exact = results({n: x.detach().double().requires_grad_() for n, x in low.items()}, case.window, "reference")
     reference = results(low, case.window, "reference")
     sizes = terms_behind(low, exact)
     for name, got in results(low, case.window, "chunked").items():
@@ -73,9 +82,7 @@ def test_states_stay_float32_and_outputs_keep_their_dtype(dtype):
 @pytest.mark.parametrize("window", [0, 1, 5, 16, 21])
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_gradcheck_in_float64(window, sinks):
-    flat = leaves(
-        make(Case(batch=1, length=21, query_heads=2, heads=1, dim=3, value_dim=2, slots=2, sinks=sinks))
-    )
+    flat = leaves(make(Case(batch=1, length=21, query_heads=2, heads=1, dim=3, value_dim=2, slots=2, sinks=sinks)))
 
     def function(*tensors):
         output = call(
@@ -97,8 +104,7 @@ def test_chunked_operators_are_well_formed():
     args = (
         flat["q"], torch.cat([state.key, flat["k"]], 1), torch.cat([state.value, flat["v"]], 1), flat["q_slot"],
         flat["k_slot"], flat["log_gate"], torch.cat([state.slot_key, state.slot_value], -1),
-        flat["k"].new_zeros(1, 0, 3), flat["v"].new_zeros(1, 0, 2), torch.zeros(1, dtype=torch.int64), 3, 0.5, 0.0, False,
+        flat["k"].new_zeros(1, 0, 3), flat["v"].new_zeros(1, 0, 2), torch.zeros(1, dtype=torch.int64), 3, 0.5, 0.0,
+        False,
     )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.nha.chunked.default, [a.detach() if torch.is_tensor(a) else a for a in args]
-    )
+    torch.library.opcheck(torch.ops.nha.chunked.default, [a.detach() if torch.is_tensor(a) else a for a in args])

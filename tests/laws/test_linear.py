@@ -15,9 +15,7 @@ def gated_slot_attention(q, k, v, log_gate, q_slot=None, k_slot=None):
     gate = log_gate.clamp(-5, 0)
     total = gate.cumsum(1)
     causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
-    decay = (
-        (total[:, :, None] - total[:, None]).masked_fill(~causal[None, :, :, None, None], -torch.inf).exp()
-    )
+    decay = (total[:, :, None] - total[:, None]).masked_fill(~causal[None, :, :, None, None], -torch.inf).exp()
     write = decay * -torch.expm1(gate)[:, None]  # [B, T, T, H, M]: share of token j in slot m at time t
     slot_key = torch.einsum("btjhm,bjhd->bthmd", write, k)
     slot_value = torch.einsum("btjhm,bjhd->bthmd", write, v)

@@ -12,9 +12,7 @@ GATES = {
     "floor": lambda g: torch.full_like(g, -5.0),
     "far below the floor": lambda g: torch.full_like(g, -1e4),
     "above zero": lambda g: torch.full_like(g, 1e4),
-    "alternating": lambda g: torch.where(
-        torch.arange(g.shape[1])[:, None, None] % 2 == 0, 0.0, -5.0
-    ).expand_as(g),
+    "alternating": lambda g: torch.where(torch.arange(g.shape[1])[:, None, None] % 2 == 0, 0.0, -5.0).expand_as(g),
 }
 
 

@@ -16,9 +16,7 @@ def run(flat, cuts, window, state=None, impl="chunked"):
     output = None
     for start, stop in itertools.pairwise(cuts):
         part = {n: x[:, start:stop] if n in TOKENWISE else x for n, x in flat.items()}
-        output = call(
-            part, window_size=window, state=state, return_state=True, return_slot_mass=True, impl=impl
-        )
+        output = call(part, window_size=window, state=state, return_state=True, return_slot_mass=True, impl=impl)
         state = output.state
         outs.append(output.out)
         masses.append(output.slot_mass)
@@ -57,9 +55,7 @@ def test_slots_handed_in_live_from_the_first_token_and_get_gradients(impl, case,
     cut = data.draw(st.integers(0, case.length - 1))
     flat = leaves(make(case))
     size = (case.batch, case.heads, case.slots)
-    slots = [
-        torch.randn(*size, d, dtype=torch.float64, requires_grad=True) for d in (case.dim, case.value_dim)
-    ]
+    slots = [torch.randn(*size, d, dtype=torch.float64, requires_grad=True) for d in (case.dim, case.value_dim)]
 
     def start():
         return NHAState.from_slots(*slots, case.window, shared_keys=not case.separate)

@@ -39,7 +39,9 @@ OWN: dict[str, dict[str, Any]] = {
 def _teacher(family: str, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(COMMON | OWN.get(family, {}) | dict(changes)))
-    return AutoModelForCausalLM.from_config(config).eval()
+    # transformers 5.17 drops Gemma 2's cap on scores silently, unless attention is "eager".
+    chosen = "eager" if family == "gemma2" else None
+    return AutoModelForCausalLM.from_config(config, attn_implementation=chosen).eval()
 
 
 def teacher(family: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -53,7 +55,11 @@ def hybrid(family: str = "llama", windows: int | list[int] = 8, *, slots: int = 
     model = teacher(family, **changes)
     layers = model.config.num_hidden_layers
     to_hybrid(
-        model, [windows] * layers if isinstance(windows, int) else windows, num_slots=slots, num_sinks=sinks, **options
+        model,
+        [windows] * layers if isinstance(windows, int) else windows,
+        num_slots=slots,
+        num_sinks=sinks,
+        **options,
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

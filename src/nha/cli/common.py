@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, exit codes, progress bars, JSON, outputs that appear whole or not at all."""
+"""What the commands share: one-line errors, exit codes, progress bars, JSON, outputs that appear whole or never."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-from rich.progress import TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 OK, FAILED_CHECK, BAD_INPUT = 0, 1, 2
 

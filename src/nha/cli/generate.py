@@ -58,9 +58,12 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that add up to this.")] = 1.0,
     window: Annotated[
-        str | None, typer.Option(help="Change a hybrid's windows for this run; -1 is the original.", show_default="as saved")
+        str | None,
+        typer.Option(help="Change a hybrid's windows for this run; -1 is the original.", show_default="as saved"),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:

@@ -17,7 +17,8 @@ def hybridize(
     model: Annotated[str, typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")],
     output: Annotated[Path, typer.Argument(help="The new directory for the hybrid.")],
     window: Annotated[
-        str, typer.Option(help="Tokens each window holds, or a list with one entry per layer; -1: full attention.")
+        str,
+        typer.Option(help="Tokens each window holds, or a list with one entry per layer; -1: full attention."),
     ] = "64",
     slots: Annotated[int, typer.Option(help="Slots per key-value head.")] = 64,
     full_layers: Annotated[

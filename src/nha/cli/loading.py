@@ -1,4 +1,4 @@
-"""From a name on the command line to a model: the embedded one, a directory, or a Hub id, checked before it is loaded."""
+"""From a name to a model: the embedded one, a directory, or a Hub id, checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def find(name: str) -> Source:
 
 
 def check_weights(path: Path) -> None:
-    """Raise BadInput unless every safetensors file of the directory is whole and none that the index names is absent."""
+    """Raise BadInput unless every safetensors file of the directory is whole and none of its index is absent."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(path.glob("*.safetensors"))

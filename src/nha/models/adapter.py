@@ -146,7 +146,15 @@ def hybrid_attention(
         module.observer(Observation(nha_hidden, *(x.transpose(1, 2) for x in (slot_key, key, value))))
     if module.window_size == FULL:
         return own_attention(
-            module, query, key, value, attention_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            softcap=softcap,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
         )
     if dropout:
         raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {dropout}")
@@ -163,7 +171,9 @@ def hybrid_attention(
         sink = (parameters.sink_key.to(key.dtype), parameters.sink_value.to(value.dtype))
         gate = spare_first_token(gate, padding, cu, state)
     slot_query, slot_key = slot_view(module, query, key, nha_tables)
-    views = (x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key))
+    views = (
+        x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key)
+    )
     segment = Segment(*views, mask=padding, cu_seqlens=cu)  # type: ignore[arg-type]
     from_start = module.config.slots_from_start
     if state is None and query.shape[2] <= window and cu is None and not from_start:
@@ -269,9 +279,7 @@ def install(model: PreTrainedModel) -> None:
         weight = next(module.parameters())
         if not hasattr(module, NAME):
             heads = config.num_key_value_heads
-            new = SlotParameters(
-                config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table
-            )  # type: ignore[arg-type]
+            new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)  # type: ignore[arg-type]
             module.nha = new.to(device=weight.device, dtype=weight.dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
         module.window_size, module.ablation, module.observer = window, None, None  # type: ignore[assignment]

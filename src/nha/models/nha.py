@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
 from nha.models.adapter import NAME, Observation, cache_layer, mark_packing, segment_padding

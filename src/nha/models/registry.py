@@ -77,7 +77,12 @@ def register_model(config_class: type[PreTrainedConfig]) -> None:
 
 
 def to_hybrid(
-    model: PreTrainedModel, windows: list[int], *, num_slots: int = 64, num_sinks: int = 1, slot_distance: int = 128,
+    model: PreTrainedModel,
+    windows: list[int],
+    *,
+    num_slots: int = 64,
+    num_sinks: int = 1,
+    slot_distance: int = 128,
     slots_from_start: bool = False,
 ) -> None:
     """Turn a live model into its family's hybrid, in place: class, configuration and attention modules.

@@ -196,9 +196,7 @@ def _check(q, k, v, log_gate, window_size, q_slot, k_slot, sink, state, attentio
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("expected attention_mask (padding) or cu_seqlens (packing), got both")
     wanted = (batch, length)
-    if attention_mask is not None and (
-        tuple(attention_mask.shape) != wanted or attention_mask.dtype != torch.bool
-    ):
+    if attention_mask is not None and (tuple(attention_mask.shape) != wanted or attention_mask.dtype != torch.bool):
         got = f"{list(attention_mask.shape)} {attention_mask.dtype}"
         raise ValueError(f"expected attention_mask to be bool {list(wanted)} for this segment, got {got}")
     rows = batch
@@ -228,9 +226,7 @@ def _check_state(state: NHAState, window_size: int, sizes: tuple, shared: bool, 
     _expect("state.slot_value", state.slot_value, (batch, heads, slots, value_dim))
     if window_size and (state.tail_slot_key is None) != shared:
         was = "without" if state.tail_slot_key is None else "with"
-        raise ValueError(
-            f"expected k_slot to be given or left out as before, but the state was made {was} k_slot"
-        )
+        raise ValueError(f"expected k_slot to be given or left out as before, but the state was made {was} k_slot")
     if state.slot_key.dtype != slot_dtype(q.dtype) or state.key.dtype != q.dtype:
         raise TypeError(f"expected a state of {q.dtype} inputs, got one of {state.key.dtype}")
     if state.slot_key.device != q.device:

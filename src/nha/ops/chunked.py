@@ -324,9 +324,7 @@ def _backward(
         d_token_key = dqk.transpose(-1, -2) @ group.slot_query
         d_token_value = read.transpose(-1, -2) @ do_chunks
         d_slot_query = (dqk @ group.token_key + dbare @ slot_key).flatten(2, 3)
-        dread = torch.cat(
-            [dbare.transpose(-1, -2) @ group.slot_query, spread.transpose(-1, -2) @ do_chunks], -1
-        )
+        dread = torch.cat([dbare.transpose(-1, -2) @ group.slot_query, spread.transpose(-1, -2) @ do_chunks], -1)
 
         # The recurrence, backwards: what was written, then the slots entering each sub-chunk.
         tokens = torch.cat([group.token_key, group.token_value], -1)

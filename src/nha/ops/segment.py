@@ -44,7 +44,8 @@ def restore(attention_mask: Tensor, x: Tensor) -> Tensor:
 
 
 def advance(
-    state: NHAState, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor, slots: tuple[Tensor, Tensor], count: Tensor | None
+    state: NHAState, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor, slots: tuple[Tensor, Tensor],
+    count: Tensor | None
 ) -> NHAState:  # fmt: skip
     """The state after a segment: the given slots and the last tokens of tail and segment.
 
@@ -57,11 +58,7 @@ def advance(
         joined = torch.cat([old, new.to(old.dtype)], 1)
         if count is None:
             return joined[:, joined.shape[1] - width :].clone()
-        index = (
-            torch.arange(joined.shape[1] - width, joined.shape[1], device=new.device)
-            - length
-            + count[:, None]
-        )
+        index = torch.arange(joined.shape[1] - width, joined.shape[1], device=new.device) - length + count[:, None]
         return joined.gather(1, index.clamp_min(0)[..., None, None].expand(-1, -1, *new.shape[2:]))
 
     return replace(
@@ -111,9 +108,7 @@ def full_attention(
     return out, mass, after
 
 
-def capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
-) -> Tensor:
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """Attention with scores capped as c * tanh(score / c): q [B, HQ, T, D], k, v [B, H, Tk, ...]; SDPA has none."""
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     if mask is None:
@@ -125,8 +120,13 @@ def capped_attention(
 
 
 def each_sequence(
-    function, inputs: tuple[Tensor, ...], scale: float, softcap: float | None, state: NHAState,
-    cu_seqlens: Tensor, *extra,
+    function,
+    inputs: tuple[Tensor, ...],
+    scale: float,
+    softcap: float | None,
+    state: NHAState,
+    cu_seqlens: Tensor,
+    *extra,
 ):
     """Run packed sequences one by one and pack the results; states are joined row by row."""
     bounds = cu_seqlens.tolist()
@@ -138,7 +138,13 @@ def each_sequence(
             results.append((nothing, nothing[..., 0].to(slot_dtype(inputs[0].dtype)), own))
             continue
         part = [x[:, start:stop] for x in inputs]
-        options = {"scale": scale, "softcap": softcap, "state": own, "attention_mask": None, "cu_seqlens": None}
+        options = {
+            "scale": scale,
+            "softcap": softcap,
+            "state": own,
+            "attention_mask": None,
+            "cu_seqlens": None,
+        }
         results.append(function(*part, *extra, **options))
     outs, masses, states = zip(*results, strict=True)
     return torch.cat(outs, 1), torch.cat(masses, 1), NHAState.join(list(states))

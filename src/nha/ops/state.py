@@ -48,9 +48,7 @@ class NHAState:
     slots_live: bool = False  # slots handed in by the caller take part from token 0
 
     @classmethod
-    def empty(
-        cls, window_size: int, *, key: Tensor, value: Tensor, log_gate: Tensor, shared: bool
-    ) -> NHAState:
+    def empty(cls, window_size: int, *, key: Tensor, value: Tensor, log_gate: Tensor, shared: bool) -> NHAState:
         """A state that has seen nothing, shaped after one segment of inputs (any length).
 
         `key` [B, T, H, D], `value` [B, T, H, Dv], `log_gate` [B, T, H, M]; `shared` says that slots and
@@ -161,9 +159,7 @@ class NHAState:
             "window_size": str(self.window_size),
             "slots_live": str(int(self.slots_live)),
         }
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, temporary, metadata=meta
-        )
+        save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, temporary, metadata=meta)
         os.replace(temporary, path)
 
     @classmethod
@@ -180,8 +176,6 @@ class NHAState:
             raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
         wanted = {f.name for f in fields(cls)} - {"window_size", "slots_live", "tail_slot_key"}
         if meta.get("format") != FORMAT or not wanted <= names:
-            raise ValueError(
-                f"expected a state of format {FORMAT!r} at {path}, got format {meta.get('format')!r}"
-            )
+            raise ValueError(f"expected a state of format {FORMAT!r} at {path}, got format {meta.get('format')!r}")
         tensors.setdefault("tail_slot_key", None)  # type: ignore[arg-type]
         return cls(window_size=int(meta["window_size"]), slots_live=bool(int(meta["slots_live"])), **tensors)

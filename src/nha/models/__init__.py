@@ -1,0 +1,1 @@
+"""Hybrid language models: configurations, the adapter for every family, the cache."""
