@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 import torch
@@ -366,26 +367,20 @@ def ablate(model: PreTrainedModel, what: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def observe(model: PreTrainedModel, windows: int | Sequence[int] = FULL) -> Iterator[list[Observation | None]]:
-    """Within the context, the list that is yielded holds what each layer saw in the latest forward pass.
+def observe(
+    model: PreTrainedModel, see: Callable[[int, Observation], None], windows: int | Sequence[int] = FULL
+) -> Iterator[None]:
+    """Within the context, call `see(layer, observation)` in every forward pass, as soon as a layer has its keys.
 
     Windows are -1 meanwhile (the model before its conversion), unless others are asked for.
     """
     modules = hybrid_layers(model)
     before = list(model.config.window_sizes)  # type: ignore[arg-type]
-    seen: list[Observation | None] = [None] * len(modules)
-
-    def keep(index: int) -> Callable[[Observation], None]:
-        def store(observation: Observation) -> None:
-            seen[index] = observation
-
-        return store
-
     set_windows(model, windows)
     try:
         for index, module in enumerate(modules):
-            module.observer = keep(index)  # type: ignore[assignment]
-        yield seen
+            module.observer = partial(see, index)  # type: ignore[assignment]
+        yield
     finally:
         for module in modules:
             module.observer = None  # type: ignore[assignment]

@@ -1,0 +1,150 @@
+"""`hybridize`: a pretrained model becomes a Native Hybrid Attention model, with nothing trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nha.convert.calibrate import calibrate_gates, calibrate_sinks, copy_gates
+from nha.data.text import blocks, calibration_text
+from nha.models.config import FULL, plan_windows
+from nha.models.registry import check_family, to_hybrid
+
+Calibration = Sequence[str] | Tensor | None
+BLOCKS, BLOCK = 16, 512
+
+
+def calibration_ids(model: PreTrainedModel, calibration: Calibration, tokenizer: Any, slots: int) -> Tensor:
+    """Token ids [N, T] to calibrate on: those given, or the tokens of the texts given or of the built-in text.
+
+    Raises ValueError for ids of a wrong shape or outside the vocabulary, for less text than there are slots, and
+    when a tokenizer is needed and cannot be found.
+    """
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.is_floating_point():
+            raise ValueError(
+                f"expected calibration ids [N, T] of ints, got {list(calibration.shape)} {calibration.dtype}"
+            )
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+        if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
+            raise ValueError(
+                f"expected calibration ids from 0 to {vocabulary - 1}, got {calibration.min()} to {calibration.max()}"
+            )
+        ids = calibration
+    else:
+        if isinstance(calibration, str):
+            raise ValueError("expected calibration to be a list of texts or ids [N, T], got one str")
+        if tokenizer is None:
+            name = model.config.name_or_path
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError, KeyError):
+                raise ValueError(
+                    f"expected a tokenizer to calibrate with, got none and found none for {name!r}"
+                ) from None
+        texts = [calibration_text()] if calibration is None else list(calibration)
+        ids = fill(tokenizer, texts)
+    tokens = ids.shape[0] * (ids.shape[1] - 1)
+    if tokens < slots:
+        raise ValueError(f"expected calibration text of more than {slots} tokens, the number of slots, got {tokens}")
+    return ids
+
+
+def fill(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Up to 16 blocks of 512 tokens; shorter texts give fewer or one short block."""
+    joined = "\n\n".join(texts)[: 64 * BLOCKS * BLOCK]
+    ids = torch.tensor(tokenizer(joined, verbose=False).input_ids, dtype=torch.long)
+    if len(ids) < BLOCK:
+        return ids[None]
+    return blocks(tokenizer, [joined], min(BLOCKS, len(ids) // BLOCK), BLOCK)
+
+
+def hybridize(
+    model: PreTrainedModel,
+    num_slots: int = 64,
+    window_size: int | Sequence[int] = 64,
+    full_layers: Sequence[int] = (),
+    *,
+    init: Literal["kmeans", "paper"] = "kmeans",
+    calibration: Calibration = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    slot_distance: int = 128,
+    num_sinks: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreTrainedModel:
+    """Turn a pretrained causal language model into a Native Hybrid Attention model, in place.
+
+    The weights stay as they are; every converted layer gains a gate and a sink, calibrated on text without any
+    training. What the model predicts for inputs up to the smallest window does not change by one bit.
+
+    Args:
+        model: a model that `AutoModelForCausalLM` loaded, of one of the families in `nha.models.config.FAMILIES`.
+        num_slots: slots per KV head.
+        window_size: tokens in the window of every layer that has full attention, or a list with one int per layer
+            (-1 leaves a layer as it is).
+        full_layers: layers that keep full attention.
+        init: "kmeans" routes tokens to slots by k-means of their keys and calibrates a sink; "paper" is the authors'
+            form, for comparison: gates copied from `k_proj`, zero slots that take part from the first token, no
+            sink, no positions.
+        calibration: texts, or token ids [N, T]; default: a part of the Python language reference.
+        tokenizer: reads the texts; default: the one saved beside the model.
+        slot_distance: how many tokens back a query sees the slots.
+        num_sinks: constant keys and values that stand in for the first tokens of a text.
+        seed: of the k-means.
+        progress: called with (layers done, layers in all).
+
+    Returns:
+        The same model, now of a class whose name starts with NHA; `save_pretrained` and `AutoModelForCausalLM` know it.
+
+    Raises:
+        ValueError: a family that cannot work (with the reason), windows or layers that do not fit the model, text that
+            is too short; before anything has changed.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    ...                      num_attention_heads=4, num_key_value_heads=2)
+    >>> hybrid = hybridize(LlamaForCausalLM(config), num_slots=8, window_size=16, full_layers=[1],
+    ...                    calibration=torch.randint(50, (2, 64)))
+    >>> type(hybrid).__name__, hybrid.config.window_sizes
+    ('NHALlamaForCausalLM', [16, -1])
+    """
+    if init not in ("kmeans", "paper"):
+        raise ValueError(f"expected init to be 'kmeans' or 'paper', got {init!r}")
+    check_family(model.config)
+    windows = plan_windows(model.config, window_size, full_layers)
+    if all(window == FULL for window in windows):
+        raise ValueError(f"expected at least one layer to convert, got windows {windows}")
+    paper = init == "paper"
+    ids = calibration_ids(model, calibration, tokenizer, num_slots)
+    to_hybrid(
+        model, windows, num_slots=num_slots, num_sinks=0 if paper else num_sinks,
+        slot_distance=0 if paper else slot_distance, slots_from_start=paper,
+    )  # fmt: skip
+    training = model.training
+    model.eval()
+    if paper:
+        copy_gates(model, ids)
+    else:
+        if num_sinks:
+            calibrate_sinks(model, ids)
+        calibrate_gates(model, ids, seed=seed, progress=progress)
+    forget_gguf(model)
+    return model.train(training)
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model that was read from a GGUF file be saved: its weights are plain numbers by now."""
+    quantization = getattr(model.config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None) or (
+        quantization.get("quant_method") if isinstance(quantization, dict) else None
+    )
+    if quantization is not None and str(getattr(method, "value", method)) == "gguf":
+        del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]

@@ -1,0 +1,1 @@
+"""Text that is at hand without a network, and the embedded model."""

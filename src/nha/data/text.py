@@ -1,0 +1,45 @@
+"""Real text that every Python has: the language reference, split into documents to measure on and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache as memoize
+from pydoc_data.topics import topics
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+EVALUATION = ("specialnames", "compound", "types", "formatstrings")
+
+
+def evaluation_documents() -> list[str]:
+    """Long chapters of the Python language reference (6,000 to 25,000 tokens each) to measure on, longest first."""
+    return sorted((topics[name].strip() for name in EVALUATION), key=len, reverse=True)
+
+
+@memoize
+def calibration_text() -> str:
+    """The rest of the reference: every paragraph that none of `evaluation_documents` holds, once.
+
+    >>> any(part in document for part in calibration_text().split("\\n\\n") for document in evaluation_documents())
+    False
+    """
+    measured = "\n\n".join(evaluation_documents())
+    parts = (part for name in sorted(topics) for part in topics[name].strip().split("\n\n"))
+    return "\n\n".join(part for part in dict.fromkeys(parts) if part.strip() and part not in measured)
+
+
+def blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int) -> Tensor:
+    """The first `count` blocks [count, length] of token ids that the texts give, read one text after the other.
+
+    No block runs over the end of a text. Raises ValueError if the texts are too short.
+    """
+    found: list[Tensor] = []
+    for text in texts:
+        # A tokenizer reads a long text slowly if it is one piece; four characters a token are plenty here.
+        ids = torch.tensor(tokenizer(text[: 8 * length * (count - len(found))], verbose=False).input_ids)
+        found += list(ids[: len(ids) // length * length].view(-1, length))
+        if len(found) >= count:
+            return torch.stack(found[:count])
+    raise ValueError(f"expected text for {count} blocks of {length} tokens, got enough for {len(found)}")
