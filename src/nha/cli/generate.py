@@ -78,13 +78,13 @@ def generate(
         raise BadInput("expected a prompt, got nothing")
     source = loading.find(model)
     if windows is not None:
-        check_windows_changeable(source, windows)
+        loading.check_windows_changeable(source, windows)
     import torch
 
     with err.status(f"loading {source.label}"):
         loaded, tokenizer = loading.load(source)
     if windows is not None:
-        from nha.models import set_windows
+        from nha.models.adapter import set_windows
 
         set_windows(loaded, windows)
     ids = encode(tokenizer, text, raw=raw).to(loaded.device)
@@ -92,6 +92,8 @@ def generate(
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options.update(temperature=temperature, top_p=top_p)
+    from nha.models.cache import cache_nbytes
+
     started = time.perf_counter()
     if as_json:
         with common.progress_bar() as bar:
@@ -106,7 +108,7 @@ def generate(
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
         "seconds": round(seconds, 3),
-        "cache_bytes": cache_bytes(result.past_key_values),
+        "cache_bytes": cache_nbytes(result.past_key_values),
     }
     if as_json:
         print_json(found)
@@ -117,13 +119,6 @@ def generate(
     )
 
 
-def check_windows_changeable(source: loading.Source, windows: int | list[int]) -> None:
-    """Raise BadInput unless the model is a hybrid whose layers these windows fit."""
-    if source.config is None or not loading.is_hybrid(source.config):
-        raise BadInput(f"expected a hybrid for --window, {source.name} is not one: convert it with nha hybridize")
-    common.check_window_count(windows, loading.layers_of(source.config))
-
-
 def encode(tokenizer: Any, text: str, *, raw: bool) -> torch.Tensor:
     """Token ids [1, T] of a prompt, inside the chat template if the tokenizer has one and `raw` is not set."""
     if raw or not getattr(tokenizer, "chat_template", None):
@@ -131,18 +126,6 @@ def encode(tokenizer: Any, text: str, *, raw: bool) -> torch.Tensor:
     messages = [{"role": "user", "content": text}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a transformers cache holds."""
-    total = 0
-    for layer in cache.layers:
-        own = getattr(layer, "nbytes", None)
-        if own is None:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            own = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-        total += int(own)
-    return total
 
 
 def _generate(model: Any, tokenizer: Any, ids: Any, bar: Progress | None, limit: int, options: dict[str, Any]) -> Any:

@@ -45,7 +45,7 @@ def hybridize(
     source = loading.find(model)
     check_convertible(source, windows, layers)
 
-    from nha.hybridize import hybridize as convert
+    from nha.convert.hybridize import hybridize as convert
 
     started = time.perf_counter()
     with err.status(f"loading {source.label}"):
@@ -95,14 +95,15 @@ def check_settings(slots: int, sinks: int, slot_distance: int, dtype: str) -> No
 def check_convertible(source: loading.Source, windows: int | list[int], full_layers: list[int]) -> None:
     """Raise BadInput, before any weight is read, for a family or layer numbers that cannot be converted."""
     if source.config is None:
-        count = 30  # the embedded model's layers
-        common.check_window_count(windows, count)
-        common.check_layers(full_layers, count)
+        from nha.data.smollm2 import LAYERS
+
+        common.check_window_count(windows, LAYERS)
+        common.check_layers(full_layers, LAYERS)
         return
     if loading.is_hybrid(source.config):
         raise BadInput(f"expected a model to convert, {source.name} is a hybrid already")
-    from nha.models.adapter import check_family
     from nha.models.config import plan_windows
+    from nha.models.registry import check_family
 
     check_family(source.config)
     common.check_layers(full_layers, loading.layers_of(source.config))

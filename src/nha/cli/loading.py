@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nha.cli.common import BadInput, one_line
+from nha.cli.common import BadInput, check_window_count, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +50,6 @@ def find(name: str) -> Source:
     Raises BadInput: nothing of this name, no config.json in a directory, a truncated weight file.
     """
     import transformers
-
-    import nha.models  # noqa: F401  (hybrids register themselves with transformers)
 
     quiet_transformers()
     if name == EMBEDDED:
@@ -125,3 +123,10 @@ def layers_of(config: Any) -> int:
 def is_hybrid(config: Any) -> bool:
     """Whether a config is that of a hybrid."""
     return getattr(config, "window_sizes", None) is not None
+
+
+def check_windows_changeable(source: Source, windows: int | list[int]) -> None:
+    """Raise BadInput unless the model is a hybrid whose layers these windows fit."""
+    if source.config is None or not is_hybrid(source.config):
+        raise BadInput(f"expected a hybrid for --window, {source.name} is not one: convert it with nha hybridize")
+    check_window_count(windows, layers_of(source.config))

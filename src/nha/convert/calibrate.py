@@ -63,7 +63,7 @@ def key_map(module: Any, hidden: Tensor, keys: Tensor) -> Tensor:
 
 
 def set_gate(parameters: Any, direction: Tensor, hidden: Tensor) -> None:
-    """Make `g_proj` give -direction [H, M, hidden] . x, per slot with mean 6 and deviation 6 over hidden [N, hidden]."""
+    """Make `g_proj` give -direction [H, M, hidden] . x, with mean 6 and deviation 6 over hidden [N, hidden]."""
     weight = -direction.flatten(0, 1)
     logits = hidden @ weight.T
     scale = GATE_DEVIATION / logits.std(0).clamp_min(1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Perplexity:
 
     def by_position(self, edges: list[int]) -> list[float]:
         """Perplexity of the tokens at positions edges[i] to edges[i + 1] - 1 (the token at 0 is never predicted)."""
-        pairs = zip(edges[:-1], edges[1:], strict=True)
+        pairs = itertools.pairwise(edges)
         return [math.exp(self.losses[:, max(a - 1, 0) : b - 1].double().mean()) for a, b in pairs]
 
 

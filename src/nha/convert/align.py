@@ -1,0 +1,139 @@
+"""A short training of gates and sinks, layer by layer: each layer's output should be what full attention gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nha.models.adapter import hybrid_layers, set_windows
+from nha.models.config import FULL
+
+GATE_RATE, SINK_RATE = 2e-3, 1e-3
+
+
+def align(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    steps: int = 20,
+    rows: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[float, float]]:
+    """Train every hybrid layer's gate and sink towards the output of the layer with full attention, on its inputs.
+
+    One forward pass over texts ids [N, T] of the model before its conversion; each layer is trained for `steps`
+    steps of Adam on `rows` texts as soon as the pass reaches it, so memory is that of one layer. No other weight
+    moves. `progress` is called with (layers done, layers in all).
+
+    Returns, per layer, the error before and after over all texts: squared, relative to that of an output of zero
+    (0 for layers that are not hybrid). Raises ValueError for texts that no window is shorter than.
+    """
+    modules = hybrid_layers(model)
+    windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
+    shortest = min((w for w in windows if w != FULL), default=FULL)
+    if shortest == FULL or ids.shape[1] <= shortest:
+        raise ValueError(
+            f"expected texts longer than the smallest window, got {ids.shape[1]} tokens, windows {windows}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    errors: list[tuple[float, float]] = []
+
+    def train(module: Any, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
+        index = len(errors)
+        if module.training_now:
+            return
+        if windows[index] == FULL:
+            errors.append((0.0, 0.0))
+            return
+        module.training_now, module.window_size = True, windows[index]
+        try:
+            with torch.enable_grad():
+                errors.append(_train_layer(module, kwargs, output[0], steps, rows, generator))
+        finally:
+            module.training_now, module.window_size = False, FULL
+        if progress is not None:
+            progress(index + 1, len(modules))
+
+    was_training = model.training
+    model.eval()
+    set_windows(model, FULL)
+    try:
+        with _frozen_but_slots(model), _hooks(modules, train), torch.no_grad():
+            model.get_decoder()(ids.to(model.device), use_cache=False)
+    finally:
+        set_windows(model, windows)
+        model.train(was_training)
+    return errors
+
+
+def _train_layer(
+    module: Any, kwargs: dict[str, Any], target: Tensor, steps: int, rows: int, generator: torch.Generator
+) -> tuple[float, float]:
+    """Train one layer's slots on inputs `kwargs`; the errors before and after."""
+    hidden = kwargs["hidden_states"].detach()
+    tables = kwargs["position_embeddings"]
+    rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "position_embeddings", "past_key_values")}
+
+    def error(chosen: Tensor) -> Tensor:
+        cut = None if tables is None else tuple(t[chosen] if t.shape[0] > 1 else t for t in tables)
+        out = module(hidden_states=hidden[chosen], position_embeddings=cut, **rest)[0]
+        wanted = target[chosen].float()
+        return (out.float() - wanted).square().sum() / wanted.square().sum()
+
+    def measure() -> float:
+        with torch.no_grad():
+            return sum(error(row[None]).item() for row in torch.arange(len(hidden))) / len(hidden)
+
+    before = measure()
+    slots = module.nha
+    groups = [{"params": list(slots.g_proj.parameters()), "lr": GATE_RATE}]
+    if slots.sink_key.shape[1]:
+        groups.append({"params": [slots.sink_key, slots.sink_value], "lr": SINK_RATE})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    saved = [p.detach().clone() for p in slots.parameters()]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        error(torch.randperm(len(hidden), generator=generator)[:rows]).backward()
+        optimizer.step()
+        schedule.step()
+    after = measure()
+    if not after < before:  # a layer that training did not help stays as it was
+        with torch.no_grad():
+            for parameter, value in zip(slots.parameters(), saved, strict=True):
+                parameter.copy_(value)
+        after = before
+    return before, after
+
+
+@contextmanager
+def _frozen_but_slots(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, only the slots' parameters ask for gradients."""
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(".nha." in name)
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(asked[name])
+            p.grad = None
+
+
+@contextmanager
+def _hooks(modules: list[Any], function: Callable[..., None]) -> Iterator[None]:
+    handles = [module.register_forward_hook(function, with_kwargs=True) for module in modules]
+    try:
+        for module in modules:
+            module.training_now = False
+        yield
+    finally:
+        for handle, module in zip(handles, modules, strict=True):
+            handle.remove()
+            del module.training_now
