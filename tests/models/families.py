@@ -38,7 +38,8 @@ OWN: dict[str, dict[str, Any]] = {
 @cache
 def _teacher(family: str, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(COMMON | OWN.get(family, {}) | dict(changes)))
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in changes}
+    config = AutoConfig.for_model(family, **(COMMON | OWN.get(family, {}) | listed))
     # transformers 5.17 drops Gemma 2's cap on scores silently, unless attention is "eager".
     chosen = "eager" if family == "gemma2" else None
     return AutoModelForCausalLM.from_config(config, attn_implementation=chosen).eval()
@@ -47,6 +48,11 @@ def _teacher(family: str, changes: tuple[tuple[str, Any], ...]) -> PreTrainedMod
 def teacher(family: str = "llama", **changes: Any) -> PreTrainedModel:
     """A tiny random model, the same at every call."""
     return copy.deepcopy(_teacher(family, tuple(changes.items())))
+
+
+def sliding(window: int) -> dict[str, Any]:
+    """Changes that let the outer two of three layers slide over a window of their own."""
+    return {"sliding_window": window, "layer_types": ("sliding_attention", "full_attention", "sliding_attention")}
 
 
 def hybrid(family: str = "llama", windows: int | list[int] = 8, *, slots: int = 6, sinks: int = 1, **changes: Any):
@@ -74,4 +80,4 @@ def tokens(batch: int = 1, length: int = 40, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-__all__ = ["FAMILIES", "hybrid", "teacher", "tokens"]
+__all__ = ["FAMILIES", "hybrid", "sliding", "teacher", "tokens"]

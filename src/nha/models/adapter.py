@@ -26,6 +26,7 @@ from nha.layer import log_gate
 from nha.models.attend import Segment, attend, causal_mask, own_attention, remember, spare_first_token
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
+from nha.ops.state import slot_dtype
 
 NAME = "nha"
 ABLATIONS = (None, "slots_off", "window_off")
@@ -70,9 +71,10 @@ class Observation:
 
 
 def rotate_heads(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, T, D] with the family's own rotary function and tables [B, T, R], in float32."""
+    """Rotate x [B, heads, T, D] with the family's own rotary function and tables [B, T, R], in float32 or float64."""
     apply = sys.modules[module.family.__module__].apply_rotary_pos_emb  # type: ignore[union-attr]
-    return apply(x.float(), x.float()[:, :1], cos, sin)[0]
+    x = x.to(slot_dtype(x.dtype))
+    return apply(x, x[:, :1], cos.to(x.dtype), sin.to(x.dtype))[0]
 
 
 def unrotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def unrotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Families that scale their tables (YaRN, LongRoPE) keep that scale in x: only the rotation is undone.
     """
-    cos, sin = cos.float(), sin.float()
+    cos, sin = (table.to(slot_dtype(table.dtype)) for table in (cos, sin))
     norm = torch.rsqrt(cos.square() + sin.square())
     return rotate_heads(module, x, cos * norm, -sin * norm)
 
@@ -95,7 +97,7 @@ def slot_view(
     if tables is None:
         return None, None
     at = module.nha  # type: ignore[union-attr]
-    cos, sin = at.slot_cos.float(), at.slot_sin.float()
+    cos, sin = (table.to(slot_dtype(table.dtype)) for table in (at.slot_cos, at.slot_sin))
     norm = torch.rsqrt(cos.square() + sin.square())
     q = rotate_heads(module, unrotate(module, query, *tables), cos * norm, sin * norm)
     return q.to(query.dtype), unrotate(module, key, *tables).to(key.dtype)
@@ -120,6 +122,12 @@ def segment_padding(mask: Tensor | None, length: int, layer: NHACacheLayer | Non
     return mask.gather(3, column.expand(*mask.shape[:2], -1, -1))[:, 0, :, 0]
 
 
+def cache_windows(module: nn.Module) -> list[int]:
+    """The windows of all layers as their caches see them, from one attention module."""
+    off = module.ablation == "window_off"
+    return [0 if off and window != FULL else window for window in module.config.window_sizes]  # type: ignore
+
+
 def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | None) -> NHACacheLayer | None:
     """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache."""
     if cache is None:
@@ -127,10 +135,24 @@ def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | Non
     if cu_seqlens is not None:
         raise ValueError("expected packed sequences without a cache, got cu_seq_lens_q and past_key_values")
     if module.layer_idx == 0:
-        off = module.ablation == "window_off"
-        prepare_cache(cache, [0 if off and window != FULL else window for window in module.config.window_sizes])
+        prepare_cache(cache, cache_windows(module))
     layer = cache.layers[module.layer_idx]
     return layer if isinstance(layer, NHACacheLayer) else None
+
+
+class HybridGenerationMixin:
+    """What `generate` of a hybrid model needs: a cache whose layers can take back tokens, before it reads any."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            prepare_cache(cache, cache_windows(attention_layers(self)[0]))  # type: ignore[arg-type]
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        return made
 
 
 def hybrid_attention(
@@ -208,7 +230,7 @@ def hybrid_mask(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
     if padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
         return None
-    column = torch.arange(q_length, device=padding.device) + (q_offset - kv_offset)
+    column = torch.arange(q_length, device=padding.device) + q_offset
     return padding.index_select(1, column)[:, None, None, :]
 
 
