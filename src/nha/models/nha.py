@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
-from nha.models.adapter import NAME, Observation, cache_layer, mark_packing, segment_padding
+from nha.models.adapter import NAME, HybridGenerationMixin, Observation, cache_layer, mark_packing, segment_padding
 from nha.models.attend import Segment, attend, own_attention
 from nha.models.config import FULL, NHAConfig
 
@@ -79,7 +79,7 @@ class NHAModel(LlamaModel):
         self.post_init()
 
 
-class NHAForCausalLM(LlamaForCausalLM):
+class NHAForCausalLM(HybridGenerationMixin, LlamaForCausalLM):
     """A language model of `NativeHybridAttention` layers; everything else is Llama's.
 
     >>> _ = torch.manual_seed(0)

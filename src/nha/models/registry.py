@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from nha.models.adapter import SlotParameters, install
+from nha.models.adapter import HybridGenerationMixin, SlotParameters, install
 from nha.models.config import FAMILIES, NHAConfig, check_windows, hybrid_config_class
 
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
@@ -41,7 +41,7 @@ def check_family(config: PreTrainedConfig) -> None:
     raise ValueError(f"expected a model of one of {', '.join(FAMILIES)}, got {family}: {reason}")
 
 
-class HybridModelMixin:
+class HybridModelMixin(HybridGenerationMixin):
     """What a family's causal language model gains as a hybrid."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
