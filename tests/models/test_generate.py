@@ -183,6 +183,12 @@ def test_assisted_by_a_hybrid_that_is_mostly_right(windows):
     assert torch.equal(found, generate(model, ids, use_cache=False, max_new_tokens=24))
 
 
+@each_window
+def test_a_hybrid_drafts_for_its_teacher(windows):
+    model, ids = teacher().double(), tokens(1, 30)
+    assert torch.equal(generate(model, ids, assistant_model=build("llama", windows)), generate(model, ids))
+
+
 @each_model
 def test_assisted_by_looking_up_the_prompt(family, windows, changes):
     model, ids = build(family, windows, **changes), tokens(1, 6).repeat(1, 5)

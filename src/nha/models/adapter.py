@@ -103,23 +103,22 @@ def slot_view(
     return q.to(query.dtype), unrotate(module, key, *tables).to(key.dtype)
 
 
-def segment_padding(mask: Tensor | None, length: int, layer: NHACacheLayer | None) -> Tensor | None:
-    """The padding [B, T] of this segment's tokens, from what `hybrid_mask` returned."""
+def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """What `hybrid_mask` made for a segment of T tokens: the unconverted layers' mask and the padding [B, T].
+
+    Raises ValueError for a mask prepared by someone else: only the padding of a text reaches slots.
+    """
     if mask is None:
-        return None
-    if mask.dim() != 4 or mask.dtype != torch.bool:
-        raise ValueError(
-            f"expected a padding mask [B, T], got a prepared mask {list(mask.shape)} of {mask.dtype}; "
-            "only padding and packing are meaningful"
-        )
-    if mask.shape[-2] == 1 and mask.shape[-1] == length:
-        return mask[:, 0, 0]
-    place = torch.arange(length, device=mask.device)
-    past = mask.shape[-1] - length
-    if layer is not None and layer.is_compileable and past:
-        past = layer.length - length
-    column = (place + past)[None, None, :, None]
-    return mask.gather(3, column.expand(*mask.shape[:2], -1, -1))[:, 0, :, 0]
+        return None, None
+    if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == 1:
+        if mask.shape[2] == 1 and mask.shape[3] == length:
+            return None, mask[:, 0, 0]
+        if mask.shape[2] == length + 1:
+            return mask[:, :, :-1], mask[:, 0, -1, :length]
+    raise ValueError(
+        f"expected a padding mask [B, T], got a prepared mask {list(mask.shape)} of {mask.dtype}; "
+        "only padding and packing are meaningful"
+    )
 
 
 def cache_windows(module: nn.Module) -> list[int]:
@@ -167,24 +166,17 @@ def hybrid_attention(
     if module.observer is not None:
         slot_key = key if nha_tables is None else unrotate(module, key, *nha_tables).to(key.dtype)
         module.observer(Observation(nha_hidden, *(x.transpose(1, 2) for x in (slot_key, key, value))))
+    own_mask, padding = split_mask(attention_mask, query.shape[2])
     if module.window_size == FULL:
         return own_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            softcap=softcap,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
+            module, query, key, value, own_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
         )
     if dropout:
         raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {dropout}")
     window = 0 if module.ablation == "window_off" else module.window_size
     cu = kwargs.get("cu_seq_lens_q")
     state = None if nha_layer is None else nha_layer.state
-    padding = None if cu is not None else segment_padding(attention_mask, query.shape[2], nha_layer)
+    padding = None if cu is not None else padding
     parameters = module.nha
     gate = log_gate(parameters.g_proj(nha_hidden), key.shape[1])
     if module.ablation == "slots_off":
@@ -218,20 +210,30 @@ def hybrid_mask(
 ) -> Tensor | None:  # fmt: skip
     """The mask function "nha" of transformers: a hybrid layer needs the padding of its segment and nothing of T x T.
 
-    Returns None without padding, else [B, 1, 1, T]; a model with some unconverted layers gets transformers' own
-    mask [B, 1, T, Tk], from whose diagonal the other layers read the padding.
+    Returns None without padding, else [B, 1, 1, T]. A model with some unconverted layers gets transformers' own mask
+    with one more row that holds the padding, [B, 1, T + 1, Tk]: where a token is in it depends on the kind of cache.
     """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+    own = None
     if FULL in config.window_sizes:
         capped = getattr(config, "attn_logit_softcapping", None) is not None
-        return sdpa_mask(
+        own = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
             allow_is_causal_skip=allow_is_causal_skip and not capped, **kwargs,
         )  # type: ignore[arg-type]  # fmt: skip
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
-    if padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
+        if own is None:
+            return None
+    elif padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
         return None
-    column = torch.arange(q_length, device=padding.device) + q_offset
-    return padding.index_select(1, column)[:, None, None, :]
+    if padding is not None:
+        column = torch.arange(q_length, device=padding.device) + q_offset
+        padding = padding.index_select(1, column)[:, None, None, :]
+    if own is None:
+        return padding
+    row = own.new_ones(own.shape[0], 1, 1, own.shape[3])
+    if padding is not None:
+        row[..., :q_length] = padding
+    return torch.cat([own, row], 2)
 
 
 AttentionInterface.register(NAME, hybrid_attention)

@@ -49,7 +49,7 @@ def attend(
         softcap=softcap, impl=impl,
     )  # fmt: skip
     if layer is not None and result.state is not None:
-        layer.write(result.state, segment.inputs)
+        layer.write(result.state, segment.inputs, state)
     return result.out
 
 
@@ -63,7 +63,7 @@ def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
         key, value, gate, slot_key = align_left(segment.mask, key, value, gate, slot_key)
         count = segment.mask.sum(1)
     after = advance(state, key, value, gate, slot_key, (state.slot_key, state.slot_value), count)
-    layer.write(after, segment.inputs)
+    layer.write(after, segment.inputs, None)
 
 
 def zero_slots(segment: Segment, window_size: int) -> NHAState:
@@ -114,7 +114,7 @@ def own_attention(
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    low = torch.finfo(query.dtype).min
+    low = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)  # its softmax is in float32
     additive = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), low)
     eager = sys.modules[module.family.__module__].eager_attention_forward  # type: ignore[union-attr]
     return eager(module, query, key, value, additive, softcap=softcap, **kwargs)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +119,24 @@ class NHACacheLayer(CacheLayerMixin):
             self.length += key_states.shape[-2]
         return key_states, value_states
 
-    def write(self, state: NHAState, inputs: Inputs) -> None:
-        """Keep the state after a segment (and, while recording, the segment's inputs)."""
+    def write(self, state: NHAState, inputs: Inputs, before: NHAState | None) -> None:
+        """Keep the state after a segment (while recording, also the state `before` it and the segment's inputs)."""
         if self.record_past:
             if not self._recorded:
-                self._base = self.state
+                self._base = None if before is None else before._map(torch.clone) if self.is_compileable else before
             self._recorded.append(inputs)
         else:
             self._forget()
+        self._keep(state)
+
+    def _keep(self, state: NHAState | None) -> None:
+        """Hold this state; a static layer copies it into the tensors that it has."""
         if not self.is_compileable:
             self.state = state
-        elif self.state is None:
+        elif state is None:
+            for tensor in () if self.state is None else self.state.tensors().values():
+                tensor.zero_()
+        elif self.state is None or self.state.seen.shape != state.seen.shape:
             self.state = state._map(torch.clone)
             if not torch.compiler.is_compiling():
                 for tensor in self.state.tensors().values():
@@ -172,29 +179,22 @@ class NHACacheLayer(CacheLayerMixin):
                 kept -= part.length
                 if part.length and self.window_size is not None:
                     state = part.advance(state, self.window_size)
-            self.state = state
+            self._keep(state)
             self.length += tokens_to_remove
         self._forget()
 
     def reset(self) -> None:
         self._forget()
-        if self.state is not None and self.is_compileable:
-            for tensor in self.state.tensors().values():
-                tensor.zero_()
-            self.length.zero_()  # type: ignore[union-attr]
+        self._keep(None)
+        if isinstance(self.length, Tensor):
+            self.length.zero_()
         else:
-            self.state, self.length, self.is_initialized = None, 0, False
+            self.length, self.is_initialized = 0, False
 
     def _select(self, rows: Tensor) -> None:
         if self.state is None:
             return
-        state = self.state.select(rows)
-        if self.is_compileable and state.seen.shape == self.state.seen.shape:
-            new = state.tensors()
-            for name, tensor in self.state.tensors().items():
-                tensor.copy_(new[name])
-        else:
-            self.state = state
+        self._keep(self.state.select(rows))
         self._base = None if self._base is None else self._base.select(rows)
         self._recorded = [inputs.select(rows) for inputs in self._recorded]
 
@@ -330,16 +330,3 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = entry["length"]
     return cache
-
-
-def extended(state: NHAState, inputs: Inputs) -> NHAState:
-    """The state after a segment that fits into the window of a state that has seen nothing: no token is committed."""
-    from nha.ops.segment import advance, align_left
-
-    key, value, gate = inputs.key, inputs.value, inputs.log_gate
-    slot_key = key if inputs.slot_key is None else inputs.slot_key
-    count = None
-    if inputs.mask is not None:
-        key, value, gate, slot_key = align_left(inputs.mask, key, value, gate, slot_key)
-        count = inputs.mask.sum(1)
-    return replace(advance(state, key, value, gate, slot_key, (state.slot_key, state.slot_value), count))

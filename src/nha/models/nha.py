@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
-from nha.models.adapter import NAME, HybridGenerationMixin, Observation, cache_layer, mark_packing, segment_padding
+from nha.models.adapter import NAME, HybridGenerationMixin, Observation, cache_layer, mark_packing, split_mask
 from nha.models.attend import Segment, attend, own_attention
 from nha.models.config import FULL, NHAConfig
 
@@ -50,11 +50,12 @@ class NHAAttention(NativeHybridAttention):
             full = (key.transpose(1, 2), value.transpose(1, 2))
         if self.observer is not None:
             self.observer(Observation(hidden_states, slot_key, key, value))
+        own_mask, padding = split_mask(attention_mask, query.shape[1])
         if self.window_size == FULL:
             scale = self.head_dim**-0.5
-            out, _ = own_attention(self, query.transpose(1, 2), *full, attention_mask, softcap=None, scaling=scale)
+            out, _ = own_attention(self, query.transpose(1, 2), *full, own_mask, softcap=None, scaling=scale)
             return self.o_proj(out.flatten(2)), None
-        padding = None if cu is not None else segment_padding(attention_mask, query.shape[1], layer)
+        padding = None if cu is not None else padding
         gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
         if self.ablation == "slots_off":
             gate = gate[..., :0]
