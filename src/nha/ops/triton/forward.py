@@ -33,7 +33,7 @@ def forward_kernel(
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
     CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, LATE: tl.constexpr, LIVE: tl.constexpr, WINDOWED: tl.constexpr, MASS: tl.constexpr,
+    PACKED: tl.constexpr, LATE: tl.constexpr, LIVE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """out [T, HQ, DV], mass [T, HQ], lse [T, HQ] (base 2) of one tile; programs (tile, block of query heads).
 
@@ -138,5 +138,4 @@ def forward_kernel(
         mask=real[:, None] & (column < DV)[None, :],
     )
     tl.store(lse + place, top + tl.log2(norm), mask=real)
-    if MASS:
-        tl.store(mass + place, old / norm, mask=real)
+    tl.store(mass + place, old / norm, mask=real)

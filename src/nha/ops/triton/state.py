@@ -45,26 +45,27 @@ def states_kernel(
     total = tl.maximum(count + past - window, 0)
     key_blocks: tl.constexpr = (D + WIDTH - 1) // WIDTH
     is_key = block < key_blocks
+    dim = tl.where(is_key, D, DV)
     if is_key:
         tokens = k_slot + row * k_b + first_key * k_t + head * k_h
         stride = k_t
-        start, added, out, last, dim, first_column = start_key, added_key, out_key, last_key, D, block * WIDTH
+        start, added, out, last, first_column = start_key, added_key, out_key, last_key, block * WIDTH
     else:
         tokens = v + row * v_b + first_key * v_t + head * v_h
         stride = v_t
-        start, added, out, last, dim = start_value, added_value, out_value, last_value, DV
+        start, added, out, last = start_value, added_value, out_value, last_value
         first_column = (block - key_blocks) * WIDTH
     gates = log_gate + row * g_b + first_key * g_t + head * g_h
     column = first_column + tl.arange(0, WIDTH)
     slot = tl.arange(0, SLOTS)
-    size = (M * dim).to(tl.int64)
+    size = M * dim
     slots = tl.zeros([SLOTS, WIDTH], tl.float32)
     if STARTED and not ADDING:
         where, inside = _slots_at(start + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
         slots = tl.load(where, mask=inside, other=0.0).to(tl.float32)
     if FOLDED:
         for earlier in range(program - index, program):
-            place = earlier.to(tl.int64) * heads + head
+            place = earlier * heads + head.to(tl.int64)
             kept = tl.exp(tl.load(decay + place * M + slot, mask=slot < M, other=0.0))
             where, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
             slots = slots * kept[:, None] + tl.load(where, mask=inside, other=0.0)
@@ -117,15 +118,16 @@ def reverse_kernel(
     total = tl.maximum(count + past - window, 0)
     key_blocks: tl.constexpr = (D + WIDTH - 1) // WIDTH
     is_key = block < key_blocks
+    dim = tl.where(is_key, D, DV)
     if is_key:
-        last, added, read, first, dim, first_column = last_key, added_key, read_key, first_key, D, block * WIDTH
+        last, added, read, first, first_column = last_key, added_key, read_key, first_key, block * WIDTH
     else:
-        last, added, read, first, dim = last_value, added_value, read_value, first_value, DV
+        last, added, read, first = last_value, added_value, read_value, first_value
         first_column = (block - key_blocks) * WIDTH
     gates = log_gate + row * g_b + key_start * g_t + head * g_h
     column = first_column + tl.arange(0, WIDTH)
     slot = tl.arange(0, SLOTS)
-    size = (M * dim).to(tl.int64)
+    size = M * dim
     all_chunks = (total + CHUNK - 1) // CHUNK
     count_segments = tl.maximum((all_chunks + segment_chunks - 1) // segment_chunks, 1)
     if index >= count_segments:
@@ -137,7 +139,7 @@ def reverse_kernel(
     if FOLDED:
         final = program - index + count_segments - 1
         for back in range(0, count_segments - 1 - index):
-            place = (final - back).to(tl.int64) * heads + head
+            place = (final - back) * heads + head.to(tl.int64)
             kept = tl.exp(tl.load(decay + place * M + slot, mask=slot < M, other=0.0))
             where, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
             slots = slots * kept[:, None] + tl.load(where, mask=inside, other=0.0)

@@ -1,0 +1,127 @@
+"""How one call is cut into programs: block sizes by head size and dtype, tables that name the work of packed rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 512  # state programs that keep every multiprocessor busy
+MAX_SEGMENTS = 32
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Blocks(NamedTuple):
+    """Sizes a kernel is compiled for; none of them depends on the number of tokens."""
+
+    slots: int
+    key: int
+    value: int
+    sinks: int
+    chunk: int  # tokens between two kept slot states
+    heads: int  # query heads of one program
+    block: int  # window keys of one step
+    keys: int  # window keys of one program of the backward pass
+    warps: int
+    precision: str
+    dtype: tl.dtype  # operands of matrix products
+    gated: tl.dtype  # operands that carry gate factors of up to exp(40)
+
+
+def _width(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, groups: int, window: int) -> Blocks:
+    """Block sizes that fit into the shared memory and registers of a current GPU."""
+    wide = max(_width(dim), _width(value_dim))
+    exact = dtype == torch.float32
+    heads = min(triton.next_power_of_2(groups), 2 if exact or wide > 128 else 4)
+    return Blocks(
+        slots=_width(slots),
+        key=_width(dim),
+        value=_width(value_dim),
+        sinks=_width(sinks),
+        chunk=32 if exact else 64,
+        heads=heads,
+        block=16 if exact else (32 if window < 256 or wide > 128 else 64),
+        keys=16 if exact and wide > 128 else 32,
+        warps=8 if wide > 128 else 4,
+        precision="tf32x3" if exact else "tf32",
+        dtype=DTYPES[dtype],
+        gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+    )
+
+
+class Plan(NamedTuple):
+    """The work of one call. For packed rows the tables name the (sequence, index) of every program."""
+
+    sequences: int
+    length: int  # tokens per row, or of all packed sequences
+    past: int
+    window: int
+    chunks: int  # kept slot states per sequence, or of all packed sequences
+    tiles: int
+    segments: int
+    segment_chunks: int
+    key_blocks: int
+    cu: Tensor | None = None
+    chunk_base: Tensor | None = None
+    chunk_table: Tensor | None = None
+    tile_table: Tensor | None = None
+    segment_table: Tensor | None = None
+    key_table: Tensor | None = None
+
+    def programs(self, per_sequence: int) -> int:
+        """Programs of a launch that has this many per sequence (batched) or in all (packed)."""
+        return per_sequence if self.cu is not None else per_sequence * self.sequences
+
+    @property
+    def split(self) -> bool:
+        """Whether some sequence is cut into more than one segment."""
+        return self.segments > (self.sequences if self.cu is not None else 1)
+
+
+def _table(counts: Tensor, size: int) -> Tensor:
+    """[size, 2] int32: the sequence and index of every program, -1 for the spare ones, without asking the device."""
+    ends = counts.cumsum(0)
+    program = torch.arange(size, device=counts.device)
+    sequence = torch.searchsorted(ends, program, right=True)
+    spare = sequence >= counts.shape[0]
+    sequence = sequence.clamp_max(counts.shape[0] - 1)
+    index = program - (ends - counts)[sequence]
+    return torch.stack([sequence.masked_fill(spare, -1), index], 1).to(torch.int32).contiguous()
+
+
+def make_plan(
+    batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None
+) -> Plan:
+    """The plan of a call; `columns` is the number of state programs of one segment (KV heads times column blocks)."""
+    offset = window - past
+    lead = -offset % 16
+    if cu is None:
+        chunks = max(-(-(length - offset) // sizes.chunk), 0)
+        wanted = min(max(PROGRAMS // (batch * columns), 1), MAX_SEGMENTS)
+        segment_chunks = max(-(-chunks // wanted), 4)
+        return Plan(
+            batch, length, past, window, chunks, -(-(length + lead) // 16), max(-(-chunks // segment_chunks), 1),
+            segment_chunks, -(-(length + past) // sizes.keys),
+        )  # fmt: skip
+    count = cu.shape[0] - 1
+    lengths = (cu[1:] - cu[:-1]).long()
+    chunks = -(-length // sizes.chunk) + count
+    segment_chunks = max(-(-chunks // min(max(PROGRAMS // columns, 1), MAX_SEGMENTS)), 4)
+    per_chunk = ((lengths - offset).clamp_min(0) + sizes.chunk - 1) // sizes.chunk
+    per_tile = torch.where(lengths > 0, (lengths + lead + 15) // 16, 0)
+    per_segment = ((per_chunk + segment_chunks - 1) // segment_chunks).clamp_min(1)
+    per_key = (torch.where(lengths > 0, lengths + past, past) + sizes.keys - 1) // sizes.keys
+    tiles, segments = -(-length // 16) + 2 * count, -(-chunks // segment_chunks) + count
+    keys = -(-length // sizes.keys) + (1 + -(-past // sizes.keys)) * count
+    return Plan(
+        count, length, past, window, chunks, tiles, segments, segment_chunks, keys, cu,
+        per_chunk.cumsum(0) - per_chunk, _table(per_chunk, chunks), _table(per_tile, tiles),
+        _table(per_segment, segments), _table(per_key, keys),
+    )  # fmt: skip
