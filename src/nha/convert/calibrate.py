@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from nha.models.adapter import Observation, attention_layers, observe
 
 ROUNDS = 10
-GATE_MEAN = GATE_DEVIATION = 6.0
+GATE_DEVIATION = 40.0
+WRITES_PER_TOKEN = 3.0
 SINK_TOKENS = 256
 
 
@@ -63,13 +64,20 @@ def key_map(module: Any, hidden: Tensor, keys: Tensor) -> Tensor:
 
 
 def set_gate(parameters: Any, direction: Tensor, hidden: Tensor) -> None:
-    """Make `g_proj` give -direction [H, M, hidden] . x, with mean 6 and deviation 6 over hidden [N, hidden]."""
+    """Make `g_proj` give -direction [H, M, hidden] . x, so scaled and shifted that few tokens overwrite a slot.
+
+    Over hidden [N, hidden] every logit has deviation `GATE_DEVIATION`, and a share of `WRITES_PER_TOKEN` / M of the
+    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is.
+    """
     weight = -direction.flatten(0, 1)
     logits = hidden @ weight.T
     scale = GATE_DEVIATION / logits.std(0).clamp_min(1e-6)
+    share = min(0.5, WRITES_PER_TOKEN / direction.shape[1])
+    place = max(1, round(share * len(logits)))
+    threshold = logits.kthvalue(place, dim=0).values
     with torch.no_grad():
         parameters.g_proj.weight.copy_(weight * scale[:, None])
-        parameters.g_proj.bias.copy_(GATE_MEAN - logits.mean(0) * scale)
+        parameters.g_proj.bias.copy_(-threshold * scale)
 
 
 @torch.no_grad()
