@@ -205,12 +205,14 @@ def test_a_cropped_cache_equals_one_that_never_read_further(family, windows, cha
             return model(ids[:, start:stop], past_key_values=cache, use_cache=True)
 
     whole = read(None, 0, 30)
+    # Sliding layers of transformers 5.17 take one segment between crops, with or without nha.
+    pieces = (8,) if "sliding_window" in changes else (3, 8)
     for start in (4, 12):
         for back in (0, 1, 5, 8):
             cache = read(None, 0, start).past_key_values
             cache.activate_past_recording()
-            read(cache, start, start + 3)
-            read(cache, start + 3, start + 8)
+            for begin, end in zip((0, *pieces), pieces, strict=False):
+                read(cache, start + begin, start + end)
             cache.crop(-back)
             kept = start + 8 - back
             assert cache.get_seq_length() == kept

@@ -127,8 +127,11 @@ def cache_windows(module: nn.Module) -> list[int]:
     return [0 if off and window != FULL else window for window in module.config.window_sizes]  # type: ignore
 
 
-def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | None) -> NHACacheLayer | None:
-    """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache."""
+def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | None, rows: int) -> NHACacheLayer | None:
+    """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache.
+
+    Raises ValueError for a cache that cannot go on with `rows` texts.
+    """
     if cache is None:
         return None
     if cu_seqlens is not None:
@@ -136,7 +139,12 @@ def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | Non
     if module.layer_idx == 0:
         prepare_cache(cache, cache_windows(module))
     layer = cache.layers[module.layer_idx]
-    return layer if isinstance(layer, NHACacheLayer) else None
+    if not isinstance(layer, NHACacheLayer):
+        return None
+    if layer.state is not None and layer.state.seen.shape[0] != rows:
+        raise ValueError(f"expected a cache of {rows} rows, got one of {layer.state.seen.shape[0]}")
+    layer.claimed = True
+    return layer
 
 
 class HybridGenerationMixin:
@@ -171,8 +179,7 @@ def hybrid_attention(
         return own_attention(
             module, query, key, value, own_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
         )
-    if dropout:
-        raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {dropout}")
+    check_dropout(dropout)
     window = 0 if module.ablation == "window_off" else module.window_size
     cu = kwargs.get("cu_seq_lens_q")
     state = None if nha_layer is None else nha_layer.state
@@ -240,6 +247,19 @@ AttentionInterface.register(NAME, hybrid_attention)
 AttentionMaskInterface.register(NAME, hybrid_mask)
 
 
+def check_dropout(probability: float) -> None:
+    """Raise ValueError for attention dropout, which slots cannot have."""
+    if probability:
+        raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {probability}")
+
+
+def check_implementation(config: Any) -> None:
+    """Raise ValueError where something else than "nha" was chosen as the attention of a hybrid model."""
+    if config._attn_implementation != NAME:
+        got = config._attn_implementation
+        raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
+
+
 @memoize
 def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's attention class that hands the slots' inputs on."""
@@ -248,10 +268,8 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
         self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
         past_key_values: Cache | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if self.config._attn_implementation != NAME:
-            got = self.config._attn_implementation
-            raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
-        layer = cache_layer(self, past_key_values, kwargs.get("cu_seq_lens_q"))
+        check_implementation(self.config)
+        layer = cache_layer(self, past_key_values, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
         return family.forward(
             self, hidden_states=hidden_states, position_embeddings=position_embeddings,
             attention_mask=attention_mask, past_key_values=past_key_values, nha_hidden=hidden_states,
@@ -284,13 +302,24 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
     """Per layer, cosines and sines [2, 1, 1, R] of the family's own rotary embedding at a distance in tokens."""
-    rotary, config = decoder(model).rotary_emb, model.config  # type: ignore[union-attr]
-    parameter = next(model.parameters())
+    config, parameter = model.config, next(model.parameters())
+    with torch.device(parameter.device):
+        rotary = type(decoder(model).rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
     x = torch.zeros(1, 1, 1, device=parameter.device)
     position = torch.full((1, 1), distance, device=parameter.device)
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = config.layer_types if typed else [None] * config.num_hidden_layers
     return [torch.stack(rotary(x, position, kind) if typed else rotary(x, position)) for kind in kinds]
+
+
+def reset_slots(model: PreTrainedModel, parameters: SlotParameters) -> None:
+    """Give one layer's slots their first values, where a checkpoint brings none."""
+    parameters.reset_parameters()
+    index = next(i for i, module in enumerate(attention_layers(model)) if module.nha is parameters)
+    cos, sin = slot_tables(model, model.config.slot_distance)[index]  # type: ignore[arg-type]
+    with torch.no_grad():
+        parameters.slot_cos.copy_(cos)
+        parameters.slot_sin.copy_(sin)
 
 
 def install(model: PreTrainedModel) -> None:

@@ -90,6 +90,7 @@ class NHACacheLayer(CacheLayerMixin):
         self.state: NHAState | None = None
         self.length: int | Tensor = 0
         self.record_past = False
+        self.claimed = False
         self._base: NHAState | None = None
         self._recorded: list[Inputs] = []
 
@@ -110,7 +111,13 @@ class NHACacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the segment's tokens and return its keys and values [B, H, T, D] as they are."""
+        """Count the segment's tokens and return its keys and values [B, H, T, D] as they are.
+
+        Raises ValueError where it is not a hybrid layer that reads the state: all it would see is this segment.
+        """
+        if not self.claimed:
+            raise ValueError(f"expected a cache that an unconverted layer can read, got {self!r}")
+        self.claimed = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if isinstance(self.length, Tensor):
@@ -314,11 +321,15 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
         raise ValueError(f"expected a cache made by this {type(model).__name__} at {path}, got one of another model")
     cache = DynamicCache(config=model.config)
     prepare_cache(cache, getattr(model.config, "window_sizes", [FULL] * len(cache.layers)))
-    for index, (layer, entry) in enumerate(zip(cache.layers, json.loads(meta["layers"]), strict=True)):
+    entries = json.loads(meta["layers"])
+    if len(entries) != len(cache.layers):
+        raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
+    for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
         prefix = f"{index}."
         parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        if not parts:
+        if not entry["length"]:
             continue
+        check_parts(parts, entry, layer, f"of layer {index} at {path}")
         if isinstance(layer, NHACacheLayer):
             parts.setdefault("tail_slot_key", None)  # type: ignore[arg-type]
             layer.state = NHAState(window_size=entry["window"], slots_live=entry["live"], **parts)
@@ -330,3 +341,28 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = entry["length"]
     return cache
+
+
+def check_parts(parts: dict[str, Tensor], entry: dict[str, Any], layer: Any, where: str) -> None:
+    """Raise ValueError for a layer's tensors that are missing or do not fit together."""
+    is_nha = isinstance(layer, NHACacheLayer)
+    kind = "nha" if is_nha else type(layer).__name__
+    if entry["kind"] != kind:
+        raise ValueError(f"expected a layer of kind {kind!r}, got {entry['kind']!r} {where}")
+    wanted = {"slot_key", "slot_value", "key", "value", "tail_log_gate", "seen"} if is_nha else {"keys", "values"}
+    missing = sorted(wanted - parts.keys())
+    if missing:
+        raise ValueError(f"expected a tensor {missing[0]!r} {where}, got {sorted(parts)}")
+    if is_nha:
+        batch, heads, slots, dim = parts["slot_key"].shape
+        window, value_dim = entry["window"], parts["slot_value"].shape[-1]
+        shapes = {
+            "slot_value": (batch, heads, slots, value_dim), "key": (batch, window, heads, dim),
+            "value": (batch, window, heads, value_dim), "tail_slot_key": (batch, window, heads, dim),
+            "tail_log_gate": (batch, window, heads, slots), "seen": (batch,),
+        }  # fmt: skip
+    else:
+        shapes = {"values": (*parts["keys"].shape[:3], parts["values"].shape[-1])}
+    for name, shape in shapes.items():
+        if name in parts and tuple(parts[name].shape) != shape:
+            raise ValueError(f"expected {name!r} {list(shape)} {where}, got {list(parts[name].shape)}")

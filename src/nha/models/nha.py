@@ -10,7 +10,16 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
-from nha.models.adapter import NAME, HybridGenerationMixin, Observation, cache_layer, mark_packing, split_mask
+from nha.models.adapter import (
+    NAME,
+    HybridGenerationMixin,
+    Observation,
+    cache_layer,
+    check_dropout,
+    check_implementation,
+    mark_packing,
+    split_mask,
+)
 from nha.models.attend import Segment, attend, own_attention
 from nha.models.config import FULL, NHAConfig
 
@@ -40,10 +49,12 @@ class NHAAttention(NativeHybridAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend from hidden_states [B, T, hidden] with rotary tables [B, T, D]; the cache is updated in place."""
+        check_implementation(self.config)
+        check_dropout(self.config.attention_dropout if self.training else 0.0)
         slot_query, slot_key, value = self.project(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
         cu = kwargs.get("cu_seq_lens_q")
-        layer = cache_layer(self, past_key_values, cu)
+        layer = cache_layer(self, past_key_values, cu, hidden_states.shape[0])
         if past_key_values is not None:
             full = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
         else:
