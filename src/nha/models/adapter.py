@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
@@ -54,10 +55,10 @@ class SlotParameters(nn.Module):
 
     def reset_parameters(self) -> None:
         """Gates that leave the slots nearly alone and a sink of zeros, until calibration or training sets them."""
-        nn.init.normal_(self.g_proj.weight, std=0.02)
-        nn.init.zeros_(self.g_proj.bias)
-        nn.init.zeros_(self.sink_key)
-        nn.init.zeros_(self.sink_value)
+        init.normal_(self.g_proj.weight, std=0.02)
+        init.zeros_(self.g_proj.bias)
+        init.zeros_(self.sink_key)
+        init.zeros_(self.sink_value)
 
 
 @dataclass
@@ -312,14 +313,16 @@ def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
     return [torch.stack(rotary(x, position, kind) if typed else rotary(x, position)) for kind in kinds]
 
 
-def reset_slots(model: PreTrainedModel, parameters: SlotParameters) -> None:
-    """Give one layer's slots their first values, where a checkpoint brings none."""
-    parameters.reset_parameters()
-    index = next(i for i, module in enumerate(attention_layers(model)) if module.nha is parameters)
-    cos, sin = slot_tables(model, model.config.slot_distance)[index]  # type: ignore[arg-type]
-    with torch.no_grad():
-        parameters.slot_cos.copy_(cos)
-        parameters.slot_sin.copy_(sin)
+def reset_slots(model: PreTrainedModel) -> None:
+    """Give the slots of every layer their first values, except where a checkpoint brought some."""
+    modules = attention_layers(model)
+    if not hasattr(modules[0], NAME):
+        return
+    tables = slot_tables(model, model.config.slot_distance)  # type: ignore[arg-type]
+    for module, (cos, sin) in zip(modules, tables, strict=True):
+        module.nha.reset_parameters()
+        init.copy_(module.nha.slot_cos, cos)
+        init.copy_(module.nha.slot_sin, sin)
 
 
 def install(model: PreTrainedModel) -> None:

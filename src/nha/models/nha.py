@@ -90,6 +90,12 @@ class NHAModel(LlamaModel):
         self.register_forward_pre_hook(mark_packing, with_kwargs=True)
         self.post_init()
 
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NativeHybridAttention):
+            torch.nn.init.zeros_(module.sink_key)
+            torch.nn.init.zeros_(module.sink_value)
+
 
 class NHAForCausalLM(HybridGenerationMixin, LlamaForCausalLM):
     """A language model of `NativeHybridAttention` layers; everything else is Llama's.
@@ -110,9 +116,3 @@ class NHAForCausalLM(HybridGenerationMixin, LlamaForCausalLM):
         self.model = NHAModel(config)
         self.config._attn_implementation = NAME
         self.post_init()
-
-    def _init_weights(self, module: Any) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NativeHybridAttention):
-            torch.nn.init.zeros_(module.sink_key)
-            torch.nn.init.zeros_(module.sink_value)

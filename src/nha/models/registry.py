@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from nha.models.adapter import HybridGenerationMixin, SlotParameters, install, reset_slots
+from nha.models.adapter import HybridGenerationMixin, install, reset_slots
 from nha.models.config import FAMILIES, NHAConfig, check_windows, hybrid_config_class
 
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
@@ -48,11 +48,10 @@ class HybridModelMixin(HybridGenerationMixin):
         super().__init__(config, *args, **kwargs)
         install(self)  # type: ignore[arg-type]
 
-    def _init_weights(self, module: Any) -> None:
-        if isinstance(module, SlotParameters):
-            reset_slots(self, module)  # type: ignore[arg-type]
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    def initialize_weights(self) -> None:
+        """Fill in what a checkpoint lacks; the family's decoder initialises its own modules and knows no slots."""
+        super().initialize_weights()  # type: ignore[misc]
+        reset_slots(self)  # type: ignore[arg-type]
 
 
 @memoize
