@@ -73,9 +73,7 @@ def forward_kernel(
         rise, share, border = factors(gate, tile_gate, within, CHUNK, HEADS, SLOTS)
         fall = tl.trans(share * taken(gate))
         query = load_queries(q_slot + row * qs_b + start * qs_t, qs_t, qs_h, t, query_head, real, D, KEY)
-        keys = load_tokens(
-            k_slot + row * ks_b + key_start * ks_t + head * ks_h, ks_t, token, 0, committed, D, KEY
-        )
+        keys = load_tokens(k_slot + row * ks_b + key_start * ks_t + head * ks_h, ks_t, token, 0, committed, D, KEY)
         place = ((base + chunk) * heads + head) * M
         held = load_slots(slot_key + place * D, M, SLOTS, D, KEY)
         seen = token[None, :] <= u[:, None]

@@ -96,9 +96,7 @@ def _table(counts: Tensor, size: int) -> Tensor:
     return torch.stack([sequence.masked_fill(spare, -1), index], 1).to(torch.int32).contiguous()
 
 
-def make_plan(
-    batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None
-) -> Plan:
+def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None) -> Plan:
     """The plan of a call; `columns` is the number of state programs of one segment (KV heads times column blocks)."""
     offset = window - past
     lead = -offset % 16
