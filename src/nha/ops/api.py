@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,17 @@ class NHAOutput(NamedTuple):
     slot_mass: Tensor | None
 
 
+def _triton_reason() -> str | None:
+    """Why the GPU kernels cannot run on this machine, or None."""
+    if find_spec("triton") is None:
+        return "not available: Triton is not installed, use impl='chunked'"
+    import triton
+
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        return "not available: this machine has no CUDA device, use impl='chunked'"
+    return None
+
+
 def implementations() -> dict[str, str]:
     """Every implementation with "available" or the reason why it cannot run here.
 
@@ -32,7 +44,7 @@ def implementations() -> dict[str, str]:
     return {
         "reference": "available",
         "chunked": "available",
-        "triton": "not there yet: this version has no GPU kernels, use impl='chunked'",
+        "triton": _triton_reason() or "available",
     }
 
 
@@ -46,7 +58,8 @@ def choose(impl: str, device: torch.device | str = "cpu") -> str:
     'chunked'
     """
     if impl == "auto":
-        return "chunked"
+        usable = torch.device(device).type == "cuda" and _triton_reason() is None
+        return "triton" if usable else "chunked"
     known = implementations()
     if impl not in known:
         raise ValueError(f"expected impl to be 'auto' or one of {sorted(known)}, got {impl!r}")
@@ -128,6 +141,8 @@ def nha_attention(
         check_mask(attention_mask)
     if log_gate is None:
         log_gate = k.new_zeros(*k.shape[:3], 0)
+    if name == "triton" and window_size != -1:
+        name = _triton_or_chunked(impl, q, v, log_gate, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fresh = state is None
     if fresh:
@@ -143,9 +158,26 @@ def nha_attention(
         out, mass, after = reference(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     elif window_size == -1 or (fresh and window_size >= q.shape[1]):
         out, mass, after = full_attention(q, k, v, log_gate, k_slot, **options)
+    elif name == "triton":
+        from nha.ops.triton.op import triton_attention
+
+        options |= {"fresh": fresh, "keep": return_state}
+        out, mass, after = triton_attention(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     else:
         out, mass, after = chunked(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)
+
+
+def _triton_or_chunked(impl: str, q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str:
+    """ "triton", or "chunked" where "auto" meets inputs that the kernels do not take; NotImplementedError if asked."""
+    from nha.ops.triton.op import unsupported
+
+    reason = unsupported(q, v, log_gate, softcap)
+    if reason is None:
+        return "triton"
+    if impl == "auto":
+        return "chunked"
+    raise NotImplementedError(f"impl='triton' cannot run {reason}; use impl='chunked'")
 
 
 def _check(q, k, v, log_gate, window_size, q_slot, k_slot, sink, state, attention_mask, cu_seqlens) -> None:
