@@ -1,0 +1,198 @@
+"""The laws for impl="triton", in Triton's interpreter on small float32 shapes (or on the GPU where there is one)."""
+
+import itertools
+
+import pytest
+import torch
+
+from nha import NHAState
+from tests.inputs import TOKENWISE, Case, call, error, gradients, leaves, make, random_loss, rounding
+from tests.laws.test_implementations import exponent_rounding, terms_behind
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = {
+    "grouped heads, odd sizes": Case(length=37, window=7, sinks=2),
+    "no window": Case(length=50, query_heads=3, heads=1, window=0, separate=False),
+    "several chunks and segments": Case(batch=1, length=150, heads=1, query_heads=1, window=5, slots=17, separate=False),
+    "window longer than a tile": Case(batch=1, length=75, window=33, sinks=1),
+    "one token more than the window": Case(length=17, window=16, sinks=1, separate=False),
+    "many query heads": Case(batch=1, length=30, query_heads=9, heads=1, window=1),
+}
+
+
+def results(flat, window, impl, **options):
+    output = call(flat, window_size=window, impl=impl, return_state=True, return_slot_mass=True, **options)
+    found = {"out": output.out, "mass": output.slot_mass}
+    found |= {"slot_key": output.state.slot_key, "slot_value": output.state.slot_value}
+    return found | {"d" + n: g for n, g in gradients(flat, random_loss(output)).items()}
+
+
+def inputs(case):
+    return {n: x.detach().to(DEVICE).requires_grad_() for n, x in leaves(make(case, torch.float32)).items()}
+
+
+def double(flat):
+    return {n: x.detach().double().requires_grad_() for n, x in flat.items()}
+
+
+def bounds(flat, case, exact, reference):
+    """Twice the error of the reference in float32 and its rounding band, as for every implementation."""
+    sizes = terms_behind(flat, exact)
+    found = {}
+    for name, value in exact.items():
+        terms = case.length * case.query_heads if name.startswith("d") else 1
+        size = torch.maximum(sizes[name], value.abs().max()) if name in sizes else value
+        band = exponent_rounding(flat["log_gate"]) * terms**0.5 * rounding(size, torch.float32)
+        found[name] = 2 * (error(reference[name], value) + band)
+    return found
+
+
+def assert_within(got, exact, bound):
+    for name, value in exact.items():
+        assert error(got[name], value) <= bound[name], (name, error(got[name], value), bound[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_err_at_most_twice_as_much_as_the_reference(name):
+    case = CASES[name]
+    flat = inputs(case)
+    exact = results(double(flat), case.window, "reference")
+    bound = bounds(flat, case, exact, results(flat, case.window, "reference"))
+    assert_within(results(flat, case.window, "triton"), exact, bound)
+
+
+def test_two_runs_give_the_same_bits():
+    flat = inputs(CASES["grouped heads, odd sizes"])
+    first, second = (results(flat, 7, "triton") for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("window", [0, 4, 20])
+def test_segments_equal_one_call_in_outputs_states_and_gradients(window):
+    case = Case(batch=2, length=41, window=window, sinks=1)
+    flat = inputs(case)
+
+    def split(flat, cuts, impl):
+        outs, state = [], None
+        for start, stop in itertools.pairwise(cuts):
+            part = {n: x[:, start:stop] if n in TOKENWISE else x for n, x in flat.items()}
+            output = call(part, window_size=window, state=state, return_state=True, return_slot_mass=True, impl=impl)
+            state = output.state
+            outs.append(output)
+        whole = output._replace(
+            out=torch.cat([o.out for o in outs], 1), slot_mass=torch.cat([o.slot_mass for o in outs], 1)
+        )
+        found = {"out": whole.out, "mass": whole.slot_mass, **whole.state.tensors()}
+        return found | {"d" + n: g for n, g in gradients(flat, random_loss(whole)).items()}
+
+    exact = split(double(flat), [0, 41], "reference")
+    bound = bounds(flat, case, exact, split(flat, [0, 41], "reference"))
+    assert_within(split(flat, [0, 3, 4, 30, 41], "triton"), exact, bound)
+
+
+def test_slots_handed_in_live_from_the_first_token_and_get_gradients():
+    case = Case(batch=2, length=20, window=6, separate=False)
+    flat = inputs(case)
+    generator = torch.Generator().manual_seed(3)
+    for name, dim in (("slot_key", case.dim), ("slot_value", case.value_dim)):
+        slots = torch.randn(case.batch, case.heads, case.slots, dim, generator=generator)
+        flat[name] = slots.to(DEVICE).requires_grad_()
+
+    def run(flat, impl):
+        own = {n: x for n, x in flat.items() if n not in ("slot_key", "slot_value")}
+        state = NHAState.from_slots(flat["slot_key"], flat["slot_value"], case.window)
+        output = call(own, window_size=6, state=state, impl=impl, return_state=True, return_slot_mass=True)
+        found = {"out": output.out, "mass": output.slot_mass}
+        return found | {"d" + n: g for n, g in gradients(flat, random_loss(output)).items()}
+
+    exact = run(double(flat), "reference")
+    bound = bounds(flat, case, exact, run(flat, "reference"))
+    assert_within(run(flat, "triton"), exact, bound)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_packed_sequences_equal_the_sequences_alone(window):
+    case = Case(batch=1, length=60, window=window)
+    flat = inputs(case)
+    cu = torch.tensor([0, 3, 3, 40, 60], dtype=torch.int32, device=DEVICE)
+    exact = results(double(flat), window, "reference", cu_seqlens=cu)
+    bound = bounds(flat, case, exact, results(flat, window, "reference", cu_seqlens=cu))
+    assert_within(results(flat, window, "triton", cu_seqlens=cu), exact, bound)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_packed_sequences_go_on_from_a_state(window):
+    case = Case(batch=1, length=50, window=window)
+    flat = inputs(case)
+    cuts = [torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in ([0, 3, 20], [0, 12, 30])]
+
+    def run(flat, impl):
+        parts = [{n: x[:, s] for n, x in flat.items()} for s in (slice(0, 20), slice(20, 50))]
+        options = {"window_size": window, "return_state": True, "return_slot_mass": True, "impl": impl}
+        one = call(parts[0], cu_seqlens=cuts[0], **options)
+        two = call(parts[1], cu_seqlens=cuts[1], state=one.state, **options)
+        found = {"out": two.out, "mass": two.slot_mass, **two.state.tensors()}
+        return found | {"d" + n: g for n, g in gradients(flat, random_loss(two)).items()}
+
+    exact = run(double(flat), "reference")
+    bound = bounds(flat, case, exact, run(flat, "reference"))
+    assert_within(run(flat, "triton"), exact, bound)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_the_rows_alone(side):
+    case = Case(batch=2, length=30, window=5)
+    flat = inputs(case)
+    mask = torch.ones(2, 30, dtype=torch.bool, device=DEVICE)
+    mask[1, slice(0, 13) if side == "left" else slice(17, None)] = False
+    exact = results(double(flat), 5, "reference", attention_mask=mask)
+    bound = bounds(flat, case, exact, results(flat, 5, "reference", attention_mask=mask))
+    got = results(flat, 5, "triton", attention_mask=mask)
+    assert_within(got, exact, bound)
+    assert not got["out"][~mask].any()
+    for name in flat:
+        assert not got["d" + name][~mask].any(), name
+
+
+@pytest.mark.parametrize("gate", [0.0, -5.0, -1e4, 1e4])
+@pytest.mark.parametrize("window", [0, 7])
+def test_extreme_gates_and_scores_stay_finite(gate, window):
+    case = Case(batch=1, length=40, window=window, sinks=1)
+    made = make(case, torch.float32)
+    made["log_gate"] = torch.full_like(made["log_gate"], gate)
+    made["q"], made["q_slot"] = made["q"] * 1e4, made["q_slot"] * 1e4
+    flat = {n: x.detach().to(DEVICE).requires_grad_() for n, x in leaves(made).items()}
+    for name, value in results(flat, window, "triton").items():
+        assert value.isfinite().all(), name
+
+
+def test_layouts_with_heads_before_tokens_are_read_in_place():
+    case = Case(length=33, window=5)
+    flat = inputs(case)
+    turned = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for n, x in flat.items()}
+    for name, value in results(turned, 5, "triton").items():
+        assert torch.equal(value, results(flat, 5, "triton")[name]) if name == "out" else value.isfinite().all(), name
+
+
+def test_what_the_kernels_cannot_do_is_refused_in_one_line():
+    flat = inputs(Case(length=9, window=3))
+    for message, options in {
+        "softcap": {"softcap": 1.0},
+        "float64": {"flat": double(flat)},
+    }.items():
+        own = options.pop("flat", flat)
+        with pytest.raises(NotImplementedError, match=message) as caught:
+            call(own, window_size=3, impl="triton", **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_operators_are_well_formed():
+    case = Case(batch=1, length=20, query_heads=2, heads=1, slots=2)
+    flat = {n: x.detach() for n, x in inputs(case).items()}
+    call(flat, window_size=3, impl="triton")  # registers the operators
+    args = (
+        flat["q"], flat["k"], flat["v"], flat["q_slot"], None, flat["log_gate"], None, None, None, None, None, None,
+        3, 0, 0.5, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.nha.triton.default, args)
