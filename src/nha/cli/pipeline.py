@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def documents(self) -> int:
-        return 2 if self.quick else 4
+        return 2 if self.quick else 3
 
     @property
     def length(self) -> int:
@@ -183,7 +183,7 @@ def wider(model: Any) -> Iterator[None]:
 
 def tune(model: Any, tokenizer: Any, settings: Settings, clock: Clock) -> Tuning:
     """Train gates and sinks for a moment on text that is not measured."""
-    rows, length, steps = (4, 512, 10) if settings.quick else (8, 1024, 20)
+    rows, length, steps = (4, 512, 8) if settings.quick else (8, 512, 20)
     ids = blocks(tokenizer, [calibration_text()], rows, length)
     with clock.step("tune", "training gates and sinks") as advance:
         align(model, ids, steps=steps, seed=settings.seed, progress=advance)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nha.models.adapter import hybrid_layers, set_windows
 from nha.models.config import FULL
 
-GATE_RATE, SINK_RATE = 2e-3, 1e-3
+GATE_RATE, SINK_RATE = 1e-2, 1e-3
 
 
 def align(

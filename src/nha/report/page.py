@@ -83,7 +83,9 @@ def _forms_table(results: Results) -> str:
         if form is None:
             continue
         last = number(form.by_position[-1]) if form.by_position else ""
-        ratio = f"{form.perplexity / teacher:.2f}" if form.perplexity < 10 * teacher else number(form.perplexity / teacher)
+        ratio = (
+            f"{form.perplexity / teacher:.2f}" if form.perplexity < 10 * teacher else number(form.perplexity / teacher)
+        )
         kind = ' class="strong"' if name == "hybrid" else ""
         rows.append(
             f'<tr{kind}><th scope="row"><span class="key {name}"></span>{label}<small>{meaning}</small></th>'

@@ -117,9 +117,7 @@ def _style(figure: Figure, axes: Axes, theme: Theme, right: float) -> None:
     """Margins in inches, so that labels keep their room at any width."""
     width, height = figure.get_size_inches()
     left, top, bottom = 0.62, 0.46, 0.56
-    axes.set_position(
-        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    )
+    axes.set_position((left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height))
     axes.set_facecolor(theme.background)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

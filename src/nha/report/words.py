@@ -123,7 +123,9 @@ def key_numbers(results: Results) -> list[tuple[str, str]]:
 
 def what_happened(results: Results) -> list[str]:
     """The idea, for someone who has not read the paper."""
-    some = f"All {results.layers}" if results.converted == results.layers else f"{results.converted} of {results.layers}"
+    some = (
+        f"All {results.layers}" if results.converted == results.layers else f"{results.converted} of {results.layers}"
+    )
     window = f"{results.window}" if len({w for w in results.window_sizes if w >= 0}) == 1 else "a few dozen"
     kept = ""
     if results.converted < results.layers:
@@ -214,6 +216,20 @@ def quality_text(results: Results) -> list[str]:
         else:
             judged = "That baseline loses nothing here, so this text says little about the slots."
         lines.append(f"A window without slots reaches {number(sink.perplexity)}. {judged}")
+    same = results.form("same_bytes")
+    if same is not None:
+        better = (
+            "The slots are the better use of it."
+            if hybrid < same.perplexity
+            else (
+                "On plain perplexity, before any real training, that is the better use of the memory; what slots add is "
+                "that they reach further back than any window."
+            )
+        )
+        lines.append(
+            f"The same memory spent on a longer window of {results.window + results.num_slots} tokens instead of slots "
+            f"gives {number(same.perplexity)}. {better}"
+        )
     if off is not None:
         lines.append(
             f"With the slots switched off in the hybrid itself the perplexity is {number(off.perplexity)}: "
