@@ -141,17 +141,17 @@ def reverse_kernel(
         for back in range(0, count_segments - 1 - index):
             place = (final - back) * heads + head.to(tl.int64)
             kept = tl.exp(tl.load(decay + place * M + slot, mask=slot < M, other=0.0))
-            where, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
-            slots = slots * kept[:, None] + tl.load(where, mask=inside, other=0.0)
+            source, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
+            slots = slots * kept[:, None] + tl.load(source, mask=inside, other=0.0)
     begin = index * segment_chunks
     stop = tl.minimum(begin + segment_chunks, all_chunks)
     log_decay = tl.zeros([SLOTS], tl.float32)
     for back in range(0, stop - begin):
         chunk = stop - 1 - back
-        where, inside = _slots_at(read + ((base + chunk) * heads + head) * size, column, dim, M, SLOTS)
-        here = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        here_at, inside = _slots_at(read + ((base + chunk) * heads + head) * size, column, dim, M, SLOTS)
+        here = tl.load(here_at, mask=inside, other=0.0).to(tl.float32)
         if not ADDING:
-            tl.store(where, slots.to(read.dtype.element_ty), mask=inside)
+            tl.store(here_at, slots.to(read.dtype.element_ty), mask=inside)
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         decays = tl.sum(clamp_gate(load_tokens(gates, g_t, token, 0, total, M, SLOTS)), 0)
         slots = slots * tl.exp(decays)[:, None] + here
