@@ -13,7 +13,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
     "grouped heads, odd sizes": Case(length=37, window=7, sinks=2),
     "no window": Case(length=50, query_heads=3, heads=1, window=0, separate=False),
-    "several chunks and segments": Case(batch=1, length=150, heads=1, query_heads=1, window=5, slots=17, separate=False),
+    "several chunks and segments": Case(
+        batch=1, length=150, heads=1, query_heads=1, window=5, slots=17, separate=False
+    ),
     "window longer than a tile": Case(batch=1, length=75, window=33, sinks=1),
     "one token more than the window": Case(length=17, window=16, sinks=1, separate=False),
     "many query heads": Case(batch=1, length=30, query_heads=9, heads=1, window=1),

@@ -92,9 +92,7 @@ def _backward(
 def _(grad_out, grad_mass, grad_key, grad_value, out, mass, lse, *inputs):
     like = inputs[:10]
     nothing = inputs[0].new_empty
-    return tuple(
-        nothing(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like
-    )
+    return tuple(nothing(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -124,12 +122,12 @@ def _pack(cu_seqlens: Tensor, window: int, tails: list[Tensor], new: list[Tensor
     tail_place = cu_seqlens[:-1, None] + row * window + torch.arange(window, device=device)
     place = torch.cat([tail_place.flatten(), token + (sequence + 1) * window])
     source = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=device))
-    return [
-        torch.cat([a.flatten(0, 1), b[0]]).index_select(0, source)[None] for a, b in zip(tails, new, strict=True)
-    ]
+    return [torch.cat([a.flatten(0, 1), b[0]]).index_select(0, source)[None] for a, b in zip(tails, new, strict=True)]
 
 
-def _advance_packed(state: NHAState, cu_seqlens: Tensor, joined: list[Tensor], slots: tuple[Tensor, Tensor]) -> NHAState:
+def _advance_packed(
+    state: NHAState, cu_seqlens: Tensor, joined: list[Tensor], slots: tuple[Tensor, Tensor]
+) -> NHAState:
     """The state after packed sequences: the last W tokens of every sequence of `joined` tensors (see `_pack`)."""
     window = state.window_size
     count = cu_seqlens.shape[0] - 1
