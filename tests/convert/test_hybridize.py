@@ -76,7 +76,7 @@ def test_the_key_map_is_the_projection_where_that_makes_the_keys_and_a_fit_elsew
         model = convert(family)
         modules = attention_layers(model)
 
-        def see(layer, seen, modules=modules, exact=exact):
+        def see(layer, seen, modules=modules, exact=exact, family=family):
             if layer:
                 return
             hidden, keys = seen.hidden.flatten(0, 1), seen.slot_key.flatten(0, 1).transpose(0, 1)

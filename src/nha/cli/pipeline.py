@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def documents(self) -> int:
-        return 2 if self.quick else 3
+        return 2
 
     @property
     def length(self) -> int:

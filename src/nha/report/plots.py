@@ -4,6 +4,7 @@ line also has its own dash and a label at its end."""
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
     narrow = size[0] < 6
     figure, axes = _figure(theme, size)
     edges = results.bucket_edges
-    middles = [(a + b) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     entries = []
     every: list[float] = []
     for name in ("sink_only", "slots_off", "untuned", "teacher", "hybrid"):

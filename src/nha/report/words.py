@@ -85,7 +85,8 @@ def verdict(results: Results) -> Verdict:
     }[level]
     text = (
         f"<b>{opening}</b> {capital(trained(results))}, the hybrid holds a conversation of {last.context:,} tokens in "
-        f"{megabytes(last.hybrid_bytes)}, where the original needs {megabytes(last.teacher_bytes)}: {times(saved)} times "
+        f"{megabytes(last.hybrid_bytes)}, where the original needs {megabytes(last.teacher_bytes)}: "
+        f"{times(saved)} times "
         f"less, and the gap grows with every token. Its perplexity on long documents is {percent_more(ratio)} "
         f"({number(results.perplexity('hybrid'))} against {number(results.perplexity('teacher'))})."
     )
@@ -222,7 +223,8 @@ def quality_text(results: Results) -> list[str]:
             "The slots are the better use of it."
             if hybrid < same.perplexity
             else (
-                "On plain perplexity, before any real training, that is the better use of the memory; what slots add is "
+                "On plain perplexity, before any real training, that is the better use of the "
+                "memory; what slots add is "
                 "that they reach further back than any window."
             )
         )
@@ -244,7 +246,8 @@ def costs_text(results: Results) -> list[str]:
     if results.ratio > 1.005:
         lines.append(
             f"<b>Quality.</b> Perplexity is {percent_more(results.ratio)} on long text. Details from further back than "
-            f"{results.window} tokens are mostly lost until the model is trained to use its slots; looking up a name or a "
+            f"{results.window} tokens are mostly lost until the model is trained to use its slots; "
+            f"looking up a name or a "
             "number from an earlier page will often fail."
         )
     crossover = results.crossover()
@@ -263,7 +266,8 @@ def costs_text(results: Results) -> list[str]:
         f"({100 * results.added_parameters / results.parameters:.1f}%)."
     )
     lines.append(
-        "<b>No way back in the text.</b> What the slots have blended cannot be taken apart, so a conversation cannot be "
+        "<b>No way back in the text.</b> What the slots have blended cannot be taken apart, so a "
+        "conversation cannot be "
         "rewound further than its last part."
     )
     lines.append(
@@ -280,7 +284,8 @@ def measured_text(results: Results) -> str:
     return html.escape(
         f"{results.converted} of {results.layers} layers converted; window {shown}, {results.num_slots} slots and "
         f"{results.num_sinks} sink per key-value head; seed {results.seed}; {results.machine}. Text: "
-        f"{results.document}, {results.documents} × {results.document_tokens:,} tokens, none of it used for calibration. "
+        f"{results.document}, {results.documents} × {results.document_tokens:,} tokens, none of it "
+        f"used for calibration. "
         f"The standard error of the mean loss is {results.forms[0].error:.3f} nats per token; the forms see the same "
         "tokens, so their differences are known better than that."
     )
