@@ -142,8 +142,12 @@ def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | Non
     layer = cache.layers[module.layer_idx]
     if not isinstance(layer, NHACacheLayer):
         return None
-    if layer.state is not None and layer.state.seen.shape[0] != rows:
-        raise ValueError(f"expected a cache of {rows} rows, got one of {layer.state.seen.shape[0]}")
+    if layer.state is not None:
+        config: Any = module.config
+        slots = 0 if module.ablation == "slots_off" else config.num_slots
+        wanted, got = [rows, config.num_key_value_heads, slots, module.head_dim], list(layer.state.slot_key.shape)
+        if got != wanted:
+            raise ValueError(f"expected a cache of [rows, KV heads, slots, head size] {wanted}, got one of {got}")
     layer.claimed = True
     return layer
 

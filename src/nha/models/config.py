@@ -42,6 +42,8 @@ def check_windows(config: PreTrainedConfig, windows: int | Sequence[int]) -> lis
     [64, -1, 64]
     """
     layers = config.num_hidden_layers
+    if not isinstance(windows, (int, Sequence)):
+        raise ValueError(f"expected window sizes to be an int or a list of ints, got {windows!r}")
     given = [windows] * layers if isinstance(windows, int) else list(windows)
     if len(given) != layers:
         raise ValueError(f"expected {layers} window sizes, one per layer, got {len(given)}")
@@ -80,6 +82,14 @@ def plan_windows(
     return windows
 
 
+def check_sizes(sizes: Any) -> None:
+    """Raise ValueError for numbers of slots and sinks and a distance (attributes of `sizes`) that cannot be."""
+    for name, least in (("num_slots", 1), ("num_sinks", 0), ("slot_distance", 0)):
+        value = getattr(sizes, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
+
+
 class HybridConfigMixin:
     """What a family's configuration gains when some of its layers become NHA layers.
 
@@ -96,10 +106,7 @@ class HybridConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
-        for name, least in (("num_slots", 1), ("num_sinks", 0), ("slot_distance", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
+        check_sizes(self)
         from nha.models.registry import register_model
 
         register_model(type(self))  # type: ignore[arg-type]

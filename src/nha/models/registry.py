@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache as memoize
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -11,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nha.models.adapter import HybridGenerationMixin, install, reset_slots
-from nha.models.config import FAMILIES, NHAConfig, check_windows, hybrid_config_class
+from nha.models.config import FAMILIES, NHAConfig, check_sizes, check_windows, hybrid_config_class
 
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
 RECURRENT = "its layers are not softmax attention"
@@ -97,6 +98,7 @@ def to_hybrid(
         "num_slots": num_slots, "num_sinks": num_sinks, "slot_distance": slot_distance,
         "slots_from_start": slots_from_start, "window_sizes": list(windows),
     }  # fmt: skip
+    check_sizes(SimpleNamespace(**changes))
     config_class = hybrid_config_class(family)
     config_class(**(config.to_dict() | changes))  # raises what loading the saved model would
     if type(model).__name__ != MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]].__name__:
