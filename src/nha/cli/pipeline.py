@@ -118,7 +118,7 @@ def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path |
         forms["slots_off"] = forms["sink_only"]
     measure("hybrid", "hybrid")
     with wider(model):
-        measure("same_bytes", "longer window, same memory")
+        measure("longer_window", "longer window, no slots")
     with ablate(model, "window_off"):
         measure("window_off", "hybrid, window off")
     if tuning is not None:
@@ -171,7 +171,7 @@ def bucket_edges(length: int) -> list[int]:
 
 @contextmanager
 def wider(model: Any) -> Iterator[None]:
-    """Within the context, the hybrid has no slots and windows longer by as many tokens: the same bytes of memory."""
+    """Within the context, the hybrid has no slots and windows longer by as many tokens: as many keys and values."""
     windows = list(model.config.window_sizes)
     set_windows(model, [w if w < 0 else w + model.config.num_slots for w in windows])
     try:

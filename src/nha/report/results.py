@@ -13,7 +13,7 @@ FORMS: dict[str, tuple[str, str]] = {
     "hybrid": ("hybrid", "window and slots read together"),
     "slots_off": ("hybrid, slots off", "the same model, but nothing is ever written to the slots"),
     "sink_only": ("window only", "the same window and an untrained sink, no slots"),
-    "same_bytes": ("window only, same memory", "no slots, and a window longer by as many tokens: the baseline to beat"),
+    "longer_window": ("longer window only", "no slots, and a window longer by as many tokens: the baseline to beat"),
     "window_off": ("hybrid, window off", "reads the slots alone, the recent tokens are hidden"),
     "paper": ("paper's form", "slots at zero from the start, gates copied from the keys, no sink, no training"),
     "untuned": ("hybrid before tuning", "the hybrid before the short training of its gates"),

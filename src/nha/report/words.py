@@ -217,20 +217,17 @@ def quality_text(results: Results) -> list[str]:
         else:
             judged = "That baseline loses nothing here, so this text says little about the slots."
         lines.append(f"A window without slots reaches {number(sink.perplexity)}. {judged}")
-    same = results.form("same_bytes")
-    if same is not None:
+    longer = results.form("longer_window")
+    if longer is not None:
         better = (
-            "The slots are the better use of it."
-            if hybrid < same.perplexity
-            else (
-                "On plain perplexity, before any real training, that is the better use of the "
-                "memory; what slots add is "
-                "that they reach further back than any window."
-            )
+            "The slots are the better use of the memory."
+            if hybrid < longer.perplexity
+            else "On plain perplexity, before any real training, that is the better use of the memory; what slots add "
+            "is that they reach further back than any window."
         )
         lines.append(
-            f"The same memory spent on a longer window of {results.window + results.num_slots} tokens instead of slots "
-            f"gives {number(same.perplexity)}. {better}"
+            f"A window of {results.window + results.num_slots} tokens and no slots, which holds as many keys and values, "
+            f"gives {number(longer.perplexity)}. {better}"
         )
     if off is not None:
         lines.append(
