@@ -226,8 +226,8 @@ def quality_text(results: Results) -> list[str]:
             "is that they reach further back than any window."
         )
         lines.append(
-            f"A window of {results.window + results.num_slots} tokens and no slots, which holds as many keys and values, "
-            f"gives {number(longer.perplexity)}. {better}"
+            f"A window of {results.window + results.num_slots} tokens and no slots holds as many keys and values: "
+            f"it gives {number(longer.perplexity)}. {better}"
         )
     if off is not None:
         lines.append(
