@@ -177,10 +177,10 @@ def gradients(
     dk_slot = dk if inputs.k_slot is None else fresh(k, key_length, covered)
     dgate = torch.zeros(batch, key_length, heads, slots, dtype=torch.float32, device=q.device)
 
-    common = {"DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed, "num_stages": 2}
+    common = {"DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
     wide = {"D": dim, "DV": value_dim, "KEY": sizes.key, "VALUE": sizes.value}
     if windowed:
-        options = {**common, **wide, "HEADS": sizes.heads, "LATE": late, "num_warps": sizes.warps}
+        options = {**common, **wide, "HEADS": sizes.heads, "LATE": late, "num_warps": sizes.warps, "num_stages": 2}
         window_query_kernel[(plan.programs(plan.tiles), heads * -(-groups // sizes.heads))](
             q, k, v, grad_out, lse, delta, inputs.first, plan.cu, plan.tile_table, dq, *strides(q, k, v),
             inputs.scale, length, plan.past, plan.window, plan.tiles, heads, groups, BLOCK=sizes.block, **options,
@@ -207,10 +207,10 @@ def gradients(
             dq_slot, (dk_slot, dv)[side], dgate, dread[side], dsink[side],
             *strides(inputs.slot_query, inputs.token_key, v, gate),
             inputs.scale, length, plan.past, plan.window, plan.chunks, key_length, heads, groups,
-            M=slots, S=sinks, SLOTS=sizes.slots, SINKS=sizes.sinks, CHUNK=sizes.chunk, HEADS=sizes.heads,
+            M=slots, S=sinks, SLOTS=sizes.slots, SINKS=sizes.sinks, CHUNK=sizes.chunk, HEADS=sizes.slot_heads,
             GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None, KEY_SIDE=side == 0,
             ADD_QUERY=windowed and inputs.q_slot is None,
-            ADD_TOKEN=windowed and (side == 1 or inputs.k_slot is None), num_warps=8, **common, **wide,
+            ADD_TOKEN=windowed and (side == 1 or inputs.k_slot is None), num_warps=8, num_stages=1, **common, **wide,
         )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
@@ -233,7 +233,7 @@ def gradients(
             inputs.token_key, v, gate, slot_key, slot_value, *dread, plan.cu, plan.chunk_base, plan.chunk_table,
             dk_slot, dv, dgate, *strides(inputs.token_key, v, gate),
             length, plan.past, plan.window, plan.chunks, key_length, heads,
-            M=slots, SLOTS=sizes.slots, CHUNK=sizes.chunk, num_warps=8, **common, **wide,
+            M=slots, SLOTS=sizes.slots, CHUNK=sizes.chunk, num_warps=8, num_stages=1, **common, **wide,
         )  # fmt: skip
     return Gradients(
         dq, dk, dv, None if inputs.q_slot is None else dq_slot, None if inputs.k_slot is None else dk_slot,

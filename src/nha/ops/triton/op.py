@@ -12,7 +12,7 @@ from nha.ops.state import NHAState
 from nha.ops.triton import launch
 from nha.ops.triton.launch import Inputs
 
-MAX_DIM, MAX_SLOTS = 256, 128
+MAX_DIM, MAX_EXACT_DIM, MAX_SLOTS = 256, 128, 128
 
 
 def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str | None:
@@ -23,6 +23,8 @@ def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -
         return f"dtype {q.dtype}: the kernels know float32, bfloat16 and float16"
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
         return f"head dims {q.shape[-1]} and {v.shape[-1]}: the kernels go up to {MAX_DIM}"
+    if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > MAX_EXACT_DIM:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]} in float32: the kernels go up to {MAX_EXACT_DIM}"
     if not 1 <= log_gate.shape[-1] <= MAX_SLOTS:
         return f"{log_gate.shape[-1]} slots: the kernels take 1 to {MAX_SLOTS}"
     return None

@@ -23,6 +23,7 @@ class Blocks(NamedTuple):
     sinks: int
     chunk: int  # tokens between two kept slot states
     heads: int  # query heads of one program
+    slot_heads: int  # the same in the backward pass of the slots
     block: int  # window keys of one step
     keys: int  # window keys of one program of the backward pass
     warps: int
@@ -39,17 +40,19 @@ def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int,
     """Block sizes that fit into the shared memory and registers of a current GPU."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
-    heads = min(triton.next_power_of_2(groups), 2 if exact or wide > 128 else 4)
+    per_kv = triton.next_power_of_2(groups)
+    crowded = exact or wide > 128 or _width(slots) > 64
     return Blocks(
         slots=_width(slots),
         key=_width(dim),
         value=_width(value_dim),
         sinks=_width(sinks),
-        chunk=32 if exact else 64,
-        heads=heads,
+        chunk=(16 if wide > 64 else 32) if exact else 64,
+        heads=min(per_kv, 1 if exact else (2 if crowded else 4)),
+        slot_heads=min(per_kv, 1 if crowded else 2),
         block=16 if exact else (32 if window < 256 or wide > 128 else 64),
         keys=16 if exact and wide > 128 else 32,
-        warps=8 if wide > 128 else 4,
+        warps=8 if wide > 64 else 4,
         precision="tf32x3" if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nha.ops.triton.common import after_token, bounds, clamp_gate, load_tokens, locate, matmul, store_slots, taken
+from nha.ops.triton.common import after_token, bounds, clamp_gate, load_tokens, locate, matmul, taken
 
 
 @triton.jit
