@@ -19,7 +19,7 @@ WINDOW = 64
 
 def test_a_hybrid_keeps_its_teachers_predictions_in_the_window_and_most_of_them_beyond(tmp_path):
     model, tokenizer = load_smollm2()
-    ids = blocks(tokenizer, evaluation_documents(), 1, 1024)
+    ids = blocks(tokenizer, evaluation_documents(), 4, 1024)
     with torch.no_grad():
         wanted = model(ids[:, :WINDOW], use_cache=False).logits
     teacher = perplexity(model, ids)
@@ -28,10 +28,9 @@ def test_a_hybrid_keeps_its_teachers_predictions_in_the_window_and_most_of_them_
         assert torch.equal(model(ids[:, :WINDOW], use_cache=False).logits, wanted)
     hybrid = perplexity(model, ids)
     with ablate(model, "slots_off"):
-        sink_only = perplexity(model, ids)
-    # On this one text the ratio is 1.26; the difference between texts is larger than that between machines.
+        sink_only = perplexity(model, ids[:1])
     assert hybrid.value <= 1.30 * teacher.value
-    gain = sink_only.losses - hybrid.losses
+    gain = sink_only.losses - hybrid.losses[:1]
     assert gain.mean() > 2 * gain.std() / math.sqrt(gain.numel())  # the slots help by more than the noise
     model.save_pretrained(tmp_path)  # a model that came from a GGUF file is saved like any other
     assert (tmp_path / "model.safetensors").stat().st_size > 4 * model.num_parameters()

@@ -18,10 +18,10 @@ def test_no_paragraph_is_in_both():
     assert not measured & set(calibration_text().split("\n\n"))
 
 
-def test_blocks_never_run_over_the_end_of_a_text(tmp_path):
+def test_blocks_are_spread_over_the_texts_and_never_run_over_an_end(tmp_path):
     tokenizer = byte_tokenizer(tmp_path)
     found = blocks(tokenizer, ["a" * 25, "b" * 9, "c" * 20], 4, 10)
-    assert [tokenizer.decode(row) for row in found] == ["a" * 10, "a" * 10, "c" * 10, "c" * 10]
+    assert [tokenizer.decode(row) for row in found] == ["a" * 10, "c" * 10, "a" * 10, "c" * 10]
 
 
 def test_too_little_text_is_refused(tmp_path):

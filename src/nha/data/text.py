@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache as memoize
+from itertools import zip_longest
 from pydoc_data.topics import topics
 
 import torch
@@ -31,15 +32,16 @@ def calibration_text() -> str:
 
 
 def blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int) -> Tensor:
-    """The first `count` blocks [count, length] of token ids that the texts give, read one text after the other.
+    """`count` blocks [count, length] of token ids: the first of every text, then the second of every text, and so on.
 
     No block runs over the end of a text. Raises ValueError if the texts are too short.
     """
-    found: list[Tensor] = []
+    shelves: list[list[Tensor]] = []
     for text in texts:
-        # A tokenizer reads a long text slowly if it is one piece; four characters a token are plenty here.
-        ids = torch.tensor(tokenizer(text[: 8 * length * (count - len(found))], verbose=False).input_ids)
-        found += list(ids[: len(ids) // length * length].view(-1, length))
-        if len(found) >= count:
-            return torch.stack(found[:count])
-    raise ValueError(f"expected text for {count} blocks of {length} tokens, got enough for {len(found)}")
+        # Eight characters a token are plenty, and a tokenizer need not read all of a long text.
+        ids = torch.tensor(tokenizer(text[: 8 * length * count], verbose=False).input_ids, dtype=torch.long)
+        shelves.append(list(ids[: len(ids) // length * length].view(-1, length)))
+    found = [block for row in zip_longest(*shelves) for block in row if block is not None]
+    if len(found) < count:
+        raise ValueError(f"expected text for {count} blocks of {length} tokens, got enough for {len(found)}")
+    return torch.stack(found[:count])
