@@ -1,6 +1,6 @@
 """Compile every kernel of a call for a GPU that is not there and report its registers, spills and shared memory.
 
-Run as a program: `python -m tests.triton.compile_only '{"dtype": "bfloat16", ...}' ...` prints one JSON line per kernel.
+Run as a program: `python -m tests.triton.compile_only '{"dtype": "bfloat16", ...}' ...` prints a JSON line per kernel.
 A launch is recorded instead of run; the tensors stay on the CPU and are never touched by a kernel.
 """
 
