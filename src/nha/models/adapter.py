@@ -71,14 +71,14 @@ class Observation:
     value: Tensor
 
 
-def rotate_heads(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_heads(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, heads, T, D] with the family's own rotary function and tables [B, T, R], in float32 or float64."""
-    apply = sys.modules[module.family.__module__].apply_rotary_pos_emb  # type: ignore[union-attr]
+    apply = sys.modules[module.family.__module__].apply_rotary_pos_emb
     x = x.to(slot_dtype(x.dtype))
     return apply(x, x[:, :1], cos.to(x.dtype), sin.to(x.dtype))[0]
 
 
-def unrotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo the rotary positions of x [B, heads, T, D]: the family's rotation with -sin.
 
     Families that scale their tables (YaRN, LongRoPE) keep that scale in x: only the rotation is undone.
@@ -89,7 +89,7 @@ def unrotate(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def slot_view(
-    module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor] | None
+    module: Any, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Query and key [B, heads, T, D] as the slots see them: the key without position, the query at a fixed distance.
 
@@ -97,7 +97,7 @@ def slot_view(
     """
     if tables is None:
         return None, None
-    at = module.nha  # type: ignore[union-attr]
+    at = module.nha
     cos, sin = (table.to(slot_dtype(table.dtype)) for table in (at.slot_cos, at.slot_sin))
     norm = torch.rsqrt(cos.square() + sin.square())
     q = rotate_heads(module, unrotate(module, query, *tables), cos * norm, sin * norm)
@@ -122,13 +122,13 @@ def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor 
     )
 
 
-def cache_windows(module: nn.Module) -> list[int]:
+def cache_windows(module: Any) -> list[int]:
     """The windows of all layers as their caches see them, from one attention module."""
     off = module.ablation == "window_off"
-    return [0 if off and window != FULL else window for window in module.config.window_sizes]  # type: ignore
+    return [0 if off and window != FULL else window for window in module.config.window_sizes]
 
 
-def cache_layer(module: nn.Module, cache: Cache | None, cu_seqlens: Tensor | None, rows: int) -> NHACacheLayer | None:
+def cache_layer(module: Any, cache: Cache | None, cu_seqlens: Tensor | None, rows: int) -> NHACacheLayer | None:
     """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache.
 
     Raises ValueError for a cache that cannot go on with `rows` texts.
@@ -156,19 +156,20 @@ class HybridGenerationMixin:
     """What `generate` of a hybrid model needs: a cache whose layers can take back tokens, before it reads any."""
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        made = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache):
-            prepare_cache(cache, cache_windows(attention_layers(self)[0]))  # type: ignore[arg-type]
+            prepare_cache(cache, cache_windows(attention_layers(self)[0]))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return made
 
 
 def hybrid_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     nha_hidden: Tensor | None = None, nha_tables: tuple[Tensor, Tensor] | None = None,
     nha_layer: NHACacheLayer | None = None, **kwargs: Any,
@@ -198,10 +199,10 @@ def hybrid_attention(
         sink = (parameters.sink_key.to(key.dtype), parameters.sink_value.to(value.dtype))
         gate = spare_first_token(gate, padding, cu, state)
     slot_query, slot_key = slot_view(module, query, key, nha_tables)
-    views = (
+    views: Any = (
         x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key)
     )
-    segment = Segment(*views, mask=padding, cu_seqlens=cu)  # type: ignore[arg-type]
+    segment = Segment(*views, mask=padding, cu_seqlens=cu)
     from_start = module.config.slots_from_start
     if state is None and query.shape[2] <= window and cu is None and not from_start:
         # The very kernel of the unconverted layer, so that short inputs give its bits.
@@ -217,7 +218,7 @@ def hybrid_attention(
 
 
 def hybrid_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0,
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
     *, attention_mask: Tensor | None = None, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any,
 ) -> Tensor | None:  # fmt: skip
     """The mask function "nha" of transformers: a hybrid layer needs the padding of its segment and nothing of T x T.
@@ -225,14 +226,14 @@ def hybrid_mask(
     Returns None without padding, else [B, 1, 1, T]. A model with some unconverted layers gets transformers' own mask
     with one more row that holds the padding, [B, 1, T + 1, Tk]: where a token is in it depends on the kind of cache.
     """
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     own = None
     if FULL in config.window_sizes:
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         own = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
             allow_is_causal_skip=allow_is_causal_skip and not capped, **kwargs,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         if own is None:
             return None
     elif padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
@@ -295,14 +296,14 @@ def _rebuild(family: type[nn.Module]) -> nn.Module:
     return new.__new__(new)
 
 
-def decoder(model: PreTrainedModel) -> nn.Module:
+def decoder(model: PreTrainedModel) -> Any:
     """The stack of layers inside a causal language model."""
     return model.get_decoder()
 
 
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+def attention_layers(model: PreTrainedModel) -> list[Any]:
     """The attention modules of a model's decoder, in order."""
-    return [layer.self_attn for layer in decoder(model).layers]  # type: ignore[union-attr]
+    return [layer.self_attn for layer in decoder(model).layers]
 
 
 def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
@@ -322,7 +323,7 @@ def reset_slots(model: PreTrainedModel) -> None:
     modules = attention_layers(model)
     if not hasattr(modules[0], NAME):
         return
-    tables = slot_tables(model, model.config.slot_distance)  # type: ignore[arg-type]
+    tables = slot_tables(model, model.config.slot_distance)
     for module, (cos, sin) in zip(modules, tables, strict=True):
         module.nha.reset_parameters()
         init.copy_(module.nha.slot_cos, cos)
@@ -340,17 +341,17 @@ def install(model: PreTrainedModel) -> None:
         weight = next(module.parameters())
         if not hasattr(module, NAME):
             heads = config.num_key_value_heads
-            new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)  # type: ignore[arg-type]
+            new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
             module.nha = new.to(device=weight.device, dtype=weight.dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
-        module.window_size, module.ablation, module.observer = window, None, None  # type: ignore[assignment]
+        module.window_size, module.ablation, module.observer = window, None, None
     stack = decoder(model)
     if not any(hook is mark_packing for hook in stack._forward_pre_hooks.values()):
         stack.register_forward_pre_hook(mark_packing, with_kwargs=True)
     config._attn_implementation = NAME
 
 
-def mark_packing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Before a forward pass, name the boundaries of sequences packed into one row.
 
     They come as `cu_seq_lens_q` (which `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes) or are
@@ -379,7 +380,7 @@ def mark_packing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     return args, kwargs | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False}
 
 
-def hybrid_layers(model: PreTrainedModel) -> list[nn.Module]:
+def hybrid_layers(model: PreTrainedModel) -> list[Any]:
     """The attention modules of a hybrid model; raises ValueError for any other model."""
     config = getattr(model, "config", None)
     if not hasattr(config, "window_sizes"):
@@ -401,10 +402,10 @@ def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
     [8, -1]
     """
     modules = hybrid_layers(model)
-    checked = check_windows(model.config, windows)  # type: ignore[arg-type]
+    checked = check_windows(model.config, windows)
     model.config.window_sizes = checked
     for module, window in zip(modules, checked, strict=True):
-        module.window_size = window  # type: ignore[assignment]
+        module.window_size = window
 
 
 @contextmanager
@@ -419,7 +420,7 @@ def ablate(model: PreTrainedModel, what: str | None) -> Iterator[None]:
     before = [module.ablation for module in modules]
     try:
         for module in modules:
-            module.ablation = what  # type: ignore[assignment]
+            module.ablation = what
         yield
     finally:
         for module, old in zip(modules, before, strict=True):
@@ -435,13 +436,13 @@ def observe(
     Windows are -1 meanwhile (the model before its conversion), unless others are asked for.
     """
     modules = hybrid_layers(model)
-    before = list(model.config.window_sizes)  # type: ignore[arg-type]
+    before = list(model.config.window_sizes)
     set_windows(model, windows)
     try:
         for index, module in enumerate(modules):
-            module.observer = partial(see, index)  # type: ignore[assignment]
+            module.observer = partial(see, index)
         yield
     finally:
         for module in modules:
-            module.observer = None  # type: ignore[assignment]
+            module.observer = None
         set_windows(model, before)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
@@ -103,7 +103,7 @@ def spare_first_token(
 
 
 def own_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
     softcap: float | None, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention that the layer had before: SDPA, or the family's own code where scores are capped.
@@ -116,7 +116,7 @@ def own_attention(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     low = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)  # its softmax is in float32
     additive = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), low)
-    eager = sys.modules[module.family.__module__].eager_attention_forward  # type: ignore[union-attr]
+    eager = sys.modules[module.family.__module__].eager_attention_forward
     return eager(module, query, key, value, additive, softcap=softcap, **kwargs)
 
 

@@ -233,6 +233,7 @@ def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
         cache.layers.append(replicate())  # type: ignore[arg-type]
     if len(cache.layers) != len(windows):
         raise ValueError(f"expected a cache of {len(windows)} layers, got one of {len(cache.layers)}")
+    layer: Any
     for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=True)):
         is_nha = isinstance(layer, NHACacheLayer)
         if is_nha and layer.window_size in (None, window) and window != FULL:
@@ -284,9 +285,10 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
 
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
-    for index, layer in enumerate(cache.layers):
+    caches: list[Any] = list(cache.layers)
+    for index, layer in enumerate(caches):
         if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
-            parts = {} if layer.state is None else layer.state.tensors()
+            parts: dict[str, Any] = {} if layer.state is None else layer.state.tensors()
             live = layer.state is not None and layer.state.slots_live
             layers.append({"kind": "nha", "window": layer.window_size, "length": layer.length, "live": live})
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -324,6 +326,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
     entries = json.loads(meta["layers"])
     if len(entries) != len(cache.layers):
         raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
+    layer: Any
     for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
         prefix = f"{index}."
         parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -135,7 +135,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     @classmethod
     def tiny(cls, **changes: Any) -> NHAConfig:
         """Two layers of width 64, for tests and first steps."""
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, window_sizes=16, num_slots=8, max_position_embeddings=1 << 16,
         )  # fmt: skip
@@ -144,7 +144,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     @classmethod
     def paper_340m(cls, **changes: Any) -> NHAConfig:
         """The 340M model of the paper: 24 layers of width 1,024, 64 slots, a window of 64 tokens."""
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
             num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1 << 16,
             tie_word_embeddings=True,
@@ -154,7 +154,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     @classmethod
     def paper_1_3b(cls, **changes: Any) -> NHAConfig:
         """The 1.3B model of the paper: 24 layers of width 2,048, 64 slots, a window of 64 tokens."""
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
             num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1 << 16,
         )  # fmt: skip
@@ -167,10 +167,10 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     base = CONFIG_MAPPING[family]
-    fields: dict[str, tuple[type, Any]] = {
+    fields: dict[str, tuple[Any, Any]] = {
         "window_sizes": (int | list[int], 64), "num_slots": (int, 64), "num_sinks": (int, 1),
         "slot_distance": (int, 128), "slots_from_start": (bool, False),
-    }  # type: ignore[dict-item]  # fmt: skip
+    }  # fmt: skip
     name = f"NHA{base.__name__}"
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
     body |= {"__annotations__": {field: kind for field, (kind, _) in fields.items()}, "__module__": __name__}

@@ -46,7 +46,7 @@ class HybridModelMixin(HybridGenerationMixin):
     """What a family's causal language model gains as a hybrid."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self)  # type: ignore[arg-type]
 
     def initialize_weights(self) -> None:
@@ -59,7 +59,7 @@ class HybridModelMixin(HybridGenerationMixin):
 def hybrid_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The model class that a hybrid configuration class belongs to: a subclass of the family's own."""
     family = config_class.model_type.removeprefix("nha-")
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
     name = f"NHA{base.__name__}"
     body = {"config_class": config_class, "config": None, "__module__": __name__}
     new = type(name, (HybridModelMixin, base), body)
@@ -101,7 +101,8 @@ def to_hybrid(
     check_sizes(SimpleNamespace(**changes))
     config_class = hybrid_config_class(family)
     config_class(**(config.to_dict() | changes))  # raises what loading the saved model would
-    if type(model).__name__ != MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]].__name__:
+    expected: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    if type(model).__name__ != expected.__name__:
         raise ValueError(f"expected a causal language model, got {type(model).__name__}")
     config.__class__ = config_class
     for name, value in changes.items():
