@@ -1,0 +1,41 @@
+"""What the pages and examples show runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    exec(compile(code, str(page), "exec"), {})
+
+
+def test_the_readme_names_only_what_exists():
+    import nha
+
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"from nha import (.*)", text):
+        assert set(name.split(", ")) <= set(nha.__all__)
+    compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "README.md", "exec")
+
+
+def test_training_from_scratch_learns(capsys):
+    runpy.run_path(str(ROOT / "examples" / "train_from_scratch.py"))["main"](steps=30)
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0]
+
+
+def test_no_file_is_too_long_to_read():
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 600, path
