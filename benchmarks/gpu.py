@@ -1,21 +1,31 @@
-"""Check the GPU kernels against the definition and time them against SDPA: `PYTHONPATH=src python benchmarks/gpu.py`.
+"""Check the GPU kernels against the definition and time them beside SDPA: `PYTHONPATH=src python benchmarks/gpu.py`.
 
-    --check        outputs and gradients against the float64 reference, bounded by the reference in the same precision
-    --bench        median times, forward, forward + backward, decode; peers: SDPA's cuDNN and FlashAttention kernels
-    --out DIR      where check.csv and ops.csv go (default: the working directory)
-    --seconds N    stop starting new work after so long (default 420)
+    --check        outputs, states and gradients against the float64 reference -> DIR/checks.txt
+    --bench        median times: forward, forward + backward, decode -> DIR/ops.csv
+    --out DIR      where the two files go (default: the working directory)
+    --budget-s N   start no new case after so long (default 300); with both, checks get half of it
+    --only GROUP   only one group of checks, such as bf16-128
+    --tiny         the same paths on tiny float32 shapes; on a CPU under TRITON_INTERPRET=1 (times mean nothing)
 
-Every row is written at once. A shape that fails is reported with its error and does not stop the others.
+A line is written as soon as it is known. A case that fails is reported with its error and does not stop the others.
+Groups of checks run in processes of their own, so that kernels compile side by side and a broken one harms no other.
+Exit status: 1 if a check failed or did not run, else 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
+import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,229 +34,470 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nha import nha_attention
+from nha import NHAState, nha_attention
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 COLUMNS = ["impl", "pass", "B", "T", "HQ", "H", "D", "M", "W", "dtype", "ms", "extra_bytes", "first_call_s", "gpu",
            "torch", "triton", "date"]  # fmt: skip
-CHECKS = ["dtype", "B", "T", "HQ", "H", "D", "M", "W", "sinks", "what", "error", "bound", "passed"]
+TOKENWISE = ("q", "k", "v", "log_gate", "q_slot", "k_slot")
+BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 
 
-def make(shape: dict, dtype: torch.dtype, separate: bool = False, sinks: int = 0) -> dict[str, Tensor]:
-    """Random leaf tensors of one shape."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device="cuda").to(dtype)
-
-    b, t, hq, h, d, m = (shape[n] for n in ("B", "T", "HQ", "H", "D", "M"))
-    flat = {"q": normal(b, t, hq, d), "k": normal(b, t, h, d), "v": normal(b, t, h, d)}
-    flat["log_gate"] = F.logsigmoid(normal(b, t, h, m).float()) / 8
-    if separate:
-        flat |= {"q_slot": normal(b, t, hq, d), "k_slot": normal(b, t, h, d)}
-    if sinks:
-        flat |= {"sink_key": normal(h, sinks, d), "sink_value": normal(h, sinks, d)}
-    return {n: x.requires_grad_() for n, x in flat.items()}
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def call(flat: dict[str, Tensor], **options):
-    flat = dict(flat)
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks: the laws of tests/laws on the GPU. pytest and hypothesis are not needed here.
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input. `kind` is a function of KINDS; `gate` fills the log-gates, `spread` scales queries."""
+
+    kind: str = "whole"
+    batch: int = 1
+    length: int = 150
+    query_heads: int = 8
+    heads: int = 2
+    slots: int = 64
+    window: int = 64
+    sinks: int = 0
+    separate: bool = False
+    gate: float | None = None
+    spread: float = 1.0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.kind} B{self.batch} T{self.length} HQ{self.query_heads} H{self.heads} M{self.slots} W{self.window}"
+        )
+        text += f" S{self.sinks}" * (self.sinks > 0) + " own-slot-keys" * self.separate
+        return text + ("" if self.gate is None else f" gate{self.gate:g}") + f" q*{self.spread:g}" * (self.spread != 1)
+
+
+def make(case: Case, dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random leaf tensors of one case."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    b, t, hq, h, m, s = case.batch, case.length, case.query_heads, case.heads, case.slots, case.sinks
+    flat = {"q": normal(b, t, hq, dim) * case.spread, "k": normal(b, t, h, dim), "v": normal(b, t, h, dim)}
+    flat["log_gate"] = -(normal(b, t, h, m) ** 2)
+    if case.gate is not None:
+        flat["log_gate"] = torch.full_like(flat["log_gate"], case.gate)
+    if case.separate:
+        flat |= {"q_slot": normal(b, t, hq, dim) * case.spread, "k_slot": normal(b, t, h, dim)}
+    if s:
+        flat |= {"sink_key": normal(h, s, dim), "sink_value": normal(h, s, dim)}
+    if case.kind == "slots":
+        flat |= {"slot_key": normal(b, h, m, dim), "slot_value": normal(b, h, m, dim)}
+    return {n: x.to(DEVICE, dtype).requires_grad_() for n, x in flat.items()}
+
+
+def call(flat: dict[str, Tensor], window: int, impl: str, **options):
+    flat = {n: x for n, x in flat.items() if n not in ("slot_key", "slot_value")}
     sink = (flat.pop("sink_key"), flat.pop("sink_value")) if "sink_key" in flat else None
-    return nha_attention(**flat, sink=sink, **options)  # type: ignore[arg-type]
+    options = {"return_state": True, "return_slot_mass": True} | options
+    return nha_attention(**flat, sink=sink, window_size=window, impl=impl, **options)  # type: ignore[arg-type]
 
 
-def results(flat: dict[str, Tensor], window: int, impl: str) -> dict[str, Tensor]:
+def cut(flat: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {n: x[:, start:stop] if n in TOKENWISE else x for n, x in flat.items()}
+
+
+def whole(case: Case, flat: dict[str, Tensor], impl: str, **options) -> dict[str, Tensor]:
+    output = call(flat, case.window, impl, **options)
+    return {"out": output.out, "mass": output.slot_mass, **output.state.tensors()}
+
+
+def padded(case: Case, flat: dict[str, Tensor], impl: str, left: bool) -> dict[str, Tensor]:
+    mask = torch.ones(case.batch, case.length, dtype=torch.bool, device=DEVICE)
+    mask[-1, slice(0, case.length // 3) if left else slice(-(case.length // 3), None)] = False
+    return whole(case, flat, impl, attention_mask=mask)
+
+
+def boundaries(*cuts: int) -> Tensor:
+    return torch.tensor(cuts, dtype=torch.int32, device=DEVICE)
+
+
+def packed(case: Case, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
+    n = case.length
+    return whole(case, flat, impl, cu_seqlens=boundaries(0, 3, 3, n * 2 // 3, n))
+
+
+def packed_twice(case: Case, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
+    """Packed sequences that go on from the state of packed sequences."""
+    half = case.length // 2
+    first = call(cut(flat, 0, half), case.window, impl, cu_seqlens=boundaries(0, 3, half))
+    rest = cut(flat, half, case.length)
+    cuts = boundaries(0, half // 3, case.length - half)
+    return whole(case, rest, impl, cu_seqlens=cuts, state=first.state)
+
+
+def segments(case: Case, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
+    """Cut for the kernels, in one call for the reference."""
+    n = case.length
+    stops = [n] if impl == "reference" else sorted({3, 4, n // 2, n // 2 + 1, n})
+    outputs, state, start = [], None, 0
+    for stop in stops:
+        outputs.append(call(cut(flat, start, stop), case.window, impl, state=state))
+        state, start = outputs[-1].state, stop
+    found = {"out": torch.cat([o.out for o in outputs], 1), "mass": torch.cat([o.slot_mass for o in outputs], 1)}
+    return found | state.tensors()
+
+
+def given_slots(case: Case, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
+    state = NHAState.from_slots(
+        flat["slot_key"], flat["slot_value"], case.window, dtype=flat["q"].dtype, shared_keys=not case.separate
+    )
+    return whole(case, flat, impl, state=state)
+
+
+KINDS = {
+    "whole": whole, "left": partial(padded, left=True), "right": partial(padded, left=False), "packed": packed,
+    "packed-state": packed_twice, "segments": segments, "slots": given_slots,
+}  # fmt: skip
+
+
+def results(case: Case, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
     """Everything that comes back, and the gradients of a random linear function of it."""
-    output = call(flat, window_size=window, impl=impl, return_state=True, return_slot_mass=True)
-    assert output.state is not None and output.slot_mass is not None
-    found = {"out": output.out, "mass": output.slot_mass}
-    found |= {"slot_key": output.state.slot_key, "slot_value": output.state.slot_value}
-    generator = torch.Generator("cuda").manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator, device="cuda") for x in found.values()]
-    loss = sum((x * w.to(x)).sum().double() for x, w in zip(found.values(), weights, strict=True))
+    found = KINDS[case.kind](case, flat, impl)
+    found = {n: x for n, x in found.items() if x.is_floating_point()}
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for x in found.values():
+        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (x * weight.to(x)).sum().to(loss.dtype)
     grads = torch.autograd.grad(loss, list(flat.values()), allow_unused=True)
-    return found | {"d" + n: g for n, g in zip(flat, grads, strict=True) if g is not None}
+    grads = {"d" + n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(flat.items(), grads, strict=True)}
+    return {n: x.detach() for n, x in (found | grads).items()}
 
 
-def bound_of(name: str, shape: dict, flat: dict, exact: dict, reference: dict) -> float:
-    """Twice the error of the reference in the same precision and its rounding band (as tests/laws has it)."""
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; NaN counts as infinite."""
+    if actual.numel() == 0:
+        return 0.0
+    worst = (actual.double() - exact.double()).abs().max().item()
+    return float("inf") if worst != worst else worst
+
+
+def bounds(case: Case, flat: dict[str, Tensor], exact: dict[str, Tensor], reference: dict[str, Tensor]) -> dict:
+    """Twice the error of the reference in the same precision and its rounding band, as tests/laws has it."""
     gate = F.pad(flat["log_gate"].detach().double().clamp(-5, 0), (0, 0, 0, 0, 0, 15))
     exponent = 1 + gate.unfold(1, 16, 1).sum(-1).abs().max().item() / 2
-    pairs = [(x.double() * exact["d" + n]).abs().sum(-1).max() for n, x in flat.items()
-             if n != "log_gate" and "d" + n in exact]  # fmt: skip
-    key, value = (flat[n].detach().double().abs().max() for n in ("k_slot" if "k_slot" in flat else "k", "v"))
-    terms_behind = {"out": value, "slot_key": key, "slot_value": value, "dlog_gate": torch.stack(pairs).max()}
-    size = max(exact[name].abs().max().item(), float(terms_behind.get(name, 0.0)))
-    terms = shape["T"] * shape["HQ"] if name.startswith("d") else 1
-    eps = torch.finfo(flat["q"].dtype).eps
-    band = max(exponent * torch.finfo(torch.float32).eps, eps) * terms**0.5 * size
-    return 2 * ((reference[name].double() - exact[name]).abs().max().item() + band)
+    pairs = [(x.double() * exact["d" + n]).abs().sum(-1).max() for n, x in flat.items() if n != "log_gate"]
+    key, value = (flat[n].detach().double().abs().max() for n in ("k_slot" if case.separate else "k", "v"))
+    behind = {"out": value, "slot_key": key, "slot_value": value, "dlog_gate": torch.stack(pairs).max()}
+    eps = max(exponent * torch.finfo(torch.float32).eps, torch.finfo(flat["q"].dtype).eps)
+    found = {}
+    for name, x in exact.items():
+        size = max(x.abs().max().item() if x.numel() else 0.0, float(behind.get(name, 0.0)))
+        terms = case.length * case.query_heads if name.startswith("d") else 1
+        found[name] = 2 * (error(reference[name], x) + eps * terms**0.5 * size)
+    return found
 
 
-def check(writer, clock: Callable[[], float]) -> None:
-    """Small shapes of every kind against the reference in float64."""
-    kinds = [
-        ({"B": 2, "T": 150, "HQ": 8, "H": 2, "D": 128, "M": 64, "W": 64}, 1, False),
-        ({"B": 2, "T": 150, "HQ": 8, "H": 2, "D": 64, "M": 64, "W": 0}, 0, True),
-        ({"B": 1, "T": 200, "HQ": 3, "H": 1, "D": 64, "M": 32, "W": 17}, 2, True),
-        ({"B": 1, "T": 100, "HQ": 2, "H": 2, "D": 96, "M": 20, "W": 33}, 0, False),
-        ({"B": 1, "T": 90, "HQ": 8, "H": 1, "D": 128, "M": 128, "W": 16}, 0, False),
-        ({"B": 1, "T": 90, "HQ": 4, "H": 1, "D": 256, "M": 64, "W": 16}, 0, False),
+def check(case: Case, dim: int, label: str) -> str:
+    """One line: the verdict, the largest error as a share of its bound, and what is beyond its bound."""
+    flat = make(case, dim, DTYPES[label])
+    got = results(case, flat, "triton")
+    again = results(case, flat, "triton")
+    differ = [f"{n} differs between two runs" for n, x in got.items() if not torch.equal(x, again[n])]
+    if case.gate is not None or case.spread != 1:
+        bad = [f"{n} is not finite" for n, x in got.items() if not x.isfinite().all()]
+        # Beyond the range where rounding can be bounded by data, "finite" and "the same bits" are the law.
+        return f"{'FAIL' if bad + differ else 'pass'} {'; '.join(bad + differ)}"
+    exact = results(case, {n: x.detach().double().requires_grad_() for n, x in flat.items()}, "reference")
+    limit = bounds(case, flat, exact, results(case, flat, "reference"))
+    errors = {n: error(got[n], x) for n, x in exact.items()}
+    bad = [f"{n} error {e:.2e} > {limit[n]:.2e}" for n, e in errors.items() if not e <= limit[n]]
+    worst = max((e / limit[n], n) for n, e in errors.items() if limit[n])
+    return f"{'FAIL' if bad + differ else 'pass'} {worst[0]:.2f} {worst[1]} {'; '.join(bad + differ)}"
+
+
+def cases(tiny: bool) -> list[Case]:
+    """The most telling first."""
+    base = Case()
+    found = [
+        base,
+        replace(base, window=0),
+        replace(base, sinks=1, separate=True),
+        replace(base, window=0, sinks=2, separate=True, batch=2),
+        replace(base, batch=2, kind="left"),
+        replace(base, kind="segments", length=140),
+        replace(base, kind="packed"),
+        replace(base, kind="slots"),
+        replace(base, window=1),
+        replace(base, window=32, query_heads=3, heads=1),
+        replace(base, window=65),
+        replace(base, window=512, length=600, heads=1, query_heads=4),
+        replace(base, length=700, heads=1, query_heads=4, slots=32),  # several segments of chunks
+        replace(base, window=16, length=17, query_heads=2),
+        replace(base, batch=2, kind="right", window=0),
+        replace(base, kind="packed-state", window=32),
+        replace(base, kind="packed", window=0),
+        replace(base, kind="segments", window=0, sinks=1),
+        replace(base, kind="slots", window=0, separate=True),
+        *[replace(base, gate=g, spread=1e3, sinks=1, window=w) for g in (0.0, -1e4, 1e4) for w in (64, 0)],
+        replace(base, query_heads=9, heads=3, slots=32, window=32),
+        replace(base, query_heads=9, heads=1, slots=16, window=5),
+        replace(base, query_heads=2, slots=128),
     ]
-    for shape, sinks, separate in kinds:
-        for label, dtype in DTYPES.items():
-            if clock() < 0:
-                return
-            row = {**{n: shape[n] for n in CHECKS if n in shape}, "dtype": label, "sinks": sinks}
+    if not tiny:
+        return found
+    small = {64: 7, 65: 8, 32: 5, 512: 33, 16: 3}
+    return [replace(c, window=small.get(c.window, c.window), length=min(c.length, 40), slots=5, query_heads=2 * c.heads)
+            for c in found]  # fmt: skip
+
+
+def groups(tiny: bool) -> dict[str, tuple[str, int, int]]:
+    """Name of a group of checks -> (dtype, head size, which half of the cases)."""
+    if tiny:
+        return {"fp32-8": ("fp32", 8, -1)}
+    return {f"{label}-{dim}-{half}": (label, dim, half) for label in DTYPES for dim in (128, 64) for half in (0, 1)}
+
+
+def run_group(name: str, file: Path, tiny: bool, deadline: float) -> None:
+    """Append a line per case to `file` (lines of several processes do not mix: one short write each)."""
+    warnings.simplefilter("ignore")
+    # Memory that no kernel wrote shows as NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    label, dim, half = groups(tiny)[name]
+    mine = cases(tiny) if half < 0 else cases(tiny)[half::2]
+    for case in mine:
+        if time.time() > deadline:
+            verdict = "UNRUN: no time left"
+        else:
             try:
-                flat = make(shape, dtype, separate, sinks)
-                double = {n: x.detach().double().requires_grad_() for n, x in flat.items()}
-                exact = results(double, shape["W"], "reference")
-                reference = results(flat, shape["W"], "reference")
-                for name, got in results(flat, shape["W"], "triton").items():
-                    found = (got.double() - exact[name]).abs().max().item()
-                    bound = bound_of(name, shape, flat, exact, reference)
-                    writer(row | {"what": name, "error": found, "bound": bound, "passed": found <= bound})
-            except Exception as error:
-                writer(row | {"what": "error", "error": " ".join(str(error).split())[:300], "passed": False})
+                verdict = check(case, dim, label)
+            except Exception as caught:
+                verdict = "ERROR " + reason(caught)
+        with file.open("a") as out:
+            out.write(f"{verdict.strip()} | {label} D{dim} {case}\n")
 
 
-def median_ms(function: Callable[[], object], budget: float = 1.0) -> float:
+def run_checks(out: Path, tiny: bool, only: str | None, seconds: float) -> bool:
+    """All groups, side by side on a GPU; whether everything passed."""
+    file, deadline = out / "checks.txt", time.time() + seconds
+    file.write_text("")
+    wanted = [n for n in groups(tiny) if only is None or n.startswith(only)]
+    if tiny or len(wanted) == 1:
+        for name in wanted:
+            run_group(name, file, tiny, deadline)
+    else:
+        own = [sys.executable, __file__, "--out", str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        started = {n: subprocess.Popen([*own, "--group", n, "--until", str(deadline)], env=environment) for n in wanted}
+        for name, process in started.items():
+            try:
+                status = process.wait(max(deadline - time.time(), 0) + 45)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = "killed: still running 45 s after the time was up"
+            if status:
+                with file.open("a") as handle:
+                    handle.write(f"ERROR group ended early ({status}) | {name}\n")
+    lines = sorted(file.read_text().splitlines(), key=lambda line: line.startswith("pass"))
+    failed = [line for line in lines if not line.startswith("pass")]
+    print("\n".join(line[:400] for line in failed))
+    shares = [float(x.split()[1]) for x in lines if x.startswith("pass") and len(x.split("|")[0].split()) > 1]
+    print(f"checks: {len(lines) - len(failed)} of {len(lines)} passed; largest error / bound of those that passed: "
+          f"{max(shares, default=float('nan')):.2f}", flush=True)  # fmt: skip
+    return not failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times.
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def median_ms(function: Callable[[], object], seconds: float = 0.6) -> float:
     """Median time of a call by the GPU's clock, with the L2 cache flushed between calls."""
+    if not CUDA:
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    function()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    times = []
-    while len(times) < 5 or (len(times) < 50 and time.perf_counter() - start < budget):
+    pairs, start = [], time.perf_counter()
+    while len(pairs) < 5 or (len(pairs) < 60 and time.perf_counter() - start < seconds):
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         function()
         end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+        if len(pairs) % 5 == 4:
+            torch.cuda.synchronize()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    times = sorted(begin.elapsed_time(end) for begin, end in pairs)
+    return times[len(times) // 2]
 
 
-def peer(backend: SDPBackend, flat: dict[str, Tensor]) -> Callable[[], Tensor]:
-    q, k, v = (flat[n].transpose(1, 2) for n in ("q", "k", "v"))
+def tensors(shape: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
-    def run() -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=DEVICE, dtype=dtype)
 
-    return run
+    b, t, hq, h, d, m = (shape[n] for n in ("B", "T", "HQ", "H", "D", "M"))
+    flat = {"q": normal(b, t, hq, d), "k": normal(b, t, h, d), "v": normal(b, t, h, d)}
+    flat["log_gate"] = F.logsigmoid(normal(b, t, h, m)) / 8
+    return {n: x.requires_grad_() for n, x in flat.items()}
+
+
+def forward_of(name: str, kind: str, shape: dict, flat: dict[str, Tensor]) -> Callable[[], Tensor]:
+    window = shape["W"]
+    if name in BACKENDS:
+        q, k, v = (flat[n].transpose(1, 2) for n in ("q", "k", "v"))
+
+        def attend() -> Tensor:
+            with sdpa_kernel(BACKENDS[name]):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+        return attend
+    if kind == "decode":
+        state = call(cut(flat, 0, window + 1), window, name).state
+        step = {n: x[:, -1:] for n, x in flat.items()}
+        return lambda: call(step, window, name, state=state, return_slot_mass=False).out
+    return lambda: call(flat, window, name, return_state=False, return_slot_mass=False).out
 
 
 def measure(name: str, kind: str, shape: dict, label: str) -> dict:
-    """One row of ops.csv; `kind` is "fwd", "fwd+bwd" or "decode"."""
-    flat = make(shape, DTYPES[label])
-    peers = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+    """ms, extra_bytes (beyond inputs, outputs and their gradients) and first_call_s of one row."""
+    flat = tensors(shape, DTYPES[label])
     if kind == "decode":
-        window = shape["W"]
         flat = {n: x.detach() for n, x in flat.items()}
-        prompt = {n: x[:, : max(window, 1) + 1] for n, x in flat.items()}
-        state = call(prompt, window_size=window, impl=name, return_state=True).state
-        step = {n: x[:, :1] for n, x in flat.items()}
-
-        def forward():
-            return call(step, window_size=window, impl=name, state=state, return_state=True).out
-    elif name in peers:
-        forward = peer(peers[name], flat)
-    else:
-
-        def forward():
-            return call(flat, window_size=shape["W"], impl=name).out
+    forward = forward_of(name, kind, shape, flat)
+    leaves = [flat[n] for n in ("q", "k", "v")]
+    if name not in BACKENDS and shape["W"] >= 0:
+        leaves.append(flat["log_gate"])
+    grad_out = torch.randn_like(flat["q"]).transpose(1, 2) if name in BACKENDS else torch.randn_like(flat["q"])
 
     def run() -> None:
         if kind == "fwd+bwd":
-            out = forward()
-            torch.autograd.grad(out, [flat[n] for n in ("q", "k", "v", "log_gate")], torch.ones_like(out),
-                                allow_unused=True)  # fmt: skip
+            torch.autograd.grad(forward(), leaves, grad_out)
         else:
             with torch.no_grad():
                 forward()
 
     start = time.perf_counter()
     run()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    needed = flat["q"].nbytes * (2 if kind == "fwd+bwd" else 1)  # out, and the gradient that comes in
-    needed += sum(x.nbytes for x in flat.values()) if kind == "fwd+bwd" else 0
-    extra = torch.cuda.max_memory_allocated() - before - needed
-    return {"ms": round(median_ms(run), 4), "extra_bytes": extra, "first_call_s": round(first, 2)}
+    synchronize()
+    row = {"first_call_s": round(time.perf_counter() - start, 3)}
+    if CUDA:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        synchronize()
+        expected = flat["q"].nbytes if kind != "decode" else 0
+        expected += sum(x.nbytes for x in leaves) if kind == "fwd+bwd" else 0
+        row["extra_bytes"] = torch.cuda.max_memory_allocated() - before - expected
+    return row | {"ms": round(median_ms(run), 4)}
 
 
-def bench(writer, clock: Callable[[], float]) -> None:
-    """The most important rows first: the budgets of the design, then other lengths, windows and sizes."""
-    large = {"HQ": 32, "H": 8, "D": 128, "M": 64}
-    small = {"HQ": 9, "H": 3, "D": 64, "M": 64}
-    ours = [(large | {"B": b, "T": t, "W": w}, "bf16") for b, t, w in
-            [(16, 2048, 64), (1, 32768, 64), (16, 2048, 0), (16, 2048, 512), (1, 131072, 64), (4, 8192, 64)]]  # fmt: skip
-    ours += [(small | {"B": 16, "T": 2048, "W": 64}, "bf16"), (large | {"B": 16, "T": 2048, "W": 64}, "fp16"),
-             (small | {"B": 16, "T": 2048, "W": 64}, "fp32")]  # fmt: skip
-    rows = []
-    for shape, label in ours[:2]:
-        for kind in ("fwd", "fwd+bwd"):
-            rows += [(name, kind, shape, label) for name in ("triton", "sdpa-cudnn", "sdpa-flash")]
-    rows += [("triton", "decode", large | {"B": 64, "T": 80, "W": 64}, "bf16")]
-    rows += [("triton", kind, shape, label) for shape, label in ours[2:] for kind in ("fwd", "fwd+bwd")]
-    rows += [("chunked", kind, *ours[0]) for kind in ("fwd", "fwd+bwd")]
-    device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-              "date": date.today().isoformat()}  # fmt: skip
-    for name, kind, shape, label in rows:
-        if clock() < 0:
-            return
-        row = {"impl": name, "pass": kind, **shape, "dtype": label, **device}
-        try:
-            row |= measure(name, kind, shape, label)
-        except Exception as error:
-            row["ms"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        writer(row)
-        torch.cuda.empty_cache()
+def rows(tiny: bool) -> list[tuple[str, str, dict, str]]:
+    """(implementation, pass, shape, dtype), the most important first."""
+    large, small = {"HQ": 32, "H": 8, "D": 128, "M": 64}, {"HQ": 9, "H": 3, "D": 64, "M": 64}
+    short, middle, long = (16, 2048), (4, 8192), (1, 32768)
+    label = "bf16"
+    if tiny:
+        large, small = {"HQ": 2, "H": 1, "D": 8, "M": 4}, {"HQ": 3, "H": 1, "D": 4, "M": 4}
+        short, middle, long, label = (2, 20), (1, 24), (1, 40), "fp32"
+    both, ours, all_three = ("fwd", "fwd+bwd"), ("triton",), ("triton", *BACKENDS)
+
+    def block(names, sizes, where, windows, passes=both, dtype=label) -> list:
+        return [(n, p, sizes | {"B": b, "T": t, "W": -1 if n in BACKENDS else w}, dtype)
+                for b, t in where for w in windows for n in names for p in passes]  # fmt: skip
+
+    found = block(all_three, large, [short], [64])
+    found += block(ours, large, [long, middle], [64])
+    found += block(ours, large, [short], [0, 512, -1])
+    found += block(tuple(BACKENDS), large, [long, middle], [-1])
+    found += block(all_three, small, [short], [64]) + block(ours, small, [short], [0, 512, -1])
+    found += block(ours, large, [long, middle], [0, 512, -1])
+    found += block(ours, large, [(64, 80) if not tiny else (2, 80)], [64], ("decode",))
+    found += block(all_three, small, [long, middle], [64])
+    found += block(ours, large, [(1, 131072) if not tiny else (1, 50)], [64])
+    found += block(ours, large, [short], [64], dtype="fp16" if not tiny else label)
+    found += block(ours, small, [short], [64], dtype="fp32") + block(("chunked",), large, [short], [64])
+    return found
 
 
-def table(path: Path, columns: list[str]):
-    """A function that appends one row to a CSV, prints it, and leaves both on disk at once."""
-    file = path.open("w", newline="")
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
+def run_bench(out: Path, tiny: bool, deadline: float) -> None:
+    """Every row at once into ops.csv, and a table at the end."""
+    # Kernels compile anew, so that first_call_s is that of a cold cache.
+    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")
+    device = {"gpu": torch.cuda.get_device_name() if CUDA else "none", "torch": torch.__version__,
+              "triton": triton.__version__, "date": date.today().isoformat()}  # fmt: skip
+    done, skipped = [], 0
+    with (out / "ops.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for name, kind, shape, label in rows(tiny):
+            if time.time() > deadline:
+                skipped += 1
+                continue
+            row = {"impl": name, "pass": kind, **shape, "dtype": label}
+            try:
+                row |= measure(name, kind, shape, label)
+                writer.writerow(row | device)
+                file.flush()
+                done.append(row)
+            except Exception as caught:
+                print("failed:", " ".join(f"{n}={x}" for n, x in row.items()), reason(caught), flush=True)
+            if CUDA:
+                torch.cuda.empty_cache()
+    print(table(done), f"\nrows not started for lack of time: {skipped}" if skipped else "", sep="")
 
-    def write(row: dict) -> None:
-        writer.writerow(row)
-        file.flush()
-        print(" ".join(f"{n}={row[n]}" for n in columns if n in row and n not in ("torch", "triton", "date", "gpu")))
-        sys.stdout.flush()
 
-    return write
+def table(done: list[dict]) -> str:
+    """One line per implementation and shape: forward, forward + backward (ms; extra MiB; first call)."""
+    lines: dict[tuple, dict] = {}
+    for row in done:
+        key = tuple(row[n] for n in ("HQ", "H", "D", "dtype", "B", "T", "impl", "W"))
+        lines.setdefault(key, {})[row["pass"]] = row
+    text = [f"{'shape':<34}{'impl':<12}{'W':>5}   pass: ms (extra MiB, first call s)"]
+    for (hq, h, d, label, b, t, name, window), passes in lines.items():
+        cells = [f"{kind} {r['ms']:.3f} ({r.get('extra_bytes', 0) / 2**20:.0f}, {r['first_call_s']:.1f})"
+                 for kind, r in passes.items()]  # fmt: skip
+        text.append(f"{f'{label} HQ{hq} H{h} D{d} B{b} T{t}':<34}{name:<12}{window:>5}   {'   '.join(cells)}")
+    return "\n".join(text)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", metavar="GROUP")
     parser.add_argument("--out", type=Path, default=Path("."))
-    parser.add_argument("--seconds", type=float, default=420)
+    parser.add_argument("--budget-s", type=float, default=300)
+    parser.add_argument("--group", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("expected a CUDA device, found none")
+    if not CUDA and not (options.tiny and triton.knobs.runtime.interpret):
+        sys.exit("expected a CUDA device, or --tiny with TRITON_INTERPRET=1; found neither")
     options.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-
-    def clock(share: float = 1.0) -> float:
-        return share * options.seconds - (time.perf_counter() - start)
-
-    both = options.check and options.bench
+    if options.group:
+        run_group(options.group, options.out / "checks.txt", options.tiny, options.until)
+        return 0
+    deadline, passed = time.time() + options.budget_s, True
     if options.check:
-        check(table(options.out / "check.csv", CHECKS), lambda: clock(0.4 if both else 1.0))
+        share = 0.5 if options.bench else 1.0
+        passed = run_checks(options.out, options.tiny, options.only, share * options.budget_s)
     if options.bench:
-        bench(table(options.out / "ops.csv", COLUMNS), clock)
+        run_bench(options.out, options.tiny, deadline)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
