@@ -28,7 +28,7 @@ def _triton_reason() -> str | None:
     """Why the GPU kernels cannot run on this machine, or None."""
     if find_spec("triton") is None:
         return "not available: Triton is not installed, use impl='chunked'"
-    import triton
+    import triton  # pyright: ignore[reportMissingImports]
 
     if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
         return "not available: this machine has no CUDA device, use impl='chunked'"

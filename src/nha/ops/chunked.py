@@ -309,7 +309,9 @@ def _backward(
             parts.insert(0, do @ sink_value.transpose(-1, -2) + dmass)
         if group.window_value is not None:
             parts.append((do.unflatten(2, (tiles, -1)) @ group.window_value.transpose(-1, -2)).flatten(2, 3))
-        dscore = torch._softmax_backward_data(torch.cat(parts, -1), weights, -1, weights.dtype)
+        dscore = torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
+            torch.cat(parts, -1), weights, -1, weights.dtype
+        )
         if slope is not None:
             dscore *= slope
         d_sink, d_slots, d_window = dscore.split([sinks, num_slots, plan.blocks * plan.tile], -1)

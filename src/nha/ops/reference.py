@@ -34,7 +34,9 @@ def reference(
     states = []
     for row, (batch, tokens) in enumerate(_rows(q, attention_mask, cu_seqlens)):
         inputs = [x[batch, tokens] for x in (q, k, v, log_gate, q_slot, k_slot)]
-        out_row, mass_row, state_row = _one_sequence(*inputs, sink, scale, softcap, state.select(torch.tensor([row])))
+        out_row, mass_row, state_row = _one_sequence(
+            *inputs, sink=sink, scale=scale, softcap=softcap, state=state.select(torch.tensor([row]))
+        )
         out[batch, tokens], mass[batch, tokens] = out_row, mass_row
         states.append(state_row)
     return out, mass, NHAState.join(states)

@@ -100,7 +100,7 @@ def full_attention(
             *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
         ).transpose(1, 2)
     else:
-        out = capped_attention(*heads, mask, scale, softcap).transpose(1, 2)
+        out = capped_attention(*heads, mask=mask, scale=scale, softcap=softcap).transpose(1, 2)
     mass = q.new_zeros(q.shape[:3], dtype=slot_dtype(q.dtype))
     after = advance(state, k, v, log_gate, k_slot, (state.slot_key, state.slot_value), count)
     if attention_mask is not None:

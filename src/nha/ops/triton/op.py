@@ -12,7 +12,8 @@ from nha.ops.state import NHAState
 from nha.ops.triton import launch
 from nha.ops.triton.launch import Inputs
 
-MAX_DIM, MAX_EXACT_DIM, MAX_SLOTS = 256, 128, 128
+MAX_DIM, MAX_SLOTS = 256, 128
+MAX_EXACT_DIM, MAX_EXACT_SLOTS = 128, 64  # float32 operands take twice the shared memory
 
 
 def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str | None:
@@ -25,8 +26,9 @@ def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -
         return f"head dims {q.shape[-1]} and {v.shape[-1]}: the kernels go up to {MAX_DIM}"
     if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > MAX_EXACT_DIM:
         return f"head dims {q.shape[-1]} and {v.shape[-1]} in float32: the kernels go up to {MAX_EXACT_DIM}"
-    if not 1 <= log_gate.shape[-1] <= MAX_SLOTS:
-        return f"{log_gate.shape[-1]} slots: the kernels take 1 to {MAX_SLOTS}"
+    most = MAX_EXACT_SLOTS if q.dtype == torch.float32 else MAX_SLOTS
+    if not 1 <= log_gate.shape[-1] <= most:
+        return f"{log_gate.shape[-1]} slots in {q.dtype}: the kernels take 1 to {most}"
     return None
 
 
