@@ -112,7 +112,7 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.name)
     if dtype != "auto":
         model = model.to(getattr(torch, dtype))
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def layers_of(config: Any) -> int:

@@ -254,7 +254,8 @@ def run_checks(model: Any, texts: Tensor) -> list[Check]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what the numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in DEFAULT_PACKAGES} | {"python": platform.python_version()}
+    found: dict[str, str | None] = {name: importlib.metadata.version(name) for name in DEFAULT_PACKAGES}
+    return found | {"python": platform.python_version()}
 
 
 def machine(model: Any) -> str:
