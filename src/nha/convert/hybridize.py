@@ -29,7 +29,8 @@ def calibration_ids(model: PreTrainedModel, calibration: Calibration, tokenizer:
             raise ValueError(
                 f"expected calibration ids [N, T] of ints, got {list(calibration.shape)} {calibration.dtype}"
             )
-        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.num_embeddings
         if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
             raise ValueError(
                 f"expected calibration ids from 0 to {vocabulary - 1}, got {calibration.min()} to {calibration.max()}"
@@ -145,6 +146,6 @@ def forget_gguf(model: PreTrainedModel) -> None:
         quantization.get("quant_method") if isinstance(quantization, dict) else None
     )
     if quantization is not None and str(getattr(method, "value", method)) == "gguf":
-        del model.config.quantization_config
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
         model.hf_quantizer = None  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]
