@@ -71,10 +71,10 @@ def plan_windows(
     >>> plan_windows(Gemma2Config(num_hidden_layers=4), 64)
     [-1, 64, -1, 64]
     """
-    windows = check_windows(config, window_size)
     sliding = sliding_layers(config)
     if isinstance(window_size, int) and not all(sliding):
-        windows = [FULL if slides else window for window, slides in zip(windows, sliding, strict=True)]
+        window_size = [FULL if slides else window_size for slides in sliding]
+    windows = check_windows(config, window_size)
     for layer in full_layers:
         if not -len(windows) <= layer < len(windows):
             raise ValueError(f"expected full_layers to be below {len(windows)}, the number of layers, got {layer}")
