@@ -77,15 +77,22 @@ def record(function):
     return list(launches.values())
 
 
-def call(dtype="bfloat16", dim=128, value_dim=None, slots=64, window=64, groups=4, sinks=1, length=2048, heads=8):
-    """Forward and backward launches of one shape, without running anything."""
+def call(
+    dtype="bfloat16", dim=128, value_dim=None, slots=64, window=64, groups=4, sinks=1, length=2048, heads=8, state=False
+):  # fmt: skip
+    """Forward and backward launches of one shape, going on from a `state` or not, without running anything."""
     from nha.ops.triton import launch
 
     q = torch.empty(1, length, heads * groups, dim, dtype=getattr(torch, dtype))
     k, v = q.new_empty(1, length, heads, dim), q.new_empty(1, length, heads, value_dim or dim)
     gate = torch.empty(1, length, heads, slots)
     sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else (None, None)
-    inputs = launch.Inputs(q, k, v, None, None, gate, None, None, *sink, None, None, window, 0, 0.1, False)
+    start, first, past = (None, None), None, 0
+    if state:
+        start = torch.empty(1, heads, slots, dim), torch.empty(1, heads, slots, v.shape[3])
+        first, past = torch.zeros(1, dtype=torch.int64), window
+        k, v, gate = (torch.cat([x[:, :past], x], 1) for x in (k, v, gate))
+    inputs = launch.Inputs(q, k, v, None, None, gate, *start, *sink, first, None, window, past, 0.1, False)
     launch.every_kernel(inputs)
 
 

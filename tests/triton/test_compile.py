@@ -9,7 +9,14 @@ import pytest
 
 SHARED = 227 * 1024
 SPILLING = ("slots_kernel", "finish_kernel")  # their accumulators exceed the registers; the rest must hardly spill
-SHAPES = [{}, {"dim": 64}, {"dtype": "float16"}, {"dtype": "float32"}]
+SHAPES = [
+    {},
+    {"dim": 64},
+    {"dtype": "float16"},
+    {"dtype": "float32"},
+    {"state": True},
+    {"state": True, "dim": 64, "length": 140},
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -60,22 +60,23 @@ def states_kernel(
     slot = tl.arange(0, SLOTS)
     size = M * dim
     slots = tl.zeros([SLOTS, WIDTH], tl.float32)
+    # Addresses have a name per tensor: a name that a loop reassigns must keep its type, and dtypes may differ.
     if STARTED and not ADDING:
-        where, inside = _slots_at(start + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
-        slots = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        start_at, inside = _slots_at(start + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
+        slots = tl.load(start_at, mask=inside, other=0.0).to(tl.float32)
     if FOLDED:
         for earlier in range(program - index, program):
             place = earlier * heads + head.to(tl.int64)
             kept = tl.exp(tl.load(decay + place * M + slot, mask=slot < M, other=0.0))
-            where, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
-            slots = slots * kept[:, None] + tl.load(where, mask=inside, other=0.0)
+            added_at, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
+            slots = slots * kept[:, None] + tl.load(added_at, mask=inside, other=0.0)
     log_decay = tl.zeros([SLOTS], tl.float32)
     all_chunks = (total + CHUNK - 1) // CHUNK
     stop = tl.minimum((index + 1) * segment_chunks, all_chunks)
     for chunk in range(index * segment_chunks, stop):
         if not ADDING:
-            where, inside = _slots_at(out + ((base + chunk) * heads + head) * size, column, dim, M, SLOTS)
-            tl.store(where, slots.to(out.dtype.element_ty), mask=inside)
+            out_at, inside = _slots_at(out + ((base + chunk) * heads + head) * size, column, dim, M, SLOTS)
+            tl.store(out_at, slots.to(out.dtype.element_ty), mask=inside)
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         gate = clamp_gate(load_tokens(gates, g_t, token, 0, total, M, SLOTS))
         weight = taken(gate) * tl.exp(after_token(gate))
@@ -86,13 +87,13 @@ def states_kernel(
         log_decay += decays
     if ADDING:
         place = program.to(tl.int64) * heads + head
-        where, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
-        tl.store(where, slots, mask=inside)
+        to, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
+        tl.store(to, slots, mask=inside)
         if block == 0:
             tl.store(decay + place * M + slot, log_decay, mask=slot < M)
     elif (index + 1) * segment_chunks >= all_chunks:
-        where, inside = _slots_at(last + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
-        tl.store(where, slots, mask=inside)
+        to, inside = _slots_at(last + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
+        tl.store(to, slots, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "past", "chunks", "segments", "segment_chunks"])
@@ -134,15 +135,15 @@ def reverse_kernel(
         return
     slots = tl.zeros([SLOTS, WIDTH], tl.float32)
     if not ADDING:
-        where, inside = _slots_at(last + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
-        slots = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        last_at, inside = _slots_at(last + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
+        slots = tl.load(last_at, mask=inside, other=0.0).to(tl.float32)
     if FOLDED:
         final = program - index + count_segments - 1
         for back in range(0, count_segments - 1 - index):
             place = (final - back) * heads + head.to(tl.int64)
             kept = tl.exp(tl.load(decay + place * M + slot, mask=slot < M, other=0.0))
-            source, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
-            slots = slots * kept[:, None] + tl.load(source, mask=inside, other=0.0)
+            added_at, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
+            slots = slots * kept[:, None] + tl.load(added_at, mask=inside, other=0.0)
     begin = index * segment_chunks
     stop = tl.minimum(begin + segment_chunks, all_chunks)
     log_decay = tl.zeros([SLOTS], tl.float32)
@@ -158,10 +159,10 @@ def reverse_kernel(
         log_decay += decays
     if ADDING:
         place = program.to(tl.int64) * heads + head
-        where, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
-        tl.store(where, slots, mask=inside)
+        to, inside = _slots_at(added + place * size, column, dim, M, SLOTS)
+        tl.store(to, slots, mask=inside)
         if block == 0:
             tl.store(decay + place * M + slot, log_decay, mask=slot < M)
     elif index == 0:
-        where, inside = _slots_at(first + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
-        tl.store(where, slots, mask=inside)
+        to, inside = _slots_at(first + (sequence.to(tl.int64) * heads + head) * size, column, dim, M, SLOTS)
+        tl.store(to, slots, mask=inside)
