@@ -1,0 +1,143 @@
+"""The commands on a tiny model: what they do, and that bad input is one line before anything is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from nha.cli import app
+from tests.convert.test_hybridize import byte_tokenizer
+from tests.models.families import teacher
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A directory with a tiny model that reads bytes."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    teacher(vocab_size=300).save_pretrained(path)
+    byte_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_hybrid(tiny):
+    """The tiny model, converted by the command."""
+    path = tiny.parent / "hybrid"
+    result = runner.invoke(app, ["hybridize", str(tiny), str(path), "--window", "16", "--slots", "8", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["window_sizes"] == [16, 16, 16]
+    return path
+
+
+def test_a_converted_model_writes_text_in_constant_memory(tiny_hybrid):
+    sizes = []
+    for count in (20, 60):
+        arguments = ["generate", str(tiny_hybrid), "Hello there, ", "--max-new-tokens", str(count), "--json"]
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found["new_tokens"] <= count
+        sizes.append(found["cache_bytes"])
+    assert sizes[0] == sizes[1]
+
+
+def test_perplexity_with_its_ablations(tiny_hybrid):
+    arguments = ["eval", "perplexity", str(tiny_hybrid), "--length", "64", "--count", "2", "--ablations"]
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["results"]
+    assert set(found) == {"model", "slots off", "window off", "original"}
+    # inside the window all forms that have one are the same model
+    assert found["model"]["by_position"][0] != found["window off"]["by_position"][0]
+    table = runner.invoke(app, arguments)
+    assert table.exit_code == 0
+    assert "slots off" in table.stdout
+
+
+def test_windows_of_minus_one_are_the_original(tiny_hybrid):
+    arguments = ["eval", "perplexity", str(tiny_hybrid), "--length", "64", "--count", "1", "--json"]
+    changed = json.loads(runner.invoke(app, [*arguments, "--window", "-1"]).stdout)["results"]["model"]
+    original = json.loads(runner.invoke(app, [*arguments, "--ablations"]).stdout)["results"]["original"]
+    assert changed["perplexity"] == original["perplexity"]
+
+
+def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
+    output = tmp_path / "report"
+    arguments = [
+        "quickstart",
+        "--model",
+        str(tiny),
+        "--output",
+        str(output),
+        "--window",
+        "16",
+        "--slots",
+        "8",
+        "--quick",
+    ]
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["healthy"]
+    names = {form["name"] for form in found["forms"]}
+    assert {"teacher", "hybrid", "slots_off", "sink_only", "longer_window"} <= names
+    assert {path.name for path in output.iterdir()} >= {"index.html", "results.json", "hybrid", "perplexity.png"}
+    again = runner.invoke(app, ["generate", str(output / "hybrid"), "Hello", "--max-new-tokens", "4"])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["hybridize", "{tiny}", "{new}", "--window", "-2"],
+            "expected windows of -1 (full attention), 0 or more, got -2",
+        ),
+        (["hybridize", "{tiny}", "{new}", "--window", "8,8"], "expected 3 window sizes, one per layer, got 2"),
+        (["hybridize", "{tiny}", "{new}", "--window", "a"], "expected --window to be integers separated by commas"),
+        (["hybridize", "{tiny}", "{new}", "--slots", "0"], "expected --slots of at least 1, got 0"),
+        (["hybridize", "{tiny}", "{new}", "--full-layers", "3"], "expected --full-layers between 0 and 2, got 3"),
+        (["hybridize", "{tiny}", "{new}", "--init", "none"], "expected --init to be kmeans or paper, got 'none'"),
+        (["hybridize", "{tiny}", "{new}", "--dtype", "int8"], "expected --dtype to be auto"),
+        (["hybridize", "{tiny}", "{new}", "--calibration", "/nowhere"], "expected a text file, there is none at"),
+        (["hybridize", "{tiny}", "{tiny}"], "to be new or empty, it already holds files"),
+        (["hybridize", "{hybrid}", "{new}"], "is a hybrid already"),
+        (["hybridize", "/nowhere/at/all", "{new}"], "expected a model directory or a Hub id"),
+        (["generate", "{tiny}", "hello", "--window", "8"], "expected a hybrid for --window"),
+        (["generate", "{hybrid}", " "], "expected a prompt, got nothing"),
+        (["generate", "{hybrid}", "hello", "--top-p", "2"], "expected --top-p above 0 and at most 1, got 2"),
+        (["eval", "perplexity", "{tiny}", "--ablations"], "expected a hybrid for --ablations"),
+        (["eval", "perplexity", "{tiny}", "--length", "1"], "expected --length of at least 2, got 1"),
+        (["quickstart", "--model", "{tiny}", "--window", "-1"], "expected --window to convert at least one layer"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tiny, tiny_hybrid, tmp_path):
+    places = {"{tiny}": str(tiny), "{hybrid}": str(tiny_hybrid), "{new}": str(tmp_path / "new")}
+    result = runner.invoke(app, [places.get(argument, argument) for argument in arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert result.stderr.strip().startswith("error:")
+    assert not (tmp_path / "new").exists()
+
+
+def test_truncated_weights_are_refused(tiny, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    result = runner.invoke(app, ["generate", str(broken), "hello"])
+    assert result.exit_code == 2
+    assert "truncated or foreign" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["quickstart", "hybridize", "generate", "doctor", "eval perplexity"])
+def test_every_command_has_help_with_an_example(command):
+    result = runner.invoke(app, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
