@@ -1,5 +1,6 @@
 # make quickstart   set everything up, turn a real model into a hybrid, write report/
 # make test         set everything up, run the tests on the newest and on the oldest supported transformers
+# make test-gpu, make bench-gpu   check and time the kernels on this machine's GPU (installs nothing)
 # PYTHON, VENV and TORCH may be given on the command line.
 
 PYTHON ?= python3
@@ -44,3 +45,14 @@ $(OLDEST)/.installed: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) report
+
+# On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy); nothing is installed.
+GPU_OUT ?= gpu-results
+
+.PHONY: test-gpu bench-gpu
+
+test-gpu:
+	PYTHONPATH=src python3 benchmarks/gpu.py --check --out $(GPU_OUT)
+
+bench-gpu:
+	PYTHONPATH=src python3 benchmarks/gpu.py --bench --out $(GPU_OUT)
