@@ -32,20 +32,23 @@ class Blocks(NamedTuple):
     gated: tl.dtype  # operands that carry gate factors of up to exp(40)
 
 
-def _width(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+def _width(size: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(size))
 
 
 def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, groups: int, window: int) -> Blocks:
     """Block sizes that fit into the shared memory and registers of a current GPU."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
+    # Rows of 16-bit operands fill 128 bytes: with narrower ones in shared memory (layouts that swizzle 64 or 32 bytes)
+    # Hopper's products of 64 rows gave wrong numbers and illegal accesses.
+    row = 16 if exact else 64
     per_kv = triton.next_power_of_2(groups)
     crowded = exact or wide > 128 or _width(slots) > 64
     return Blocks(
-        slots=_width(slots),
-        key=_width(dim),
-        value=_width(value_dim),
+        slots=_width(slots, row),
+        key=_width(dim, row),
+        value=_width(value_dim, row),
         sinks=_width(sinks),
         chunk=(16 if wide > 64 else 32) if exact else 64,
         heads=min(per_kv, 1 if exact else (2 if crowded else 4)),
