@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST := $(VENV)/transformers-5.17
+TRITON := $(VENV)/triton-3.6
 
 # PyTorch's CPU build where there is no NVIDIA driver (pip falls back to PyPI if the index is out of reach).
 ifeq ($(shell command -v nvidia-smi),)
@@ -22,9 +23,10 @@ RUN := $(VENV)/bin/python
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/nha quickstart
 
-test: $(VENV)/.tools $(OLDEST)/.installed
+test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 -m "not real" tests/models
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 tests/triton
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
@@ -43,11 +45,16 @@ $(OLDEST)/.installed: $(VENV)/.installed
 	$(PIP) install --upgrade --target $(OLDEST) transformers==5.17.0
 	touch $@
 
+# Kernels are tested in Triton's interpreter, and compiled for a GPU, without a GPU.
+$(TRITON)/.installed: $(VENV)/.installed
+	$(PIP) install --upgrade --target $(TRITON) triton==3.6.0 "numpy<2.4"
+	touch $@
+
 clean:
 	rm -rf $(VENV) report
 
 # On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy); nothing is installed.
-GPU_OUT ?= gpu-results
+GPU_OUT ?= report/gpu
 
 .PHONY: test-gpu bench-gpu
 

@@ -112,6 +112,7 @@ def cut(flat: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
 
 def whole(case: Case, flat: dict[str, Tensor], impl: str, **options) -> dict[str, Tensor]:
     output = call(flat, case.window, impl, **options)
+    assert output.state is not None and output.slot_mass is not None
     return {"out": output.out, "mass": output.slot_mass, **output.state.tensors()}
 
 
@@ -148,6 +149,7 @@ def segments(case: Case, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor
         outputs.append(call(cut(flat, start, stop), case.window, impl, state=state))
         state, start = outputs[-1].state, stop
     found = {"out": torch.cat([o.out for o in outputs], 1), "mass": torch.cat([o.slot_mass for o in outputs], 1)}
+    assert state is not None
     return found | state.tensors()
 
 
@@ -295,7 +297,7 @@ def run_group(name: str, file: Path, tiny: bool, deadline: float) -> None:
     warnings.simplefilter("ignore")
     # Memory that no kernel wrote shows as NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     label, dim, third = groups(tiny)[name]
     mine = cases(tiny) if third < 0 else cases(tiny)[third::3]
     for case in mine:
