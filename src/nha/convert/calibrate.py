@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from nha.models.adapter import Observation, attention_layers, observe
 
 ROUNDS = 10
-GATE_DEVIATION = 40.0
-WRITES_PER_TOKEN = 3.0
+GATE_DEVIATION = 100.0
+WRITES_PER_TOKEN = 2.5
 SINK_TOKENS = 256
 
 
