@@ -85,7 +85,7 @@ def call(
 
     q = torch.empty(1, length, heads * groups, dim, dtype=getattr(torch, dtype))
     k, v = q.new_empty(1, length, heads, dim), q.new_empty(1, length, heads, value_dim or dim)
-    gate = torch.empty(1, length, heads, slots)
+    gate = k.new_empty(1, length, heads, slots)
     sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else (None, None)
     start, first, past = (None, None), None, 0
     if state:

@@ -14,8 +14,8 @@ SHAPES = [
     {"dim": 64},
     {"dtype": "float16"},
     {"dtype": "float32"},
-    {"state": True},
     {"state": True, "dim": 64, "length": 140},
+    {"slots": 16, "window": 5, "groups": 9, "heads": 1, "length": 150},
 ]
 
 

@@ -63,6 +63,15 @@ def test_kernels_err_at_most_twice_as_much_as_the_reference(name):
     assert_within(results(flat, case.window, "triton"), exact, bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 16, 32, 33])
+def test_sixteen_bit_operands_fill_rows_of_128_bytes(dtype, size):
+    from nha.ops.triton.plan import blocks
+
+    sizes = blocks(dtype, dim=size, value_dim=size, slots=size, sinks=0, groups=4, window=5)
+    assert min(sizes.slots, sizes.key, sizes.value) * dtype.itemsize >= 128
+
+
 def test_two_runs_give_the_same_bits():
     flat = inputs(CASES["grouped heads, odd sizes"])
     first, second = (results(flat, 7, "triton") for _ in range(2))

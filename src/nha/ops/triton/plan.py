@@ -40,8 +40,8 @@ def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int,
     """Block sizes that fit into the shared memory and registers of a current GPU."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
-    # Rows of 16-bit operands fill 128 bytes: with narrower ones in shared memory (layouts that swizzle 64 or 32 bytes)
-    # Hopper's products of 64 rows gave wrong numbers and illegal accesses.
+    # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
+    # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
     per_kv = triton.next_power_of_2(groups)
     crowded = exact or wide > 128 or _width(slots) > 64
