@@ -20,7 +20,7 @@ class Perplexity:
     """Losses [N, T - 1] in nats of the tokens of N texts, each given all tokens before it.
 
     >>> measured = Perplexity(torch.full((2, 7), math.log(2.0)))
-    >>> round(measured.value, 6), measured.by_position([0, 4, 8])
+    >>> round(measured.value, 6), [round(value, 6) for value in measured.by_position([0, 4, 8])]
     (2.0, [2.0, 2.0])
     """
 

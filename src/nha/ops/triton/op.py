@@ -172,7 +172,7 @@ def triton_attention(
         slot_tail = state.key if state.tail_slot_key is None else state.tail_slot_key
         tails = [state.key, state.value, slot_tail, state.tail_log_gate.to(log_gate.dtype)]
         new = [k, v, k_slot, log_gate]
-        joined = _pack(cu_seqlens, window, tails, new) if packed else None
+        joined = _pack(cu_seqlens, window, tails, new) if packed and cu_seqlens is not None else None
         if past:
             keys, values, token_keys, gates = joined or [torch.cat(pair, 1) for pair in zip(tails, new, strict=True)]
     if count is not None:
