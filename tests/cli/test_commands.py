@@ -29,7 +29,11 @@ def tiny_hybrid(tiny):
     path = tiny.parent / "hybrid"
     result = runner.invoke(app, ["hybridize", str(tiny), str(path), "--window", "16", "--slots", "8", "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["window_sizes"] == [16, 16, 16]
+    found = json.loads(result.stdout)
+    assert found["window_sizes"] == [16, 16, 16]
+    assert set(found["perplexity"]) == {"original", "hybrid", "hybrid, slots off"}
+    card = (path / "README.md").read_text()
+    assert f"| hybrid | {found['perplexity']['hybrid']:.2f} |" in card
     return path
 
 
@@ -86,6 +90,7 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
     names = {form["name"] for form in found["forms"]}
     assert {"teacher", "hybrid", "slots_off", "sink_only", "longer_window"} <= names
     assert {path.name for path in output.iterdir()} >= {"index.html", "results.json", "hybrid", "perplexity.png"}
+    assert "| original |" in (output / "hybrid" / "README.md").read_text()
     again = runner.invoke(app, ["generate", str(output / "hybrid"), "Hello", "--max-new-tokens", "4"])
     assert again.exit_code == 0, again.output
 

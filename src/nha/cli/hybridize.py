@@ -32,6 +32,7 @@ def hybridize(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the k-means.")] = 0,
+    measure: Annotated[bool, typer.Option(help="Measure original and hybrid for the model card.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Turn a pretrained model into a hybrid and save it, weights and all."""
@@ -50,6 +51,10 @@ def hybridize(
     started = time.perf_counter()
     with err.status(f"loading {source.label}"):
         loaded, tokenizer = loading.load(source, dtype=dtype)
+    forms: dict[str, Any] = {}
+    ids = measuring_text(tokenizer) if measure else None
+    if ids is not None:
+        measure_form(forms, "original", loaded, ids)
     with common.steps(f"converting {source.label}") as advance:
         hybrid = convert(
             loaded,
@@ -64,8 +69,14 @@ def hybridize(
             seed=seed,
             progress=advance,
         )
+    if ids is not None:
+        from nha.models.adapter import ablate
+
+        measure_form(forms, "hybrid", hybrid, ids)
+        with ablate(hybrid, "slots_off"):
+            measure_form(forms, "hybrid, slots off", hybrid, ids)
     with err.status(f"writing {output}"):
-        save(hybrid, tokenizer, output)
+        save(hybrid, tokenizer, output, source.label, forms)
     found: dict[str, Any] = {
         "model": source.name,
         "output": str(output),
@@ -73,6 +84,7 @@ def hybridize(
         "num_slots": slots,
         "num_sinks": sinks,
         "init": init,
+        "perplexity": {name: form.value for name, form in forms.items()},
         "seconds": round(time.perf_counter() - started, 2),
     }
     if as_json:
@@ -80,6 +92,8 @@ def hybridize(
         return
     converted = sum(w >= 0 for w in found["window_sizes"])
     out.print(f"[green]✓[/] {converted} of {len(found['window_sizes'])} layers converted, saved in [bold]{output}[/]")
+    for name, form in forms.items():
+        out.print(f"  perplexity {form.value:7.2f}  {name}")
     out.print(f'  try it:  [cyan]nha generate {output} "Why is the sky blue?"[/]')
 
 
@@ -110,8 +124,26 @@ def check_convertible(source: loading.Source, windows: int | list[int], full_lay
     plan_windows(source.config, windows, full_layers)
 
 
-def save(model: Any, tokenizer: Any, output: Path) -> None:
-    """Write model and tokenizer into a directory that appears only when it is whole."""
+def measuring_text(tokenizer: Any) -> Any:
+    """Four stretches of 512 tokens [4, 512] of the built-in documents."""
+    from nha.data.text import blocks, evaluation_documents
+
+    return blocks(tokenizer, evaluation_documents(), 4, 512)
+
+
+def measure_form(forms: dict[str, Any], name: str, model: Any, ids: Any) -> None:
+    """Add the perplexity of a model on ids [N, T] to `forms`, with a progress bar."""
+    from nha.evaluate.perplexity import perplexity
+
+    with common.steps(f"measuring: {name}") as advance:
+        forms[name] = perplexity(model, ids, progress=advance)
+
+
+def save(model: Any, tokenizer: Any, output: Path, base: str, forms: dict[str, Any]) -> None:
+    """Write model, tokenizer and model card into a directory that appears only when it is whole."""
+    from nha.convert.card import model_card, write_card
+
     with common.whole_directory(output) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
+        write_card(work, model_card(model.config, base, forms, "the Python language reference"))

@@ -19,14 +19,16 @@ from torch import Tensor
 from nha.cli import loading
 from nha.cli.measure import CONTEXTS, as_teacher, costs
 from nha.convert.align import align
+from nha.convert.card import model_card, write_card
 from nha.convert.hybridize import hybridize
 from nha.data.text import blocks, calibration_text, evaluation_documents
 from nha.evaluate.perplexity import Perplexity, perplexity
 from nha.models.adapter import ablate, set_windows
 from nha.models.cache import cache_nbytes
-from nha.report.results import Check, Form, Results, Sample, Tuning
+from nha.report.results import FORMS, Check, Form, Results, Sample, Tuning
 
 PAPER_LIMIT = 1_000_000_000  # parameters up to which a second copy of the model is made for the paper's form
+DOCUMENT = "the Python language reference"
 QUESTION = "Explain in two sentences what a function is in Python."
 DEFAULT_PACKAGES = ("nha", "torch", "transformers")
 
@@ -133,6 +135,8 @@ def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path |
         with clock.step("save", "saving the hybrid"):
             model.save_pretrained(saved)
             tokenizer.save_pretrained(saved)
+            named = {FORMS[name][0]: forms[name] for name in FORMS if name in forms}
+            write_card(saved, model_card(model.config, source.label, named, DOCUMENT))
     return Results(
         model=source.label,
         layers=len(model.config.window_sizes),
@@ -141,7 +145,7 @@ def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path |
         window_sizes=list(model.config.window_sizes),
         num_slots=settings.slots,
         num_sinks=model.config.num_sinks,
-        document="the Python language reference",
+        document=DOCUMENT,
         documents=settings.documents,
         document_tokens=settings.length,
         bucket_edges=edges,
