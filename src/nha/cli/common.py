@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 import re
 import shutil
@@ -26,6 +24,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from nha.report.results import to_json
 
 OK, FAILED_CHECK, BAD_INPUT = 0, 1, 2
 
@@ -85,25 +85,6 @@ def print_json(value: Any) -> None:
     """Write one JSON document to stdout, numbers as they are, NaN and infinities as null."""
     sys.stdout.write(to_json(value))
     sys.stdout.flush()
-
-
-def to_json(value: Any) -> str:
-    """A JSON document of dicts, lists and numbers; NaN and infinities become null, which JSON lacks.
-
-    >>> to_json({"ppl": float("inf"), "n": 3})
-    '{\\n  "ppl": null,\\n  "n": 3\\n}\\n'
-    """
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {str(k): clean(v) for k, v in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [clean(v) for v in item]
-        if isinstance(item, float) and (not math.isfinite(item)):
-            return None
-        return item
-
-    return json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n"
 
 
 def parse_ints(text: str, what: str) -> list[int]:

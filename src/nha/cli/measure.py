@@ -20,14 +20,10 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 @contextmanager
 def as_teacher(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The hybrid with all windows at -1, which is the model it was made from; the windows come back at the end."""
-    from nha.models.adapter import set_windows
+    from nha.models.adapter import temporary_windows
 
-    windows = list(model.config.window_sizes)
-    set_windows(model, -1)
-    try:
+    with temporary_windows(model, -1):
         yield model
-    finally:
-        set_windows(model, windows)
 
 
 def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cache:

@@ -23,7 +23,7 @@ from nha.convert.card import model_card, write_card
 from nha.convert.hybridize import hybridize
 from nha.data.text import blocks, calibration_text, evaluation_documents
 from nha.evaluate.perplexity import Perplexity, perplexity
-from nha.models.adapter import ablate, set_windows
+from nha.models.adapter import ablate, temporary_windows
 from nha.models.cache import cache_nbytes
 from nha.report.results import FORMS, Check, Form, Results, Sample, Tuning
 
@@ -176,13 +176,9 @@ def bucket_edges(length: int) -> list[int]:
 @contextmanager
 def wider(model: Any) -> Iterator[None]:
     """Within the context, the hybrid has no slots and windows longer by as many tokens: as many keys and values."""
-    windows = list(model.config.window_sizes)
-    set_windows(model, [w if w < 0 else w + model.config.num_slots for w in windows])
-    try:
-        with ablate(model, "slots_off"):
-            yield
-    finally:
-        set_windows(model, windows)
+    windows = [w if w < 0 else w + model.config.num_slots for w in model.config.window_sizes]
+    with temporary_windows(model, windows), ablate(model, "slots_off"):
+        yield
 
 
 def tune(model: Any, tokenizer: Any, settings: Settings, clock: Clock) -> Tuning:

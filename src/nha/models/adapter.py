@@ -409,6 +409,17 @@ def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
 
 
 @contextmanager
+def temporary_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> Iterator[None]:
+    """Within the context, the model has other windows, as `set_windows` takes them; then its own again."""
+    before = list(model.config.window_sizes)  # type: ignore[arg-type]
+    set_windows(model, windows)
+    try:
+        yield
+    finally:
+        set_windows(model, before)
+
+
+@contextmanager
 def ablate(model: PreTrainedModel, what: str | None) -> Iterator[None]:
     """Within the context, read hybrid layers without their slots ("slots_off") or their window ("window_off").
 
@@ -436,13 +447,11 @@ def observe(
     Windows are -1 meanwhile (the model before its conversion), unless others are asked for.
     """
     modules = hybrid_layers(model)
-    before = list(model.config.window_sizes)
-    set_windows(model, windows)
-    try:
-        for index, module in enumerate(modules):
-            module.observer = partial(see, index)
-        yield
-    finally:
-        for module in modules:
-            module.observer = None
-        set_windows(model, before)
+    with temporary_windows(model, windows):
+        try:
+            for index, module in enumerate(modules):
+                module.observer = partial(see, index)
+            yield
+        finally:
+            for module in modules:
+                module.observer = None

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import json
-import math
 from pathlib import Path
 
 from nha.report import plots
-from nha.report.results import FORMS, Results
+from nha.report.results import FORMS, Results, to_json
 from nha.report.style import CSS
 from nha.report.words import (
     added_share,
@@ -36,20 +34,10 @@ def write_report(results: Results, directory: Path) -> Path:
     """Write index.html, results.json and one PNG per figure into an existing directory; return the page's path."""
     for name in plots.figure_names(results):
         (directory / f"{name}.png").write_bytes(plots.png(results, name))
-    data = json.dumps(_plain(results.to_dict()), indent=2, ensure_ascii=False)
-    (directory / "results.json").write_text(data + "\n", encoding="utf-8")
+    (directory / "results.json").write_text(to_json(results.to_dict()), encoding="utf-8")
     page = directory / "index.html"
     page.write_text(render(results), encoding="utf-8")
     return page
-
-
-def _plain(item):
-    """NaN and infinities as null, which is all that JSON has for them."""
-    if isinstance(item, dict):
-        return {key: _plain(value) for key, value in item.items()}
-    if isinstance(item, (list, tuple)):
-        return [_plain(value) for value in item]
-    return None if isinstance(item, float) and not math.isfinite(item) else item
 
 
 def _picture(results: Results, name: str, caption: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +20,25 @@ FORMS: dict[str, tuple[str, str]] = {
     "paper": ("paper's form", "slots at zero from the start, gates copied from the keys, no sink, no training"),
     "untuned": ("hybrid before tuning", "the hybrid before the short training of its gates"),
 }
+
+
+def to_json(value: Any) -> str:
+    """A JSON document of dicts, lists and numbers; NaN and infinities become null, which JSON lacks.
+
+    >>> to_json({"ppl": float("inf"), "n": 3})
+    '{\\n  "ppl": null,\\n  "n": 3\\n}\\n'
+    """
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {str(k): clean(v) for k, v in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [clean(v) for v in item]
+        if isinstance(item, float) and (not math.isfinite(item)):
+            return None
+        return item
+
+    return json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass
