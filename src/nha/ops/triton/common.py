@@ -84,6 +84,12 @@ def load_slots(base, here, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constex
 
 
 @triton.jit
+def load_held(base, border, here, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[SLOTS, WIDTH] of the slots at a chunk's border times `border`, float32."""
+    return load_slots(base, here, M, SLOTS, DIM, WIDTH).to(tl.float32) * border[:, None]
+
+
+@triton.jit
 def store_slots(base, value, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Write [SLOTS, WIDTH] to contiguous slots [M, DIM]."""
     slot = tl.arange(0, SLOTS)

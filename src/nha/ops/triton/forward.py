@@ -16,6 +16,7 @@ from nha.ops.triton.common import (
     in_pass,
     is_harsh,
     load_gates,
+    load_held,
     load_rows,
     load_slots,
     locate,
@@ -69,13 +70,13 @@ def forward_kernel(
     gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, line * g_t, committed, M, SLOTS)
     keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, line * ks_t, committed, D, KEY)
     values = load_rows(near_value + token0 * v_t, line * v_t, committed, DV, VALUE)
-    held_key = load_slots(slot_key + place * M * D, here, M, SLOTS, D, KEY)
-    held_value = load_slots(slot_value + place * M * DV, here, M, SLOTS, DV, VALUE)
     harsh = is_harsh(decay + place * M, here, M, SLOTS)
     for part in tl.range(0, 1 + harsh * (CHUNK // PART - 1), disable_licm=True):
         mine = real & in_pass(part, harsh, CHUNK)
         rise = rise_of(gate, part, harsh, CHUNK)
         border = border_of(gate, part, harsh, CHUNK)
+        held_key = load_held(slot_key + place * M * D, border, here, M, SLOTS, D, KEY).to(GATED)
+        held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
         fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE == tl.float32)).to(GATED)
         for group in tl.range(0, groups, disable_licm=True):
             query_head = head * groups + group
@@ -88,8 +89,8 @@ def forward_kernel(
                 query = load_rows(query_at, line * qs_t, mine, D, KEY)
                 seen = line[None, :] <= line[:, None]
                 dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
-                score = matmul(query, tl.trans(held_key), DTYPE, PRECISION) * border[None, :]
-                score = (score + matmul(dots, fall, GATED, PRECISION)) * (rise * scale)
+                score = matmul(query, tl.trans(held_key), GATED, PRECISION) + matmul(dots, fall, GATED, PRECISION)
+                score *= rise * scale
                 if M < SLOTS:
                     score = tl.where((tl.arange(0, SLOTS) < M)[None, :], score, float("-inf"))
                 if LATE:
@@ -111,8 +112,8 @@ def forward_kernel(
                     sink = load_slots(sink_value + head * S * DV, here, S, SINKS, DV, VALUE)
                     acc = matmul(sink_weight, sink, DTYPE, PRECISION)
                 old = norm
-                spread = weight * rise
-                acc += matmul(spread * border[None, :], held_value, DTYPE, PRECISION)
+                spread = (weight * rise).to(GATED)
+                acc += matmul(spread, held_value, GATED, PRECISION)
                 read = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
                 acc += matmul(read, values, DTYPE, PRECISION)
             if WINDOWED:

@@ -8,17 +8,18 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from nha.ops.triton.backward import key_kernel, slots_kernel
 from nha.ops.triton.forward import forward_kernel
+from nha.ops.triton.keys import key_kernel
 from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
 from nha.ops.triton.query import query_kernel
 from nha.ops.triton.scores import scores_kernel
+from nha.ops.triton.slots import gates_kernel, slots_kernel
 from nha.ops.triton.state import reverse_kernel, states_kernel
 
 LOG2_E = 1.4426950408889634
 STATE_WIDTH = 128  # columns of the slots that one program of the pass over tokens holds
 SCAN_WIDTH = 64  # the same for the pass over gradients
-SLAB = 264  # programs of the backward pass whose scores are kept at a time
+SLAB = 528  # programs of the backward pass whose scores are kept at a time
 
 
 class Inputs(NamedTuple):
@@ -202,14 +203,15 @@ def gradients(
     kept = torch.float32 if v.dtype == torch.float16 else v.dtype
     dslots = [v.new_empty(total, heads, slots, d, dtype=kept) for d in (dim, value_dim)]
     dsinks = [v.new_zeros(total, heads, sinks, d, dtype=torch.float32) for d in (dim, value_dim)]
-    dgates = [torch.empty(gate.shape, dtype=gate.dtype, device=q.device) for _ in range(2)]
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
     blocks = plan.programs(plan.blocks)
     slab = min(max(1, SLAB // heads), max(blocks, 1))
     kept = torch.bfloat16 if sizes.gated == tl.bfloat16 else torch.float32
-    width = sizes.chunk + 2 * sizes.slots
+    width = sizes.chunk + sizes.slots
     scores = [v.new_empty(slab, query_heads, sizes.chunk, width, dtype=kept) for _ in range(2)]
     sink_scores = [v.new_empty(slab, query_heads, sizes.chunk, sinks, dtype=torch.float32) for _ in range(2)]
     drise = v.new_empty(slab, heads, sizes.chunk, sizes.slots, dtype=torch.float32)
+    borders = v.new_empty(slab, heads, sizes.chunk // 16, sizes.slots, dtype=torch.float32)
     shared = {"CHUNK": sizes.chunk, "DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
     slotted = {"M": slots, "S": sinks, "SLOTS": sizes.slots, "SINKS": sizes.sinks, **shared}
     wide = {"D": dim, "DV": value_dim, "KEY": sizes.key, "VALUE": sizes.value}
@@ -219,27 +221,30 @@ def gradients(
         place = (length, plan.past, plan.window, plan.chunks, plan.blocks, start)
         scores_kernel[(count, heads)](
             v, slot_query, token_key, gate, states.key, states.value, states.decay, inputs.sink_key, inputs.sink_value,
-            inputs.first, *tables, out, mass, lse, grad_out, grad_mass, delta, *scores, *sink_scores, drise,
+            inputs.first, *tables, out, mass, lse, grad_out, grad_mass, delta, *scores, *sink_scores, drise, borders,
             *strides(v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
             GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None,
             num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
         query_kernel[(count, query_heads)](
-            q, k, v, token_key, states.key, inputs.sink_key, inputs.first, *tables,
-            lse, grad_out, delta, scores[0], sink_scores[0], dq, dq_slot, *strides(q, k, v, token_key),
-            inputs.scale, *place, heads, groups, BLOCK=sizes.block, LATE=late, WINDOWED=windowed,
+            q, k, v, token_key, states.key, states.decay, inputs.sink_key, inputs.first, *tables,
+            lse, grad_out, delta, scores[0], sink_scores[0], borders, dq, dq_slot, *strides(q, k, v, token_key),
+            inputs.scale, *place, heads, groups, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, WINDOWED=windowed,
             SEPARATE=inputs.q_slot is not None, num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
-        sides = (
-            (slot_query, token_key, dk_slot, dim, sizes.key),
-            (grad_out, v, dv, value_dim, sizes.value),
-        )
-        for side, (x, y, dtoken, size, padded) in enumerate(sides):
+        for side, (x, dtoken, size, padded) in enumerate(
+            ((slot_query, dk_slot, dim, sizes.key), (grad_out, dv, value_dim, sizes.value))
+        ):
             slots_kernel[(count, heads)](
-                x, y, gate, states.decay, scores[side], sink_scores[side], drise, *tables,
-                dtoken, dslots[side], dsinks[side], dgates[side], *strides(x, y, gate), *place, key_length, heads, groups,
-                DIM=size, WIDTH=padded, GATED=sizes.gated, RISING=side == 0, num_warps=4, num_stages=1, **slotted,
+                x, states.decay, scores[side], sink_scores[side], borders, *tables,
+                dtoken, dslots[side], dsinks[side], *strides(x), *place, key_length, heads, groups,
+                DIM=size, WIDTH=padded, GATED=sizes.gated, num_warps=4, num_stages=2, **slotted,
             )  # fmt: skip
+        gates_kernel[(count, heads)](
+            v, slot_query, token_key, gate, states.decay, grad_out, *scores, drise, *tables, dgate,
+            *strides(v, slot_query, token_key, gate), *place, key_length, heads, groups,
+            M=slots, SLOTS=sizes.slots, GATED=sizes.gated, num_warps=4, num_stages=1, **shared, **wide,
+        )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
     added, decay = _segment_sums(v, plan, heads, slots, (dim, value_dim))
@@ -255,14 +260,14 @@ def gradients(
         )  # fmt: skip
     key_kernel[(plan.programs(plan.key_blocks), heads)](
         q, k, v, token_key, gate, *dslots, dend, grad_out, lse, delta,
-        inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, *dgates,
+        inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, dgate,
         *strides(q, k, v, token_key, gate),
         inputs.scale, length, plan.past, plan.window, plan.chunks, plan.key_blocks, key_length, heads, groups, columns,
         M=slots, SLOTS=sizes.slots, BLOCK=sizes.block, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
         num_warps=sizes.warps, num_stages=1, **shared, **wide,
     )  # fmt: skip
     return Gradients(
-        dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgates[0], *first,
+        dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgate, *first,
         None if inputs.sink_key is None else dsinks[0].sum(0).to(inputs.sink_key.dtype),
         None if inputs.sink_value is None else dsinks[1].sum(0).to(inputs.sink_value.dtype),
     )  # fmt: skip

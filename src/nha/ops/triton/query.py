@@ -5,18 +5,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nha.ops.triton.common import LOG2_E, bounds, load_rows, load_slots, locate, matmul, store_rows
+from nha.ops.triton.common import (
+    LOG2_E,
+    PART,
+    bounds,
+    in_pass,
+    is_harsh,
+    load_held,
+    load_rows,
+    load_slots,
+    locate,
+    matmul,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block"])
 def query_kernel(
-    q, k, v, k_slot, slot_key, sink_key, first, cu, chunk_base, table,
-    lse, grad_out, delta, key_scores, sink_scores, dq, dq_slot,
+    q, k, v, k_slot, slot_key, decay, sink_key, first, cu, chunk_base, table,
+    lse, grad_out, delta, key_scores, sink_scores, borders, dq, dq_slot,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_t, ks_h,
     scale, length, past, window, chunks, blocks, first_block, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, LATE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr,
 ):  # fmt: skip
     """dq [T, HQ, D] of one block, from what `scores_kernel` left; programs (block, query head).
@@ -41,14 +53,19 @@ def query_kernel(
     acc = tl.zeros([CHUNK, KEY], tl.float32)
     if chunk >= 0:
         saved = (tl.program_id(0).to(tl.int64) * query_heads + query_head) * CHUNK
-        kept = key_scores + saved * (CHUNK + 2 * SLOTS)
-        at = line * (CHUNK + 2 * SLOTS)
+        kept = key_scores + saved * (CHUNK + SLOTS)
+        at = line * (CHUNK + SLOTS)
         score = load_rows(kept, at, real, CHUNK, CHUNK)
         keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, line * ks_t, real, D, KEY)
         acc = matmul(score, keys, DTYPE, PRECISION)
-        score = load_rows(kept + CHUNK, at, real, SLOTS, SLOTS)
-        held = load_slots(slot_key + ((base + chunk) * heads + head) * M * D, True, M, SLOTS, D, KEY)
-        acc += matmul(score, held, DTYPE, PRECISION)
+        place = (base + chunk) * heads + head
+        harsh = is_harsh(decay + place * M, True, M, SLOTS)
+        for part in range(0, 1 + harsh * (CHUNK // PART - 1)):
+            border_at = (tl.program_id(0).to(tl.int64) * heads + head) * (CHUNK // PART) + part
+            border = tl.load(borders + border_at * SLOTS + tl.arange(0, SLOTS))
+            score = load_rows(kept + CHUNK, at, real & in_pass(part, harsh, CHUNK), SLOTS, SLOTS)
+            held = load_held(slot_key + place * M * D, border, True, M, SLOTS, D, KEY)
+            acc += matmul(score, held, GATED, PRECISION)
         if S > 0:
             score = load_rows(sink_scores + saved * S, line * S, real, S, SINKS)
             held = load_slots(sink_key + head * S * D, True, S, SINKS, D, KEY)

@@ -13,6 +13,7 @@ from nha.ops.triton.common import (
     in_pass,
     is_harsh,
     load_gates,
+    load_held,
     load_rows,
     load_slots,
     locate,
@@ -27,7 +28,7 @@ from nha.ops.triton.common import (
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block"])
 def scores_kernel(
     v, q_slot, k_slot, log_gate, slot_key, slot_value, decay, sink_key, sink_value, first, cu, chunk_base, table,
-    out, mass, lse, grad_out, grad_mass, delta, key_scores, value_scores, sink_scores, sink_weights, drise,
+    out, mass, lse, grad_out, grad_mass, delta, key_scores, value_scores, sink_scores, sink_weights, drise, borders,
     v_b, v_t, v_h, qs_b, qs_t, qs_h, ks_b, ks_t, ks_h, g_b, g_t, g_h,
     scale, length, past, window, chunks, blocks, first_block, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
@@ -37,10 +38,10 @@ def scores_kernel(
 ):  # fmt: skip
     """delta [T, HQ] of one block, and for the blocks from first_block on, with programs (block, KV head):
 
-    key_scores [blocks, HQ, CHUNK, CHUNK + 2 SLOTS]: what multiplies the chunk's tokens and the slots before it in the
-    gradient of a query, and the gradient of `fall`-weighted products; value_scores: the same for values and outputs.
+    key_scores [blocks, HQ, CHUNK, CHUNK + SLOTS]: what multiplies the chunk's tokens, and the slots before it times
+    `border`, in the gradient of a query; value_scores: the same for values and outputs.
     sink_scores, sink_weights [blocks, HQ, CHUNK, S]: what multiplies the sink in either.
-    drise [blocks, H, CHUNK, SLOTS]: the gradient of L_i.
+    drise [blocks, H, CHUNK, SLOTS]: the gradient of L_i. borders [blocks, H, passes, SLOTS]: `border` of every pass.
 
     delta = out . grad_out + mass * grad_mass is what the softmax takes off every score's gradient. LATE and LIVE as in
     `forward_kernel`; WEIGHED: there is a grad_mass.
@@ -69,6 +70,10 @@ def scores_kernel(
         gate = load_gates(gate_at, line * g_t, here & real, M, SLOTS)
         rise = rise_of(gate, part, harsh, CHUNK)
         border = border_of(gate, part, harsh, CHUNK)
+        held_key = load_held(slot_key + place * M * D, border, here, M, SLOTS, D, KEY).to(GATED)
+        held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
+        border_at = (tl.program_id(0).to(tl.int64) * heads + head) * (CHUNK // PART) + part
+        tl.store(borders + border_at * SLOTS + tl.arange(0, SLOTS), border)
         fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE == tl.float32)).to(GATED)
         change = tl.zeros([CHUNK, SLOTS], tl.float32)
         for group in tl.range(0, groups, disable_licm=True):
@@ -88,12 +93,22 @@ def scores_kernel(
                 total = tl.load(lse + to + to_line, mask=mine, other=float("inf"))
                 query_at = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
                 query = load_rows(query_at, line * qs_t, mine, D, KEY)
+                saved = (saved0 + group) * CHUNK
+                if S > 0:
+                    sink = load_slots(sink_key + head * S * D, here, S, SINKS, D, KEY)
+                    score = matmul(query, tl.trans(sink), DTYPE, PRECISION) * (scale * LOG2_E) - total[:, None]
+                    weight = tl.where((tl.arange(0, SINKS) < S)[None, :], tl.exp2(score), 0.0)
+                    if LATE:
+                        weight = tl.where((u0 + line >= live_from)[:, None], weight, 0.0)
+                    sink = load_slots(sink_value + head * S * DV, here, S, SINKS, DV, VALUE)
+                    dscore = matmul(grad, tl.trans(sink), DTYPE, PRECISION) - taken_off[:, None]
+                    store_rows(sink_scores + saved * S, line * S, mine, dscore * weight * scale, S, SINKS)
+                    store_rows(sink_weights + saved * S, line * S, mine, weight, S, SINKS)
                 keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, line * ks_t, real, D, KEY)
-                held = load_slots(slot_key + place * M * D, here, M, SLOTS, D, KEY)
                 seen = line[None, :] <= line[:, None]
                 dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
-                score = matmul(query, tl.trans(held), DTYPE, PRECISION) * border[None, :]
-                score = (score + matmul(dots, fall, GATED, PRECISION)) * (rise * scale)
+                score = matmul(query, tl.trans(held_key), GATED, PRECISION) + matmul(dots, fall, GATED, PRECISION)
+                score *= rise * scale
                 weight = tl.exp2(score * LOG2_E - total[:, None])
                 if M < SLOTS:
                     weight = tl.where((tl.arange(0, SLOTS) < M)[None, :], weight, 0.0)
@@ -101,36 +116,22 @@ def scores_kernel(
                     weight = tl.where((u0 + line >= live_from)[:, None], weight, 0.0)
 
                 values = load_rows(v + row * v_b + token0 * v_t + head * v_h, line * v_t, real, DV, VALUE)
-                held = load_slots(slot_value + place * M * DV, here, M, SLOTS, DV, VALUE)
                 reach = tl.where(seen, matmul(grad, tl.trans(values), DTYPE, PRECISION), 0.0)
-                dspread = matmul(grad, tl.trans(held), DTYPE, PRECISION) * border[None, :]
-                dspread = (dspread + matmul(reach, fall, GATED, PRECISION)) * rise
+                dspread = matmul(grad, tl.trans(held_value), GATED, PRECISION) + matmul(reach, fall, GATED, PRECISION)
+                dspread *= rise
                 dscore = weight * (dspread - taken_off[:, None])
                 change += dscore * score + weight * dspread
 
-                at = line * (CHUNK + 2 * SLOTS)
-                saved = (saved0 + group) * CHUNK
-                kept = key_scores + saved * (CHUNK + 2 * SLOTS)
-                dscore *= rise * scale
-                store_rows(kept + CHUNK, at, mine, dscore * border[None, :], SLOTS, SLOTS)
-                store_rows(kept + (CHUNK + SLOTS), at, mine, dscore, SLOTS, SLOTS)
-                back = tl.where(seen, matmul(dscore, tl.trans(fall), GATED, PRECISION), 0.0)
+                at = line * (CHUNK + SLOTS)
+                kept = value_scores + saved * (CHUNK + SLOTS)
+                spread = (weight * rise).to(GATED)
+                store_rows(kept + CHUNK, at, mine, spread, SLOTS, SLOTS)
+                back = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
                 store_rows(kept, at, mine, back, CHUNK, CHUNK)
-                kept = value_scores + saved * (CHUNK + 2 * SLOTS)
-                weight *= rise
-                store_rows(kept + CHUNK, at, mine, weight * border[None, :], SLOTS, SLOTS)
-                store_rows(kept + (CHUNK + SLOTS), at, mine, weight, SLOTS, SLOTS)
-                back = tl.where(seen, matmul(weight, tl.trans(fall), GATED, PRECISION), 0.0)
+                kept = key_scores + saved * (CHUNK + SLOTS)
+                spread = (dscore * (rise * scale)).to(GATED)
+                store_rows(kept + CHUNK, at, mine, spread, SLOTS, SLOTS)
+                back = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
                 store_rows(kept, at, mine, back, CHUNK, CHUNK)
-                if S > 0:
-                    held = load_slots(sink_key + head * S * D, here, S, SINKS, D, KEY)
-                    score = matmul(query, tl.trans(held), DTYPE, PRECISION) * (scale * LOG2_E) - total[:, None]
-                    weight = tl.where((tl.arange(0, SINKS) < S)[None, :], tl.exp2(score), 0.0)
-                    if LATE:
-                        weight = tl.where((u0 + line >= live_from)[:, None], weight, 0.0)
-                    held = load_slots(sink_value + head * S * DV, here, S, SINKS, DV, VALUE)
-                    dscore = matmul(grad, tl.trans(held), DTYPE, PRECISION) - taken_off[:, None]
-                    store_rows(sink_scores + saved * S, line * S, mine, dscore * weight * scale, S, SINKS)
-                    store_rows(sink_weights + saved * S, line * S, mine, weight, S, SINKS)
         kept = (tl.program_id(0).to(tl.int64) * heads + head) * (CHUNK * SLOTS)
         store_rows(drise + kept, line * SLOTS, mine & here, change, SLOTS, SLOTS)
