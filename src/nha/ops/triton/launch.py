@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nha.ops.triton.forward import forward_kernel
 from nha.ops.triton.keys import key_kernel
+from nha.ops.triton.launcher import launch
 from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
 from nha.ops.triton.query import query_kernel
 from nha.ops.triton.scores import scores_kernel
@@ -53,6 +55,12 @@ class Inputs(NamedTuple):
             if named[name] is not None:
                 named[name] = named[name].contiguous()
         return Inputs(**named)
+
+    @property
+    def kind(self) -> Hashable:
+        """All that Triton compiles a call for, but for the constants that are named at every launch."""
+        tensors = [None if x is None else (x.dtype, x.stride()) for x in self[:12]]
+        return (*tensors, self.q.shape, self.v.shape, self.q.device)
 
     @property
     def slot_query(self) -> Tensor:
@@ -118,7 +126,8 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
     last = [v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims]
     added, decay = _segment_sums(v, plan, heads, slots, dims)
     for adding in (True, False) if plan.split else (False,):
-        states_kernel[(plan.programs(plan.segments), heads, _columns(dims, STATE_WIDTH))](
+        launch(
+            states_kernel, (plan.programs(plan.segments), heads, _columns(dims, STATE_WIDTH)), inputs.kind,
             inputs.token_key, v, gate, inputs.slot_key, inputs.slot_value, *added, decay, *out, chunk_decay, *last,
             plan.cu, plan.chunk_base, plan.segment_table,
             *strides(inputs.token_key, v, gate),
@@ -150,7 +159,8 @@ def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[
     out = v.new_empty(batch, length, query_heads, v.shape[3])
     mass, lse = (q.new_empty(batch, length, query_heads, dtype=torch.float32) for _ in range(2))
     groups = query_heads // heads
-    forward_kernel[(plan.programs(plan.blocks), heads)](
+    launch(
+        forward_kernel, (plan.programs(plan.blocks), heads), inputs.kind,
         q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, states.key, states.value, states.decay,
         inputs.sink_key, inputs.sink_value, inputs.first, plan.cu, plan.chunk_base, plan.block_table,
         out, mass, lse, *strides(q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate),
@@ -219,28 +229,29 @@ def gradients(
     for start in range(0, blocks, slab):
         count = min(slab, blocks - start)
         place = (length, plan.past, plan.window, plan.chunks, plan.blocks, start)
-        scores_kernel[(count, heads)](
+        launch(
+            scores_kernel, (count, heads), inputs.kind,
             v, slot_query, token_key, gate, states.key, states.value, states.decay, inputs.sink_key, inputs.sink_value,
             inputs.first, *tables, out, mass, lse, grad_out, grad_mass, delta, *scores, *sink_scores, drise, borders,
             *strides(v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
             GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None,
             num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
-        query_kernel[(count, query_heads)](
+        launch(
+            query_kernel, (count, query_heads), inputs.kind,
             q, k, v, token_key, states.key, states.decay, inputs.sink_key, inputs.first, *tables,
             lse, grad_out, delta, scores[0], sink_scores[0], borders, dq, dq_slot, *strides(q, k, v, token_key),
             inputs.scale, *place, heads, groups, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, WINDOWED=windowed,
             SEPARATE=inputs.q_slot is not None, num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
-        for side, (x, dtoken, size, padded) in enumerate(
-            ((slot_query, dk_slot, dim, sizes.key), (grad_out, dv, value_dim, sizes.value))
-        ):
-            slots_kernel[(count, heads)](
-                x, states.decay, scores[side], sink_scores[side], borders, *tables,
-                dtoken, dslots[side], dsinks[side], *strides(x), *place, key_length, heads, groups,
-                DIM=size, WIDTH=padded, GATED=sizes.gated, num_warps=4, num_stages=2, **slotted,
-            )  # fmt: skip
-        gates_kernel[(count, heads)](
+        launch(
+            slots_kernel, (count, heads, 2), inputs.kind,
+            slot_query, grad_out, states.decay, *scores, *sink_scores, borders, *tables,
+            dk_slot, dv, *dslots, *dsinks, *strides(slot_query, grad_out), *place, key_length, heads, groups,
+            GATED=sizes.gated, num_warps=4, num_stages=2, **slotted, **wide,
+        )  # fmt: skip
+        launch(
+            gates_kernel, (count, heads), inputs.kind,
             v, slot_query, token_key, gate, states.decay, grad_out, *scores, drise, *tables, dgate,
             *strides(v, slot_query, token_key, gate), *place, key_length, heads, groups,
             M=slots, SLOTS=sizes.slots, GATED=sizes.gated, num_warps=4, num_stages=1, **shared, **wide,
@@ -251,14 +262,16 @@ def gradients(
     columns = _columns((dim, value_dim), SCAN_WIDTH)
     dend = v.new_empty(total, heads, columns, slots, dtype=torch.float32)
     for adding in (True, False) if plan.split else (False,):
-        reverse_kernel[(plan.programs(plan.segments), heads, columns)](
+        launch(
+            reverse_kernel, (plan.programs(plan.segments), heads, columns), inputs.kind,
             states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first, dend,
             plan.cu, plan.chunk_base, plan.segment_table,
             length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
             M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=SCAN_WIDTH,
             PACKED=packed, ADDING=adding, FOLDED=plan.split and not adding, num_warps=4, num_stages=2,
         )  # fmt: skip
-    key_kernel[(plan.programs(plan.key_blocks), heads)](
+    launch(
+        key_kernel, (plan.programs(plan.key_blocks), heads), inputs.kind,
         q, k, v, token_key, gate, *dslots, dend, grad_out, lse, delta,
         inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, dgate,
         *strides(q, k, v, token_key, gate),

@@ -26,42 +26,66 @@ from nha.ops.triton.common import (
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block", "key_length"])
 def slots_kernel(
-    x, decay, scores, sink_scores, borders, cu, chunk_base, table, dtoken, dslot, dsink, x_b, x_t, x_h,
+    query, grad, decay, key_scores, value_scores, sink_scores, sink_weights, borders, cu, chunk_base, table,
+    dkey, dvalue, dslot_key, dslot_value, dsink_key, dsink_value, q_b, q_t, q_h, o_b, o_t, o_h,
     length, past, window, chunks, blocks, first_block, key_length, heads, groups,
-    M: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
+    SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dtoken [past + T, H, DIM], dslot [chunks, H, M, DIM] and dsink [chunks, H, S, DIM] float32 of one chunk.
-
-    x are queries with key_scores, or gradients of outputs with value_scores. Programs (block, KV head).
+    """dkey, dvalue [past + T, H, ...] of one chunk's tokens, dslot_* [chunks, H, M, ...] of the slots before it and
+    dsink_* [chunks, H, S, ...] float32, from what `scores_kernel` left; programs (block, KV head, keys or values).
     """
     sequence, block = locate(first_block + tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK
-    head, query_heads = tl.program_id(1), heads * groups
+    head = tl.program_id(1)
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
-    line = tl.arange(0, CHUNK)
     u0 = chunk * CHUNK
-    there = u0 + line < count - offset
-    if (chunk < 0) | (u0 >= count - offset):
+    committed = count - offset - u0
+    if (chunk < 0) | (committed <= 0):
         return
     place = (base + chunk) * heads + head
-    to = dtoken + ((row * key_length + key_start + u0) * heads + head) * DIM
+    passes = 1 + is_harsh(decay + place * M, True, M, SLOTS) * (CHUNK // PART - 1)
+    query0, to = start + u0 + offset, (row * key_length + key_start + u0) * heads + head
+    if tl.program_id(2) == 0:
+        at = query + row * q_b + query0 * q_t + head * groups * q_h
+        _collect(
+            at, q_t, q_h, key_scores, sink_scores, borders, dkey + to * D, dslot_key + place * M * D,
+            dsink_key + place * S * D, committed, passes, heads, groups,
+            M, D, S, SLOTS, KEY, SINKS, CHUNK, DTYPE, GATED, PRECISION,
+        )  # fmt: skip
+    else:
+        at = grad + row * o_b + query0 * o_t + head * groups * o_h
+        _collect(
+            at, o_t, o_h, value_scores, sink_weights, borders, dvalue + to * DV, dslot_value + place * M * DV,
+            dsink_value + place * S * DV, committed, passes, heads, groups,
+            M, DV, S, SLOTS, VALUE, SINKS, CHUNK, DTYPE, GATED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _collect(
+    x, x_t, x_h, scores, sink_scores, borders, dtoken, dslot, dsink, committed, passes, heads, groups,
+    M: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One side of `slots_kernel`: the transposed scores of a chunk's queries times their rows of x."""
+    line = tl.arange(0, CHUNK)
+    there = line < committed
+    block_head = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
     to_line = line * (heads * DIM)
-    harsh = is_harsh(decay + place * M, True, M, SLOTS)
-    for part in range(0, 1 + harsh * (CHUNK // PART - 1)):
-        mine = there & in_pass(part, harsh, CHUNK)
+    for part in range(0, passes):
+        mine = there & in_pass(part, (passes > 1).to(tl.int32), CHUNK)
         dtokens = tl.zeros([CHUNK, WIDTH], tl.float32)
         dslots = tl.zeros([SLOTS, WIDTH], tl.float32)
         dsinks = tl.zeros([SINKS, WIDTH], tl.float32)
         for group in range(0, groups):
-            query_head = head * groups + group
-            rows_at = x + row * x_b + (start + u0 + offset) * x_t + query_head * x_h
-            rows = load_rows(rows_at, line * x_t, mine, DIM, WIDTH)
-            saved = (tl.program_id(0).to(tl.int64) * query_heads + query_head) * CHUNK
+            rows = load_rows(x + group * x_h, line * x_t, mine, DIM, WIDTH)
+            saved = (block_head * groups + group) * CHUNK
             kept, at = scores + saved * (CHUNK + SLOTS), line * (CHUNK + SLOTS)
             score = load_rows(kept, at, mine, CHUNK, CHUNK)
             dtokens += matmul(tl.trans(score), rows, DTYPE, PRECISION)
@@ -70,18 +94,18 @@ def slots_kernel(
             if S > 0:
                 score = load_rows(sink_scores + saved * S, line * S, mine, S, SINKS)
                 dsinks += matmul(tl.trans(score), rows, DTYPE, PRECISION)
-        border_at = (tl.program_id(0).to(tl.int64) * heads + head) * (CHUNK // PART) + part
-        dslots *= tl.load(borders + border_at * SLOTS + tl.arange(0, SLOTS))[:, None]
+        border_at = borders + (block_head * (CHUNK // PART) + part) * SLOTS
+        dslots *= tl.load(border_at + tl.arange(0, SLOTS))[:, None]
         if part > 0:
-            dtokens += load_rows(to, to_line, there, DIM, WIDTH).to(tl.float32)
-            dslots += load_slots(dslot + place * M * DIM, True, M, SLOTS, DIM, WIDTH).to(tl.float32)
+            dtokens += load_rows(dtoken, to_line, there, DIM, WIDTH).to(tl.float32)
+            dslots += load_slots(dslot, True, M, SLOTS, DIM, WIDTH).to(tl.float32)
             if S > 0:
-                dsinks += load_slots(dsink + place * S * DIM, True, S, SINKS, DIM, WIDTH)
+                dsinks += load_slots(dsink, True, S, SINKS, DIM, WIDTH)
             tl.debug_barrier()
-        store_rows(to, to_line, there, dtokens, DIM, WIDTH)
-        store_slots(dslot + place * M * DIM, dslots, M, SLOTS, DIM, WIDTH)
+        store_rows(dtoken, to_line, there, dtokens, DIM, WIDTH)
+        store_slots(dslot, dslots, M, SLOTS, DIM, WIDTH)
         if S > 0:
-            store_slots(dsink + place * S * DIM, dsinks, S, SINKS, DIM, WIDTH)
+            store_slots(dsink, dsinks, S, SINKS, DIM, WIDTH)
         tl.debug_barrier()
 
 

@@ -1,0 +1,40 @@
+"""Launching kernels again and again: what Triton compiled for the same kind of call runs without its look at each argument.
+
+That look takes longer than most of these kernels run. It depends on the dtypes of pointers, on whether they are multiples
+of 16 and on the integers that a kernel is specialised for; a `kind` stands for all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, *arguments: Any, **constants: Any) -> None:
+    """Launch `kernel` on a grid: its arguments in order, then its constants and options by name.
+
+    Calls of one kernel, kind and set of constants differ in addresses and in the integers the kernel is not
+    specialised for, and in nothing else.
+    """
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    aligned = all(not isinstance(x, Tensor) or value % 16 == 0 for x, value in zip(arguments, values, strict=True))
+    key = (kernel.fn, kind, *constants.values())
+    compiled = _compiled.get(key) if aligned else None
+    if compiled is None:
+        compiled = kernel[grid](*arguments, **constants)
+        if aligned and compiled is not None:  # the interpreter and a recording return nothing
+            _compiled[key] = compiled
+        return
+    names = kernel.arg_names
+    fixed = [constants[name] for name in names[len(values) :]]
+    stream = triton.runtime.driver.active.get_current_stream(torch.cuda.current_device())
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    size = (*grid, 1, 1)[:3]
+    metadata = compiled.launch_metadata(size, stream, *values, *fixed)
+    compiled.run(*size, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *values, *fixed)
