@@ -24,13 +24,22 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from nha.layer import log_gate
-from nha.models.attend import Segment, attend, causal_mask, own_attention, remember, spare_first_token
+from nha.models.attend import (
+    Segment,
+    attend,
+    causal_mask,
+    own_attention,
+    packed_own_attention,
+    remember,
+    spare_first_token,
+)
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
 from nha.ops.state import slot_dtype
 
 NAME = "nha"
 ABLATIONS = (None, "slots_off", "window_off")
+PACKED = (1, 1, 0, 0)  # shape of the mask that stands for boundaries in cu_seq_lens_q, so that none of T x T is made
 
 
 class SlotParameters(nn.Module):
@@ -109,7 +118,7 @@ def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor 
 
     Raises ValueError for a mask prepared by someone else: only the padding of a text reaches slots.
     """
-    if mask is None:
+    if mask is None or mask.shape == PACKED:
         return None, None
     if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == 1:
         if mask.shape[2] == 1 and mask.shape[3] == length:
@@ -181,13 +190,18 @@ def hybrid_attention(
         slot_key = key if nha_tables is None else unrotate(module, key, *nha_tables).to(key.dtype)
         module.observer(Observation(nha_hidden, *(x.transpose(1, 2) for x in (slot_key, key, value))))
     own_mask, padding = split_mask(attention_mask, query.shape[2])
+    cu = kwargs.get("cu_seq_lens_q")
+    if module.window_size == FULL and cu is not None:
+        return packed_own_attention(
+            module, query, key, value, cu, softcap=softcap, scaling=scaling, dropout=dropout,
+            sliding_window=kwargs.get("sliding_window"), longest=kwargs.get("max_length_q"),
+        )  # fmt: skip
     if module.window_size == FULL:
         return own_attention(
             module, query, key, value, own_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
         )
     check_dropout(dropout)
     window = 0 if module.ablation == "window_off" else module.window_size
-    cu = kwargs.get("cu_seq_lens_q")
     state = None if nha_layer is None else nha_layer.state
     padding = None if cu is not None else padding
     parameters = module.nha
@@ -360,8 +374,9 @@ def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     position = kwargs.get("position_ids")
     if kwargs.get("past_key_values") is not None:
         return None
-    if kwargs.get("cu_seq_lens_q") is not None:
-        return args, kwargs | {"use_cache": False}
+    cu = kwargs.get("cu_seq_lens_q")
+    if cu is not None:
+        return args, kwargs | {"use_cache": False, "attention_mask": _packed_mask(cu)}
     if position is None or kwargs.get("attention_mask") is not None:
         return None
     if torch.compiler.is_compiling():
@@ -377,7 +392,12 @@ def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     inner = jumps[0].nonzero().flatten() + 1
     ends = torch.tensor([0, position.shape[1]], device=position.device)
     cu = torch.cat([ends[:1], inner, ends[1:]]).to(torch.int32)
-    return args, kwargs | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False}
+    marks = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False, "attention_mask": _packed_mask(cu)}
+    return args, kwargs | marks
+
+
+def _packed_mask(cu_seqlens: Tensor) -> Tensor:
+    return torch.empty(PACKED, dtype=torch.bool, device=cu_seqlens.device)
 
 
 def hybrid_layers(model: PreTrainedModel) -> list[Any]:

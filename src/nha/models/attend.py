@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
@@ -118,6 +120,37 @@ def own_attention(
     additive = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), low)
     eager = sys.modules[module.family.__module__].eager_attention_forward
     return eager(module, query, key, value, additive, softcap=softcap, **kwargs)
+
+
+def packed_own_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None,
+    softcap: float | None = None, sliding_window: int | None = None, longest: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`own_attention` of sequences packed into one row: query [1, HQ, T, D], key and value [1, H, T, D].
+
+    One kernel on a GPU in 16-bit, else sequence by sequence with the very kernel of a sequence alone; never a mask of
+    T x T. `longest` bounds the lengths (default T); `sliding_window` is the family's own.
+    """
+    length = query.shape[2]
+    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        most, left = longest or length, -1 if sliding_window is None else sliding_window - 1
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, scale=scaling, window_size=(left, 0))
+        assert isinstance(out, Tensor)
+        return out[None], None
+    outs = []
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        mask = None
+        if sliding_window is not None and stop - start > sliding_window:
+            whole = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
+            mask = (whole.tril() & whole.triu(1 - sliding_window))[None, None]
+        part = (x[:, :, start:stop] for x in (query, key, value))
+        outs.append(own_attention(module, *part, mask, softcap=softcap, scaling=scaling, **kwargs)[0])
+    return torch.cat(outs, 1), None
 
 
 def causal_mask(padding: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from nha.models.adapter import (
     mark_packing,
     split_mask,
 )
-from nha.models.attend import Segment, attend, own_attention
+from nha.models.attend import Segment, attend, own_attention, packed_own_attention
 from nha.models.config import FULL, NHAConfig
 
 
@@ -64,7 +64,11 @@ class NHAAttention(NativeHybridAttention):
         own_mask, padding = split_mask(attention_mask, query.shape[1])
         if self.window_size == FULL:
             scale = self.head_dim**-0.5
-            out, _ = own_attention(self, query.transpose(1, 2), *full, own_mask, softcap=None, scaling=scale)
+            if cu is not None:
+                longest = kwargs.get("max_length_q")
+                out, _ = packed_own_attention(self, query.transpose(1, 2), *full, cu, scaling=scale, longest=longest)
+            else:
+                out, _ = own_attention(self, query.transpose(1, 2), *full, own_mask, softcap=None, scaling=scale)
             return self.o_proj(out.flatten(2)), None
         padding = None if cu is not None else padding
         gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
