@@ -24,7 +24,7 @@ def hybridize(
     full_layers: Annotated[
         str, typer.Option(help="Layers that keep full attention, such as 3,11,18,26.", show_default=False)
     ] = "",
-    init: Annotated[str, typer.Option(help="How gates start: 'kmeans', or 'paper' for the authors' form.")] = "kmeans",
+    init: Annotated[str, typer.Option(help="How gates start: kmeans, soft (to be trained), or paper, the authors' form.")] = "kmeans",
     sinks: Annotated[int, typer.Option(help="Constant keys that stand in for a text's first tokens.")] = 1,
     slot_distance: Annotated[int, typer.Option(help="How many tokens back a query sees the slots.")] = 128,
     calibration: Annotated[
@@ -39,8 +39,8 @@ def hybridize(
     windows = common.parse_windows(window)
     layers = common.parse_ints(full_layers, "--full-layers")
     check_settings(slots, sinks, slot_distance, dtype)
-    if init not in ("kmeans", "paper"):
-        raise BadInput(f"expected --init to be kmeans or paper, got {init!r}")
+    if init not in ("kmeans", "soft", "paper"):
+        raise BadInput(f"expected --init to be kmeans, soft or paper, got {init!r}")
     common.check_new_directory(output)
     texts = None if calibration is None else [common.read_text(calibration)]
     source = loading.find(model)
