@@ -122,7 +122,7 @@ class Distillation(nn.Module):
                 for sink in ("sink_key", "sink_value"):
                     setattr(slots, sink, nn.Parameter(getattr(slots, sink).detach().float()))
         self._no_split_modules = model._no_split_modules
-        self.head = Head.of(self.causal)
+        Head.of(self.causal)
         if compiled:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for layer in self.causal.get_decoder().layers:
@@ -197,7 +197,8 @@ class Distillation(nn.Module):
                 taught = self.hidden(ids, position_ids, cu_seqlens, longest)
         student = self.hidden(ids, position_ids, cu_seqlens, longest)
         options: dict[str, Any] = {"compiled": self.compiled}
-        found = head_loss(student, taught, self.head, target, by_divergence, by_cross_entropy, **options)
+        head = Head.of(self.causal)  # asked for anew: sharding replaces parameters
+        found = head_loss(student, taught, head, target, by_divergence, by_cross_entropy, **options)
         plain = follows * (1 - answers)
         sums = [
             (found.divergence * plain).sum(), (found.cross_entropy * plain).sum(), plain.sum(),
@@ -207,6 +208,10 @@ class Distillation(nn.Module):
 
     def release(self) -> PreTrainedModel:
         """The hybrid with its trained weights as plain modules in the dtype that it came in; the teacher is gone."""
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if hasattr(parameter, "full_tensor"):  # spread over devices
+                    setattr(module, name, nn.Parameter(parameter.full_tensor().detach(), requires_grad=False))
         if self.model is not self.causal:
             self.model = self.causal = self.model.merge_and_unload()
         for name, module in list(self.causal.named_modules()):
