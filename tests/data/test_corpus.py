@@ -11,7 +11,7 @@ import pytest
 from nha.data.corpus import Rows, open_corpus, prepare, tokenizer_fingerprint
 from tests.convert.test_hybridize import byte_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box"]
 
 
 def texts(count: int = 40) -> list[str]:
@@ -131,7 +131,7 @@ def test_damage_is_noticed_and_the_sources_are_read_again(damage, corpus, source
 def test_nothing_to_read_is_refused_and_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"expected text in .*, got no document of 32 tokens or more"):
+    with pytest.raises(ValueError, match=r"expected text in .*, got no text of 32 tokens or more"):
         prepare([str(tmp_path)], tmp_path / "corpus", tokenizer)
     assert not (tmp_path / "corpus").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"empty.txt", "short.txt"}

@@ -68,9 +68,9 @@ def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, soft: bool = Fa
     """Make `g_proj` give -direction [H, M, hidden] . x, so scaled and shifted that few tokens overwrite a slot.
 
     Over hidden [N, hidden] every logit has deviation `GATE_DEVIATION`, and a share of `WRITES_PER_TOKEN` / M of the
-    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is. `soft` gates have mean
-    `SOFT_MEAN` and deviation `SOFT_DEVIATION` instead: worse before any training, but no gate is so far from where it
-    changes that it has no gradient.
+    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is. `soft` gates
+    have mean `SOFT_MEAN` and deviation `SOFT_DEVIATION` instead: worse before any training, but no gate is so far
+    from where it changes that it has no gradient.
     """
     weight = -direction.flatten(0, 1)
     logits = hidden @ weight.T

@@ -1,4 +1,4 @@
-"""`distill`: a pretrained model becomes a hybrid that was trained to be like it, in a run that can be stopped anywhere."""
+"""`distill`: a pretrained model becomes a hybrid trained to be like it, in a run that can be stopped anywhere."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class DistillSettings:
     """Everything that a run depends on besides the model and the corpus; a run only goes on with the same.
 
     Attributes:
-        window_size, num_slots, full_layers, init, num_sinks, slot_distance: as `hybridize` takes them; a window of -1 in
-            every layer trains the model itself, for comparison.
+        window_size, num_slots, full_layers, init, num_sinks, slot_distance: as `hybridize` takes them; a window of
+            -1 in every layer trains the model itself, for comparison.
         tokens: to train on in all, over all devices; `long_tokens` of them, at the end, in rows of `long_length`.
         rows, length: rows of a step (on each device) and tokens of a row.
         align_steps: steps of stage 1, in which each layer's gates and sinks learn its old output (0 leaves it out).
@@ -47,10 +47,10 @@ class DistillSettings:
         trained: "attention" (its linear layers), "layers" (those of the feed-forward part too), "lora" (adapters of
             rank `rank` in attention) or "slots" (gates and sinks alone).
         divergence, cross_entropy: weights of the divergence from the teacher and of the cross-entropy, per token.
-        recall_share: of rows that are recall text; `recall` says what it is made of, `grow` after which share of the steps
-            it has the most facts.
-        answers: weight of the cross-entropy of its answers (with gradients "normalise": the norm of recall's gradient as
-            a share of text's).
+        recall_share: of rows that are recall text; `recall` says what it is made of, `grow` after which share of the
+            steps it has the most facts.
+        answers: weight of the cross-entropy of its answers (with gradients "normalise": the norm of recall's
+            gradient as a share of text's).
         gradients: "clip" or "normalise" treats those of text and recall text apart, "together" clips their sum.
         clip: the largest norm of a gradient.
         window_dropout: share of steps with a quarter of the windows.
@@ -199,7 +199,7 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> 
     longest = int(corpus.lengths[corpus.training].max(initial=0))
     if longest <= shortest:
         raise ValueError(
-            f"expected documents longer than the window of {shortest} tokens, the longest of {corpus.path} has {longest}"
+            f"expected documents longer than the window, {shortest} tokens, the longest of {corpus.path} has {longest}"
         )
 
 
@@ -267,12 +267,12 @@ def distill(
     recall text; attention (and gates and sinks) moves. Stage 3, if `long_tokens` are asked for, goes on in longer rows.
 
     Everything that happens is in the directory `run`: settings, a checkpoint of what is trained, a log (JSON lines and
-    TensorBoard). Called again with the same arguments, a run that was stopped, in whatever way, goes on as if it had not
-    been: the same batches, optimizer and randomness, hence on a CPU the same bits.
+    TensorBoard). Called again with the same arguments, a run that was stopped, in whatever way, goes on as if it had
+    not been: the same batches, optimizer and randomness, hence on a CPU the same bits.
 
     Args:
-        model: a model that `AutoModelForCausalLM` loaded, of one of the supported families, on the device and in the dtype
-            to compute in (what is trained is kept in float32).
+        model: a model that `AutoModelForCausalLM` loaded, of one of the supported families, on the device and in the
+            dtype to compute in (what is trained is kept in float32).
         tokenizer: the model's.
         corpus: from `nha.data.corpus.prepare` or `open_corpus`.
         run: the directory of the run.
@@ -286,7 +286,8 @@ def distill(
         The hybrid with plain weights in the model's dtype (also when the run is not finished), and the log.
 
     Raises:
-        ValueError: settings, a corpus or a directory that do not fit; an unsupported family; before anything is written.
+        ValueError: settings, a corpus or a directory that do not fit, an unsupported family; before anything is
+            written.
         OSError: the disk is full; the last checkpoint is still there.
     """
     settings = settings or DistillSettings()
@@ -344,4 +345,3 @@ def distill(
 
 def _plain(windows: int | tuple[int, ...]) -> int | list[int]:
     return windows if isinstance(windows, int) else list(windows)
-

@@ -48,6 +48,7 @@ def chunk_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Divergence, cross-entropy and hits [n] of n tokens, and the gradient [n, hidden] of their weighted sum."""
     exact = torch.float64 if student.dtype == torch.float64 else torch.float32
+    by_divergence, by_cross_entropy = by_divergence.to(exact), by_cross_entropy.to(exact)
 
     def logits(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = (hidden @ weight.T).to(exact) * scale

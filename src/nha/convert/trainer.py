@@ -53,8 +53,8 @@ def combine(
 ) -> dict[str, Tensor]:
     """Set the gradients of parameters to the sum of those of text and recall, each treated by itself.
 
-    "clip" brings each to a norm of at most `most`; "normalise" clips that of text and gives that of recall `weight` times
-    the norm left to text; "together" clips the sum. Returns the norms before, by name, without waiting for a device.
+    "clip" brings each to a norm of at most `most`; "normalise" clips that of text and gives that of recall `weight`
+    times the norm left to text; "together" clips the sum. Returns the norms before, by name, without waiting for a device.
     """
     norms = {}
     for name, grads in parts.items():
@@ -77,8 +77,8 @@ def combine(
 class DistillTrainer(Trainer):
     """Runs a `Distillation` over a `Stream`; item i of the stream is step i, so a run goes on exactly where it stopped.
 
-    `window_dropout` is the share of steps in which hybrid layers have a quarter of their window, so that slots must carry
-    more. `report` is called with what is logged.
+    `window_dropout` is the share of steps in which hybrid layers have a quarter of their window, so that slots must
+    carry more. `report` is called with what is logged.
     """
 
     model: Any
@@ -206,7 +206,7 @@ class DistillTrainer(Trainer):
                     if old.name != name:
                         shutil.rmtree(old, ignore_errors=True)
         except RuntimeError as error:  # how torch.save reports a full disk
-            if "write" not in str(error):
+            if not any(words in str(error) for words in ("writing", "unexpected pos")):
                 raise
             raise OSError(errno.ENOSPC, f"expected room for a checkpoint in {run}, writing failed") from error
         finally:
@@ -216,7 +216,9 @@ class DistillTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, in float32."""
-        tensors = {name: whole(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad and p.numel()}
+        tensors = {
+            name: whole(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad and p.numel()
+        }
         if self.args.should_save and output_dir is not None:
             os.makedirs(output_dir, exist_ok=True)
             save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, os.path.join(output_dir, WEIGHTS))

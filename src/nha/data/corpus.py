@@ -80,7 +80,7 @@ class Corpus:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def texts(self, count: int, length: int, seed: int = 0, least: int = 2) -> np.ndarray:
-        """`count` stretches [count, length] int64, each of one training document, from its start where it is not used yet.
+        """`count` stretches [count, length] int64, each of one training document, from its start if that is not used.
 
         Where no document is that long, `length` is halved, but not below `least`. Raises ValueError if none is left.
         """
@@ -107,7 +107,9 @@ class Corpus:
         able = [index for index in self.measuring if self.lengths[index] >= length][:count]
         if not able:
             longest = int(self.lengths[self.measuring].max(initial=0))
-            raise ValueError(f"expected a held-out document of {length} tokens in {self.path}, the longest has {longest}")
+            raise ValueError(
+                f"expected a held-out document of {length} tokens in {self.path}, the longest has {longest}"
+            )
         return np.stack([self.document(index)[:length] for index in able]).astype(np.int64)
 
     def filler(self, generator: np.random.Generator) -> Callable[[int], np.ndarray]:
@@ -131,14 +133,12 @@ class Corpus:
         return open_corpus, (self.path,)
 
 
-
-
 @dataclass(frozen=True)
 class Rows:
     """The stream of rows to train on: all training documents end to end, in an order of its own in every epoch.
 
-    Row i [length] is a function of (corpus, length, seed, i) alone. Every epoch is cut at other places. Where a row cuts
-    a document, the rest goes on in the next row as a text of its own.
+    Row i [length] is a function of (corpus, length, seed, i) alone. Every epoch is cut at other places. Where a row
+    cuts a document, the rest goes on in the next row as a text of its own.
     """
 
     corpus: Corpus
@@ -197,8 +197,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 def open_corpus(path: Path | str, tokenizer: Any = None) -> Corpus:
     """A corpus that `prepare` wrote, its tokens mapped from disk; sources are not needed any more.
 
-    Raises ValueError, in one line, for a directory that is no corpus, one that is damaged (sizes and checksums), and one
-    that another tokenizer than the given one has read.
+    Raises ValueError, in one line, for a directory that is no corpus, one that is damaged (sizes and checksums), and
+    one that another tokenizer than the given one has read.
     """
     path = Path(path)
     meta = read_meta(path)
@@ -211,10 +211,12 @@ def open_corpus(path: Path | str, tokenizer: Any = None) -> Corpus:
     size = file.stat().st_size if file.is_file() else 0
     if size != meta["tokens"] * kind.itemsize:
         wanted = meta["tokens"] * kind.itemsize
-        raise ValueError(f"expected {wanted} bytes of tokens in {file}, got {size}: the corpus is damaged, prepare it again")
+        raise ValueError(
+            f"expected {wanted} bytes of tokens in {file}, got {size}: the corpus is damaged, prepare it again"
+        )
     known = meta["checksums"]
-    chosen = sorted({i * len(known) // ALWAYS_CHECKED for i in range(ALWAYS_CHECKED)} if len(known) > ALWAYS_CHECKED else
-                    range(len(known)))  # fmt: skip
+    checked = min(len(known), ALWAYS_CHECKED)
+    chosen = [i * len(known) // checked for i in range(checked)]
     with file.open("rb") as data:
         for block in chosen:
             data.seek(block * BLOCK)
@@ -223,7 +225,9 @@ def open_corpus(path: Path | str, tokenizer: Any = None) -> Corpus:
     try:
         offsets, held = (np.load(path / f"{name}.npy") for name in ("offsets", "held"))
     except (OSError, ValueError, EOFError):
-        raise ValueError(f"expected offsets.npy and held.npy in {path}: the corpus is damaged, prepare it again") from None
+        raise ValueError(
+            f"expected offsets.npy and held.npy in {path}: the corpus is damaged, prepare it again"
+        ) from None
     if _digest(offsets, held) != meta["digest"]:
         raise ValueError(f"expected the documents that were written in {path}, got others: prepare the corpus again")
     return Corpus(path, np.memmap(file, kind, "r"), offsets, held, meta)
@@ -263,13 +267,13 @@ def prepare(
 ) -> Corpus:
     """Let a tokenizer read texts once and keep the tokens in the directory `path`, which appears only when it is whole.
 
-    Texts that repeat another word for word are left out, and those of fewer than `least` tokens. A share `held_out` of the
-    documents, chosen by their contents, is marked as never to be trained on (at least one, where there are two).
+    Texts that repeat another word for word are left out, and those of fewer than `least` tokens. A share `held_out` of
+    the documents, chosen by their contents, is marked as never to be trained on (at least one, where there are two).
 
     Args:
         sources: as `nha.data.sources.documents` takes them.
-        path: the directory; if it holds the same text read by the same tokenizer already, that is used. A damaged corpus
-            of the same sources is made anew.
+        path: the directory; if it holds the same text read by the same tokenizer already, that is used. A damaged
+            corpus of the same sources is made anew.
         tokenizer: a transformers tokenizer; its beginning-of-text token starts every document if it adds one.
         field: where texts are in .jsonl, .parquet and datasets.
         progress: called with (documents, tokens) so far.
@@ -335,7 +339,7 @@ def _write(
         os.fsync(file.fileno())
     if not lengths:
         raise ValueError(
-            f"expected text in {', '.join(made_from['sources'])}, got no document of {made_from['least']} tokens or more"
+            f"expected text in {', '.join(made_from['sources'])}, got no text of {made_from['least']} tokens or more"
         )
     share = made_from["held_out"]
     held = np.array([int.from_bytes(digest[:8], "big") < share * 2**64 for digest in digests])

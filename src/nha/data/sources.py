@@ -13,9 +13,11 @@ TEXT = (".txt", ".text", ".md", ".rst", ".pod")
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".parquet")
 BLOCKS = frozenset(
-    """address article aside blockquote br dd div dl dt figcaption figure footer h1 h2 h3 h4 h5 h6 header hr li main nav
-    ol p pre section table tr ul""".split()
-)
+    (
+        "address", "article", "aside", "blockquote", "br", "dd", "div", "dl", "dt", "figcaption", "figure", "footer", "h1",
+        "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p", "pre", "section", "table", "tr", "ul",
+    )
+)  # fmt: skip
 SKIPPED = frozenset(("script", "style", "nav", "header", "footer", "head", "template", "noscript", "svg", "button"))
 VOID = frozenset(("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"))
 
@@ -99,7 +101,9 @@ def read_whole(path: Path) -> str:
 
 def json_lines(path: Path, field: str) -> Iterator[str]:
     """The texts in `field` of a file of JSON lines, which may be compressed."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix.lower() == ".gz" else path.open(encoding="utf-8") as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8") if path.suffix.lower() == ".gz" else path.open(encoding="utf-8") as file
+    ):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -134,7 +138,7 @@ def dataset_rows(name: str, field: str) -> Iterator[str]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(f"expected the package datasets to read {name}, got none: pip install 'nha[data]'") from None
-    _, dataset, configuration, split = (name.split(":") + ["", "", ""])[:4]
+    _, dataset, configuration, split = [*name.split(":"), "", "", ""][:4]
     for row in load_dataset(dataset, configuration or None, split=split or "train", streaming=True):
         if not isinstance(row.get(field), str):
             raise ValueError(f"expected a text in field {field!r} of {name}, got {sorted(row)}")
@@ -159,9 +163,9 @@ def check_sources(sources: Sequence[str]) -> None:
 def documents(sources: Sequence[str], field: str = "text") -> Iterator[str]:
     """The texts of all sources in order, one document at a time.
 
-    A source is a text file, an HTML page (read as plain text), a .jsonl or .parquet file whose texts are in `field`, one
-    of the first three as .gz, a folder of all these, or "datasets:NAME[:CONFIGURATION[:SPLIT]]". Raises ValueError for a
-    file that is not what its name says.
+    A source is a text file, an HTML page (read as plain text), a .jsonl or .parquet file whose texts are in `field`,
+    one of the first three as .gz, a folder of all these, or "datasets:NAME[:CONFIGURATION[:SPLIT]]". Raises ValueError for
+    a file that is not what its name says.
     """
     check_sources(sources)
     for source in sources:

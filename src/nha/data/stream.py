@@ -23,13 +23,13 @@ class Mixture:
     """What the batches of a run are made of.
 
     Attributes:
-        steps: optimizer steps in all; the last `long_steps` of them have rows of `long_length` tokens, and as many fewer.
+        steps: optimizer steps in all; the last `long_steps` of them have fewer, longer rows, of `long_length` tokens.
         rows, length: rows of a step (on each device) and tokens of a row.
         share: of the rows that are recall text.
-        recall: what recall text is made of. `grow` is the share of the steps after which a row holds the most facts that
-            it allows; before, they are fewer (0: from the start).
-        divergence, cross_entropy, answers: weights of the losses: divergence and cross-entropy are means over all tokens,
-            `answers` is the weight of the mean cross-entropy of answers.
+        recall: what recall text is made of. `grow` is the share of the steps after which a row holds the most facts
+            that it allows; before, they are fewer (0: from the start).
+        divergence, cross_entropy, answers: weights of the losses: divergence and cross-entropy are means over all
+            tokens, `answers` is the weight of the mean cross-entropy of answers.
         apart: recall text makes a batch of its own, so that its gradient can be treated by itself.
         micro_rows: rows that go through the model at a time (0: all).
         seed: of everything random.
@@ -79,8 +79,8 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Rows (tokens [T], where their texts start, which tokens are answers [T]) as one row of packed texts.
 
-    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two (so that
-    few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and `answers` [N] float32: whether
+    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two (so
+    that few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and `answers` [N] float32: whether
     that token belongs to the same text, and whether it is part of an answer.
     """
     ids = np.concatenate([row[0] for row in rows])
@@ -124,16 +124,16 @@ class Stream(Dataset):
         recall = mixture.recall_rows(step)
         # Text rows are numbered through all steps of their length, over all ranks.
         first = 0 if length == mixture.length else mixture.steps - mixture.long_steps
-        before = (step - first) * rows - (math.floor(step * rows * mixture.share) - math.floor(first * rows * mixture.share))
+        before = (step - first) * rows - (
+            math.floor(step * rows * mixture.share) - math.floor(first * rows * mixture.share)
+        )
         number = before * self.world + self.rank * (rows - recall)
         stream = self._rows[length]
         text = [(*stream.row(number + i), None) for i in range(rows - recall)]
         told = [self._recall_row(step, i, length) for i in range(recall)]
         groups = [(TEXT, text), (RECALL, told)] if mixture.apart else [(TEXT, [*text, *told])]
         size = mixture.micro_rows or rows
-        made = [
-            (name, pack(group[at : at + size])) for name, group in groups for at in range(0, len(group), size)
-        ]
+        made = [(name, pack(group[at : at + size])) for name, group in groups for at in range(0, len(group), size)]
         counted = max(1.0, sum(float(batch["follows"].sum()) for _, batch in made))
         answers = max(1.0, sum(float(batch["answers"].sum()) for _, batch in made))
         for _, batch in made:
