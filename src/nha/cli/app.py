@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nha.cli import common
+from nha.cli.distill import distill
 from nha.cli.doctor import doctor
 from nha.cli.evaluate import perplexity
 from nha.cli.generate import generate
@@ -48,6 +49,7 @@ def root(
 
 app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-360M --output report[/]")(quickstart)
 app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 3,11,18,26[/]")(hybridize)
+app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
 app.command(epilog="Example: [cyan]nha doctor --json[/]")(doctor)

@@ -24,7 +24,9 @@ def hybridize(
     full_layers: Annotated[
         str, typer.Option(help="Layers that keep full attention, such as 3,11,18,26.", show_default=False)
     ] = "",
-    init: Annotated[str, typer.Option(help="How gates start: kmeans, soft (for training) or paper (the authors).")] = "kmeans",
+    init: Annotated[
+        str, typer.Option(help="How gates start: kmeans, soft (for training) or paper (the authors).")
+    ] = "kmeans",
     sinks: Annotated[int, typer.Option(help="Constant keys that stand in for a text's first tokens.")] = 1,
     slot_distance: Annotated[int, typer.Option(help="How many tokens back a query sees the slots.")] = 128,
     calibration: Annotated[

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from nha.convert.align import align
 from nha.convert.calibrate import SINK_TOKENS
+from nha.convert.card import model_card, write_card
 from nha.convert.hybridize import INITS, hybridize
 from nha.convert.student import TRAINED, Distillation
 from nha.convert.trainer import GRADIENTS, DistillTrainer, Journal, latest_checkpoint, load_trained
@@ -341,6 +342,18 @@ def distill(
     journal = run / "log.jsonl"
     lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
     return Distilled(released, start >= len(stream), start, [json.loads(line) for line in lines], aligned)
+
+
+def saved_hybrid(
+    found: Distilled, tokenizer: Any, folder: Path, base: str, corpus: Corpus, settings: DistillSettings
+) -> None:
+    """Write the hybrid, its tokenizer, what it was trained with and a model card into a folder."""
+    found.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    told = {"settings": dataclasses.asdict(settings), "tokens": corpus.meta["tokens"], "log": found.log[-1:]}
+    (folder / "distillation.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    text = f"Trained on {settings.tokens:,.0f} tokens; see distillation.json.\n"
+    write_card(folder, model_card(found.model.config, base, {}, "") + "\n" + text)
 
 
 def _plain(windows: int | tuple[int, ...]) -> int | list[int]:
