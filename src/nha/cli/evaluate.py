@@ -47,9 +47,9 @@ def perplexity(
         loaded, tokenizer = loading.load(source)
 
     from nha.cli.measure import as_teacher
-    from nha.cli.pipeline import bucket_edges
     from nha.data.text import blocks, evaluation_documents
     from nha.evaluate import perplexity as measured
+    from nha.evaluate.measure import bucket_edges
     from nha.models.adapter import ablate, set_windows
 
     ids = blocks(tokenizer, evaluation_documents() if texts is None else texts, count, length)
