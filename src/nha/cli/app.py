@@ -8,7 +8,7 @@ import typer
 
 from nha.cli import common
 from nha.cli.doctor import doctor
-from nha.cli.evaluate import perplexity
+from nha.cli.evaluate import everything, perplexity, recall
 from nha.cli.generate import generate
 from nha.cli.hybridize import hybridize
 from nha.cli.quickstart import quickstart
@@ -50,6 +50,12 @@ app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-
 app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 3,11,18,26[/]")(hybridize)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
+evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
+    recall
+)
+evaluate_app.command(
+    "all", epilog="Example: [cyan]nha eval all my-hybrid results --ablations --compare teacher=smollm2[/]"
+)(everything)
 app.command(epilog="Example: [cyan]nha doctor --json[/]")(doctor)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nha.models.adapter import observe_mass
+from nha.models.adapter import hybrid_layers, observe_mass
 from nha.models.head import hidden_states
 
 
@@ -39,10 +39,12 @@ def slot_mass(model: PreTrainedModel, ids: Tensor) -> SlotMass:
 
     Raises ValueError for a model that is not a hybrid.
     """
-    windows: list[int] = list(getattr(model.config, "window_sizes", []))
+    windows = [module.window_size for module in hybrid_layers(model)]
     shares: dict[int, tuple[float, float, float]] = {}
 
     def see(layer: int, slots: Tensor, sink: Tensor) -> None:
+        if slots.shape[1] <= windows[layer]:
+            return
         heads = slots[:, windows[layer] :].float().mean((0, 1))
         shares[layer] = (heads.mean().item(), sink[:, windows[layer] :].float().mean().item(), heads.max().item())
 

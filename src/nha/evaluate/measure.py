@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,37 +119,42 @@ def by_task(scores: Sequence[RecallScore], seed: int = 0) -> dict[str, dict[str,
     return found
 
 
+def measure_form(
+    model: PreTrainedModel, suite: Suite, *, generate: bool = True, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The standard evaluation of a model as it is now, as plain data.
+
+    The data are those of `measure_texts`; for a hybrid `slot_mass` (see `SlotMass`) and its `mean`; `recall` as from
+    `by_task`; and the `seconds` that it took. `seed` is that of the bootstrap.
+    """
+    started = time.perf_counter()
+    found = measure_texts(model, suite.texts, seed=seed, progress=progress)
+    if suite.texts and hasattr(model.config, "window_sizes"):
+        ids = next(iter(suite.texts.values()))
+        mass = slot_mass(model, ids[: max(1, MASS_TOKENS // ids.shape[1])])
+        found["slot_mass"] = {"mean": mass.mean, **asdict(mass)}
+    if suite.recall:
+        report = _part(progress, "recall")
+        found["recall"] = by_task(measure_recall(model, suite.recall, generate=generate, progress=report), seed)
+    return found | {"seconds": round(time.perf_counter() - started, 2)}
+
+
 def measure_all(
     model: PreTrainedModel, suite: Suite, *, forms: Sequence[str] = ("hybrid",), generate: bool = True, seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The standard evaluation of a model in every form asked for (see `FORMS`), as {form: plain data}.
+    """The standard evaluation of a model in every form asked for (see `FORMS`): {form: data of `measure_form`}.
 
-    A model that is not a hybrid has one form, "model", whatever is asked for. The data of a form are those of
-    `measure_texts`, `recall` as from `by_task`, for a hybrid with slots `slot_mass` (see `SlotMass`) and its `mean`,
-    and the `seconds` that it took. `seed` is that of the bootstrap.
+    A model that is not a hybrid has one form, "model", whatever is asked for.
     """
-    hybrid = hasattr(model.config, "window_sizes")
+    if not hasattr(model.config, "window_sizes"):
+        return {"model": measure_form(model, suite, generate=generate, seed=seed, progress=progress)}
     results = {}
-    for form in forms if hybrid else ("model",):
-        started = time.perf_counter()
-        with as_form(model, form) if hybrid else _nothing():
-            found = measure_texts(model, suite.texts, seed=seed, progress=progress)
-            if form in ("hybrid", "window_off"):
-                ids = next(iter(suite.texts.values()))
-                mass = slot_mass(model, ids[: max(1, MASS_TOKENS // ids.shape[1])])
-                found["slot_mass"] = {"mean": mass.mean, **asdict(mass)}
-            if suite.recall:
-                report = _part(progress, "recall")
-                found["recall"] = by_task(measure_recall(model, suite.recall, generate=generate, progress=report), seed)
-        results[form] = found | {"seconds": round(time.perf_counter() - started, 2)}
+    for form in forms:
+        with as_form(model, form):
+            results[form] = measure_form(model, suite, generate=generate, seed=seed, progress=progress)
     return results
 
 
 def _part(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(what, done, total)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

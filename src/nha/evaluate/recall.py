@@ -121,15 +121,15 @@ def measure_recall(
 
 
 @torch.no_grad()
-def score_batch(model: PreTrainedModel, ids: Tensor, count: int, generate: bool) -> tuple[Tensor, Tensor]:
-    """For rows ids [B, T] that end in answers of `count` tokens: which tokens are right [B, count], each given the right
-    ones before it, and which answers are written whole [B]."""
+def score_batch(model: Any, ids: Tensor, count: int, generate: bool) -> tuple[Tensor, Tensor]:
+    """For rows ids [B, T] that end in answers of `count` tokens: which tokens are right [B, count], each given the
+    right ones before it, and which answers are written whole [B]."""
     prompt, answer = ids[:, :-count], ids[:, -count:]
     hidden = hidden_states(model, ids[:, :-1])[:, -count:]
     right = head_logits(model, hidden).argmax(-1) == answer
     written = torch.zeros(len(ids), dtype=torch.bool)
     if generate:
-        generated: Any = model.generate(
+        generated = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, num_beams=1,
             pad_token_id=0,
         )  # fmt: skip

@@ -56,9 +56,10 @@ def attend(
         return_slot_mass=see_mass is not None, **options,
     )  # fmt: skip
     if see_mass is not None:
-        assert result.slot_mass is not None
-        to_sink = sink_mass(segment, sink, options)
-        see_mass(result.slot_mass - to_sink, to_sink)
+        mass = result.slot_mass
+        assert mass is not None
+        to_sink = sink_mass(segment, sink, options) if segment.log_gate.shape[3] else mass
+        see_mass((mass - to_sink).clamp_min(0), to_sink)
     if layer is not None and result.state is not None:
         layer.write(result.state, segment.inputs, state)
     return result.out
@@ -73,7 +74,8 @@ def sink_mass(segment: Segment, sink: tuple[Tensor, Tensor] | None, options: dic
         none = {"slot_value": torch.zeros_like(state.slot_value), "value": torch.zeros_like(state.value)}
         state = replace(state, **none)
     ones = (sink[0], torch.ones_like(sink[1]))
-    read = nha_attention(segment.query, segment.key, value, segment.log_gate, sink=ones, **(options | {"state": state}))
+    options = options | {"state": state, "sink": ones}
+    read = nha_attention(segment.query, segment.key, value, segment.log_gate, **options)
     return read.out.float().mean(-1)
 
 

@@ -19,7 +19,8 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., hidden], with the family's scale (Granite) and cap (Gemma)."""
     config: Any = model.config
-    logits = model.get_output_embeddings()(hidden)
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden)
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
