@@ -9,7 +9,7 @@ import typer
 from nha.cli import common
 from nha.cli.distill import distill
 from nha.cli.doctor import doctor
-from nha.cli.evaluate import perplexity
+from nha.cli.evaluate import everything, perplexity, recall
 from nha.cli.generate import generate
 from nha.cli.hybridize import hybridize
 from nha.cli.quickstart import quickstart
@@ -52,6 +52,12 @@ app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 -
 app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
+evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
+    recall
+)
+evaluate_app.command(
+    "all", epilog="Example: [cyan]nha eval all my-hybrid results --ablations --compare teacher=smollm2[/]"
+)(everything)
 app.command(epilog="Example: [cyan]nha doctor --json[/]")(doctor)
 
 

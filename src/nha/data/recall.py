@@ -265,8 +265,8 @@ def training_row(
     """One row to train on: ids [length] int64, and answers [length] bool, true at the tokens of every answer.
 
     Facts and their questions lie in real text from `filler`: a function that gives as many tokens as it is asked
-    for, or ids [n] from which stretches are drawn. The row is a function of the generator (and the filler) alone, and it has at
-    least one answer. Raises ValueError for rows too short for one fact and its question.
+    for, or ids [n] from which stretches are drawn. The row is a function of the generator (and the filler) alone, and
+    it has at least one answer. Raises ValueError for rows too short for one fact and its question.
     """
     settings = settings or RecallSettings()
     pieces = pieces_of(tokenizer)

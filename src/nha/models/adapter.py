@@ -226,7 +226,7 @@ def hybrid_attention(
         return own_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
     out = attend(
         segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, slots_from_start=from_start,
-        softcap=softcap,
+        softcap=softcap, see_mass=module.mass_observer,
     )  # fmt: skip
     return out, None
 
@@ -358,7 +358,7 @@ def install(model: PreTrainedModel) -> None:
             new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
             module.nha = new.to(device=weight.device, dtype=weight.dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
-        module.window_size, module.ablation, module.observer = window, None, None
+        module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
     stack = decoder(model)
     if not any(hook is mark_packing for hook in stack._forward_pre_hooks.values()):
         stack.register_forward_pre_hook(mark_packing, with_kwargs=True)
@@ -475,3 +475,20 @@ def observe(
         finally:
             for module in modules:
                 module.observer = None
+
+
+@contextmanager
+def observe_mass(model: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the context, call `see(layer, slots, sink)` in every forward pass, for every layer that reads slots.
+
+    `slots` and `sink` [B, T, HQ] are the shares of the softmax that went to either. Without the context nothing of
+    this is computed. Inputs that no window is shorter than are not reported: their shares are 0.
+    """
+    modules = hybrid_layers(model)
+    try:
+        for index, module in enumerate(modules):
+            module.mass_observer = partial(see, index)
+        yield
+    finally:
+        for module in modules:
+            module.mass_observer = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,20 +40,45 @@ class Segment:
 def attend(
     segment: Segment, *, window_size: int, scale: float | None, sink: tuple[Tensor, Tensor] | None,
     layer: NHACacheLayer | None, slots_from_start: bool, softcap: float | None = None, impl: str = "auto",
+    see_mass: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any."""
+    """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any.
+
+    `see_mass`, if given, gets the shares of the softmax that went to slots and to the sink, [B, T, HQ] each.
+    """
     state = None if layer is None else layer.state
     if state is None and slots_from_start:
         state = zero_slots(segment, window_size)
-    result = nha_attention(
-        segment.query, segment.key, segment.value, segment.log_gate, window_size=window_size,
-        q_slot=segment.slot_query, k_slot=segment.slot_key, sink=sink, scale=scale, state=state,
-        return_state=layer is not None, attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens,
-        softcap=softcap, impl=impl,
+    options: dict[str, Any] = dict(
+        window_size=window_size, q_slot=segment.slot_query, k_slot=segment.slot_key, scale=scale, state=state,
+        attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens, softcap=softcap, impl=impl,
     )  # fmt: skip
+    result = nha_attention(
+        segment.query, segment.key, segment.value, segment.log_gate, sink=sink, return_state=layer is not None,
+        return_slot_mass=see_mass is not None, **options,
+    )  # fmt: skip
+    if see_mass is not None:
+        mass = result.slot_mass
+        assert mass is not None
+        to_sink = sink_mass(segment, sink, options) if segment.log_gate.shape[3] else mass
+        see_mass((mass - to_sink).clamp_min(0), to_sink)
     if layer is not None and result.state is not None:
         layer.write(result.state, segment.inputs, state)
     return result.out
+
+
+def sink_mass(segment: Segment, sink: tuple[Tensor, Tensor] | None, options: dict[str, Any]) -> Tensor:
+    """The sink's share [B, T, HQ] of the softmax: what is read where sinks hold ones and all else zeros."""
+    value, state = torch.zeros_like(segment.value), options["state"]
+    if sink is None:
+        return value.new_zeros(segment.query.shape[:3])
+    if state is not None:
+        none = {"slot_value": torch.zeros_like(state.slot_value), "value": torch.zeros_like(state.value)}
+        state = replace(state, **none)
+    ones = (sink[0], torch.ones_like(sink[1]))
+    options = options | {"state": state, "sink": ones}
+    read = nha_attention(segment.query, segment.key, value, segment.log_gate, **options)
+    return read.out.float().mean(-1)
 
 
 def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:

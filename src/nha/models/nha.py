@@ -39,6 +39,7 @@ class NHAAttention(NativeHybridAttention):
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.ablation: str | None = None
         self.observer: Any = None
+        self.mass_observer: Any = None
 
     def forward(  # type: ignore[override]
         self,
@@ -77,7 +78,7 @@ class NHAAttention(NativeHybridAttention):
         out = attend(
             Segment(query, key, value, gate, slot_query, slot_key, padding, cu), layer=layer,
             window_size=0 if self.ablation == "window_off" else self.window_size, scale=None, sink=self.sink,
-            slots_from_start=False,
+            slots_from_start=False, see_mass=self.mass_observer,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), None
 
