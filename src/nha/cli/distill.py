@@ -194,18 +194,20 @@ def run(
         loaded, tokenizer = loading.load(source, dtype=dtype)
     steps = settings.mixture(int(os.environ.get("WORLD_SIZE", "1"))).steps
     with common.progress_bar() as bar:
-        first = bar.add_task("aligning layers", total=None, visible=settings.align_steps > 0)
-        task = bar.add_task("training", total=steps)
+        tasks: dict[str, Any] = {}  # shown once there is something to show: what does not fit is one line alone
+
+        def show(name: str, done: int, total: int, text: str) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(text, total=total)
+            bar.update(tasks[name], completed=done, total=total, description=text)
 
         def report(entry: dict[str, float]) -> None:
-            bar.update(task, completed=entry["step"], description=describe(entry))
+            show("train", int(entry["step"]), steps, describe(entry))
 
         found = train(
             loaded, tokenizer, corpus, output, settings, compiled=compiled, report=report, budget=budget,
-            progress=lambda done, total: bar.update(first, completed=done, total=total),
+            progress=lambda done, total: show("align", done, total, "aligning layers"),
         )  # fmt: skip
-        bar.update(first, visible=False)
-        bar.update(task, completed=found.steps)
     if not main:
         return
     last = found.log[-1] if found.log else {}
