@@ -32,6 +32,7 @@ from nha.models.attend import (
     packed_own_attention,
     remember,
     spare_first_token,
+    zero_slots,
 )
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
@@ -52,6 +53,7 @@ class SlotParameters(nn.Module):
 
     slot_cos: Tensor
     slot_sin: Tensor
+    initial: tuple[Tensor, Tensor] | None = None  # what slots hold before a text (see `nha.models.slots`)
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, num_slots: int, num_sinks: int, tables: Tensor):
         super().__init__()
@@ -217,16 +219,18 @@ def hybrid_attention(
         x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key)
     )
     segment = Segment(*views, mask=padding, cu_seqlens=cu)
-    from_start = module.config.slots_from_start
-    if state is None and query.shape[2] <= window and cu is None and not from_start:
+    initial = parameters.initial
+    if initial is None and module.config.slots_from_start:
+        initial = zero_slots(segment)
+    if state is None and query.shape[2] <= window and cu is None and initial is None:
         # The very kernel of the unconverted layer, so that short inputs give its bits.
         if nha_layer is not None:
             remember(segment, window, nha_layer)
         mask = causal_mask(padding)
         return own_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
     out = attend(
-        segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, slots_from_start=from_start,
-        softcap=softcap, see_mass=module.mass_observer,
+        segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, initial=initial, softcap=softcap,
+        see_mass=module.mass_observer,
     )  # fmt: skip
     return out, None
 

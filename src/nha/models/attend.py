@@ -18,6 +18,9 @@ from nha.ops import NHAState, nha_attention
 from nha.ops.segment import advance, align_left
 
 
+Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
+
+
 @dataclass
 class Segment:
     """One layer's inputs for T tokens, all laid out [B, T, heads, dim] as `nha_attention` takes them."""
@@ -39,16 +42,17 @@ class Segment:
 
 def attend(
     segment: Segment, *, window_size: int, scale: float | None, sink: tuple[Tensor, Tensor] | None,
-    layer: NHACacheLayer | None, slots_from_start: bool, softcap: float | None = None, impl: str = "auto",
+    layer: NHACacheLayer | None, initial: Initial | None, softcap: float | None = None, impl: str = "auto",
     see_mass: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any.
 
-    `see_mass`, if given, gets the shares of the softmax that went to slots and to the sink, [B, T, HQ] each.
+    `initial` is what the slots of every text hold before its first token, live from there on. `see_mass`, if given,
+    gets the shares of the softmax that went to slots and to the sink, [B, T, HQ] each.
     """
     state = None if layer is None else layer.state
-    if state is None and slots_from_start:
-        state = zero_slots(segment, window_size)
+    if state is None and initial is not None:
+        state = initial_state(segment, window_size, initial)
     options: dict[str, Any] = dict(
         window_size=window_size, q_slot=segment.slot_query, k_slot=segment.slot_key, scale=scale, state=state,
         attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens, softcap=softcap, impl=impl,
@@ -94,18 +98,20 @@ def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
     layer.write(after, segment.inputs, None)
 
 
-def zero_slots(segment: Segment, window_size: int) -> NHAState:
-    """All-zero slots that take part from token 0, as in the code published with the paper."""
-    heads, slots = segment.log_gate.shape[2:]
+def initial_state(segment: Segment, window_size: int, initial: Initial) -> NHAState:
+    """The state of texts that start with these slots (key [H, M, D], value [H, M, Dv]), one for every text."""
     rows = segment.key.shape[0] if segment.cu_seqlens is None else segment.cu_seqlens.shape[0] - 1
-
-    def zeros(like: Tensor) -> Tensor:
-        return like.new_zeros(rows, heads, slots, like.shape[-1])
-
+    slots = (x[..., : segment.log_gate.shape[3], :].expand(rows, -1, -1, -1) for x in initial)
     return NHAState.from_slots(
-        zeros(segment.key), zeros(segment.value), window_size, dtype=segment.key.dtype,
-        shared_keys=segment.slot_key is None,
+        *slots, window_size, dtype=segment.key.dtype, shared_keys=segment.slot_key is None
     )  # fmt: skip
+
+
+def zero_slots(segment: Segment) -> Initial:
+    """All-zero slots, which take part from token 0 in the code published with the paper."""
+    heads, slots = segment.log_gate.shape[2:]
+    key, value = (x.new_zeros(heads, slots, x.shape[-1]) for x in (segment.key, segment.value))
+    return key, value
 
 
 def spare_first_token(

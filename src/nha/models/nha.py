@@ -78,7 +78,7 @@ class NHAAttention(NativeHybridAttention):
         out = attend(
             Segment(query, key, value, gate, slot_query, slot_key, padding, cu), layer=layer,
             window_size=0 if self.ablation == "window_off" else self.window_size, scale=None, sink=self.sink,
-            slots_from_start=False, see_mass=self.mass_observer,
+            initial=None, see_mass=self.mass_observer,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), None
 
