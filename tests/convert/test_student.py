@@ -78,11 +78,14 @@ def test_the_teachers_predictions_keep_their_bits_while_the_student_learns(train
         assert not torch.equal(student.hidden(*packed), before)
 
 
+@pytest.mark.parametrize("ablation", [None, "slots_off"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_texts_have_the_loss_and_gradients_of_the_texts_alone(family):
+def test_packed_texts_have_the_loss_and_gradients_of_the_texts_alone(family, ablation):
     model = teacher(family)
     model.config._experts_implementation = "eager"  # the only one in float64
     student = student_of(model).double()
+    for module in attention_layers(student.causal):
+        module.ablation = ablation
     for module in student.modules():
         if isinstance(module, TaughtLinear):
             module.dtype = torch.float64

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
 from nha.ops import NHAState, nha_attention
+from nha.ops.banded import banded_attention
 from nha.ops.segment import advance, align_left
 
 
@@ -53,6 +54,13 @@ def attend(
     state = None if layer is None else layer.state
     if state is None and initial is not None:
         state = initial_state(segment, window_size, initial)
+    cu = segment.cu_seqlens
+    if cu is not None and not segment.log_gate.shape[3] and state is None and layer is None and see_mass is None:
+        slot_query = segment.query if segment.slot_query is None else segment.slot_query
+        return banded_attention(
+            segment.query, segment.key, segment.value, slot_query, sink, window_size=window_size, cu_seqlens=cu,
+            scale=segment.query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
+        )  # fmt: skip
     options: dict[str, Any] = dict(
         window_size=window_size, q_slot=segment.slot_query, k_slot=segment.slot_key, scale=scale, state=state,
         attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens, softcap=softcap, impl=impl,
