@@ -33,7 +33,7 @@ def test_packing_names_texts_targets_and_answers():
     first = (np.array([5, 6, 7, 8]), [0, 3], None)
     second = (np.array([9, 10, 11, 12]), [0], np.array([False, False, True, True]))
     batch = pack([first, second])
-    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 8, 8] and batch["cu_seqlens"].dtype == np.int32
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, *[8] * 6] and batch["cu_seqlens"].dtype == np.int32
     assert batch["ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
     assert batch["target"].tolist() == [6, 7, 8, 9, 10, 11, 12, 0]

@@ -316,10 +316,7 @@ def distill(
         to_hybrid(model, windows, num_slots=settings.num_slots, num_sinks=settings.num_sinks)
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = next(model.parameters()).is_cuda if compiled is None else compiled
-    student = Distillation(
-        model, trained=settings.trained, rank=settings.rank, taught=settings.divergence > 0, compiled=compiled
-    )
+    student = Distillation(model, trained=settings.trained, rank=settings.rank, taught=settings.divergence > 0)
     for module in attention_layers(student.causal):
         module.ablation = "slots_off" if settings.slots_off else None
     checkpoint = latest_checkpoint(run)
@@ -332,6 +329,8 @@ def distill(
         )  # fmt: skip
     if start < len(stream):
         model.train()
+        if next(model.parameters()).is_cuda if compiled is None else compiled:
+            student.compile_layers()
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step

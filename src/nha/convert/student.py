@@ -89,18 +89,16 @@ class Distillation(nn.Module):
         trained: "attention", "layers", "lora" or "slots".
         rank: of the adapters, with "lora".
         taught: False leaves the teacher out; there is no divergence then.
-        compiled: compile decoder layers and the loss (for GPUs).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, trained: str = "attention", rank: int = 16, taught: bool = True,
-        compiled: bool = False,
+        self, model: PreTrainedModel, *, trained: str = "attention", rank: int = 16, taught: bool = True
     ):  # fmt: skip
         super().__init__()
         if trained not in TRAINED:
             raise ValueError(f"expected what is trained to be one of {TRAINED}, got {trained!r}")
         self.mode = Mode()
-        self.taught, self.compiled = taught, compiled
+        self.taught, self.compiled = taught, False
         hybrid_layers(model)
         self.windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
         model.requires_grad_(False)
@@ -123,10 +121,16 @@ class Distillation(nn.Module):
                     setattr(slots, sink, nn.Parameter(getattr(slots, sink).detach().float()))
         self._no_split_modules = model._no_split_modules
         Head.of(self.causal)
-        if compiled:
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            for layer in self.causal.get_decoder().layers:
-                layer.compile(dynamic=False)
+
+    def compile_layers(self, **options: Any) -> None:
+        """From now on run decoder layers and the loss compiled, for GPUs; `options` are those of `torch.compile`.
+
+        One graph serves all layers of a kind. Teacher and student, text and recall text, take one each.
+        """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for layer in self.causal.get_decoder().layers:
+            layer.compile(dynamic=False, **options)
+        self.compiled = True
 
     @property
     def config(self) -> Any:
@@ -214,6 +218,8 @@ class Distillation(nn.Module):
                     setattr(module, name, nn.Parameter(parameter.full_tensor().detach(), requires_grad=False))
         if self.model is not self.causal:
             self.model = self.causal = self.model.merge_and_unload()
+        for layer in self.causal.get_decoder().layers:
+            layer._compiled_call_impl = None
         for name, module in list(self.causal.named_modules()):
             if isinstance(module, TaughtLinear):
                 _replace(self.causal, name, module.released())

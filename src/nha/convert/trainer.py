@@ -66,11 +66,14 @@ def combine(
         scales[recall] = weight * scales[text] * norms[text] / norms[recall].clamp_min(1e-12)
     for grads, scale in zip(parts.values(), scales.values(), strict=True):
         torch._foreach_mul_([g for g in grads if g is not None], scale)
-    for index, parameter in enumerate(parameters):
-        given = [grads[index] for grads in parts.values() if grads[index] is not None]
-        parameter.grad = given[0] if given else None
-        for other in given[1:]:
-            parameter.grad += other  # type: ignore[operator]
+    for parameter in parameters:
+        parameter.grad = None
+    for grads in parts.values():
+        both = [(p.grad, g) for p, g in zip(parameters, grads, strict=True) if p.grad is not None and g is not None]
+        if both:
+            torch._foreach_add_(*(list(x) for x in zip(*both, strict=True)))
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad if parameter.grad is None else parameter.grad
     return norms
 
 

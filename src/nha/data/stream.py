@@ -79,8 +79,8 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Rows (tokens [T], where their texts start, which tokens are answers [T]) as one row of packed texts.
 
-    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two (so
-    that few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and `answers` [N] float32: whether
+    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two and four
+    for each row (so that few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and `answers` [N] float32: whether
     that token belongs to the same text, and whether it is part of an answer.
     """
     ids = np.concatenate([row[0] for row in rows])
@@ -95,7 +95,7 @@ def pack(
     answers = np.zeros(len(ids), np.float32)
     told = [np.zeros(len(row[0]), bool) if row[2] is None else row[2] for row in rows]
     answers[:-1] = np.concatenate(told)[1:]
-    texts = 1 << (len(starts) - 1).bit_length()
+    texts = 1 << (max(len(starts), 4 * len(rows)) - 1).bit_length()
     cu = np.full(texts + 1, len(ids), np.int32)
     cu[: len(starts)] = starts
     return {
