@@ -213,6 +213,9 @@ class Distillation(nn.Module):
     def release(self) -> PreTrainedModel:
         """The hybrid with its trained weights as plain modules in the dtype that it came in; the teacher is gone."""
         for module in self.modules():
+            if hasattr(module, "reshard"):  # FSDP2 may hold whole parameters from the last forward pass
+                module.reshard()  # type: ignore[operator]
+        for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if hasattr(parameter, "full_tensor"):  # spread over devices
                     setattr(module, name, nn.Parameter(parameter.full_tensor().detach(), requires_grad=False))

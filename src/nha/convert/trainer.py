@@ -48,6 +48,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def shard(tensor: Tensor) -> Tensor:
+    """The part of a parameter or gradient that lies on this device."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def combine(
     parts: dict[str, list[Tensor | None]], parameters: list[nn.Parameter], treatment: str, most: float, weight: float
 ) -> dict[str, Tensor]:
@@ -65,13 +70,14 @@ def combine(
         text, recall = parts
         scales[recall] = weight * scales[text] * norms[text] / norms[recall].clamp_min(1e-12)
     for grads, scale in zip(parts.values(), scales.values(), strict=True):
-        torch._foreach_mul_([g for g in grads if g is not None], scale)
+        torch._foreach_mul_([shard(g) for g in grads if g is not None], scale)
     for parameter in parameters:
         parameter.grad = None
     for grads in parts.values():
         both = [(p.grad, g) for p, g in zip(parameters, grads, strict=True) if p.grad is not None and g is not None]
         if both:
-            torch._foreach_add_(*(list(x) for x in zip(*both, strict=True)))
+            sums, more = ([shard(x) for x in column] for column in zip(*both, strict=True))
+            torch._foreach_add_(sums, more)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad if parameter.grad is None else parameter.grad
     return norms
