@@ -1,6 +1,6 @@
 """Distil hybrids in many ways at equal tokens and measure each: what makes slots matter, beside its baselines.
 
-    PYTHONPATH=src python3 benchmarks/hybridize.py --model MODEL --corpus CORPUS --arms hybrid,sink --tokens 20e6 --out DIR
+    PYTHONPATH=src python3 benchmarks/hybridize.py --model MODEL --corpus CORPUS --arms hybrid,sink --out DIR
 
     --model        a model directory, a Hub id, or smollm2
     --corpus       from `nha distill --prepare-only`; its held-out documents are measured on
@@ -9,7 +9,8 @@
     --set K=V      change a setting of every arm, such as rows=32 or rate=1e-3 (see DistillSettings); may be repeated
     --search       JSON of `nha search`: where the arms with full layers keep them (default: layers 3, 11, 18, 26)
     --out          summary.json (one row an arm and seed, replaced if it is there) and logs.jsonl (what they logged)
-    --work         where runs keep their checkpoints (default: a temporary directory); the same command goes on from there
+    --tokens       of every arm (default: 20e6)
+    --work         where runs keep checkpoints (default: a temporary directory); the same command goes on from there
     --budget-s N   stop after so long; arms that did not run are named
     --no-eval      train only, for speed; --quick measures less
     --no-compile   leave layers as they are
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 
 from nha.cli import loading
-from nha.convert.distill import DistillSettings, Distilled, distill
+from nha.convert.distill import Distilled, DistillSettings, distill
 from nha.data.corpus import Corpus, open_corpus
 from nha.data.recall import RecallSettings
 from nha.evaluate.forms import as_form
@@ -45,9 +46,11 @@ from nha.report.results import to_json
 
 FULL_LAYERS = (3, 11, 18, 26)
 # What differs from DistillSettings(); "full" stands for the layers that keep full attention.
+TOLD = ("loss", "divergence", "cross_entropy", "answer_loss", "answers_right", "norm_text", "norm_recall")
 TEACHER = "teacher"
 TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
+PAPER = {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0}
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER: {},
     "teacher_tuned": TUNED,
@@ -59,10 +62,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "sink128_4": SINK | {"window_size": 128, "full": True},
     "text": {"recall_share": 0.0},
     "sink128_text": SINK | {"window_size": 128, "recall_share": 0.0},
-    "paper": {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0},
-    "paper4": {
-        "init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0, "full": True,
-    },
+    "paper": PAPER,
+    "paper4": PAPER | {"full": True},
     # one setting at a time
     "recall6": {"recall_share": 0.0625},
     "recall25": {"recall_share": 0.25},
@@ -217,10 +218,8 @@ class Campaign:
     def has(self, arm: str, seed: int) -> bool:
         """Whether a row of this arm, seed and (about) as many tokens has been measured."""
         wanted = 0 if arm == TEACHER else self.options.tokens
-        return any(
-            row["arm"] == arm and row["seed"] == seed and abs(row["tokens"] - wanted) <= 0.05 * wanted and "recall" in row
-            for row in self.rows
-        )
+        same = [row for row in self.rows if (row["arm"], row["seed"]) == (arm, seed)]
+        return any(abs(row["tokens"] - wanted) <= 0.05 * wanted and "recall" in row for row in same)
 
     def keep(self, row: dict[str, Any], log: list[dict[str, float]]) -> None:
         """Write a row and its log."""
@@ -251,8 +250,7 @@ class Campaign:
         def report(entry: dict[str, float]) -> None:
             every = settings.log_every * options.say_every
             if entry["step"] % every == 0 or entry["step"] <= settings.log_every:
-                names = ("loss", "divergence", "cross_entropy", "answer_loss", "answers_right", "norm_text", "norm_recall")
-                told = " ".join(f"{name} {entry[name]:.3f}" for name in names if name in entry)
+                told = " ".join(f"{name} {value:.3f}" for name, value in entry.items() if name in TOLD)
                 self.say(f"  {arm} step {entry['step']:.0f} {entry['tokens_per_s']:,.0f} tokens/s {told}")
 
         compiled = False if options.no_compile else None

@@ -36,7 +36,8 @@ def place(tmp_path_factory):
 
 def arguments(place, out, *more):
     return [
-        "--model", str(place / "tiny"), "--corpus", str(place / "corpus"), "--out", str(out), "--work", str(out / "work"),
+        "--model", str(place / "tiny"), "--corpus", str(place / "corpus"), "--out", str(out),
+        "--work", str(out / "work"),
         "--tokens", "2560", "--lengths", "1024", "--texts", "2", "--rows", "1", "--tasks", "one_fact", "--eval-s", "0",
         "--set", "window_size=16", "--set", "num_slots=6", "--set", "rows=2", "--set", "length=640",
         "--set", "recall_share=0.5", "--set", "align_steps=1", "--set", "align_rows=1", *more,
@@ -48,7 +49,7 @@ def test_arms_are_trained_and_measured_once(campaign, place, tmp_path, capsys):
     assert campaign["main"](given) == 0
     rows = {row["arm"]: row for row in json.loads((tmp_path / "summary.json").read_text())}
     assert set(rows) == {"teacher", "hybrid", "sink"}
-    wanted = {"arm", "seed", "tokens", "windows", "slots", "ppl_1k", "recall", "tokens_per_s", "gpu", "versions", "date"}
+    wanted = {"arm", "seed", "tokens", "windows", "slots", "ppl_1k", "recall", "tokens_per_s", "gpu", "versions"}
     assert all(wanted <= row.keys() for row in rows.values())
     assert rows["hybrid"]["windows"] == [16, 16, 16] and rows["hybrid"]["slots"] == 6
     assert len(rows["hybrid"]["slot_mass"]["slots"]) == 3

@@ -14,9 +14,25 @@ from tests.data.test_corpus import texts
 from tests.models.families import teacher
 
 runner = CliRunner()
-SHORT = (
-    "--window 16 --slots 6 --tokens 1280 --rows 2 --length 320 --recall 0.5 --align-steps 1 --log-every 1 --no-compile"
-).split()
+SHORT = [
+    "--window",
+    "16",
+    "--slots",
+    "6",
+    "--tokens",
+    "1280",
+    "--rows",
+    "2",
+    "--length",
+    "320",
+    "--recall",
+    "0.5",
+    "--align-steps",
+    "1",
+    "--log-every",
+    "1",
+    "--no-compile",
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +91,7 @@ def test_windows_come_from_a_search(place, corpus, tmp_path):
         (["{tiny}", "{new}", "--corpus", "/nowhere"], "expected a corpus in /nowhere"),
         (["{tiny}", "{new}", "--corpus", "{tiny}"], "it has no meta.json that can be read"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "-2"], "expected windows of -1"),
-        (["{tiny}", "{new}", "--corpus", "{corpus}", "--windows", "/nowhere"], "expected a JSON file with window_sizes"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--windows", "/nowhere"], "expected a JSON file with"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--tokens", "0"], "expected tokens of at least 1, got 0"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--trained", "all"], "expected trained to be one of"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--dtype", "int8"], "expected --dtype to be auto"),

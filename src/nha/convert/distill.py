@@ -218,7 +218,7 @@ def trainer_of(
     callbacks: list[Any] = [Journal(run, start, report, budget)]
     if find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)))
     cuda = next(student.parameters()).is_cuda
@@ -305,9 +305,9 @@ def distill(
     cached = model.config.use_cache
     aligned: list[tuple[float, float]] = []
     torch.manual_seed(settings.seed)
+    ids = stage_one_ids(corpus, settings, windows)
     hybrid = any(w != FULL for w in windows)
     if hybrid:
-        ids = stage_one_ids(corpus, settings, windows)
         hybridize(
             model, settings.num_slots, windows, init=settings.init, calibration=ids,  # type: ignore[arg-type]
             slot_distance=settings.slot_distance, num_sinks=settings.num_sinks, seed=settings.seed,

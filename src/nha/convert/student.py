@@ -30,8 +30,8 @@ class Mode:
 class TaughtLinear(nn.Linear):
     """A linear layer in training: float32 `weight` and `bias` for the student, what they were for the teacher.
 
-    `own` holds the parameters it was made of, untouched, in their own dtype; without a teacher (gates) it is empty. Inputs
-    [..., in] may have any dtype: weights are cast to it.
+    `own` holds the parameters it was made of, untouched, in their own dtype; without a teacher (gates) it is empty.
+    Inputs [..., in] may have any dtype: weights are cast to it.
     """
 
     def __init__(self, layer: nn.Linear, mode: Mode, taught: bool):
@@ -58,6 +58,11 @@ class TaughtLinear(nn.Linear):
         return layer
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or gradient that may be spread over devices, as one plain tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
@@ -66,8 +71,9 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 def linear_layers(model: PreTrainedModel, trained: str) -> list[str]:
     """Names of the linear layers that are trained besides gates: those of attention, or of the whole decoder layers."""
     found = []
+    stack: Any = model.get_decoder()
     inside = [id(m) for module in attention_layers(model) for m in module.modules()]
-    layers = [id(m) for layer in model.get_decoder().layers for m in layer.modules()]
+    layers = [id(m) for layer in stack.layers for m in layer.modules()]
     for name, module in model.named_modules():
         if type(module) is nn.Linear and ".nha." not in name:
             wanted = inside if trained in ("attention", "lora") else layers
@@ -191,7 +197,8 @@ class Distillation(nn.Module):
             ids, position_ids: [1, N].
             cu_seqlens: [texts + 1] int32, where texts start and end; empty texts may follow the last.
             target: [N], the token after each.
-            follows, answers: [N] float32, 1 where the target belongs to the same text, and where it is part of an answer.
+            follows, answers: [N] float32, 1 where the target belongs to the same text, and where it is part of an
+                answer.
             by_divergence, by_cross_entropy: weights [N].
             longest: at least as long as any text.
         """
@@ -218,7 +225,7 @@ class Distillation(nn.Module):
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if hasattr(parameter, "full_tensor"):  # spread over devices
-                    setattr(module, name, nn.Parameter(parameter.full_tensor().detach(), requires_grad=False))
+                    setattr(module, name, nn.Parameter(whole(parameter.detach()), requires_grad=False))
         if self.model is not self.causal:
             self.model = self.causal = self.model.merge_and_unload()
         for layer in self.causal.get_decoder().layers:

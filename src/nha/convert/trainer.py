@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from nha.convert.student import SUMS, Distillation
+from nha.convert.student import SUMS, Distillation, whole
 from nha.data.stream import FromStep, Stream
 
 WEIGHTS = "trained.safetensors"
@@ -43,11 +43,6 @@ def latest_checkpoint(run: Path) -> Path | None:
     return None if found is None else Path(found)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter or gradient that may be spread over devices, as one plain tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def shard(tensor: Tensor) -> Tensor:
     """The part of a parameter or gradient that lies on this device."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -59,7 +54,8 @@ def combine(
     """Set the gradients of parameters to the sum of those of text and recall, each treated by itself.
 
     "clip" brings each to a norm of at most `most`; "normalise" clips that of text and gives that of recall `weight`
-    times the norm left to text; "together" clips the sum. Returns the norms before, by name, without waiting for a device.
+    times the norm left to text; "together" clips the sum. Returns the norms before, by name, without waiting for a
+    device.
     """
     norms = {}
     for name, grads in parts.items():
@@ -70,14 +66,14 @@ def combine(
         text, recall = parts
         scales[recall] = weight * scales[text] * norms[text] / norms[recall].clamp_min(1e-12)
     for grads, scale in zip(parts.values(), scales.values(), strict=True):
-        torch._foreach_mul_([shard(g) for g in grads if g is not None], scale)
+        torch._foreach_mul_([shard(g) for g in grads if g is not None], scale)  # pyright: ignore[reportPrivateImportUsage]
     for parameter in parameters:
         parameter.grad = None
     for grads in parts.values():
         both = [(p.grad, g) for p, g in zip(parameters, grads, strict=True) if p.grad is not None and g is not None]
         if both:
             sums, more = ([shard(x) for x in column] for column in zip(*both, strict=True))
-            torch._foreach_add_(sums, more)
+            torch._foreach_add_(sums, more)  # pyright: ignore[reportPrivateImportUsage]
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad if parameter.grad is None else parameter.grad
     return norms
@@ -199,7 +195,7 @@ class DistillTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place and move it there when it is whole; older ones go after that."""
-        run, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
+        run, name = str(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         work = os.path.join(run, f".{name}.partial")
         main = self.args.should_save
         if main:

@@ -12,12 +12,11 @@ from pathlib import Path
 TEXT = (".txt", ".text", ".md", ".rst", ".pod")
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".parquet")
-BLOCKS = frozenset(
-    (
-        "address", "article", "aside", "blockquote", "br", "dd", "div", "dl", "dt", "figcaption", "figure", "footer", "h1",
-        "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p", "pre", "section", "table", "tr", "ul",
-    )
-)  # fmt: skip
+BLOCKS = frozenset((
+    "address", "article", "aside", "blockquote", "br", "dd", "div", "dl", "dt", "figcaption", "figure", "footer",
+    "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p", "pre", "section", "table",
+    "tr", "ul",
+))  # fmt: skip
 SKIPPED = frozenset(("script", "style", "nav", "header", "footer", "head", "template", "noscript", "svg", "button"))
 VOID = frozenset(("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"))
 
@@ -164,8 +163,8 @@ def documents(sources: Sequence[str], field: str = "text") -> Iterator[str]:
     """The texts of all sources in order, one document at a time.
 
     A source is a text file, an HTML page (read as plain text), a .jsonl or .parquet file whose texts are in `field`,
-    one of the first three as .gz, a folder of all these, or "datasets:NAME[:CONFIGURATION[:SPLIT]]". Raises ValueError for
-    a file that is not what its name says.
+    one of the first three as .gz, a folder of all these, or "datasets:NAME[:CONFIGURATION[:SPLIT]]". Raises ValueError
+    for a file that is not what its name says.
     """
     check_sources(sources)
     for source in sources:

@@ -79,9 +79,9 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Rows (tokens [T], where their texts start, which tokens are answers [T]) as one row of packed texts.
 
-    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two and four
-    for each row (so that few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and `answers` [N] float32: whether
-    that token belongs to the same text, and whether it is part of an answer.
+    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two and
+    four for each row (so that few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and
+    `answers` [N] float32: whether that token belongs to the same text, and whether it is part of an answer.
     """
     ids = np.concatenate([row[0] for row in rows])
     at, starts = 0, []
@@ -144,7 +144,7 @@ class Stream(Dataset):
 
     def _recall_row(self, step: int, slot: int, length: int) -> tuple[np.ndarray, list[int], np.ndarray]:
         generator = np.random.default_rng([self.mixture.seed, 13, step, self.rank, slot])
-        filler = self.corpus.filler(generator)
+        filler: Any = self.corpus.filler(generator)
         ids, answers = training_row(generator, self.tokenizer, filler, length, self.mixture.recall_at(step))
         return ids, [0], answers
 

@@ -18,7 +18,6 @@ from nha.ops import NHAState, nha_attention
 from nha.ops.banded import banded_attention
 from nha.ops.segment import advance, align_left
 
-
 Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
 
 
@@ -109,10 +108,9 @@ def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
 def initial_state(segment: Segment, window_size: int, initial: Initial) -> NHAState:
     """The state of texts that start with these slots (key [H, M, D], value [H, M, Dv]), one for every text."""
     rows = segment.key.shape[0] if segment.cu_seqlens is None else segment.cu_seqlens.shape[0] - 1
-    slots = (x[..., : segment.log_gate.shape[3], :].expand(rows, -1, -1, -1) for x in initial)
-    return NHAState.from_slots(
-        *slots, window_size, dtype=segment.key.dtype, shared_keys=segment.slot_key is None
-    )  # fmt: skip
+    key, value = (x[..., : segment.log_gate.shape[3], :].expand(rows, -1, -1, -1) for x in initial)
+    shared = segment.slot_key is None
+    return NHAState.from_slots(key, value, window_size, dtype=segment.key.dtype, shared_keys=shared)
 
 
 def zero_slots(segment: Segment) -> Initial:
@@ -188,8 +186,8 @@ def packed_own_attention(
         if sliding_window is not None and stop - start > sliding_window:
             whole = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
             mask = (whole.tril() & whole.triu(1 - sliding_window))[None, None]
-        part = (x[:, :, start:stop] for x in (query, key, value))
-        outs.append(own_attention(module, *part, mask, softcap=softcap, scaling=scaling, **kwargs)[0])
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        outs.append(own_attention(module, q, k, v, mask, softcap=softcap, scaling=scaling, **kwargs)[0])
     return torch.cat(outs, 1), None
 
 

@@ -1,8 +1,8 @@
 """Learned initial memory: what the slots of a hybrid hold before the first token, trained through peft.
 
-A hybrid's slots need not start empty. `SlotsConfig` is a method of the peft library: `get_peft_model` gives every hybrid
-layer slots that are live from token 0, as trainable parameters; everything else is frozen. A few hundred kilobytes hold
-what an adapter learned; there is nothing to merge, and no token of the window is spent.
+A hybrid's slots need not start empty. `SlotsConfig` is a method of the peft library: `get_peft_model` gives every
+hybrid layer slots that are live from token 0, as trainable parameters; everything else is frozen. A few hundred
+kilobytes hold what an adapter learned; there is nothing to merge, and no token of the window is spent.
 
 Import this module before `PeftModel.from_pretrained` reads such an adapter.
 """
@@ -46,7 +46,7 @@ class SlotsConfig(PeftConfig):
 
 
 class SlotsLayer(nn.Module, BaseTunerLayer):
-    """The gate and sink of one attention layer, with slots to start with: key [H, M, D] and value [H, M, Dv], float32."""
+    """Gate and sink of one attention layer, with slots to start with: key [H, M, D] and value [H, M, Dv], float32."""
 
     adapter_layer_names = ("nha_slots_key", "nha_slots_value")
 
@@ -96,7 +96,6 @@ class SlotsModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SlotsLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def _create_and_replace(  # type: ignore[override]
         self, peft_config: SlotsConfig, adapter_name: str, target: nn.Module, target_name: str, parent: Any,

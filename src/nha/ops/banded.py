@@ -1,4 +1,4 @@
-"""Window and sink without slots for packed sequences, as two batched matrix products: what ablations are trained with."""
+"""Window and sink without slots for packed sequences, in batched matrix products: what ablations are trained with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def banded_attention(
     q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, sink: tuple[Tensor, Tensor] | None, *, window_size: int,
     cu_seqlens: Tensor, scale: float, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """`nha_attention` with M = 0 of sequences packed into one row, [1, T, HQ, Dv], from shapes that do not depend on them.
+    """`nha_attention` with M = 0 of sequences packed into one row, [1, T, HQ, Dv]; no shape depends on their lengths.
 
     q, q_slot [1, T, HQ, D], k [1, T, H, D], v [1, T, H, Dv], sink (key [H, S, D], value [H, S, Dv]); `window_size` of
     at least 1. Queries go in blocks of a window, each of which sees its own and the block before; memory is
@@ -42,11 +42,9 @@ def banded_attention(
     groups = q.shape[2] // heads
     seen = scores(queries(q) @ keys(k).mT).unflatten(2, (groups, block))
     own = token.view(count, 1, block, 1)
-    other = (own[:, :, :1] - block + torch.arange(2 * block, device=device)).clamp_min(0)
-    before = torch.arange(block, device=device)[:, None] + block - torch.arange(2 * block, device=device)
-    same = text[own] == text[other]
-    first = (torch.arange(count, device=device) == 0).view(count, 1, 1, 1)
-    visible = same & (before >= 0) & (before < window_size) & ~(first & (torch.arange(2 * block, device=device) < block))
+    other = own[:, :, :1] - block + torch.arange(2 * block, device=device)
+    distance = own - other
+    visible = (text[own] == text[other.clamp_min(0)]) & (other >= 0) & (distance >= 0) & (distance < window_size)
     parts = [seen.masked_fill(~visible[:, :, None], float("-inf"))]
     if sink is not None and sink[0].shape[1]:
         live = (position >= window_size).view(count, 1, 1, block, 1)
