@@ -162,10 +162,10 @@ def _interval(bounds: list[float], digits: int, factor: float = 1.0) -> str:
 
 
 def _table(*titles: str) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    table.add_column("")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     return table
 
 
@@ -218,19 +218,17 @@ def perplexity(
     if as_json:
         print_json(results)
         return
-    out.print(perplexity_table(rows, edges))
+    for table in perplexity_tables(rows, edges):
+        out.print(table)
     err.print(
-        f"[dim]{len(ids)} texts of {length:,} tokens, 95 % bootstrap intervals over texts, seed {seed}; columns with "
-        "numbers: perplexity by token position; far: loss on pairs of tokens last seen over 192 tokens back; slots: "
-        "share of the softmax[/]"
+        f"[dim]{len(ids)} texts of {length:,} tokens, 95 % bootstrap intervals over texts, seed {seed}; far: loss on "
+        "pairs of tokens last seen over 192 tokens back; slots: share of the softmax; below: perplexity by position[/]"
     )
 
 
-def perplexity_table(rows: dict[str, dict[str, Any]], edges: list[int]) -> Table:
-    """One row for every form that was measured."""
-    table = _table(
-        "perplexity", "", "loss, nats", "far, nats", "slots", *(f"{a}-{b}" for a, b in itertools.pairwise(edges))
-    )
+def perplexity_tables(rows: dict[str, dict[str, Any]], edges: list[int]) -> Iterator[Table]:
+    """What was measured of every form as a whole, and by position."""
+    table = _table("perplexity", "", "loss, nats", "far, nats", "slots")
     for name, row in rows.items():
         far, mass = row["far_repeats"], row.get("slot_mass")
         table.add_row(
@@ -240,9 +238,12 @@ def perplexity_table(rows: dict[str, dict[str, Any]], edges: list[int]) -> Table
             f"{row['loss']:.3f}",
             f"{far:.3f}" if far == far else "-",
             f"{100 * mass['mean']:.0f} %" if mass and mass["mean"] else "-",
-            *(f"{value:.1f}" for value in row["by_position"]),
         )
-    return table
+    yield table
+    table = _table(*(f"{a}-{b}" for a, b in itertools.pairwise(edges)))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.1f}" for value in row["by_position"]))
+    yield table
 
 
 def parse_tasks(tasks: str | None) -> list[str] | None:
