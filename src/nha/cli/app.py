@@ -13,6 +13,7 @@ from nha.cli.generate import generate
 from nha.cli.hybridize import hybridize
 from nha.cli.quickstart import quickstart
 from nha.cli.search import search
+from nha.cli.tasks import tasks
 
 app = typer.Typer(
     name="nha",
@@ -55,6 +56,7 @@ evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text
 evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
     recall
 )
+evaluate_app.command(epilog="Example: [cyan]nha eval tasks my-hybrid --tasks standard --limit 200[/]")(tasks)
 evaluate_app.command(
     "all", epilog="Example: [cyan]nha eval all my-hybrid results --ablations --compare teacher=smollm2[/]"
 )(everything)
