@@ -57,8 +57,10 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     tasks = list(dict.fromkeys(task for scores in forms.values() for task in scores))
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    panel, gap, head, foot = (2.35, 1.55), (0.42, 0.78), 0.62, 0.62
-    size = (0.62 + columns * (panel[0] + gap[0]), head + rows * (panel[1] + gap[1]) - gap[1] + foot)
+    lines = math.ceil(len(forms) / 6)
+    gap, head, foot = (0.42, 0.78), 0.56 + 0.2 * lines, 0.62
+    panel = (8.3 / columns - gap[0], 1.55 if rows > 1 else 2.3)
+    size = (8.92, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
     figure, first = _figure(LIGHT, size)
     styles = line_styles(list(forms))
     distances = sorted({int(d) for scores in forms.values() for found in scores.values() for d in found})
@@ -88,8 +90,8 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     names = {"digits": "Tokens of the answer", "exact": "Whole answers", "generated": "Answers written"}
     _title(first, LIGHT, f"{names[metric]} that are right (%), bands: 95 % intervals")
     figure.legend(
-        loc="upper right", bbox_to_anchor=(0.995, 1.0), ncols=len(forms), frameon=False, fontsize=8.5,
-        labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2,
+        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.24 / size[1]), ncols=6, frameon=False, fontsize=8.5,
+        labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2, labelspacing=0.3,
     )  # fmt: skip
     return _png(figure)
 
