@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from nha.cli import common, loading
 from nha.cli.common import BadInput, command, err, out, print_json
-from nha.cli.hybridize import check_convertible
+from nha.cli.hybridize import check_convertible, searched_windows
 
 if TYPE_CHECKING:
     from nha.convert.distill import DistillSettings
@@ -43,7 +42,8 @@ def distill(
         str, typer.Option(help="Tokens each window holds, or a list with one entry per layer; -1: full attention.")
     ] = "64",
     windows: Annotated[
-        Path | None, typer.Option(help="A JSON file with window_sizes, as nha search writes it.", show_default=False)
+        Path | None,
+        typer.Option(help="A result of nha search, instead of --window and --full-layers.", show_default=False),
     ] = None,
     slots: Annotated[int, typer.Option(help="Slots per key-value head.")] = 64,
     full_layers: Annotated[
@@ -98,8 +98,8 @@ def distill(
         raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"expected --dtype to be auto, float32 or bfloat16, got {dtype!r}")
-    given = common.parse_windows(window) if windows is None else read_windows(windows)
     layers = common.parse_ints(full_layers, "--full-layers")
+    given = common.parse_windows(window) if windows is None else searched_windows(windows, window, layers)
     source = loading.find(model)
     check_convertible(source, given, layers)
 
@@ -122,18 +122,6 @@ def distill(
         report_corpus(opened, as_json)
         return
     run(source, opened, output, settings, dtype, compiled, budget, as_json)
-
-
-def read_windows(path: Path) -> list[int]:
-    """The windows of a JSON file: a list, or a document with `window_sizes`. Raises BadInput for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"expected a JSON file with window_sizes at {path}, got: {error}") from None
-    found = found.get("window_sizes") if isinstance(found, dict) else found
-    if not isinstance(found, list) or not all(isinstance(w, int) for w in found):
-        raise BadInput(f"expected window_sizes, a list of ints, in {path}, got {found!r}")
-    return found
 
 
 def read_text(source: loading.Source, text: list[str] | None, cache: Path, field: str, held_out: float) -> Corpus:

@@ -156,16 +156,18 @@ def read_documents(tokenizer: Any, text: list[str] | None) -> list[list[int]]:
     return [tokenizer(each, verbose=False).input_ids for each in texts]
 
 
-def _interval(bounds: list[float], digits: int, factor: float = 1.0) -> str:
+def bracket(bounds: list[float], digits: int, factor: float = 1.0) -> str:
+    """An interval in brackets, its bounds times `factor`."""
     low, high = (factor * bound for bound in bounds)
     return f"[dim]\\[{low:.{digits}f}, {high:.{digits}f}][/]"
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    table.add_column("")
+def new_table(*titles: str) -> Table:
+    """A plain table with these columns beside that of the names."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     return table
 
 
@@ -218,31 +220,32 @@ def perplexity(
     if as_json:
         print_json(results)
         return
-    out.print(perplexity_table(rows, edges))
+    for table in perplexity_tables(rows, edges):
+        out.print(table)
     err.print(
-        f"[dim]{len(ids)} texts of {length:,} tokens, 95 % bootstrap intervals over texts, seed {seed}; columns with "
-        "numbers: perplexity by token position; far: loss on pairs of tokens last seen over 192 tokens back; slots: "
-        "share of the softmax[/]"
+        f"[dim]{len(ids)} texts of {length:,} tokens, 95 % bootstrap intervals over texts, seed {seed}; far: loss on "
+        "pairs of tokens last seen over 192 tokens back; slots: share of the softmax; below: perplexity by position[/]"
     )
 
 
-def perplexity_table(rows: dict[str, dict[str, Any]], edges: list[int]) -> Table:
-    """One row for every form that was measured."""
-    table = _table(
-        "perplexity", "", "loss, nats", "far, nats", "slots", *(f"{a}-{b}" for a, b in itertools.pairwise(edges))
-    )
+def perplexity_tables(rows: dict[str, dict[str, Any]], edges: list[int]) -> Iterator[Table]:
+    """What was measured of every form as a whole, and by position."""
+    table = new_table("perplexity", "", "loss, nats", "far, nats", "slots")
     for name, row in rows.items():
         far, mass = row["far_repeats"], row.get("slot_mass")
         table.add_row(
             name,
             f"{row['perplexity']:.2f}",
-            _interval(row["interval"], 2),
+            bracket(row["interval"], 2),
             f"{row['loss']:.3f}",
             f"{far:.3f}" if far == far else "-",
             f"{100 * mass['mean']:.0f} %" if mass and mass["mean"] else "-",
-            *(f"{value:.1f}" for value in row["by_position"]),
         )
-    return table
+    yield table
+    table = new_table(*(f"{a}-{b}" for a, b in itertools.pairwise(edges)))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.1f}" for value in row["by_position"]))
+    yield table
 
 
 def parse_tasks(tasks: str | None) -> list[str] | None:
@@ -334,13 +337,13 @@ def recall_tables(forms: dict[str, dict[str, Any]], metric: str) -> Iterator[Tab
     """One table a task: a row for every form, a column for every distance."""
     for task in next(iter(forms.values())):
         distances = list(dict.fromkeys(d for scores in forms.values() for d in scores.get(task, {})))
-        table = _table(*(f"{int(d):,}" for d in distances))
+        table = new_table(*(f"{int(d):,}" for d in distances))
         table.columns[0].header = task.replace("_", " ")
         for name, scores in forms.items():
             cells = []
             for distance in distances:
                 score = scores[task][distance]
-                cells.append(f"{100 * score[metric]:.0f} " + _interval(score[f"{metric}_interval"], 0, 100))
+                cells.append(f"{100 * score[metric]:.0f} " + bracket(score[f"{metric}_interval"], 0, 100))
             table.add_row(name, *cells)
         yield table
 
@@ -398,14 +401,14 @@ def everything(
 def summary_table(rows: dict[str, dict[str, Any]], lengths: list[str]) -> Table:
     """Perplexity, far repeats and the slots' share of every form, at every length."""
     titles = [title for n in lengths for title in (f"perplexity {n}", "", f"far {n}, nats")]
-    table = _table(*titles, "slots")
+    table = new_table(*titles, "slots")
     for name, row in rows.items():
         cells = []
         for n in lengths:
             far = row[f"far_{n}"]
             cells += [
                 f"{row[f'ppl_{n}']:.2f}",
-                _interval(row[f"ppl_{n}_interval"], 2),
+                bracket(row[f"ppl_{n}_interval"], 2),
                 f"{far:.3f}" if far == far else "-",
             ]
         mass = row.get("slot_mass")

@@ -86,7 +86,8 @@ def _train_layer(
     """Train one layer's slots on inputs `kwargs`; the errors before and after."""
     hidden = kwargs["hidden_states"].detach()
     tables = kwargs["position_embeddings"]
-    rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "position_embeddings", "past_key_values")}
+    own = ("hidden_states", "position_embeddings", "past_key_values", "cache")
+    rest = {k: v for k, v in kwargs.items() if k not in own}
 
     def error(chosen: Tensor) -> Tensor:
         cut = None if tables is None else tuple(t[chosen] if t.shape[0] > 1 else t for t in tables)

@@ -171,7 +171,7 @@ class HybridGenerationMixin:
     ) -> Any:
         parent: Any = super()
         made = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_argument(model_kwargs)
         if isinstance(cache, Cache):
             prepare_cache(cache, cache_windows(attention_layers(self)[0]))
             if generation_config.is_assistant:
@@ -284,19 +284,27 @@ def check_implementation(config: Any) -> None:
         raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
 
 
+def cache_argument(kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments: `past_key_values`, which transformers calls `cache` from 5.24 on."""
+    given = kwargs.get("cache")
+    return kwargs.get("past_key_values") if given is None else given
+
+
 @memoize
 def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's attention class that hands the slots' inputs on."""
+    name_of_cache = "cache" if "cache" in inspect.signature(family.forward).parameters else "past_key_values"
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
-        past_key_values: Cache | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         check_implementation(self.config)
-        layer = cache_layer(self, past_key_values, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
+        cache = cache_argument(kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")} | {name_of_cache: cache}
+        layer = cache_layer(self, cache, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
         return family.forward(
             self, hidden_states=hidden_states, position_embeddings=position_embeddings,
-            attention_mask=attention_mask, past_key_values=past_key_values, nha_hidden=hidden_states,
+            attention_mask=attention_mask, nha_hidden=hidden_states,
             nha_tables=position_embeddings if getattr(self, "use_rope", True) else None,
             nha_layer=layer, **kwargs,
         )  # fmt: skip
@@ -376,7 +384,7 @@ def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     read off `position_ids` that start again. Without them slots would leak from one sequence into the next.
     """
     position = kwargs.get("position_ids")
-    if kwargs.get("past_key_values") is not None:
+    if cache_argument(kwargs) is not None:
         return None
     cu = kwargs.get("cu_seq_lens_q")
     if cu is not None:

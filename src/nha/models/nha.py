@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
@@ -14,6 +13,7 @@ from nha.models.adapter import (
     NAME,
     HybridGenerationMixin,
     Observation,
+    cache_argument,
     cache_layer,
     check_dropout,
     check_implementation,
@@ -46,7 +46,6 @@ class NHAAttention(NativeHybridAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend from hidden_states [B, T, hidden] with rotary tables [B, T, D]; the cache is updated in place."""
@@ -55,9 +54,10 @@ class NHAAttention(NativeHybridAttention):
         slot_query, slot_key, value = self.project(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
         cu = kwargs.get("cu_seq_lens_q")
-        layer = cache_layer(self, past_key_values, cu, hidden_states.shape[0])
-        if past_key_values is not None:
-            full = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        cache = cache_argument(kwargs)
+        layer = cache_layer(self, cache, cu, hidden_states.shape[0])
+        if cache is not None:
+            full = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
         else:
             full = (key.transpose(1, 2), value.transpose(1, 2))
         if self.observer is not None:

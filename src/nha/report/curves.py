@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nha.report.plots import DPI, LIGHT, _context_axis, _figure, _style, _title
+from nha.report.plots import DPI, LIGHT, _context_axis, _figure, _plain_log_ticks, _style, _title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +57,10 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     tasks = list(dict.fromkeys(task for scores in forms.values() for task in scores))
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    panel, gap, head, foot = (2.35, 1.55), (0.42, 0.78), 0.62, 0.62
-    size = (0.62 + columns * (panel[0] + gap[0]), head + rows * (panel[1] + gap[1]) - gap[1] + foot)
+    lines = math.ceil(len(forms) / 6)
+    gap, head, foot = (0.42, 0.78), 0.56 + 0.2 * lines, 0.62
+    panel = (8.3 / columns - gap[0], 1.55 if rows > 1 else 2.3)
+    size = (8.92, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
     figure, first = _figure(LIGHT, size)
     styles = line_styles(list(forms))
     distances = sorted({int(d) for scores in forms.values() for found in scores.values() for d in found})
@@ -88,7 +90,42 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     names = {"digits": "Tokens of the answer", "exact": "Whole answers", "generated": "Answers written"}
     _title(first, LIGHT, f"{names[metric]} that are right (%), bands: 95 % intervals")
     figure.legend(
-        loc="upper right", bbox_to_anchor=(0.995, 1.0), ncols=len(forms), frameon=False, fontsize=8.5,
-        labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2,
+        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.24 / size[1]), ncols=6, frameon=False, fontsize=8.5,
+        labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2, labelspacing=0.3,
     )  # fmt: skip
+    return _png(figure)
+
+
+def front_png(result: Mapping[str, Any]) -> bytes:
+    """A search's losses against the bytes of the cache, as a PNG file's bytes.
+
+    `result` is a `SearchResult` as plain data: its front as a line, the placements by rule as points.
+    """
+    figure, axes = _figure(LIGHT, (7.7, 3.85))
+    rows = result["front"]
+    sizes = {len(row["full_layers"]): row["bytes"] / 1e6 for row in rows}
+    grey, blue = LIGHT.forms["teacher"][0], LIGHT.hybrid
+    axes.plot(
+        [row["bytes"] / 1e6 for row in rows], [row["loss"] for row in rows], color=blue, linewidth=2.2, marker="o",
+        markersize=5, zorder=3, label="best found",
+    )  # fmt: skip
+    for row in rows:
+        axes.annotate(
+            str(len(row["full_layers"])), (row["bytes"] / 1e6, row["loss"]), xytext=(0, 7), textcoords="offset points",
+            ha="center", fontsize=8.5, color=blue,
+        )  # fmt: skip
+    count = len(result["full_layers"])
+    for (name, marker), colour in zip((("uniform", "s"), ("first", "^"), ("last", "v")), SPARE, strict=False):
+        layers = result["placements"].get(name)
+        if layers and count in sizes:
+            loss = result["evaluated"][",".join(map(str, layers))]["loss"]
+            axes.plot([sizes[count]], [loss], marker=marker, color=colour, linestyle="", markersize=7, label=name)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    _plain_log_ticks(axes.xaxis, low, high)
+    axes.set_xlabel(f"cache of one text of {result['context']:,} tokens (MB, logarithmic)")
+    _style(figure, axes, LIGHT, right=0.25)
+    _title(axes, LIGHT, "Loss in nats, recall and text weighted; numbers: layers with full attention")
+    axes.legend(loc="upper right", frameon=False, fontsize=8.5, labelcolor=grey)
+    axes.margins(x=0.05, y=0.14)
     return _png(figure)
