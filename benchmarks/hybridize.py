@@ -38,6 +38,7 @@ import torch
 
 from nha.cli import loading
 from nha.convert.distill import Distilled, DistillSettings, distill
+from nha.convert.search import windows_from_search
 from nha.data.corpus import Corpus, open_corpus
 from nha.data.recall import RecallSettings
 from nha.evaluate.forms import as_form
@@ -125,8 +126,7 @@ def full_layers(search: str | None) -> tuple[int, ...]:
     """Which layers keep full attention."""
     if search is None:
         return FULL_LAYERS
-    windows = json.loads(Path(search).read_text())["window_sizes"]
-    return tuple(index for index, window in enumerate(windows) if window == -1)
+    return tuple(index for index, window in enumerate(windows_from_search(search)) if window == -1)
 
 
 def versions() -> dict[str, str | None]:

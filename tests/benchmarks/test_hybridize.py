@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nha.convert.search import SearchResult, save_search
 from nha.data.corpus import prepare
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import WORDS
@@ -79,7 +80,7 @@ def test_every_arm_has_settings_that_can_be(campaign):
 
 
 def test_full_layers_come_from_a_search(campaign, tmp_path):
-    (tmp_path / "search.json").write_text(json.dumps({"window_sizes": [64, -1, 64, -1]}))
+    save_search(SearchResult({}, windows=[64, -1, 64, -1], full_layers=[1, 3]), tmp_path / "search.json")
     assert campaign["full_layers"](str(tmp_path / "search.json")) == (1, 3)
     assert campaign["full_layers"](None) == (3, 11, 18, 26)
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nha.cli import app
+from nha.convert.search import SearchResult, save_search
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import texts
 from tests.models.families import teacher
@@ -76,9 +77,9 @@ def test_from_a_teacher_and_text_to_a_hybrid_that_writes(place, corpus, tmp_path
 
 
 def test_windows_come_from_a_search(place, corpus, tmp_path):
-    (tmp_path / "search.json").write_text(json.dumps({"window_sizes": [16, -1, 16], "other": 1}))
+    save_search(SearchResult({}, windows=[16, -1, 16], full_layers=[1]), tmp_path / "search.json")
     arguments = ["distill", place / "tiny", tmp_path / "run", "--corpus", corpus, "--windows", tmp_path / "search.json"]
-    result = runner.invoke(app, [*map(str, arguments), *SHORT, "--json"])
+    result = runner.invoke(app, [*map(str, arguments), *SHORT[2:], "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run" / "hybrid" / "config.json").read_text())["window_sizes"] == [16, -1, 16]
 
@@ -91,7 +92,7 @@ def test_windows_come_from_a_search(place, corpus, tmp_path):
         (["{tiny}", "{new}", "--corpus", "/nowhere"], "expected a corpus in /nowhere"),
         (["{tiny}", "{new}", "--corpus", "{tiny}"], "it has no meta.json that can be read"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "-2"], "expected windows of -1"),
-        (["{tiny}", "{new}", "--corpus", "{corpus}", "--windows", "/nowhere"], "expected a JSON file with"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--windows", "/nowhere"], "expected a result of nha search"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--tokens", "0"], "expected tokens of at least 1, got 0"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--trained", "all"], "expected trained to be one of"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--dtype", "int8"], "expected --dtype to be auto"),
