@@ -96,6 +96,7 @@ class DistillTrainer(Trainer):
         self.treatment, self.clip, self.window_dropout = treatment, clip, window_dropout
         self.start, self.sums, self.norms = 0, None, {}
         self.marked: tuple[float, int] | None = None
+        self.parameters: list[nn.Parameter] = []
         super().__init__(model=model, args=args, train_dataset=stream, callbacks=callbacks)
 
     # What a step costs besides the model: the parts of Trainer that wait for the device are left out.
@@ -117,15 +118,16 @@ class DistillTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one step, from all its micro-batches; the loss, detached."""
         device = self.args.device
-        step, student = self.state.global_step, self.accelerator.unwrap_model(model)
+        step = self.state.global_step
         if self.marked is None:
             self.marked = (time.perf_counter(), step)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+            self.parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters, windows = self.parameters, self.model.windows
         parts: dict[str, list[Tensor | None]] = {}
         loss = torch.zeros((), device=device)
         dropped = self.drops_window(step)
         length = self.stream.mixture.shape(step)[1]
-        with student.using([w // 4 if dropped and w > 0 else w for w in student.windows]):
+        with self.model.using([w // 4 if dropped and w > 0 else w for w in windows]):
             for at, (name, batch) in enumerate(inputs):
                 batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
                 own, sums = model(**batch, longest=length)
