@@ -1,10 +1,11 @@
-"""Gradients through sink and slots, chunk by chunk, without atomics.
+"""Gradients on the side of the keys and values, chunk by chunk, without atomics.
 
-`slots_kernel` runs every query tile of a chunk again and collects, on the side of the keys or of the values, what its
-tokens, the slots before it and the sink receive. After the reverse pass over the slots (`reverse_kernel`) has turned
-the latter into gradients of the slots after every chunk, `finish_kernel` adds what the tokens receive through them.
+`slots_kernel` collects, from the score gradients and weights that `query_kernel` left, what the tokens of a chunk
+receive from the chunk's own queries, and what the slots before it and the sink receive. After the reverse pass over
+the slots (`reverse_kernel`) has turned the second into gradients of the slots after every chunk, `key_kernel` adds what
+the tokens receive through those and through the window.
 
-A log-gate reaches the scores through running sums: of the queries (`rise`), of the tokens (`share`) and of the whole
+A log-gate reaches the scores through running sums: of the queries (`rise`), of the tokens (`fall`) and of the whole
 chunk. The gradient of each sum is an inner product that needs no division; a reverse cumulative sum within the chunk
 gives the gradient of the gates.
 """
@@ -15,43 +16,123 @@ import triton
 import triton.language as tl
 
 from nha.ops.triton.common import (
+    LOG2_E,
     TILE,
-    after_token,
+    border_of,
     bounds,
-    clamp_gate,
-    factors,
-    load_queries,
+    left_at_end,
+    load_gates,
+    load_rows,
     load_slots,
-    load_tokens,
     locate,
     matmul,
+    share_of,
+    store_rows,
     store_slots,
-    store_tokens,
     taken,
 )
 
 
-@triton.jit(do_not_specialize=["length", "past", "window", "chunks", "key_length"])
+@triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block", "key_length"])
 def slots_kernel(
-    q_slot, k_slot, v, log_gate, slot_key, slot_value, sink_key, sink_value, grad_out, grad_mass, lse, delta,
-    first, cu, chunk_base, table, dq_slot, dtoken, dgate, dread, dsink,
-    qs_b, qs_t, qs_h, ks_b, ks_t, ks_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    scale, length, past, window, chunks, key_length, heads, groups,
-    M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
-    SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr,
-    DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, LATE: tl.constexpr, LIVE: tl.constexpr, WEIGHED: tl.constexpr,
-    KEY_SIDE: tl.constexpr, ADD_QUERY: tl.constexpr, ADD_TOKEN: tl.constexpr,
+    x, y, log_gate, scores, sink_scores, drise, cu, chunk_base, table, dtoken, dslot, dsink, dgate,
+    x_b, x_t, x_h, y_b, y_t, y_h, g_b, g_t, g_h,
+    length, past, window, chunks, blocks, first_block, key_length, heads, groups,
+    M: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, ON_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and KV head. KEY_SIDE: dq_slot, and keys' part of dtoken, dread, dsink, dgate; else the values' part.
+    """dtoken [past + T, H, DIM], dslot [chunks, H, M, DIM] and dsink [chunks, H, S, DIM] float32 of one chunk.
 
-    dgate [past + T, H, M] float32: the key side writes it, the value side adds to it. ADD_*: add to what is there.
+    ON_KEYS: x are queries, y keys, scores their gradients. Else x are gradients of outputs, y values and scores weights.
+    dgate [past + T, H, M] float32, without what comes through later chunks, is written on the side of the keys, which
+    also adds drise, and added to on the other. Programs (block, KV head).
     """
     rows: tl.constexpr = TILE * HEADS
-    DIM: tl.constexpr = D if KEY_SIDE else DV
-    WIDTH: tl.constexpr = KEY if KEY_SIDE else VALUE
-    sequence, chunk = locate(tl.program_id(0), table, chunks, PACKED)
+    sequence, block = locate(first_block + tl.program_id(0), table, blocks, PACKED)
+    if sequence < 0:
+        return
+    offset = window - past
+    chunk = block - (offset + CHUNK - 1) // CHUNK
+    head = tl.program_id(1)
+    row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
+    committed = count - offset
+    c0 = chunk * CHUNK
+    if (chunk < 0) | (c0 >= committed):
+        return
+    per_head = (groups + HEADS - 1) // HEADS
+    saved = (tl.program_id(0) * heads + head).to(tl.int64) * per_head * CHUNK
+    token = c0 + tl.arange(0, CHUNK)
+    there = token < committed
+    gate_at = log_gate + row * g_b + key_start * g_t + head * g_h
+    tokens = load_rows(y + row * y_b + key_start * y_t + head * y_h, token.to(tl.int64) * y_t, there, DIM, WIDTH)
+    line = tl.arange(0, rows)
+    dtokens = tl.zeros([CHUNK, WIDTH], tl.float32)
+    dslots = tl.zeros([SLOTS, WIDTH], tl.float32)
+    dsinks = tl.zeros([SINKS, WIDTH], tl.float32)
+    dshare = tl.zeros([CHUNK, SLOTS], tl.float32)
+    tiles = (tl.minimum(CHUNK, committed - c0) + TILE - 1) // TILE
+    for step in tl.range(0, tiles * per_head, disable_licm=True):
+        within = step // per_head * TILE
+        part = step % per_head
+        group = part * HEADS + line % HEADS
+        u = c0 + within + line // HEADS
+        t = u + offset
+        real = (t < count) & (group < groups)
+        x_at = t.to(tl.int64) * x_t + (head * groups + group).to(tl.int64) * x_h
+        queries = load_rows(x + row * x_b + start * x_t, x_at, real, DIM, WIDTH)
+        rows_at = (saved + part * CHUNK + within) * HEADS + line
+        score = load_rows(scores, rows_at * SLOTS, line >= 0, SLOTS, SLOTS)
+        gate = load_gates(gate_at, token, g_t, committed, M, SLOTS)
+        share = share_of(gate, within, CHUNK)
+        fall = (share * taken(gate, DTYPE == tl.float32)).to(GATED)
+        seen = token[None, :] <= u[:, None]
+        dots = tl.where(seen, matmul(queries, tl.trans(tokens), DTYPE, PRECISION), 0.0).to(GATED)
+        dshare += matmul(tl.trans(dots), score, GATED, PRECISION) * share
+        back = tl.where(seen, matmul(score, tl.trans(fall), GATED, PRECISION), 0.0).to(DTYPE)
+        dtokens += matmul(tl.trans(back), queries, DTYPE, PRECISION)
+        border = border_of(gate, within, CHUNK)
+        dslots += matmul(tl.trans((score * border[None, :]).to(DTYPE)), queries, DTYPE, PRECISION)
+        if S > 0:
+            sink_score = load_rows(sink_scores, rows_at * S, line >= 0, S, SINKS)
+            dsinks += matmul(tl.trans(sink_score.to(DTYPE)), queries, DTYPE, PRECISION)
+    gate = load_gates(gate_at, token, g_t, committed, M, SLOTS)
+    change = -taken(gate, DTYPE == tl.float32) * dshare
+    if ON_KEYS:
+        for part in range(0, per_head):
+            rise_at = (saved + part * CHUNK + tl.arange(0, CHUNK)) * SLOTS
+            change += load_rows(drise, rise_at, there, SLOTS, SLOTS)
+    change = tl.cumsum(change, 0, reverse=True) - tl.exp2(gate.to(tl.float32) * LOG2_E) * dshare
+    to = (row * key_length + key_start + token) * heads + head
+    if not ON_KEYS:
+        change += load_rows(dgate, to * M, there, M, SLOTS)
+    store_rows(dgate, to * M, there, change, M, SLOTS)
+    store_rows(dtoken, to * DIM, there, dtokens, DIM, WIDTH)
+    place = (base + chunk) * heads + head
+    store_slots(dslot + place * M * DIM, dslots, M, SLOTS, DIM, WIDTH)
+    if S > 0:
+        store_slots(dsink + place * S * DIM, dsinks, S, SINKS, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "key_length"])
+def key_kernel(
+    q, k, v, k_slot, log_gate, slot_key, slot_value, dslot_key, dslot_value, grad_out, lse, delta,
+    first, cu, chunk_base, table, dk, dk_slot, dv, dgate, dgate_out,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ks_b, ks_t, ks_h, g_b, g_t, g_h,
+    scale, length, past, window, chunks, blocks, key_length, heads, groups,
+    M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, LATE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr,
+):  # fmt: skip
+    """dk, dv [past + T, H, ...] and dgate_out [past + T, H, M] of one chunk of keys; programs (chunk, KV head).
+
+    Adds up what the keys receive from all queries whose window holds them, what `slots_kernel` left in dk_slot, dv
+    and dgate, and what comes through the slots after the chunk, whose gradients are `dslot_*`. SEPARATE: the slots'
+    part of the keys stays in dk_slot.
+    """
+    rows: tl.constexpr = TILE * HEADS
+    sequence, chunk = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
     head = tl.program_id(1)
@@ -61,158 +142,76 @@ def slots_kernel(
     begin = 0
     if LATE:
         begin = tl.load(first + sequence).to(tl.int32)
-    c0 = chunk * CHUNK
-    token = c0 + tl.arange(0, CHUNK)
-    gates = log_gate + row * g_b + key_start * g_t + head * g_h
-    gate = clamp_gate(load_tokens(gates, g_t, token, 0, committed, M, SLOTS))
-    keys = load_tokens(k_slot + row * ks_b + key_start * ks_t + head * ks_h, ks_t, token, 0, committed, D, KEY)
-    place = ((base + chunk) * heads + head) * M
-    held = load_slots(slot_key + place * D, M, SLOTS, D, KEY)
-    to = (row * key_length + key_start) * heads + head
-    flat0 = (row * length + start) * (heads * groups)
-    line = tl.arange(0, rows)
-    column = tl.arange(0, WIDTH)
-    dtokens = tl.zeros([CHUNK, WIDTH], tl.float32)
-    dslots = tl.zeros([SLOTS, WIDTH], tl.float32)
-    dsinks = tl.zeros([SINKS, WIDTH], tl.float32)
-    dshare = tl.zeros([CHUNK, SLOTS], tl.float32)
-    for within in range(0, tl.minimum(CHUNK, committed - c0), TILE):
-        u0 = c0 + within
-        tile_token = u0 + tl.arange(0, TILE)
-        tile_gate = clamp_gate(load_tokens(gates, g_t, tile_token, 0, committed, M, SLOTS))
-        rise, share, border = factors(gate, tile_gate, within, CHUNK, HEADS, SLOTS)
-        fall = share * taken(gate)
-        drise = tl.zeros([TILE, SLOTS], tl.float32)
-        u = u0 + line // HEADS
-        t = u + offset
-        seen = token[None, :] <= u[:, None]
-        for some in range(0, (groups + HEADS - 1) // HEADS):
+    j0 = chunk * CHUNK
+    token = j0 + tl.arange(0, CHUNK)
+    there = token < past + count
+    values = load_rows(v + row * v_b + key_start * v_t + head * v_h, token.to(tl.int64) * v_t, there, DV, VALUE)
+    to = (row * key_length + key_start + token) * heads + head
+    dkeys = tl.zeros([CHUNK, KEY], tl.float32)
+    dvalues = tl.zeros([CHUNK, VALUE], tl.float32)
+    if WINDOWED:
+        keys = load_rows(k + row * k_b + key_start * k_t + head * k_h, token.to(tl.int64) * k_t, there, D, KEY)
+        line = tl.arange(0, rows)
+        # Tokens before `begin` are seen by nobody: they lie outside every window that is moved up to it.
+        shown = tl.where(token >= begin, token, -window - CHUNK) if LATE else token
+        for some in tl.range(0, (groups + HEADS - 1) // HEADS, disable_licm=True):
             group = some * HEADS + line % HEADS
             query_head = head * groups + group
-            real = (t < count) & (group < groups)
-            live = real & (u >= begin)
-            if LIVE:
-                live = real
-            flat = flat0 + t.to(tl.int64) * (heads * groups) + query_head
-            total = tl.load(lse + flat, mask=real, other=0.0)
-            query = load_queries(q_slot + row * qs_b + start * qs_t, qs_t, qs_h, t, query_head, real, D, KEY)
-            grad = load_queries(grad_out + flat0 * DV, heads * groups * DV, DV, t, query_head, real, DV, VALUE)
-            dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
-            bare = matmul(query, tl.trans(held), DTYPE, PRECISION) * border[None, :]
-            bare += matmul(dots, fall, GATED, PRECISION)
-            score = bare * rise * scale
-            shown = live[:, None] & (tl.arange(0, SLOTS) < M)[None, :]
-            log2_e = 1.4426950408889634
-            weight = tl.exp2(tl.where(shown, score * log2_e - total[:, None], float("-inf")))
-            spread = weight * rise
-            values = load_tokens(v + row * v_b + key_start * v_t + head * v_h, v_t, token, 0, committed, DV, VALUE)
-            reach = tl.where(seen, matmul(grad, tl.trans(values), DTYPE, PRECISION), 0.0)
-            if S > 0:
-                sink = load_slots(sink_key + head * S * D, S, SINKS, D, KEY)
-                sink_score = matmul(query, tl.trans(sink), DTYPE, PRECISION) * (scale * log2_e) - total[:, None]
-                sink_shown = live[:, None] & (tl.arange(0, SINKS) < S)[None, :]
-                sink_weight = tl.exp2(tl.where(sink_shown, sink_score, float("-inf")))
-            if KEY_SIDE:
-                taken_off = tl.load(delta + flat, mask=real, other=0.0)
-                if WEIGHED:
-                    taken_off -= tl.load(grad_mass + flat, mask=real, other=0.0).to(tl.float32)
-                held_value = load_slots(slot_value + place * DV, M, SLOTS, DV, VALUE)
-                dspread = matmul(grad, tl.trans(held_value), DTYPE, PRECISION) * border[None, :]
-                dspread += matmul(reach, fall, GATED, PRECISION)
-                dscore = weight * (rise * dspread - taken_off[:, None])
-                change = dscore * score + spread * dspread
-                drise += tl.sum(tl.reshape(change, [TILE, HEADS, SLOTS]), 1)
-                dbare = dscore * rise * scale
-                ddots = tl.where(seen, matmul(dbare, tl.trans(fall), GATED, PRECISION), 0.0)
-                dquery = matmul(ddots, keys, DTYPE, PRECISION)
-                dquery += matmul(dbare * border[None, :], held, DTYPE, PRECISION)
-                dtokens += matmul(tl.trans(ddots), query, DTYPE, PRECISION)
-                dslots += matmul(tl.trans(dbare * border[None, :]), query, DTYPE, PRECISION)
-                dshare += matmul(tl.trans(dots), dbare, GATED, PRECISION) * share
-                if S > 0:
-                    sink_v = load_slots(sink_value + head * S * DV, S, SINKS, DV, VALUE)
-                    dsink_score = matmul(grad, tl.trans(sink_v), DTYPE, PRECISION) - taken_off[:, None]
-                    dsink_score *= sink_weight * scale
-                    dquery += matmul(dsink_score, sink, DTYPE, PRECISION)
-                    dsinks += matmul(tl.trans(dsink_score), query, DTYPE, PRECISION)
-                where = dq_slot + flat[:, None] * D + column[None, :]
-                inside = real[:, None] & (column < D)[None, :]
-                if ADD_QUERY:
-                    dquery += tl.load(where, mask=inside, other=0.0).to(tl.float32)
-                tl.store(where, dquery.to(dq_slot.dtype.element_ty), mask=inside)
-            else:
-                read = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
-                dtokens += matmul(tl.trans(read), grad, DTYPE, PRECISION)
-                dslots += matmul(tl.trans(spread * border[None, :]), grad, DTYPE, PRECISION)
-                dshare += matmul(tl.trans(reach), spread, GATED, PRECISION) * share
-                if S > 0:
-                    dsinks += matmul(tl.trans(sink_weight), grad, DTYPE, PRECISION)
-        if KEY_SIDE:
-            store_tokens(dgate + to * M, heads * M, tile_token, 0, committed, drise, M, SLOTS)
-    change = -taken(gate) * dshare
-    if KEY_SIDE:
-        tl.debug_barrier()  # the rows above were written by other threads of this program
-        change += load_tokens(dgate + to * M, heads * M, token, 0, committed, M, SLOTS)
-        tl.debug_barrier()
-    change = tl.cumsum(change, 0, reverse=True) - tl.exp(gate) * dshare
-    if not KEY_SIDE:
-        change += load_tokens(dgate + to * M, heads * M, token, 0, committed, M, SLOTS)
-    store_tokens(dgate + to * M, heads * M, token, 0, committed, change, M, SLOTS)
-    if ADD_TOKEN:
-        dtokens += load_tokens(dtoken + to * DIM, heads * DIM, token, 0, committed, DIM, WIDTH).to(tl.float32)
-    store_tokens(dtoken + to * DIM, heads * DIM, token, 0, committed, dtokens, DIM, WIDTH)
-    store_slots(dread + place * DIM, dslots, M, SLOTS, DIM, WIDTH)
-    if S > 0:
-        store_slots(dsink + ((base + chunk) * heads + head) * S * DIM, dsinks, S, SINKS, DIM, WIDTH)
+            for u0 in range(tl.maximum(j0 - window, -offset), tl.minimum(j0 + CHUNK - 1, count - offset), TILE):
+                u = u0 + line // HEADS
+                t = u + offset
+                real = (t < count) & (group < groups)
+                query_at = t.to(tl.int64) * q_t + query_head.to(tl.int64) * q_h
+                query = load_rows(q + row * q_b + start * q_t, query_at, real, D, KEY)
+                place = (row * length + start + t) * (heads * groups) + query_head
+                grad = load_rows(grad_out, place * DV, real, DV, VALUE)
+                total = tl.load(lse + place, mask=real, other=float("inf"))
+                taken_off = tl.load(delta + place, mask=real, other=0.0)
+                score = matmul(keys, tl.trans(query), DTYPE, PRECISION) * (scale * LOG2_E) - total[None, :]
+                seen = (shown[:, None] - (u + 1)[None, :]).to(tl.uint32) < window.to(tl.uint32)
+                weight = tl.exp2(tl.where(seen, score, float("-inf")))
+                dvalues += matmul(weight, grad, DTYPE, PRECISION)
+                dscore = weight * (matmul(values, tl.trans(grad), DTYPE, PRECISION) - taken_off[None, :])
+                dkeys += matmul(dscore, query, DTYPE, PRECISION)
+        dkeys *= scale
+    if SEPARATE and WINDOWED:
+        store_rows(dk, to * D, there, dkeys, D, KEY)
+        dkeys = tl.zeros([CHUNK, KEY], tl.float32)
+    if j0 < committed:
+        taken_in = token < committed
+        gate_at = log_gate + row * g_b + key_start * g_t + head * g_h
+        gate = load_gates(gate_at, token, g_t, committed, M, SLOTS)
+        left = left_at_end(gate, CHUNK)
+        weight = left * taken(gate, DTYPE == tl.float32)
+        slots_at = ((base + chunk) * heads + head) * M
 
+        grad = load_slots(dslot_value + slots_at * DV, M, SLOTS, DV, VALUE)
+        dvalues += load_rows(dv, to * DV, taken_in, DV, VALUE).to(tl.float32)
+        dvalues += matmul(weight, grad, DTYPE, PRECISION)
+        dweight = matmul(values, tl.trans(grad), DTYPE, PRECISION)
+        held = load_slots(slot_value + slots_at * DV, M, SLOTS, DV, VALUE).to(tl.float32)
+        dend = tl.sum(held * grad.to(tl.float32), 1)
 
-@triton.jit(do_not_specialize=["length", "past", "window", "chunks", "key_length"])
-def finish_kernel(
-    k_slot, v, log_gate, slot_key, slot_value, dafter_key, dafter_value, cu, chunk_base, table,
-    dk_slot, dv, dgate, ks_b, ks_t, ks_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    length, past, window, chunks, key_length, heads,
-    M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr, KEY: tl.constexpr,
-    VALUE: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Add to dk_slot, dv and dgate of one chunk what comes through the slots after it (`dafter`)."""
-    sequence, chunk = locate(tl.program_id(0), table, chunks, PACKED)
-    if sequence < 0:
-        return
-    head = tl.program_id(1)
-    row, _, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
-    committed = count + past - window
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    raw = load_tokens(
-        log_gate + row * g_b + key_start * g_t + head * g_h, g_t, token, 0, committed, M, SLOTS
-    ).to(tl.float32)  # fmt: skip
-    gate = clamp_gate(raw)
-    left = tl.exp(after_token(gate))
-    weight = taken(gate) * left
-    place = ((base + chunk) * heads + head) * M
-    to = (row * key_length + key_start) * heads + head
+        grad = load_slots(dslot_key + slots_at * D, M, SLOTS, D, KEY)
+        dkeys += load_rows(dk_slot, to * D, taken_in, D, KEY).to(tl.float32)
+        dkeys += matmul(weight, grad, DTYPE, PRECISION)
+        key_at = k_slot + row * ks_b + key_start * ks_t + head * ks_h
+        keys = load_rows(key_at, token.to(tl.int64) * ks_t, taken_in, D, KEY)
+        dweight += matmul(keys, tl.trans(grad), DTYPE, PRECISION)
+        held = load_slots(slot_key + slots_at * D, M, SLOTS, D, KEY).to(tl.float32)
+        dend += tl.sum(held * grad.to(tl.float32), 1)
 
-    grad = load_slots(dafter_key + place * D, M, SLOTS, D, KEY)
-    x = load_tokens(k_slot + row * ks_b + key_start * ks_t + head * ks_h, ks_t, token, 0, committed, D, KEY)
-    dweight = matmul(x, tl.trans(grad), DTYPE, PRECISION)
-    held = load_slots(slot_key + place * D, M, SLOTS, D, KEY).to(tl.float32)
-    dend = tl.sum(held * grad.to(tl.float32), 1)
-    dx = matmul(weight, grad, DTYPE, PRECISION)
-    dx += load_tokens(dk_slot + to * D, heads * D, token, 0, committed, D, KEY).to(tl.float32)
-    store_tokens(dk_slot + to * D, heads * D, token, 0, committed, dx, D, KEY)
-
-    grad_v = load_slots(dafter_value + place * DV, M, SLOTS, DV, VALUE)
-    y = load_tokens(v + row * v_b + key_start * v_t + head * v_h, v_t, token, 0, committed, DV, VALUE)
-    dweight += matmul(y, tl.trans(grad_v), DTYPE, PRECISION)
-    held_v = load_slots(slot_value + place * DV, M, SLOTS, DV, VALUE).to(tl.float32)
-    dend += tl.sum(held_v * grad_v.to(tl.float32), 1)
-    dy = matmul(weight, grad_v, DTYPE, PRECISION)
-    dy += load_tokens(dv + to * DV, heads * DV, token, 0, committed, DV, VALUE).to(tl.float32)
-    store_tokens(dv + to * DV, heads * DV, token, 0, committed, dy, DV, VALUE)
-
-    # The sum over the chunk gains weight * dweight of every token; each token's own running sum loses it again.
-    change = weight * dweight
-    earlier = tl.cumsum(change, 0) - change
-    dgates = (dend * tl.exp(tl.sum(gate, 0)))[None, :] + earlier - tl.exp(gate) * left * dweight
-    dgates += load_tokens(dgate + to * M, heads * M, token, 0, committed, M, SLOTS)
-    dgates = tl.where(raw == gate, dgates, 0.0)
-    store_tokens(dgate + to * M, heads * M, token, 0, committed, dgates, M, SLOTS)
+        # The sum over the chunk gains weight * dweight of every token; each token's own running sum loses it again.
+        change = weight * dweight
+        earlier = tl.cumsum(change, 0) - change
+        change = earlier - tl.exp2(gate.to(tl.float32) * LOG2_E) * left * dweight
+        change += (dend * tl.exp2(tl.sum(gate.to(tl.float32), 0) * LOG2_E))[None, :]
+        change += load_rows(dgate, to * M, taken_in, M, SLOTS)
+        raw = load_rows(gate_at, token.to(tl.int64) * g_t, taken_in, M, SLOTS).to(tl.float32)
+        change = tl.where((raw >= -5) & (raw <= 0) & taken_in[:, None], change, 0.0)
+        store_rows(dgate_out, to * M, there, change, M, SLOTS)
+        store_rows(dk_slot, to * D, there, dkeys, D, KEY)
+    else:
+        store_rows(dgate_out, to * M, there, tl.zeros([CHUNK, SLOTS], tl.float32), M, SLOTS)
+        store_rows(dk_slot, to * D, there, dkeys, D, KEY)
+    store_rows(dv, to * DV, there, dvalues, DV, VALUE)

@@ -6,6 +6,13 @@ tail of earlier segments). A query is named by `u`, the token that it commits to
 
 Tiles. Slots are kept at the borders of chunks of tokens. A query tile is 16 values of `u`, so that its slots begin in
 one chunk and its gates are factorised around one point; its rows are (token, query head of the KV head), token first.
+
+Gates. With L the running sum of log-gates from a chunk's border and L* its value at the middle of a tile, query i of the
+tile sees the slots at the border with exp(L_i), and token j <= i with exp(L_i - L_j) (1 - exp(a_j)). These split into
+
+    rise_i = exp(L_i - L*)     border = exp(L*)     fall_j = exp(L* - L_j) (1 - exp(a_j))
+
+where no exponent exceeds 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
 """
 
 from __future__ import annotations
@@ -13,7 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = tl.constexpr(16)  # tokens whose gates are factorised together; 16 * 5 / 2 = 40 bounds the exponents
+TILE = tl.constexpr(16)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -47,46 +55,51 @@ def bounds(sequence, cu, chunk_base, length, past, chunks, PACKED: tl.constexpr)
 
 
 @triton.jit
-def load_tokens(base, stride, token, low, high, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[len(token), WIDTH] rows of `base`; zero for tokens outside low .. high and columns beyond DIM."""
-    column = tl.arange(0, WIDTH)
-    inside = ((token >= low) & (token < high))[:, None] & (column < DIM)[None, :]
-    return tl.load(base + token.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+def locate_tile(first_block, table, blocks, offset, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """(sequence, first u of the tile) of a program of the grid [tiles, ...]; the sequence is -1 for nothing to do.
+
+    A block is a chunk's worth of tiles; the blocks of a sequence begin far enough below u = 0 to hold all its queries.
+    """
+    program = tl.program_id(0)
+    sequence, block = locate(first_block + program // (CHUNK // TILE), table, blocks, PACKED)
+    return sequence, (block - (offset + CHUNK - 1) // CHUNK) * CHUNK + program % (CHUNK // TILE) * TILE
 
 
 @triton.jit
-def store_tokens(base, stride, token, low, high, value, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Write [len(token), WIDTH] rows, only tokens in low .. high and columns below DIM."""
+def load_rows(base, offset, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows at `base + offset` as [len(offset), WIDTH]; zero where not `inside` and in columns beyond DIM."""
     column = tl.arange(0, WIDTH)
-    inside = ((token >= low) & (token < high))[:, None] & (column < DIM)[None, :]
-    where = base + token.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(where, value.to(base.dtype.element_ty), mask=inside)
+    mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
+    return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_queries(base, stride_t, stride_h, token, head, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, WIDTH] of a tensor [T, heads, DIM], one token and head per row."""
+def store_rows(base, offset, inside, value, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Write [len(offset), WIDTH] to rows at `base + offset`, only `inside` and columns below DIM."""
     column = tl.arange(0, WIDTH)
-    where = base + token.to(tl.int64)[:, None] * stride_t + head.to(tl.int64)[:, None] * stride_h + column[None, :]
-    return tl.load(where, mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+    mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
+    tl.store(base + offset[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_slots(base, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[SLOTS, WIDTH] of contiguous slots [M, DIM], zero beyond them."""
     slot = tl.arange(0, SLOTS)
-    column = tl.arange(0, WIDTH)
-    inside = (slot < M)[:, None] & (column < DIM)[None, :]
-    return tl.load(base + slot[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+    return load_rows(base, slot * DIM, slot < M, DIM, WIDTH)
 
 
 @triton.jit
 def store_slots(base, value, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Write [SLOTS, WIDTH] to contiguous slots [M, DIM]."""
     slot = tl.arange(0, SLOTS)
-    column = tl.arange(0, WIDTH)
-    inside = (slot < M)[:, None] & (column < DIM)[None, :]
-    tl.store(base + slot[:, None] * DIM + column[None, :], value.to(base.dtype.element_ty), mask=inside)
+    store_rows(base, slot * DIM, slot < M, value, DIM, WIDTH)
+
+
+@triton.jit
+def load_gates(base, token, stride, committed, M: tl.constexpr, SLOTS: tl.constexpr):
+    """[len(token), SLOTS] log-gates, clamped to [-5, 0]; zero for tokens that no slot takes in."""
+    raw = load_rows(base, token.to(tl.int64) * stride, token < committed, M, SLOTS)
+    return clamp_gate(raw).to(raw.dtype)
 
 
 @triton.jit
@@ -96,41 +109,57 @@ def clamp_gate(raw):
 
 
 @triton.jit
-def taken(gate):
-    """1 - exp(gate) for gates in [-5, 0], without cancellation near 0."""
-    series = gate * (1 + gate * (1 / 2 + gate * (1 / 6 + gate * (1 / 24 + gate * (1 / 120 + gate * (1 / 720))))))
-    return tl.where(gate > -0.25, -series, 1 - tl.exp(gate))
+def taken(gate, EXACT: tl.constexpr):
+    """1 - exp(gate) in float32, without cancellation near 0; EXACT to float32's last bits, else to bfloat16's."""
+    g = gate.to(tl.float32)
+    if EXACT:
+        series = g * (1 + g * (1 / 2 + g * (1 / 6 + g * (1 / 24 + g * (1 / 120 + g * (1 / 720))))))
+        return tl.where(g > -0.25, -series, 1 - tl.exp2(g * LOG2_E))
+    return tl.where(g > -0.0625, -(g * (1 + g * (1 / 2 + g * (1 / 6)))), 1 - tl.exp2(g * LOG2_E))
 
 
 @triton.jit
-def after_token(gate):
-    """Sum of the log-gates of later tokens of a chunk: how much of a token's share is left at its end."""
-    return tl.cumsum(gate, 0, reverse=True) - gate
+def sums(weights, gate):
+    """weights @ gate in float32; the weights are 0, 1/2 or 1 up to sign."""
+    return tl.dot(weights.to(gate.dtype), gate, input_precision="tf32x3")
 
 
 @triton.jit
-def to_rows(x, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """[TILE, WIDTH] repeated for every query head: [TILE * HEADS, WIDTH]."""
-    wide = tl.broadcast_to(tl.expand_dims(x, 1), [TILE, HEADS, WIDTH])
-    return tl.reshape(wide, [TILE * HEADS, WIDTH])
+def rise_of(gate_at, u0, stride, committed, HEADS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
+    """exp(L_i - L*) of the rows of the tile whose first token is u0, [TILE * HEADS, SLOTS]."""
+    gate = load_gates(gate_at, u0 + tl.arange(0, TILE), stride, committed, M, SLOTS)
+    token = (tl.arange(0, TILE * HEADS) // HEADS)[:, None]
+    return tl.exp2(sums(tl.where(tl.arange(0, TILE)[None, :] <= token, 0.5, -0.5), gate) * LOG2_E)
 
 
 @triton.jit
-def factors(gate, tile_gate, first, CHUNK: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """The gates between the tokens of a chunk and the queries of one of its tiles, split at the tile's middle.
+def border_of(gate, first, CHUNK: tl.constexpr):
+    """exp(L*) [SLOTS] of the tile whose first token is number `first` of the chunk."""
+    return tl.exp2(tl.sum(gate.to(tl.float32) * middle_weights(first, CHUNK)[:, None], 0) * LOG2_E)
 
-    `gate` [CHUNK, M] and `tile_gate` [TILE, M] are clamped, `first` is the tile's first token in the chunk. Query i
-    sees token j <= i with the share rise_i * share_j * taken_j, and the slots at the chunk's border with
-    rise_i * border. Returns rise [TILE * HEADS, M], share [CHUNK, M] (0 for tokens after the tile), border [M].
-    """
-    token = tl.arange(0, CHUNK)[:, None]
-    before = tl.where(token < first, gate, 0.0)
-    within = tl.where((token >= first) & (token < first + TILE), gate, 0.0)
-    middle = tl.sum(tile_gate, 0) / 2
-    share = tl.exp(middle[None, :] - tl.cumsum(within, 0) + after_token(before))
-    share = tl.where(token < first + TILE, share, 0.0)
-    rise = tl.exp(tl.cumsum(tile_gate, 0) - middle[None, :])
-    return to_rows(rise, HEADS, WIDTH), share, tl.exp(middle + tl.sum(before, 0))
+
+@triton.jit
+def middle_weights(first, CHUNK: tl.constexpr):
+    """[CHUNK]: the log-gates of a chunk up to the middle of the tile whose token `first` of the chunk is the first."""
+    token = tl.arange(0, CHUNK)
+    return tl.where(token < first, 1.0, tl.where(token < first + TILE, 0.5, 0.0))
+
+
+@triton.jit
+def share_of(gate, first, CHUNK: tl.constexpr):
+    """exp(L* - L_j) [CHUNK, SLOTS] for the tokens of a chunk up to the end of one tile, 0 for later ones."""
+    token = tl.arange(0, CHUNK)
+    middle = middle_weights(first, CHUNK)[None, :]
+    weights = tl.where(token[None, :] <= token[:, None], middle - 1, middle)
+    exponent = sums(weights, gate) * LOG2_E
+    return tl.exp2(tl.where((token < first + TILE)[:, None], exponent, float("-inf")))
+
+
+@triton.jit
+def left_at_end(gate, CHUNK: tl.constexpr):
+    """exp of the sum of the log-gates of later tokens of a chunk [CHUNK, SLOTS]: what is left of a token at its end."""
+    token = tl.arange(0, CHUNK)
+    return tl.exp2(sums(tl.where(token[None, :] > token[:, None], 1.0, 0.0), gate) * LOG2_E)
 
 
 @triton.jit

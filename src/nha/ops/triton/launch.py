@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from nha.ops.triton.backward import finish_kernel, slots_kernel
+from nha.ops.triton.backward import key_kernel, slots_kernel
 from nha.ops.triton.forward import forward_kernel
 from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
+from nha.ops.triton.query import query_kernel
 from nha.ops.triton.state import reverse_kernel, states_kernel
-from nha.ops.triton.window import delta_kernel, window_key_kernel, window_query_kernel
 
 LOG2_E = 1.4426950408889634
 STATE_WIDTH = 64  # columns of the slots that one state program holds
+SLAB = 32 << 20  # bytes of scores that the backward pass keeps at a time
 
 
 class Inputs(NamedTuple):
@@ -79,22 +81,41 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Slots before every chunk, in the dtype of `v`, and after the sequence, float32: keys and values of each."""
-    v, gate, heads = inputs.v, inputs.log_gate, inputs.k.shape[2]
-    slots, dim, value_dim = gate.shape[3], inputs.q.shape[3], v.shape[3]
-    total = plan.programs(plan.chunks)
-    out = [v.new_empty(total, heads, slots, d) for d in (dim, value_dim)]
-    last = [v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in (dim, value_dim)]
+class States(NamedTuple):
+    """Slots before every chunk, in the dtype of `v`, and after the sequence, float32; the log decay of every chunk."""
+
+    key: Tensor
+    value: Tensor
+    decay: Tensor
+    last_key: Tensor
+    last_value: Tensor
+
+
+def _columns(dim: int, value_dim: int) -> int:
+    return -(-dim // STATE_WIDTH) + -(-value_dim // STATE_WIDTH)
+
+
+def _segment_sums(v: Tensor, plan: Plan, heads: int, slots: int, dims: tuple[int, int]) -> tuple[list, Tensor | None]:
+    """Room for what every segment adds to keys and values of slots, and for its log decay, where there are several."""
+    if not plan.split:
+        return [None, None], None
     segments = plan.programs(plan.segments)
-    added, decay = [None, None], None
-    if plan.split:
-        added = [v.new_empty(segments, heads, slots, d, dtype=torch.float32) for d in (dim, value_dim)]
-        decay = v.new_empty(segments, heads, slots, dtype=torch.float32)
-    columns = -(-dim // STATE_WIDTH) + -(-value_dim // STATE_WIDTH)
+    added = [v.new_empty(segments, heads, slots, d, dtype=torch.float32) for d in dims]
+    return added, v.new_empty(segments, heads, slots, dtype=torch.float32)
+
+
+def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
+    """One pass over the tokens, or two where a sequence is cut into segments."""
+    v, gate, heads = inputs.v, inputs.log_gate, inputs.k.shape[2]
+    slots, dims = gate.shape[3], (inputs.q.shape[3], v.shape[3])
+    total = plan.programs(plan.chunks)
+    out = [v.new_empty(total, heads, slots, d) for d in dims]
+    chunk_decay = v.new_empty(total, heads, slots, dtype=torch.float32)
+    last = [v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims]
+    added, decay = _segment_sums(v, plan, heads, slots, dims)
     for adding in (True, False) if plan.split else (False,):
-        states_kernel[(segments, heads, columns)](
-            inputs.token_key, v, gate, inputs.slot_key, inputs.slot_value, *added, decay, *out, *last,
+        states_kernel[(plan.programs(plan.segments), heads, _columns(*dims))](
+            inputs.token_key, v, gate, inputs.slot_key, inputs.slot_value, *added, decay, *out, chunk_decay, *last,
             plan.cu, plan.chunk_base, plan.segment_table,
             *strides(inputs.token_key, v, gate),
             plan.length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
@@ -103,12 +124,21 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> tuple[Tensor, Tens
             STARTED=inputs.slot_key is not None, ADDING=adding, FOLDED=plan.split and not adding,
             num_warps=4, num_stages=2,
         )  # fmt: skip
-    return out[0], out[1], last[0], last[1]
+    return States(*out, chunk_decay, *last)
 
 
-def outputs(
-    inputs: Inputs, plan: Plan, sizes: Blocks, slot_key: Tensor, slot_value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _tile_options(inputs: Inputs, plan: Plan, sizes: Blocks) -> dict:
+    """What `forward_kernel` and `query_kernel` are compiled for."""
+    return {
+        **inputs.sizes, "S": inputs.sinks, "SLOTS": sizes.slots, "KEY": sizes.key, "VALUE": sizes.value,
+        "SINKS": sizes.sinks, "CHUNK": sizes.chunk, "HEADS": sizes.heads, "BLOCK": sizes.block,
+        "DTYPE": sizes.dtype, "GATED": sizes.gated, "PRECISION": sizes.precision, "PACKED": plan.cu is not None,
+        "LATE": inputs.first is not None, "LIVE": inputs.live, "WINDOWED": plan.window > 0,
+        "num_warps": sizes.warps, "num_stages": 1,
+    }  # fmt: skip
+
+
+def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ] float32."""
     q, k, v = inputs.q, inputs.k, inputs.v
     batch, length, query_heads, _ = q.shape
@@ -116,17 +146,12 @@ def outputs(
     out = v.new_empty(batch, length, query_heads, v.shape[3])
     mass, lse = (q.new_empty(batch, length, query_heads, dtype=torch.float32) for _ in range(2))
     groups = query_heads // heads
-    grid = (plan.programs(plan.tiles), heads * -(-groups // sizes.heads))
-    forward_kernel[grid](
-        q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, slot_key, slot_value,
-        inputs.sink_key, inputs.sink_value, inputs.first, plan.cu, plan.chunk_base, plan.tile_table,
+    forward_kernel[(plan.programs(plan.blocks) * (sizes.chunk // 16), heads * -(-groups // sizes.heads))](
+        q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, states.key, states.value,
+        inputs.sink_key, inputs.sink_value, inputs.first, plan.cu, plan.chunk_base, plan.block_table,
         out, mass, lse, *strides(q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate),
-        inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.tiles, heads, groups,
-        **inputs.sizes, S=inputs.sinks, SLOTS=sizes.slots, KEY=sizes.key, VALUE=sizes.value, SINKS=sizes.sinks,
-        CHUNK=sizes.chunk, HEADS=sizes.heads, BLOCK=sizes.block,
-        DTYPE=sizes.dtype, GATED=sizes.gated, PRECISION=sizes.precision,
-        PACKED=plan.cu is not None, LATE=inputs.first is not None, LIVE=inputs.live, WINDOWED=plan.window > 0,
-        num_warps=sizes.warps, num_stages=2,
+        inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.blocks, 0, heads, groups,
+        **_tile_options(inputs, plan, sizes),
     )  # fmt: skip
     return out, mass, lse
 
@@ -146,6 +171,20 @@ class Gradients(NamedTuple):
     sink_value: Tensor | None
 
 
+def _slab(like: Tensor, rows: int, sizes: Blocks, sinks: int, blocks: int) -> tuple[int, list[Tensor]]:
+    """How many blocks of queries the backward pass takes at a time, and room for what `query_kernel` leaves of them.
+
+    `rows` is the number of (token, block of query heads) of one block of queries.
+    """
+    dtype = torch.bfloat16 if sizes.gated == tl.bfloat16 else torch.float32
+    one = rows * sizes.slots * (2 * sizes.heads * dtype.itemsize + 4)
+    slab = min(max(SLAB // one, 1), max(blocks, 1))
+    rows *= slab
+    shapes = [(rows * sizes.heads, sizes.slots)] * 2 + [(rows, sizes.slots)] + [(rows * sizes.heads, sinks)] * 2
+    dtypes = [dtype, dtype, *[torch.float32] * 3]
+    return slab, [like.new_empty(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True)]
+
+
 def gradients(
     inputs: Inputs, out: Tensor, mass: Tensor, lse: Tensor, grad_out: Tensor, grad_mass: Tensor | None,
     grad_slot_key: Tensor, grad_slot_value: Tensor,
@@ -157,89 +196,75 @@ def gradients(
     batch, length, query_heads, dim = q.shape
     key_length, heads, value_dim, slots = *k.shape[1:3], v.shape[3], gate.shape[3]
     groups, late = query_heads // heads, inputs.first is not None
+    slot_query, token_key = inputs.slot_query, inputs.token_key
+    own_keys = inputs.k_slot is not None
+    states = slot_states(inputs, plan, sizes)
 
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dv = v.new_empty(batch, key_length, heads, value_dim)
+    dq_slot = dq if inputs.q_slot is None else torch.empty_like(dq)
+    dk_slot = torch.empty_like(dk) if own_keys else dk
+    if own_keys and not windowed:
+        dk.zero_()  # nothing reads these keys
     delta = torch.empty_like(lse)
-    rows, block = lse.numel(), 32
-    delta_kernel[(-(-rows // block),)](
-        out, grad_out, mass, grad_mass, delta, rows, DV=value_dim, VALUE=sizes.value, BLOCK=block,
-        WEIGHED=grad_mass is not None, num_warps=4,
-    )  # fmt: skip
 
-    def fresh(x: Tensor, tokens: int, filled: bool) -> Tensor:
-        return x.new_empty(batch, tokens, *x.shape[2:]) if filled else x.new_zeros(batch, tokens, *x.shape[2:])
-
-    # Kernels write every token of what they are the first to write; the rest starts at zero.
-    covered = not windowed and not packed
-    dq = fresh(q, length, windowed or (inputs.q_slot is None and covered))
-    dk = fresh(k, key_length, windowed or (inputs.k_slot is None and covered))
-    dv = fresh(v, key_length, windowed or covered)
-    dq_slot = dq if inputs.q_slot is None else fresh(q, length, covered)
-    dk_slot = dk if inputs.k_slot is None else fresh(k, key_length, covered)
-    dgate = torch.zeros(batch, key_length, heads, slots, dtype=torch.float32, device=q.device)
-
-    common = {"DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
-    wide = {"D": dim, "DV": value_dim, "KEY": sizes.key, "VALUE": sizes.value}
-    if windowed:
-        options = {**common, **wide, "HEADS": sizes.heads, "LATE": late, "num_warps": sizes.warps, "num_stages": 2}
-        window_query_kernel[(plan.programs(plan.tiles), heads * -(-groups // sizes.heads))](
-            q, k, v, grad_out, lse, delta, inputs.first, plan.cu, plan.tile_table, dq, *strides(q, k, v),
-            inputs.scale, length, plan.past, plan.window, plan.tiles, heads, groups, BLOCK=sizes.block, **options,
-        )  # fmt: skip
-        window_key_kernel[(plan.programs(plan.key_blocks), heads)](
-            q, k, v, grad_out, lse, delta, inputs.first, plan.cu, plan.key_table, dk, dv, *strides(q, k, v),
-            inputs.scale, length, plan.past, plan.window, plan.key_blocks, key_length, heads, groups,
-            KEYS=sizes.keys, **options,
-        )  # fmt: skip
-
-    slot_key, slot_value, _, _ = slot_states(inputs, plan, sizes)
     total = plan.programs(plan.chunks)
     # Gradients may leave the range of float16.
     kept = torch.float32 if v.dtype == torch.float16 else v.dtype
-    dread = [v.new_empty(total, heads, slots, d, dtype=kept) for d in (dim, value_dim)]
-    dsink = [v.new_zeros(total, heads, sinks, d, dtype=torch.float32) for d in (dim, value_dim)]
-    grid = (total, heads)
-    for side in (0, 1):
-        if not total:
-            break
-        slots_kernel[grid](
-            inputs.slot_query, inputs.token_key, v, gate, slot_key, slot_value, inputs.sink_key, inputs.sink_value,
-            grad_out, grad_mass, lse, delta, inputs.first, plan.cu, plan.chunk_base, plan.chunk_table,
-            dq_slot, (dk_slot, dv)[side], dgate, dread[side], dsink[side],
-            *strides(inputs.slot_query, inputs.token_key, v, gate),
-            inputs.scale, length, plan.past, plan.window, plan.chunks, key_length, heads, groups,
-            M=slots, S=sinks, SLOTS=sizes.slots, SINKS=sizes.sinks, CHUNK=sizes.chunk, HEADS=sizes.slot_heads,
-            GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None, KEY_SIDE=side == 0,
-            ADD_QUERY=windowed and inputs.q_slot is None,
-            ADD_TOKEN=windowed and (side == 1 or inputs.k_slot is None), num_warps=8, num_stages=1, **common, **wide,
+    dslots = [v.new_empty(total, heads, slots, d, dtype=kept) for d in (dim, value_dim)]
+    dsinks = [v.new_zeros(total, heads, sinks, d, dtype=torch.float32) for d in (dim, value_dim)]
+    dgate_part = torch.empty(gate.shape, dtype=torch.float32, device=q.device)
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
+    shared = {"DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
+    per_head = -(-groups // sizes.heads)
+    blocks = plan.programs(plan.blocks)
+    slab, scores = _slab(v, heads * per_head * sizes.chunk, sizes, sinks, blocks)
+    sides = (
+        (True, slot_query, token_key, dim, sizes.key, dk_slot),
+        (False, grad_out, v, value_dim, sizes.value, dv),
+    )
+    for start in range(0, blocks, slab):
+        count = min(slab, blocks - start)
+        query_kernel[(count * (sizes.chunk // 16), heads * per_head)](
+            q, k, v, slot_query, token_key, gate, states.key, states.value, inputs.sink_key, inputs.sink_value,
+            inputs.first, plan.cu, plan.chunk_base, plan.block_table,
+            out, mass, lse, grad_out, grad_mass, delta, dq, dq_slot, *scores,
+            *strides(q, k, v, slot_query, token_key, gate),
+            inputs.scale, length, plan.past, plan.window, plan.chunks, plan.blocks, start, heads, groups,
+            SEPARATE=inputs.q_slot is not None, WEIGHED=grad_mass is not None, **_tile_options(inputs, plan, sizes),
         )  # fmt: skip
+        for side, (on_keys, x, y, size, width, dtoken) in enumerate(sides):
+            slots_kernel[(count, heads)](
+                x, y, gate, scores[side], scores[3 + side], scores[2], plan.cu, plan.chunk_base, plan.block_table,
+                dtoken, dslots[side], dsinks[side], dgate_part, *strides(x, y, gate),
+                length, plan.past, plan.window, plan.chunks, plan.blocks, start, key_length, heads, groups,
+                M=slots, DIM=size, S=sinks, SLOTS=sizes.slots, WIDTH=width, SINKS=sizes.sinks, CHUNK=sizes.chunk,
+                HEADS=sizes.heads, GATED=sizes.gated, ON_KEYS=on_keys, num_warps=4, num_stages=1, **shared,
+            )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
-    segments = plan.programs(plan.segments)
-    added, decay = [None, None], None
-    if plan.split:
-        added = [v.new_empty(segments, heads, slots, d, dtype=torch.float32) for d in (dim, value_dim)]
-        decay = v.new_empty(segments, heads, slots, dtype=torch.float32)
-    columns = -(-dim // STATE_WIDTH) + -(-value_dim // STATE_WIDTH)
+    added, decay = _segment_sums(v, plan, heads, slots, (dim, value_dim))
     for adding in (True, False) if plan.split else (False,):
-        reverse_kernel[(segments, heads, columns)](
-            gate, grad_slot_key, grad_slot_value, *added, decay, *dread, *first,
-            plan.cu, plan.chunk_base, plan.segment_table, *strides(gate),
+        reverse_kernel[(plan.programs(plan.segments), heads, _columns(dim, value_dim))](
+            states.decay, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first,
+            plan.cu, plan.chunk_base, plan.segment_table,
             length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
             M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=STATE_WIDTH,
             PACKED=packed, ADDING=adding, FOLDED=plan.split and not adding, num_warps=4, num_stages=2,
         )  # fmt: skip
-    if total:
-        finish_kernel[grid](
-            inputs.token_key, v, gate, slot_key, slot_value, *dread, plan.cu, plan.chunk_base, plan.chunk_table,
-            dk_slot, dv, dgate, *strides(inputs.token_key, v, gate),
-            length, plan.past, plan.window, plan.chunks, key_length, heads,
-            M=slots, SLOTS=sizes.slots, CHUNK=sizes.chunk, num_warps=8, num_stages=1, **common, **wide,
-        )  # fmt: skip
+    key_kernel[(plan.programs(plan.key_blocks), heads)](
+        q, k, v, token_key, gate, states.key, states.value, *dslots, grad_out, lse, delta,
+        inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, dgate_part, dgate,
+        *strides(q, k, v, token_key, gate),
+        inputs.scale, length, plan.past, plan.window, plan.chunks, plan.key_blocks, key_length, heads, groups,
+        M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, KEY=sizes.key, VALUE=sizes.value, CHUNK=sizes.chunk,
+        HEADS=sizes.key_heads, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
+        num_warps=sizes.warps, num_stages=1, **shared,
+    )  # fmt: skip
     return Gradients(
-        dq, dk, dv, None if inputs.q_slot is None else dq_slot, None if inputs.k_slot is None else dk_slot,
-        dgate.to(gate.dtype), first[0], first[1],
-        None if inputs.sink_key is None else dsink[0].sum(0).to(inputs.sink_key.dtype),
-        None if inputs.sink_value is None else dsink[1].sum(0).to(inputs.sink_value.dtype),
+        dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgate, *first,
+        None if inputs.sink_key is None else dsinks[0].sum(0).to(inputs.sink_key.dtype),
+        None if inputs.sink_value is None else dsinks[1].sum(0).to(inputs.sink_value.dtype),
     )  # fmt: skip
 
 
@@ -247,6 +272,6 @@ def every_kernel(inputs: Inputs) -> None:
     """Launch the kernels of one forward and backward pass (used to compile them ahead of time)."""
     inputs = inputs.shaped()
     plan, sizes = inputs.plan()
-    slot_key, slot_value, last_key, last_value = slot_states(inputs, plan, sizes)
-    out, mass, lse = outputs(inputs, plan, sizes, slot_key, slot_value)
-    gradients(inputs, out, mass, lse, out, None, last_key, last_value)
+    states = slot_states(inputs, plan, sizes)
+    out, mass, lse = outputs(inputs, plan, sizes, states)
+    gradients(inputs, out, mass, lse, out, None, states.last_key, states.last_value)

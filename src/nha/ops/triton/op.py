@@ -45,7 +45,7 @@ def _forward(
     ).shaped()  # fmt: skip
     plan, sizes = inputs.plan()
     states = launch.slot_states(inputs, plan, sizes)
-    return *launch.outputs(inputs, plan, sizes, *states[:2]), *states[2:]
+    return *launch.outputs(inputs, plan, sizes, states), states.last_key, states.last_value
 
 
 @_forward.register_fake

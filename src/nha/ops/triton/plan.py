@@ -21,12 +21,11 @@ class Blocks(NamedTuple):
     key: int
     value: int
     sinks: int
-    chunk: int  # tokens between two kept slot states
-    heads: int  # query heads of one program
-    slot_heads: int  # the same in the backward pass of the slots
-    block: int  # window keys of one step
-    keys: int  # window keys of one program of the backward pass
+    chunk: int  # tokens between two kept slot states, keys of one program of the backward pass
+    heads: int  # query heads of one tile
+    block: int  # window keys of one step of a tile
     warps: int
+    key_heads: int  # query heads of one step of a program that walks the queries of some keys
     precision: str
     dtype: tl.dtype  # operands of matrix products
     gated: tl.dtype  # operands that carry gate factors of up to exp(40)
@@ -44,18 +43,18 @@ def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int,
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
     per_kv = triton.next_power_of_2(groups)
-    crowded = exact or wide > 128 or _width(slots) > 64
+    crowded = wide > 128 or _width(slots) > 64
+    heads = min(per_kv, 1 if exact else 4)
     return Blocks(
         slots=_width(slots, row),
         key=_width(dim, row),
         value=_width(value_dim, row),
         sinks=_width(sinks),
         chunk=(16 if wide > 64 else 32) if exact else 64,
-        heads=min(per_kv, 1 if exact else (2 if crowded else 4)),
-        slot_heads=min(per_kv, 1 if crowded else 2),
-        block=16 if exact else (32 if window < 256 or wide > 128 else 64),
-        keys=16 if exact and wide > 128 else 32,
-        warps=8 if wide > 64 else 4,
+        heads=heads,
+        block=16 if exact else 32,
+        warps=8 if crowded or (exact and wide > 64) else 4,
+        key_heads=min(heads, 2),
         precision="tf32x3" if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
@@ -70,14 +69,13 @@ class Plan(NamedTuple):
     past: int
     window: int
     chunks: int  # kept slot states per sequence, or of all packed sequences
-    tiles: int
+    blocks: int  # chunks' worth of queries; those of a sequence begin below the first token that enters the slots
     segments: int
     segment_chunks: int
-    key_blocks: int
+    key_blocks: int  # chunks' worth of keys
     cu: Tensor | None = None
     chunk_base: Tensor | None = None
-    chunk_table: Tensor | None = None
-    tile_table: Tensor | None = None
+    block_table: Tensor | None = None
     segment_table: Tensor | None = None
     key_table: Tensor | None = None
 
@@ -104,28 +102,27 @@ def _table(counts: Tensor, size: int) -> Tensor:
 
 def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None) -> Plan:
     """The plan of a call; `columns` is the number of state programs of one segment (KV heads times column blocks)."""
-    offset = window - past
-    lead = -offset % 16
+    size, offset = sizes.chunk, window - past
+    lead = -offset % size  # queries that the first block lacks
     if cu is None:
-        chunks = max(-(-(length - offset) // sizes.chunk), 0)
+        chunks = max(-(-(length - offset) // size), 0)
         wanted = min(max(PROGRAMS // (batch * columns), 1), MAX_SEGMENTS)
         segment_chunks = max(-(-chunks // wanted), 4)
-        return Plan(
-            batch, length, past, window, chunks, -(-(length + lead) // 16), max(-(-chunks // segment_chunks), 1),
-            segment_chunks, -(-(length + past) // sizes.keys),
-        )  # fmt: skip
+        segments = max(-(-chunks // segment_chunks), 1)
+        blocks, key_blocks = -(-(length + lead) // size), -(-(length + past) // size)
+        return Plan(batch, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks)
     count = cu.shape[0] - 1
     lengths = (cu[1:] - cu[:-1]).long()
-    chunks = -(-length // sizes.chunk) + count
+    chunks = -(-length // size) + count
     segment_chunks = max(-(-chunks // min(max(PROGRAMS // columns, 1), MAX_SEGMENTS)), 4)
-    per_chunk = ((lengths - offset).clamp_min(0) + sizes.chunk - 1) // sizes.chunk
-    per_tile = torch.where(lengths > 0, (lengths + lead + 15) // 16, 0)
+    per_chunk = ((lengths - offset).clamp_min(0) + size - 1) // size
+    per_block = torch.where(lengths > 0, (lengths + lead + size - 1) // size, 0)
     per_segment = ((per_chunk + segment_chunks - 1) // segment_chunks).clamp_min(1)
-    per_key = (torch.where(lengths > 0, lengths + past, past) + sizes.keys - 1) // sizes.keys
-    tiles, segments = -(-length // 16) + 2 * count, -(-chunks // segment_chunks) + count
-    keys = -(-length // sizes.keys) + (1 + -(-past // sizes.keys)) * count
+    per_key = (torch.where(lengths > 0, lengths + past, past) + size - 1) // size
+    blocks, segments = -(-length // size) + 2 * count, -(-chunks // segment_chunks) + count
+    key_blocks = -(-length // size) + (1 + -(-past // size)) * count
     return Plan(
-        count, length, past, window, chunks, tiles, segments, segment_chunks, keys, cu,
-        per_chunk.cumsum(0) - per_chunk, _table(per_chunk, chunks), _table(per_tile, tiles),
-        _table(per_segment, segments), _table(per_key, keys),
+        count, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks, cu,
+        per_chunk.cumsum(0) - per_chunk, _table(per_block, blocks), _table(per_segment, segments),
+        _table(per_key, key_blocks),
     )  # fmt: skip
