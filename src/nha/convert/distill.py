@@ -25,6 +25,7 @@ from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
 from nha.data.stream import Mixture, Stream
 from nha.models.adapter import attention_layers
+from nha.models.cache import fingerprint
 from nha.models.config import FULL, plan_windows
 from nha.models.registry import check_family, to_hybrid
 
@@ -146,16 +147,6 @@ class Distilled:
     steps: int
     log: list[dict[str, float]]
     aligned: list[tuple[float, float]]
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of a model's weights: a few numbers of each."""
-    import hashlib
-
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {list(weight.shape)}".encode() + weight.flatten()[:8].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def describe(model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, world: int) -> dict[str, Any]:
