@@ -13,6 +13,7 @@
     --work         where runs keep checkpoints (default: a temporary directory); the same command goes on from there
     --budget-s N   stop after so long; arms that did not run are named
     --no-eval      train only, for speed; --quick measures less
+    --profile      time steps of the first arm one by one and show where the time goes, instead of all this
     --no-compile   leave layers as they are
 
 A row is written as soon as it is known. Exit status: 0 if every arm ran, 3 if time was up, 1 if an arm failed.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -37,12 +39,16 @@ from typing import Any
 import torch
 
 from nha.cli import loading
-from nha.convert.distill import Distilled, DistillSettings, distill
+from nha.convert.distill import Distilled, DistillSettings, distill, stage_one_ids, trainer_of
+from nha.convert.hybridize import hybridize
 from nha.convert.search import windows_from_search
+from nha.convert.student import Distillation
 from nha.data.corpus import Corpus, open_corpus
 from nha.data.recall import RecallSettings
+from nha.data.stream import Stream
 from nha.evaluate.forms import as_form
 from nha.evaluate.measure import Suite, measure_form, measure_texts, standard_suite
+from nha.models.config import plan_windows
 from nha.report.results import to_json
 
 FULL_LAYERS = (3, 11, 18, 26)
@@ -191,6 +197,53 @@ def row_of(arm: str, seed: int, settings: DistillSettings | None, run: Distilled
     return row
 
 
+def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 5) -> None:
+    """Print the time of a few steps, and of their kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    settings = settings_of(arm, 0, 1e9, full_layers(options.search), options.given)
+    model, tokenizer = loading.load(loading.find(options.model), dtype=options.dtype)
+    stream = Stream(corpus, tokenizer, settings.mixture())
+    windows = plan_windows(model.config, settings.window_size, settings.full_layers)
+    ids = stage_one_ids(corpus, settings, windows)
+    hybridize(model, settings.num_slots, windows, init=settings.init, calibration=ids)  # type: ignore[arg-type]
+    student = Distillation(model, trained=settings.trained, taught=settings.divergence > 0)
+    if cuda and not options.no_compile:
+        student.compile_layers()
+    with tempfile.TemporaryDirectory() as run:
+        trainer = trainer_of(student.train(), stream, Path(run), settings, 0, None, None)
+        optimizer = trainer.create_optimizer()
+        batches = [stream[step] for step in range(steps)]
+
+        def step(batch: Any) -> float:
+            started = time.perf_counter()
+            trainer.training_step(student, batch)
+            optimizer.step()
+            called = time.perf_counter() - started
+            if cuda:
+                torch.cuda.synchronize()
+            print(f"  called in {called:.3f} s, done in {time.perf_counter() - started:.3f} s", flush=True)
+            return time.perf_counter() - started
+
+        for batch in [*batches, *batches]:
+            step(batch)
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=kinds) as found:
+            seconds = [step(batch) for batch in batches]
+        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        print(found.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70))
+        for name in ("cuda", "cpu") if cuda else ("cpu",):
+            total = sum(getattr(event, f"self_{'device' if name == 'cuda' else 'cpu'}_time_total") for event in
+                        found.key_averages()) / 1e6 / steps  # fmt: skip
+            print(f"{name}: {total:.3f} s a step")
+    seconds = [step(batch) for batch in batches]
+    tokens = settings.rows * settings.length
+    print(f"{tokens / statistics.median(seconds):,.0f} tokens/s without logs and data")
+    if cuda:
+        print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
+
+
 def write(path: Path, text: str) -> None:
     """Replace a file by a whole new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -285,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--tasks", type=lambda s: s.split(","), default=["one_fact", "four_facts", "multi_key_needle"])
     parser.add_argument("--say-every", type=int, default=5, help="entries of the log for each that is printed")
-    for flag in ("no-eval", "no-generate", "no-compile", "quick", "list"):
+    for flag in ("no-eval", "no-generate", "no-compile", "quick", "list", "profile"):
         parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_args(arguments)
     if options.list:
@@ -302,6 +355,9 @@ def main(arguments: list[str] | None = None) -> int:
     campaign = Campaign(options)
     tokenizer = loading.load_tokenizer(loading.find(options.model))
     corpus = open_corpus(options.corpus, tokenizer)
+    if options.profile:
+        profile(arms[0], corpus, options)
+        return 0
     suite = None if options.no_eval else suite_of(corpus, tokenizer, options)
     failed, late = [], []
     for seed in seeds:
@@ -320,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:
                 traceback.print_exc()
                 failed.append(f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+            gc.collect()  # a Trainer refers to itself
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     if failed:

@@ -73,6 +73,12 @@ def test_a_budget_stops_it_and_the_same_command_goes_on(campaign, place, tmp_pat
     assert campaign["main"](given) == 0
 
 
+def test_steps_are_timed_one_by_one(campaign, place, tmp_path, capsys):
+    assert campaign["main"](arguments(place, tmp_path, "--arms", "hybrid", "--profile")) == 0
+    told = capsys.readouterr().out
+    assert told.count("done in") == 20 and "tokens/s without logs and data" in told and "cpu: " in told
+
+
 def test_every_arm_has_settings_that_can_be(campaign):
     for arm in campaign["ARMS"]:
         campaign["settings_of"](arm, 0, 1e6, (3,), {}).check()

@@ -171,6 +171,28 @@ def test_full_layers_are_trained_but_have_no_gates_to_train():
     assert attention_layers(student.causal)[1].window_size == -1
 
 
+def test_compiled_layers_compute_the_same_and_are_released(monkeypatch):
+    import nha.convert.losses
+
+    monkeypatch.setattr(nha.convert.losses, "_compiled", lambda: nha.convert.losses.chunk_loss)
+    student, plain = student_of(), student_of()
+    given = batch()
+    torch._dynamo.reset()
+    student.compile_layers(backend="aot_eager")
+    losses = []
+    for one in (student, plain):
+        loss, _ = one(**given)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for (name, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
+        if b.grad is not None:
+            assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
+    model = student.release()
+    assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
+    torch._dynamo.reset()
+
+
 def test_unknown_parts_to_train_are_refused():
     with pytest.raises(ValueError, match="expected what is trained to be one of"):
         student_of(trained="everything")

@@ -217,7 +217,7 @@ def trainer_of(
         output_dir=str(run), max_steps=len(stream), per_device_train_batch_size=1, max_grad_norm=0.0,
         logging_steps=settings.log_every, logging_nan_inf_filter=False, save_steps=settings.save_every,
         save_strategy="steps", report_to="none", disable_tqdm=True, remove_unused_columns=False, ignore_data_skip=True,
-        use_cpu=not cuda, seed=settings.seed, **sharding(student),
+        use_cpu=not cuda, ddp_find_unused_parameters=False, seed=settings.seed, **sharding(student),
     )  # fmt: skip
     trainer = DistillTrainer(
         student, stream, arguments, rates=(settings.rate, settings.gate_rate, settings.sink_rate),
