@@ -131,7 +131,7 @@ def score_batch(model: Any, ids: Tensor, count: int, generate: bool) -> tuple[Te
     if generate:
         generated = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, num_beams=1,
-            pad_token_id=0,
+            repetition_penalty=1.0, pad_token_id=0,
         )  # fmt: skip
         new = generated[:, prompt.shape[1] :]
         if new.shape[1] == count:  # shorter where every row ended early

@@ -57,7 +57,7 @@ class NHAAttention(NativeHybridAttention):
         cache = cache_argument(kwargs)
         layer = cache_layer(self, cache, cu, hidden_states.shape[0])
         if cache is not None:
-            full = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+            full: Any = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
         else:
             full = (key.transpose(1, 2), value.transpose(1, 2))
         if self.observer is not None:
