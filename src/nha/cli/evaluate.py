@@ -306,10 +306,10 @@ def recall(
 
     import numpy as np
 
-    from nha.evaluate.measure import by_task
+    from nha.evaluate.measure import by_task, plain_ids
     from nha.evaluate.recall import measure_recall, recall_sets
 
-    filler = np.concatenate([np.asarray(ids) for ids in read_documents(tokenizer, texts)])
+    filler = np.concatenate(plain_ids(tokenizer, read_documents(tokenizer, texts)))
     sets = recall_sets(tokenizer, filler, tasks=wanted, distances=apart, length=length, rows=rows, seed=seed)
 
     def measure(model: Any, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
