@@ -70,6 +70,8 @@ def recall_sets(
     Without `distances` those of `recall_distances` above `beyond` are taken, as far as the task's facts fit there.
     Raises ValueError as `evaluation_set` does.
     """
+    if isinstance(filler, np.ndarray) and len(filler) < length:
+        raise ValueError(f"expected text of at least {length} tokens to fill rows with, got {len(filler)}")
     wanted = [d for d in recall_distances(length) if d > beyond] if distances is None else distances
     found = []
     for task in EVALUATION_TASKS if tasks is None else tasks:
