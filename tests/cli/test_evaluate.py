@@ -80,6 +80,10 @@ def test_everything_is_saved_whole(places, tmp_path):
     "arguments, message",
     [
         (["recall", "@tiny", "--tasks", "riddle"], "expected --tasks out of one_fact"),
+        (
+            ["recall", "@tiny", "--dtype", "int8"],
+            "expected --dtype to be auto, float32, bfloat16 or float16, got 'int8'",
+        ),
         (["recall", "@tiny", "--rows", "0"], "expected --rows of at least 1, got 0"),
         (["recall", "@tiny", "--metric", "vibes"], "expected --metric out of digits, exact, generated, got 'vibes'"),
         (["recall", "@tiny", "--metric", "generated", "--no-generate"], "expected --metric out of digits, exact, got"),

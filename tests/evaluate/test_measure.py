@@ -46,10 +46,20 @@ def test_a_suite_reads_every_length_and_each_distance_once(suite):
 def test_texts_never_run_over_the_end_of_a_document():
     found = cut([list(range(25)), list(range(100, 109)), list(range(200, 220))], 10, 9)
     assert [row[0].item() for row in found] == [0, 200, 10, 210]
+    begun = cut([list(range(25))], 10, 9, [99])
+    assert begun[:, 0].tolist() == [99, 99] and begun[:, 1].tolist() == [0, 9]
     with pytest.raises(ValueError, match="expected a document of at least 30 tokens, got 25 in the longest"):
         cut([list(range(25))], 30, 4)
     with pytest.raises(ValueError, match="got 0 in the longest"):
         cut([], 30, 4)
+
+
+def test_a_tokenizers_first_token_begins_every_text_and_is_nowhere_else():
+    tokenizer = small_tokenizer("digits")
+    marked = [[1, *ids, 2] for ids in documents()]
+    suite = standard_suite(tokenizer, marked, lengths=(256,), rows=2, tasks=["one_fact"])
+    for ids in [*suite.texts[256].numpy(), *(row for s in suite.recall for row in s.ids)]:
+        assert np.flatnonzero(np.isin(ids, [0, 1, 2])).tolist() == [0] and ids[0] == 1
 
 
 def test_every_form_is_measured_and_the_data_are_plain(suite):

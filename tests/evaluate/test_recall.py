@@ -78,6 +78,7 @@ def test_sets_are_made_for_every_task_that_fits_and_every_distance():
         ({"tasks": ["riddle"]}, "expected a recall task in"),
         ({"distances": [3]}, "a value too near, for 'one_fact'"),
         ({"rows": 0}, "expected at least one row"),
+        ({"length": 3001}, "expected text of at least 3001 tokens to fill rows with, got 3000"),
         ({"length": 160}, "expected rows long enough for a question, got 160 tokens"),
     ],
 )

@@ -27,6 +27,7 @@ COMPARE = typer.Option(
     help="Another model to measure, as NAME=MODEL (such as teacher=smollm2); may be given several times.",
     show_default=False,
 )
+DTYPE = typer.Option(help="auto, float32, bfloat16 or float16.")
 SEED = typer.Option(help="Seed of the recall text and of the bootstrap.")
 OUTPUT = typer.Option(help="A new directory for the results as JSON, and the picture.", show_default=False)
 AS_JSON = typer.Option("--json", help="Print one JSON document to stdout.")
@@ -36,16 +37,19 @@ TASKS = typer.Option(help="Recall tasks, separated by commas.", show_default="al
 
 @dataclass(frozen=True)
 class Plan:
-    """The models of a run: the one that was asked for, its windows and forms, and those to compare it with."""
+    """The models of a run: the one that was asked for, its windows and forms, those to compare it with, the dtype."""
 
     source: loading.Source
     windows: int | list[int] | None
     forms: list[str]
     compared: dict[str, loading.Source]
+    dtype: str
 
 
-def make_plan(model: str, window: str | None, ablations: bool, compare: list[str] | None) -> Plan:
+def make_plan(model: str, window: str | None, ablations: bool, compare: list[str] | None, dtype: str) -> Plan:
     """Check every name before any weight is read. Raises BadInput."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise BadInput(f"expected --dtype to be auto, float32, bfloat16 or float16, got {dtype!r}")
     windows = None if window is None else common.parse_windows(window)
     source = loading.find(model)
     hybrid = source.config is not None and loading.is_hybrid(source.config)
@@ -62,7 +66,7 @@ def make_plan(model: str, window: str | None, ablations: bool, compare: list[str
     from nha.evaluate.forms import FORMS
 
     forms = [form for form in FORMS if ablations or form == "hybrid"] if hybrid else ["model"]
-    return Plan(source, windows, forms, compared)
+    return Plan(source, windows, forms, compared, dtype)
 
 
 @contextmanager
@@ -86,7 +90,7 @@ def each_form(plan: Plan, loaded: Any, tokenizer: Any) -> Iterator[tuple[str, An
         yield "model" if form == "hybrid" else form.replace("_", " "), loaded, form
     for name, source in plan.compared.items():
         with err.status(f"loading {source.label}"):
-            other, reader = loading.load(source)
+            other, reader = loading.load(source, dtype=plan.dtype)
         if reader.get_vocab() != tokenizer.get_vocab():
             raise BadInput(f"expected {source.name} to have the tokenizer of {plan.source.name}, it has another")
         yield name, other, "hybrid" if hasattr(other.config, "window_sizes") else "model"
@@ -116,7 +120,7 @@ def measure_each(
 def load_planned(plan: Plan) -> tuple[Any, Any]:
     """The model that was asked for, with the windows that were asked for, and its tokenizer."""
     with err.status(f"loading {plan.source.label}"):
-        loaded, tokenizer = loading.load(plan.source)
+        loaded, tokenizer = loading.load(plan.source, dtype=plan.dtype)
     if plan.windows is not None:
         from nha.models.adapter import set_windows
 
@@ -180,6 +184,7 @@ def perplexity(
     window: Annotated[str | None, WINDOW] = None,
     ablations: Annotated[bool, ABLATIONS] = False,
     compare: Annotated[list[str] | None, COMPARE] = None,
+    dtype: Annotated[str, DTYPE] = "auto",
     seed: Annotated[int, SEED] = 0,
     output: Annotated[Path | None, OUTPUT] = None,
     as_json: Annotated[bool, AS_JSON] = False,
@@ -189,7 +194,7 @@ def perplexity(
     common.check_at_least("--count", count, 1)
     check_output(output)
     texts = None if text is None else [common.read_text(path) for path in text]
-    plan = make_plan(model, window, ablations, compare)
+    plan = make_plan(model, window, ablations, compare, dtype)
     loaded, tokenizer = load_planned(plan)
 
     from nha.data.text import blocks, evaluation_documents
@@ -284,6 +289,7 @@ def recall(
     compare: Annotated[list[str] | None, COMPARE] = None,
     generate: Annotated[bool, typer.Option(help="Also let the model write the answers.")] = True,
     metric: Annotated[str, typer.Option(help="What to print: digits, exact or generated.")] = "exact",
+    dtype: Annotated[str, DTYPE] = "auto",
     seed: Annotated[int, SEED] = 0,
     output: Annotated[Path | None, OUTPUT] = None,
     as_json: Annotated[bool, AS_JSON] = False,
@@ -295,15 +301,15 @@ def recall(
     check_metric(metric, generate)
     check_output(output)
     texts = None if text is None else [common.read_text(path) for path in text]
-    plan = make_plan(model, window, ablations, compare)
+    plan = make_plan(model, window, ablations, compare, dtype)
     loaded, tokenizer = load_planned(plan)
 
     import numpy as np
 
-    from nha.evaluate.measure import by_task
+    from nha.evaluate.measure import by_task, plain_ids
     from nha.evaluate.recall import measure_recall, recall_sets
 
-    filler = np.concatenate([np.asarray(ids) for ids in read_documents(tokenizer, texts)])
+    filler = np.concatenate(plain_ids(tokenizer, read_documents(tokenizer, texts)))
     sets = recall_sets(tokenizer, filler, tasks=wanted, distances=apart, length=length, rows=rows, seed=seed)
 
     def measure(model: Any, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -361,6 +367,7 @@ def everything(
     ablations: Annotated[bool, ABLATIONS] = False,
     compare: Annotated[list[str] | None, COMPARE] = None,
     generate: Annotated[bool, typer.Option(help="Also let the model write the answers.")] = True,
+    dtype: Annotated[str, DTYPE] = "auto",
     seed: Annotated[int, SEED] = 0,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
@@ -374,7 +381,7 @@ def everything(
     common.check_at_least("--rows", rows, 1)
     check_output(output)
     given = None if text is None else [common.read_text(path) for path in text]
-    plan = make_plan(model, window, ablations, compare)
+    plan = make_plan(model, window, ablations, compare, dtype)
     loaded, tokenizer = load_planned(plan)
 
     from nha.evaluate.measure import label, measure_form, standard_suite

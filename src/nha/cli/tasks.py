@@ -33,6 +33,7 @@ def tasks(
     window: Annotated[str | None, shared.WINDOW] = None,
     ablations: Annotated[bool, shared.ABLATIONS] = False,
     compare: Annotated[list[str] | None, shared.COMPARE] = None,
+    dtype: Annotated[str, shared.DTYPE] = "auto",
     seed: Annotated[int, shared.SEED] = 0,
     output: Annotated[Path | None, shared.OUTPUT] = None,
     as_json: Annotated[bool, shared.AS_JSON] = False,
@@ -47,7 +48,7 @@ def tasks(
 
     wanted = task_names(names)
     check_harness()
-    plan = shared.make_plan(model, window, ablations, compare)
+    plan = shared.make_plan(model, window, ablations, compare, dtype)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with err.status("looking up tasks"):
         manager = known_tasks(wanted)

@@ -73,7 +73,8 @@ def search_data(
         raise ValueError(f"expected at least one row of text and of recall, got {text_rows} and {recall_rows}")
     given = [calibration_text()] if texts is None else list(texts)
     text = blocks(tokenizer, given, text_rows, length)
-    filler = np.concatenate([np.asarray(tokenizer(each, verbose=False).input_ids) for each in given])
+    plain = (tokenizer(each, add_special_tokens=False, verbose=False).input_ids for each in given)
+    filler = np.concatenate([np.asarray(ids) for ids in plain])
     generator = np.random.default_rng(seed)
     settings = RecallSettings(distances=(min(128, length // 4), 1 << 20))
     rows = [training_row(generator, tokenizer, filler, length, settings) for _ in range(recall_rows)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nha.data.recall import RecallSet
+from nha.data.recall import RecallSet, pieces_of
 from nha.data.text import evaluation_documents
 from nha.evaluate.forms import as_form
 from nha.evaluate.mass import slot_mass
@@ -53,38 +53,47 @@ def bucket_edges(length: int) -> list[int]:
     return [*edges, length]
 
 
-def cut(documents: Sequence[Sequence[int]], length: int, most: int) -> Tensor:
+def cut(documents: Sequence[Any], length: int, most: int, start: Sequence[int] = ()) -> Tensor:
     """Up to `most` texts [N, length] of token ids, none over the end of a document: first those of the first parts.
 
-    Raises ValueError where no document has `length` tokens.
+    Every text begins with the tokens `start`. Raises ValueError where no document is long enough.
     """
-    parts = [(at, number) for number, ids in enumerate(documents) for at in range(len(ids) // length)]
+    size = length - len(start)
+    parts = [(at, number) for number, ids in enumerate(documents) for at in range(len(ids) // size)]
     if not parts:
         longest = max((len(ids) for ids in documents), default=0)
-        raise ValueError(f"expected a document of at least {length} tokens, got {longest} in the longest")
-    chosen = sorted(parts)[:most]
-    rows = [np.asarray(documents[number][at * length : (at + 1) * length]) for at, number in chosen]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+        raise ValueError(f"expected a document of at least {size} tokens, got {longest} in the longest")
+    rows = [[*start, *documents[number][at * size : (at + 1) * size]] for at, number in sorted(parts)[:most]]
+    return torch.tensor(np.array(rows, dtype=np.int64))
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Any]) -> list[np.ndarray]:
+    """Documents of token ids without the tokenizer's special tokens."""
+    special = tokenizer.all_special_ids
+    given = (np.asarray(ids, dtype=np.int64) for ids in documents)
+    return [ids[~np.isin(ids, special)] for ids in given]
 
 
 def standard_suite(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Sequence[int]] | None = None, *,
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Any] | None = None, *,
     lengths: Sequence[int] = LENGTHS, texts: int = 64, rows: int = 32, tasks: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Suite:  # fmt: skip
     """Texts and recall sets for every length, made from held-out documents of token ids (default: the built-in ones).
 
     At each length up to `texts` texts, and recall at the distances that shorter lengths do not have, `rows` rows of
-    each. A function of its arguments. Raises ValueError for documents that are too short for the longest texts.
+    each. Special tokens are taken out of the documents; a tokenizer's first token begins every text and row. A function
+    of its arguments. Raises ValueError for documents that are too short for the longest texts.
     """
     if documents is None:
         documents = [tokenizer(text, verbose=False).input_ids for text in evaluation_documents()]
-    filler = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in documents])
+    plain, start = plain_ids(tokenizer, documents), pieces_of(tokenizer).start
+    filler = np.concatenate(plain)
     found: dict[int, Tensor] = {}
     recall: list[RecallSet] = []
     shorter = 0
     for length in sorted(lengths):
-        found[length] = cut(documents, length, texts)
+        found[length] = cut(plain, length, texts, start)
         recall += recall_sets(tokenizer, filler, tasks=tasks, beyond=shorter, length=length, rows=rows, seed=seed)
         shorter = length
     return Suite(found, recall)

@@ -70,6 +70,8 @@ def recall_sets(
     Without `distances` those of `recall_distances` above `beyond` are taken, as far as the task's facts fit there.
     Raises ValueError as `evaluation_set` does.
     """
+    if isinstance(filler, np.ndarray) and len(filler) < length:
+        raise ValueError(f"expected text of at least {length} tokens to fill rows with, got {len(filler)}")
     wanted = [d for d in recall_distances(length) if d > beyond] if distances is None else distances
     found = []
     for task in EVALUATION_TASKS if tasks is None else tasks:
@@ -131,7 +133,7 @@ def score_batch(model: Any, ids: Tensor, count: int, generate: bool) -> tuple[Te
     if generate:
         generated = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, num_beams=1,
-            pad_token_id=0,
+            repetition_penalty=1.0, pad_token_id=0,
         )  # fmt: skip
         new = generated[:, prompt.shape[1] :]
         if new.shape[1] == count:  # shorter where every row ended early

@@ -56,10 +56,9 @@ class NHAAttention(NativeHybridAttention):
         cu = kwargs.get("cu_seq_lens_q")
         cache = cache_argument(kwargs)
         layer = cache_layer(self, cache, cu, hidden_states.shape[0])
+        full: tuple[Tensor, Tensor] = (key.transpose(1, 2), value.transpose(1, 2))
         if cache is not None:
-            full = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-        else:
-            full = (key.transpose(1, 2), value.transpose(1, 2))
+            full = cache.update(*full, self.layer_idx)
         if self.observer is not None:
             self.observer(Observation(hidden_states, slot_key, key, value))
         own_mask, padding = split_mask(attention_mask, query.shape[1])
