@@ -4,15 +4,17 @@ Positions. A sequence has `count` queries and `past + count` keys, where `past` 
 tail of earlier segments). A query is named by `u`, the token that it commits to the slots: its own key is token
 `u + W`, its window holds tokens u + 1 .. u + W and the slots hold tokens 0 .. u. Query `t` has u = t + past - W.
 
-Tiles. Slots are kept at the borders of chunks of tokens. A query tile is 16 values of `u`, so that its slots begin in
-one chunk and its gates are factorised around one point; its rows are (token, query head of the KV head), token first.
+Chunks. Slots are kept at the borders of chunks of tokens. A block is the queries that commit the tokens of one chunk;
+a program takes one block of one KV head and walks its query heads.
 
-Gates. With L the running sum of log-gates from a chunk's border and L* its value at the middle of a tile, query i of the
-tile sees the slots at the border with exp(L_i), and token j <= i with exp(L_i - L_j) (1 - exp(a_j)). These split into
+Gates. With L the running sum of log-gates from a chunk's border and L* some value near its middle, query i of the block
+sees the slots at the border with exp(L_i), and token j <= i with exp(L_i - L_j) (1 - exp(a_j)). These split into
 
     rise_i = exp(L_i - L*)     border = exp(L*)     fall_j = exp(L* - L_j) (1 - exp(a_j))
 
-where no exponent exceeds 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
+In a mild chunk, whose log-gates sum to no less than -MILD in any slot, L* is half of that sum and no exponent exceeds
+MILD / 2. Any other chunk is read in several passes, one for the queries of each part of 16 tokens, with an L* of its own
+and exponents up to 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = tl.constexpr(16)
+PART = tl.constexpr(16)
+MILD = tl.constexpr(140.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -55,19 +58,11 @@ def bounds(sequence, cu, chunk_base, length, past, chunks, PACKED: tl.constexpr)
 
 
 @triton.jit
-def locate_tile(first_block, table, blocks, offset, PACKED: tl.constexpr, CHUNK: tl.constexpr):
-    """(sequence, first u of the tile) of a program of the grid [tiles, ...]; the sequence is -1 for nothing to do.
-
-    A block is a chunk's worth of tiles; the blocks of a sequence begin far enough below u = 0 to hold all its queries.
-    """
-    program = tl.program_id(0)
-    sequence, block = locate(first_block + program // (CHUNK // TILE), table, blocks, PACKED)
-    return sequence, (block - (offset + CHUNK - 1) // CHUNK) * CHUNK + program % (CHUNK // TILE) * TILE
-
-
-@triton.jit
 def load_rows(base, offset, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows at `base + offset` as [len(offset), WIDTH]; zero where not `inside` and in columns beyond DIM."""
+    """Rows at `base + offset` as [len(offset), WIDTH]; zero where not `inside` and in columns beyond DIM.
+
+    Offsets are relative to a base of the program's own, so 32 bits suffice for them, not for the base.
+    """
     column = tl.arange(0, WIDTH)
     mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
     return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
@@ -82,10 +77,10 @@ def store_rows(base, offset, inside, value, DIM: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def load_slots(base, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[SLOTS, WIDTH] of contiguous slots [M, DIM], zero beyond them."""
+def load_slots(base, here, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[SLOTS, WIDTH] of contiguous slots [M, DIM], zero beyond them and where they are not `here`."""
     slot = tl.arange(0, SLOTS)
-    return load_rows(base, slot * DIM, slot < M, DIM, WIDTH)
+    return load_rows(base, slot * DIM, (slot < M) & here, DIM, WIDTH)
 
 
 @triton.jit
@@ -96,9 +91,9 @@ def store_slots(base, value, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.const
 
 
 @triton.jit
-def load_gates(base, token, stride, committed, M: tl.constexpr, SLOTS: tl.constexpr):
-    """[len(token), SLOTS] log-gates, clamped to [-5, 0]; zero for tokens that no slot takes in."""
-    raw = load_rows(base, token.to(tl.int64) * stride, token < committed, M, SLOTS)
+def load_gates(base, offset, there, M: tl.constexpr, SLOTS: tl.constexpr):
+    """[len(offset), SLOTS] log-gates at `base + offset`, clamped to [-5, 0]; zero for tokens that are not `there`."""
+    raw = load_rows(base, offset, there, M, SLOTS)
     return clamp_gate(raw).to(raw.dtype)
 
 
@@ -125,34 +120,51 @@ def sums(weights, gate):
 
 
 @triton.jit
-def rise_of(gate_at, u0, stride, committed, HEADS: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr):
-    """exp(L_i - L*) of the rows of the tile whose first token is u0, [TILE * HEADS, SLOTS]."""
-    gate = load_gates(gate_at, u0 + tl.arange(0, TILE), stride, committed, M, SLOTS)
-    token = (tl.arange(0, TILE * HEADS) // HEADS)[:, None]
-    return tl.exp2(sums(tl.where(tl.arange(0, TILE)[None, :] <= token, 0.5, -0.5), gate) * LOG2_E)
+def is_harsh(decay_at, here, M: tl.constexpr, SLOTS: tl.constexpr):
+    """1 if one of a chunk's summed log-gates [M] at `decay_at` is less than -MILD, else 0; 0 where there is no chunk."""
+    slot = tl.arange(0, SLOTS)
+    sums_of_slots = tl.load(decay_at + slot, mask=(slot < M) & here, other=0.0)
+    return tl.max((sums_of_slots < -MILD).to(tl.int32), 0)
 
 
 @triton.jit
-def border_of(gate, first, CHUNK: tl.constexpr):
-    """exp(L*) [SLOTS] of the tile whose first token is number `first` of the chunk."""
-    return tl.exp2(tl.sum(gate.to(tl.float32) * middle_weights(first, CHUNK)[:, None], 0) * LOG2_E)
+def in_pass(part, harsh, CHUNK: tl.constexpr):
+    """[CHUNK]: whether a query is read in a pass; all are in the only pass of a mild chunk."""
+    return (tl.arange(0, CHUNK) // PART - part) * harsh == 0
 
 
 @triton.jit
-def middle_weights(first, CHUNK: tl.constexpr):
-    """[CHUNK]: the log-gates of a chunk up to the middle of the tile whose token `first` of the chunk is the first."""
+def middle_of(part, harsh, CHUNK: tl.constexpr):
+    """[CHUNK]: the weights with which a chunk's log-gates sum to L* of a pass."""
     token = tl.arange(0, CHUNK)
-    return tl.where(token < first, 1.0, tl.where(token < first + TILE, 0.5, 0.0))
+    own = tl.where(token < part * PART, 1.0, tl.where(token < part * PART + PART, 0.5, 0.0))
+    return tl.where(token * 0 + harsh == 0, 0.5, own)
 
 
 @triton.jit
-def share_of(gate, first, CHUNK: tl.constexpr):
-    """exp(L* - L_j) [CHUNK, SLOTS] for the tokens of a chunk up to the end of one tile, 0 for later ones."""
+def rise_of(gate, part, harsh, CHUNK: tl.constexpr):
+    """exp(L_i - L*) [CHUNK, SLOTS] for the queries of a pass, 1 for others."""
+    row, token = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    middle = middle_of(part, harsh, CHUNK)[None, :]
+    weights = tl.where(token <= row, 1 - middle, -middle)
+    weights = tl.where(in_pass(part, harsh, CHUNK)[:, None], weights, 0.0)
+    return tl.exp2(sums(weights, gate) * LOG2_E)
+
+
+@triton.jit
+def border_of(gate, part, harsh, CHUNK: tl.constexpr):
+    """exp(L*) [SLOTS] of a pass."""
+    return tl.exp2(tl.sum(gate.to(tl.float32) * middle_of(part, harsh, CHUNK)[:, None], 0) * LOG2_E)
+
+
+@triton.jit
+def share_of(gate, part, harsh, CHUNK: tl.constexpr):
+    """exp(L* - L_j) [CHUNK, SLOTS] for the tokens that queries of a pass can have committed, 0 for later ones."""
     token = tl.arange(0, CHUNK)
-    middle = middle_weights(first, CHUNK)[None, :]
-    weights = tl.where(token[None, :] <= token[:, None], middle - 1, middle)
-    exponent = sums(weights, gate) * LOG2_E
-    return tl.exp2(tl.where((token < first + TILE)[:, None], exponent, float("-inf")))
+    middle = middle_of(part, harsh, CHUNK)[None, :]
+    exponent = sums(tl.where(token[None, :] <= token[:, None], middle - 1, middle), gate) * LOG2_E
+    earlier = (token - part * PART - PART) * harsh
+    return tl.exp2(tl.where((earlier < 1 - harsh)[:, None], exponent, float("-inf")))
 
 
 @triton.jit
@@ -160,6 +172,32 @@ def left_at_end(gate, CHUNK: tl.constexpr):
     """exp of the sum of the log-gates of later tokens of a chunk [CHUNK, SLOTS]: what is left of a token at its end."""
     token = tl.arange(0, CHUNK)
     return tl.exp2(sums(tl.where(token[None, :] > token[:, None], 1.0, 0.0), gate) * LOG2_E)
+
+
+@triton.jit
+def sum_earlier(x, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+    """The sum of the rows before each row of x [CHUNK, SLOTS], float32, as matrix products."""
+    row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return _summed(tl.where(other < row, 1.0, 0.0), x, EXACT)
+
+
+@triton.jit
+def sum_from(x, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+    """The sum of each row of x [CHUNK, SLOTS] and the rows after it, float32, as matrix products."""
+    row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return _summed(tl.where(other >= row, 1.0, 0.0), x, EXACT)
+
+
+@triton.jit
+def _summed(weights, x, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.dot(weights, x, input_precision="tf32x3")
+    else:
+        # Two bfloat16 numbers hold 16 bits of x, twice as many as what is multiplied with it elsewhere.
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        weights = weights.to(tl.bfloat16)
+        return tl.dot(weights, high) + tl.dot(weights, low)
 
 
 @triton.jit

@@ -12,11 +12,13 @@ from nha.ops.triton.backward import key_kernel, slots_kernel
 from nha.ops.triton.forward import forward_kernel
 from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
 from nha.ops.triton.query import query_kernel
+from nha.ops.triton.scores import scores_kernel
 from nha.ops.triton.state import reverse_kernel, states_kernel
 
 LOG2_E = 1.4426950408889634
-STATE_WIDTH = 64  # columns of the slots that one state program holds
-SLAB = 32 << 20  # bytes of scores that the backward pass keeps at a time
+STATE_WIDTH = 128  # columns of the slots that one program of the pass over tokens holds
+SCAN_WIDTH = 64  # the same for the pass over gradients
+SLAB = 264  # programs of the backward pass whose scores are kept at a time
 
 
 class Inputs(NamedTuple):
@@ -71,8 +73,8 @@ class Inputs(NamedTuple):
         """Programs and block sizes of this call."""
         batch, length, query_heads, dim = self.q.shape
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
-        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks, query_heads // heads, self.window)
-        columns = heads * (-(-dim // STATE_WIDTH) + -(-value_dim // STATE_WIDTH))
+        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks)
+        columns = heads * _columns((dim, value_dim), STATE_WIDTH)
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
 
 
@@ -91,8 +93,9 @@ class States(NamedTuple):
     last_value: Tensor
 
 
-def _columns(dim: int, value_dim: int) -> int:
-    return -(-dim // STATE_WIDTH) + -(-value_dim // STATE_WIDTH)
+def _columns(dims: tuple[int, int], width: int) -> int:
+    """Programs for the columns of a slot's key and value."""
+    return sum(-(-dim // width) for dim in dims)
 
 
 def _segment_sums(v: Tensor, plan: Plan, heads: int, slots: int, dims: tuple[int, int]) -> tuple[list, Tensor | None]:
@@ -114,7 +117,7 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
     last = [v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims]
     added, decay = _segment_sums(v, plan, heads, slots, dims)
     for adding in (True, False) if plan.split else (False,):
-        states_kernel[(plan.programs(plan.segments), heads, _columns(*dims))](
+        states_kernel[(plan.programs(plan.segments), heads, _columns(dims, STATE_WIDTH))](
             inputs.token_key, v, gate, inputs.slot_key, inputs.slot_value, *added, decay, *out, chunk_decay, *last,
             plan.cu, plan.chunk_base, plan.segment_table,
             *strides(inputs.token_key, v, gate),
@@ -131,7 +134,7 @@ def _tile_options(inputs: Inputs, plan: Plan, sizes: Blocks) -> dict:
     """What `forward_kernel` and `query_kernel` are compiled for."""
     return {
         **inputs.sizes, "S": inputs.sinks, "SLOTS": sizes.slots, "KEY": sizes.key, "VALUE": sizes.value,
-        "SINKS": sizes.sinks, "CHUNK": sizes.chunk, "HEADS": sizes.heads, "BLOCK": sizes.block,
+        "SINKS": sizes.sinks, "CHUNK": sizes.chunk, "BLOCK": sizes.block,
         "DTYPE": sizes.dtype, "GATED": sizes.gated, "PRECISION": sizes.precision, "PACKED": plan.cu is not None,
         "LATE": inputs.first is not None, "LIVE": inputs.live, "WINDOWED": plan.window > 0,
         "num_warps": sizes.warps, "num_stages": 1,
@@ -146,11 +149,11 @@ def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[
     out = v.new_empty(batch, length, query_heads, v.shape[3])
     mass, lse = (q.new_empty(batch, length, query_heads, dtype=torch.float32) for _ in range(2))
     groups = query_heads // heads
-    forward_kernel[(plan.programs(plan.blocks) * (sizes.chunk // 16), heads * -(-groups // sizes.heads))](
-        q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, states.key, states.value,
+    forward_kernel[(plan.programs(plan.blocks), heads)](
+        q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, states.key, states.value, states.decay,
         inputs.sink_key, inputs.sink_value, inputs.first, plan.cu, plan.chunk_base, plan.block_table,
         out, mass, lse, *strides(q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate),
-        inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.blocks, 0, heads, groups,
+        inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.blocks, heads, groups,
         **_tile_options(inputs, plan, sizes),
     )  # fmt: skip
     return out, mass, lse
@@ -169,20 +172,6 @@ class Gradients(NamedTuple):
     slot_value: Tensor
     sink_key: Tensor | None
     sink_value: Tensor | None
-
-
-def _slab(like: Tensor, rows: int, sizes: Blocks, sinks: int, blocks: int) -> tuple[int, list[Tensor]]:
-    """How many blocks of queries the backward pass takes at a time, and room for what `query_kernel` leaves of them.
-
-    `rows` is the number of (token, block of query heads) of one block of queries.
-    """
-    dtype = torch.bfloat16 if sizes.gated == tl.bfloat16 else torch.float32
-    one = rows * sizes.slots * (2 * sizes.heads * dtype.itemsize + 4)
-    slab = min(max(SLAB // one, 1), max(blocks, 1))
-    rows *= slab
-    shapes = [(rows * sizes.heads, sizes.slots)] * 2 + [(rows, sizes.slots)] + [(rows * sizes.heads, sinks)] * 2
-    dtypes = [dtype, dtype, *[torch.float32] * 3]
-    return slab, [like.new_empty(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True)]
 
 
 def gradients(
@@ -213,56 +202,67 @@ def gradients(
     kept = torch.float32 if v.dtype == torch.float16 else v.dtype
     dslots = [v.new_empty(total, heads, slots, d, dtype=kept) for d in (dim, value_dim)]
     dsinks = [v.new_zeros(total, heads, sinks, d, dtype=torch.float32) for d in (dim, value_dim)]
-    dgate_part = torch.empty(gate.shape, dtype=torch.float32, device=q.device)
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
-    shared = {"DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
-    per_head = -(-groups // sizes.heads)
+    dgates = [torch.empty(gate.shape, dtype=gate.dtype, device=q.device) for _ in range(2)]
     blocks = plan.programs(plan.blocks)
-    slab, scores = _slab(v, heads * per_head * sizes.chunk, sizes, sinks, blocks)
-    sides = (
-        (True, slot_query, token_key, dim, sizes.key, dk_slot),
-        (False, grad_out, v, value_dim, sizes.value, dv),
-    )
+    slab = min(max(1, SLAB // heads), max(blocks, 1))
+    kept = torch.bfloat16 if sizes.gated == tl.bfloat16 else torch.float32
+    width = sizes.chunk + 2 * sizes.slots
+    scores = [v.new_empty(slab, query_heads, sizes.chunk, width, dtype=kept) for _ in range(2)]
+    sink_scores = [v.new_empty(slab, query_heads, sizes.chunk, sinks, dtype=torch.float32) for _ in range(2)]
+    drise = v.new_empty(slab, heads, sizes.chunk, sizes.slots, dtype=torch.float32)
+    shared = {"CHUNK": sizes.chunk, "DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
+    slotted = {"M": slots, "S": sinks, "SLOTS": sizes.slots, "SINKS": sizes.sinks, **shared}
+    wide = {"D": dim, "DV": value_dim, "KEY": sizes.key, "VALUE": sizes.value}
+    tables = (plan.cu, plan.chunk_base, plan.block_table)
     for start in range(0, blocks, slab):
         count = min(slab, blocks - start)
-        query_kernel[(count * (sizes.chunk // 16), heads * per_head)](
-            q, k, v, slot_query, token_key, gate, states.key, states.value, inputs.sink_key, inputs.sink_value,
-            inputs.first, plan.cu, plan.chunk_base, plan.block_table,
-            out, mass, lse, grad_out, grad_mass, delta, dq, dq_slot, *scores,
-            *strides(q, k, v, slot_query, token_key, gate),
-            inputs.scale, length, plan.past, plan.window, plan.chunks, plan.blocks, start, heads, groups,
-            SEPARATE=inputs.q_slot is not None, WEIGHED=grad_mass is not None, **_tile_options(inputs, plan, sizes),
+        place = (length, plan.past, plan.window, plan.chunks, plan.blocks, start)
+        scores_kernel[(count, heads)](
+            v, slot_query, token_key, gate, states.key, states.value, states.decay, inputs.sink_key, inputs.sink_value,
+            inputs.first, *tables, out, mass, lse, grad_out, grad_mass, delta, *scores, *sink_scores, drise,
+            *strides(v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
+            GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None,
+            num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
-        for side, (on_keys, x, y, size, width, dtoken) in enumerate(sides):
+        query_kernel[(count, query_heads)](
+            q, k, v, token_key, states.key, inputs.sink_key, inputs.first, *tables,
+            lse, grad_out, delta, scores[0], sink_scores[0], dq, dq_slot, *strides(q, k, v, token_key),
+            inputs.scale, *place, heads, groups, BLOCK=sizes.block, LATE=late, WINDOWED=windowed,
+            SEPARATE=inputs.q_slot is not None, num_warps=sizes.warps, num_stages=1, **slotted, **wide,
+        )  # fmt: skip
+        sides = (
+            (slot_query, token_key, dk_slot, dim, sizes.key),
+            (grad_out, v, dv, value_dim, sizes.value),
+        )
+        for side, (x, y, dtoken, size, padded) in enumerate(sides):
             slots_kernel[(count, heads)](
-                x, y, gate, scores[side], scores[3 + side], scores[2], plan.cu, plan.chunk_base, plan.block_table,
-                dtoken, dslots[side], dsinks[side], dgate_part, *strides(x, y, gate),
-                length, plan.past, plan.window, plan.chunks, plan.blocks, start, key_length, heads, groups,
-                M=slots, DIM=size, S=sinks, SLOTS=sizes.slots, WIDTH=width, SINKS=sizes.sinks, CHUNK=sizes.chunk,
-                HEADS=sizes.heads, GATED=sizes.gated, ON_KEYS=on_keys, num_warps=4, num_stages=1, **shared,
+                x, y, gate, states.decay, scores[side], sink_scores[side], drise, *tables,
+                dtoken, dslots[side], dsinks[side], dgates[side], *strides(x, y, gate), *place, key_length, heads, groups,
+                DIM=size, WIDTH=padded, GATED=sizes.gated, RISING=side == 0, num_warps=4, num_stages=1, **slotted,
             )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
     added, decay = _segment_sums(v, plan, heads, slots, (dim, value_dim))
+    columns = _columns((dim, value_dim), SCAN_WIDTH)
+    dend = v.new_empty(total, heads, columns, slots, dtype=torch.float32)
     for adding in (True, False) if plan.split else (False,):
-        reverse_kernel[(plan.programs(plan.segments), heads, _columns(dim, value_dim))](
-            states.decay, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first,
+        reverse_kernel[(plan.programs(plan.segments), heads, columns)](
+            states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first, dend,
             plan.cu, plan.chunk_base, plan.segment_table,
             length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
-            M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=STATE_WIDTH,
+            M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=SCAN_WIDTH,
             PACKED=packed, ADDING=adding, FOLDED=plan.split and not adding, num_warps=4, num_stages=2,
         )  # fmt: skip
     key_kernel[(plan.programs(plan.key_blocks), heads)](
-        q, k, v, token_key, gate, states.key, states.value, *dslots, grad_out, lse, delta,
-        inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, dgate_part, dgate,
+        q, k, v, token_key, gate, *dslots, dend, grad_out, lse, delta,
+        inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, *dgates,
         *strides(q, k, v, token_key, gate),
-        inputs.scale, length, plan.past, plan.window, plan.chunks, plan.key_blocks, key_length, heads, groups,
-        M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, KEY=sizes.key, VALUE=sizes.value, CHUNK=sizes.chunk,
-        HEADS=sizes.key_heads, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
-        num_warps=sizes.warps, num_stages=1, **shared,
+        inputs.scale, length, plan.past, plan.window, plan.chunks, plan.key_blocks, key_length, heads, groups, columns,
+        M=slots, SLOTS=sizes.slots, BLOCK=sizes.block, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
+        num_warps=sizes.warps, num_stages=1, **shared, **wide,
     )  # fmt: skip
     return Gradients(
-        dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgate, *first,
+        dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgates[0], *first,
         None if inputs.sink_key is None else dsinks[0].sum(0).to(inputs.sink_key.dtype),
         None if inputs.sink_value is None else dsinks[1].sum(0).to(inputs.sink_value.dtype),
     )  # fmt: skip

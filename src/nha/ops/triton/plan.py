@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 512  # state programs that keep every multiprocessor busy
+PROGRAMS = 256  # state programs that keep every multiprocessor busy
 MAX_SEGMENTS = 32
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -22,10 +22,8 @@ class Blocks(NamedTuple):
     value: int
     sinks: int
     chunk: int  # tokens between two kept slot states, keys of one program of the backward pass
-    heads: int  # query heads of one tile
-    block: int  # window keys of one step of a tile
+    block: int  # window keys of one step of a block of queries, and the other way round
     warps: int
-    key_heads: int  # query heads of one step of a program that walks the queries of some keys
     precision: str
     dtype: tl.dtype  # operands of matrix products
     gated: tl.dtype  # operands that carry gate factors of up to exp(40)
@@ -35,26 +33,22 @@ def _width(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, groups: int, window: int) -> Blocks:
+def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int) -> Blocks:
     """Block sizes that fit into the shared memory and registers of a current GPU."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
     # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
-    per_kv = triton.next_power_of_2(groups)
     crowded = wide > 128 or _width(slots) > 64
-    heads = min(per_kv, 1 if exact else 4)
     return Blocks(
         slots=_width(slots, row),
         key=_width(dim, row),
         value=_width(value_dim, row),
         sinks=_width(sinks),
         chunk=(16 if wide > 64 else 32) if exact else 64,
-        heads=heads,
         block=16 if exact else 32,
         warps=8 if crowded or (exact and wide > 64) else 4,
-        key_heads=min(heads, 2),
         precision="tf32x3" if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nha.ops.triton.common import LOG2_E, bounds, left_at_end, load_gates, load_rows, locate, matmul, taken
+from nha.ops.triton.common import LOG2_E, bounds, left_at_end, load_gates, locate, matmul, taken
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def fold(slots, added, decay, first, count, step, head, heads, size, column, dim
     """Slots after `count` segments, from number `first` on in steps of `step`, each decaying and adding its share."""
     slot = tl.arange(0, SLOTS)
     for index in range(0, count):
-        place = (first + index * step).to(tl.int64) * heads + head
+        place = (first.to(tl.int64) + index * step) * heads + head
         kept = tl.exp2(tl.load(decay + place * M + slot, mask=slot < M, other=0.0) * LOG2_E)
         where, inside = slots_at(added + place * size, column, dim, M, SLOTS)
         slots = slots * kept[:, None] + tl.load(where, mask=inside, other=0.0)
@@ -60,17 +60,18 @@ def states_kernel(
     is_key = block < key_blocks
     dim = tl.where(is_key, D, DV)
     if is_key:
-        tokens = k_slot + row * k_b + first_key * k_t + head * k_h
+        tokens = k_slot + row * k_b + head * k_h
         stride = k_t
         start, added, out, last, first_column = start_key, added_key, out_key, last_key, block * WIDTH
     else:
-        tokens = v + row * v_b + first_key * v_t + head * v_h
+        tokens = v + row * v_b + head * v_h
         stride = v_t
         start, added, out, last = start_value, added_value, out_value, last_value
         first_column = (block - key_blocks) * WIDTH
-    gate_at = log_gate + row * g_b + first_key * g_t + head * g_h
+    gate_at = log_gate + row * g_b + head * g_h
     column = first_column + tl.arange(0, WIDTH)
     slot = tl.arange(0, SLOTS)
+    line = tl.arange(0, CHUNK)
     size = M * dim
     slots = tl.zeros([SLOTS, WIDTH], tl.float32)
     # Addresses have a name per tensor: a name that a loop reassigns must keep its type, and dtypes may differ.
@@ -85,10 +86,11 @@ def states_kernel(
     all_chunks = (total + CHUNK - 1) // CHUNK
     stop = tl.minimum((index + 1) * segment_chunks, all_chunks)
     for chunk in range(index * segment_chunks, stop):
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        gate = load_gates(gate_at, token, g_t, total, M, SLOTS)
+        token = chunk * CHUNK + line
+        gate = load_gates(gate_at + (first_key + chunk * CHUNK) * g_t, line * g_t, token < total, M, SLOTS)
         there = (token < total)[:, None] & (column < dim)[None, :]
-        x = tl.load(tokens + token.to(tl.int64)[:, None] * stride + column[None, :], mask=there, other=0.0)
+        here = tokens + (first_key + chunk * CHUNK) * stride
+        x = tl.load(here + line[:, None] * stride + column[None, :], mask=there, other=0.0)
         decays = tl.sum(gate.to(tl.float32), 0)
         if not ADDING:
             place = (base + chunk) * heads + head
@@ -112,8 +114,8 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "segments", "segment_chunks"])
 def reverse_kernel(
-    chunk_decay, last_key, last_value, added_key, added_value, added_decay, read_key, read_value, first_key, first_value,
-    cu, chunk_base, table,
+    chunk_decay, slot_key, slot_value, last_key, last_value, added_key, added_value, added_decay,
+    read_key, read_value, first_key, first_value, dend, cu, chunk_base, table,
     length, past, window, chunks, segments, segment_chunks, heads,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
     WIDTH: tl.constexpr, PACKED: tl.constexpr, ADDING: tl.constexpr, FOLDED: tl.constexpr,
@@ -121,7 +123,8 @@ def reverse_kernel(
     """Gradients of the slots, from the end: `read` [chunks, H, M, ...] holds what reading the slots before a chunk
     gives and is replaced by the gradient of the slots after it; that before the sequence goes to `first`.
 
-    `last` is the gradient of the slots after the sequence. Programs and segments as in `states_kernel`.
+    `last` is the gradient of the slots after the sequence. dend [chunks, H, blocks of columns, M] is the inner product of
+    the slots before a chunk, decayed to its end, with the gradient there. Programs and segments as in `states_kernel`.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -136,8 +139,9 @@ def reverse_kernel(
     dim = tl.where(is_key, D, DV)
     if is_key:
         last, added, read, first, first_column = last_key, added_key, read_key, first_key, block * WIDTH
+        held = slot_key
     else:
-        last, added, read, first = last_value, added_value, read_value, first_value
+        last, added, read, first, held = last_value, added_value, read_value, first_value, slot_value
         first_column = (block - key_blocks) * WIDTH
     column = first_column + tl.arange(0, WIDTH)
     slot = tl.arange(0, SLOTS)
@@ -165,6 +169,10 @@ def reverse_kernel(
         decays = tl.load(chunk_decay + place * M + slot, mask=slot < M, other=0.0)
         if not ADDING:
             tl.store(here_at, slots.to(read.dtype.element_ty), mask=inside)
+            held_at, inside = slots_at(held + place * size, column, dim, M, SLOTS)
+            before = tl.load(held_at, mask=inside, other=0.0).to(tl.float32)
+            end = tl.sum(before * slots, 1) * tl.exp2(decays * LOG2_E)
+            tl.store(dend + (place * tl.num_programs(2) + block) * M + slot, end, mask=slot < M)
         slots = slots * tl.exp2(decays * LOG2_E)[:, None] + here
         log_decay += decays
     if ADDING:
