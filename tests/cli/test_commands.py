@@ -54,7 +54,9 @@ def test_perplexity_with_its_ablations(tiny_hybrid):
     result = runner.invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["results"]
-    assert set(found) == {"model", "slots off", "window off", "original"}
+    assert set(found) == {"model", "slots off", "window off", "longer window", "full attention"}
+    assert found["model"]["interval"][0] <= found["model"]["perplexity"] <= found["model"]["interval"][1]
+    assert found["model"]["slot_mass"]["mean"] > 0 == found["slots off"]["slot_mass"]["mean"]
     # inside the window all forms that have one are the same model
     assert found["model"]["by_position"][0] != found["window off"]["by_position"][0]
     table = runner.invoke(app, arguments)
@@ -62,10 +64,10 @@ def test_perplexity_with_its_ablations(tiny_hybrid):
     assert "slots off" in table.stdout
 
 
-def test_windows_of_minus_one_are_the_original(tiny_hybrid):
+def test_windows_of_minus_one_are_full_attention(tiny_hybrid):
     arguments = ["eval", "perplexity", str(tiny_hybrid), "--length", "64", "--count", "1", "--json"]
     changed = json.loads(runner.invoke(app, [*arguments, "--window", "-1"]).stdout)["results"]["model"]
-    original = json.loads(runner.invoke(app, [*arguments, "--ablations"]).stdout)["results"]["original"]
+    original = json.loads(runner.invoke(app, [*arguments, "--ablations"]).stdout)["results"]["full attention"]
     assert changed["perplexity"] == original["perplexity"]
 
 
@@ -106,7 +108,7 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
         (["hybridize", "{tiny}", "{new}", "--window", "a"], "expected --window to be integers separated by commas"),
         (["hybridize", "{tiny}", "{new}", "--slots", "0"], "expected --slots of at least 1, got 0"),
         (["hybridize", "{tiny}", "{new}", "--full-layers", "3"], "expected --full-layers between 0 and 2, got 3"),
-        (["hybridize", "{tiny}", "{new}", "--init", "none"], "expected --init to be kmeans or paper, got 'none'"),
+        (["hybridize", "{tiny}", "{new}", "--init", "none"], "expected --init to be kmeans, soft or paper, got 'none'"),
         (["hybridize", "{tiny}", "{new}", "--dtype", "int8"], "expected --dtype to be auto"),
         (["hybridize", "{tiny}", "{new}", "--calibration", "/nowhere"], "expected a text file, there is none at"),
         (["hybridize", "{tiny}", "{tiny}"], "to be new or empty, it already holds files"),

@@ -14,14 +14,14 @@ from tests.models.families import hybrid, teacher, tokens
 
 
 @pytest.mark.parametrize("model", [teacher(), hybrid("llama", [8, -1, 4])], ids=["full", "hybrid"])
-@pytest.mark.parametrize("segment", [7, 16, 100])
-def test_segments_do_not_change_the_losses(model, segment, monkeypatch):
+@pytest.mark.parametrize("segment, most", [(7, 16), (16, 47), (47, 47), (16, 48), (16, 100), (16, 10_000)])
+def test_neither_segments_nor_batches_change_the_losses(model, segment, most, monkeypatch):
     monkeypatch.setattr(module, "SEGMENT", segment)
-    ids = tokens(2, 48)
+    ids = tokens(3, 48)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     whole = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    assert torch.allclose(perplexity(model, ids).losses, whole, atol=2e-4)
+    assert torch.allclose(perplexity(model, ids, most=most).losses, whole, atol=2e-4)
 
 
 def test_positions_are_those_of_the_predicted_tokens():
@@ -37,10 +37,19 @@ def test_the_error_is_that_of_the_mean_over_texts():
     assert math.isnan(Perplexity(torch.ones(1, 3)).error)
 
 
+def test_intervals_are_of_the_mean_over_texts():
+    measured = Perplexity(torch.rand(40, 9, generator=torch.Generator().manual_seed(0)) + 1)
+    low, high = measured.interval()
+    assert low < measured.value < high
+    spread = 1.96 * measured.error  # the normal interval, which the bootstrap's is near for 40 texts
+    assert math.log(high / low) == pytest.approx(2 * spread, rel=0.2)
+
+
 def test_progress_ends_at_the_number_of_tokens():
     seen = []
-    perplexity(teacher(), tokens(2, 20), progress=lambda *x: seen.append(x))
-    assert seen[-1] == (40, 40)
+    for most in (10, 20, 1000):
+        perplexity(teacher(), tokens(2, 20), most=most, progress=lambda *x: seen.append(x))
+        assert seen[-1] == (40, 40)
 
 
 def test_texts_of_one_token_are_refused():

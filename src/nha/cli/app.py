@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from nha.cli import common
+from nha.cli.distill import distill
 from nha.cli.doctor import doctor
-from nha.cli.evaluate import perplexity
+from nha.cli.evaluate import everything, perplexity, recall
 from nha.cli.generate import generate
 from nha.cli.hybridize import hybridize
 from nha.cli.quickstart import quickstart
+from nha.cli.search import search
+from nha.cli.tasks import tasks
 
 app = typer.Typer(
     name="nha",
@@ -48,8 +51,17 @@ def root(
 
 app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-360M --output report[/]")(quickstart)
 app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 3,11,18,26[/]")(hybridize)
+app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
+app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(search)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
+evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
+    recall
+)
+evaluate_app.command(epilog="Example: [cyan]nha eval tasks my-hybrid --tasks standard --limit 200[/]")(tasks)
+evaluate_app.command(
+    "all", epilog="Example: [cyan]nha eval all my-hybrid results --ablations --compare teacher=smollm2[/]"
+)(everything)
 app.command(epilog="Example: [cyan]nha doctor --json[/]")(doctor)
 
 

@@ -24,7 +24,15 @@ def hybridize(
     full_layers: Annotated[
         str, typer.Option(help="Layers that keep full attention, such as 3,11,18,26.", show_default=False)
     ] = "",
-    init: Annotated[str, typer.Option(help="How gates start: 'kmeans', or 'paper' for the authors' form.")] = "kmeans",
+    windows: Annotated[
+        Path | None,
+        typer.Option(
+            "--windows", help="A result of nha search, instead of --window and --full-layers.", show_default=False
+        ),
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help="How gates start: kmeans, soft (for training) or paper (the authors).")
+    ] = "kmeans",
     sinks: Annotated[int, typer.Option(help="Constant keys that stand in for a text's first tokens.")] = 1,
     slot_distance: Annotated[int, typer.Option(help="How many tokens back a query sees the slots.")] = 128,
     calibration: Annotated[
@@ -36,15 +44,15 @@ def hybridize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Turn a pretrained model into a hybrid and save it, weights and all."""
-    windows = common.parse_windows(window)
     layers = common.parse_ints(full_layers, "--full-layers")
+    sizes = searched_windows(windows, window, layers) if windows else common.parse_windows(window)
     check_settings(slots, sinks, slot_distance, dtype)
-    if init not in ("kmeans", "paper"):
-        raise BadInput(f"expected --init to be kmeans or paper, got {init!r}")
+    if init not in ("kmeans", "soft", "paper"):
+        raise BadInput(f"expected --init to be kmeans, soft or paper, got {init!r}")
     common.check_new_directory(output)
     texts = None if calibration is None else [common.read_text(calibration)]
     source = loading.find(model)
-    check_convertible(source, windows, layers)
+    check_convertible(source, sizes, layers)
 
     from nha.convert.hybridize import hybridize as convert
 
@@ -59,7 +67,7 @@ def hybridize(
         hybrid = convert(
             loaded,
             num_slots=slots,
-            window_size=windows,
+            window_size=sizes,
             full_layers=layers,
             init=init,
             calibration=texts,
@@ -95,6 +103,15 @@ def hybridize(
     for name, form in forms.items():
         out.print(f"  perplexity {form.value:7.2f}  {name}")
     out.print(f'  try it:  [cyan]nha generate {output} "Why is the sky blue?"[/]')
+
+
+def searched_windows(path: Path, window: str, layers: list[int]) -> list[int]:
+    """The windows that `nha search` found. Raises BadInput where others are asked for as well."""
+    from nha.convert.search import windows_from_search
+
+    if window != "64" or layers:
+        raise BadInput("expected --windows or --window and --full-layers, got both")
+    return windows_from_search(path)
 
 
 def check_settings(slots: int, sinks: int, slot_distance: int, dtype: str) -> None:

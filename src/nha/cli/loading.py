@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
     import torch
     import transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    local = os.environ.get("LOCAL_RANK", "0")  # which GPU is this process's, under torchrun
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     if source.name == EMBEDDED:
         from nha.data.smollm2 import load_smollm2
 
@@ -113,6 +115,18 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
     if dtype != "auto":
         model = model.to(getattr(torch, dtype))
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer alone."""
+    import transformers
+
+    if source.name == EMBEDDED:
+        from nha.data.smollm2 import gguf_path
+
+        path = gguf_path()
+        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return transformers.AutoTokenizer.from_pretrained(source.name)
 
 
 def layers_of(config: Any) -> int:

@@ -22,8 +22,10 @@ from nha.convert.align import align
 from nha.convert.card import model_card, write_card
 from nha.convert.hybridize import hybridize
 from nha.data.text import blocks, calibration_text, evaluation_documents
+from nha.evaluate.forms import longer_window
+from nha.evaluate.measure import bucket_edges
 from nha.evaluate.perplexity import Perplexity, perplexity
-from nha.models.adapter import ablate, temporary_windows
+from nha.models.adapter import ablate
 from nha.models.cache import cache_nbytes
 from nha.report.results import FORMS, Check, Form, Results, Sample, Tuning
 
@@ -119,7 +121,7 @@ def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path |
     else:
         forms["slots_off"] = forms["sink_only"]
     measure("hybrid", "hybrid")
-    with wider(model):
+    with longer_window(model):
         measure("longer_window", "longer window, no slots")
     with ablate(model, "window_off"):
         measure("window_off", "hybrid, window off")
@@ -159,26 +161,6 @@ def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path |
         seed=settings.seed,
         tuning=tuning,
     )
-
-
-def bucket_edges(length: int) -> list[int]:
-    """Positions that split a text of `length` tokens for the plot: 0, 64, 128, 256 and so on.
-
-    >>> bucket_edges(1024)
-    [0, 64, 128, 256, 512, 1024]
-    """
-    edges = [0, 64]
-    while edges[-1] * 2 < length:
-        edges.append(edges[-1] * 2)
-    return [*edges, length]
-
-
-@contextmanager
-def wider(model: Any) -> Iterator[None]:
-    """Within the context, the hybrid has no slots and windows longer by as many tokens: as many keys and values."""
-    windows = [w if w < 0 else w + model.config.num_slots for w in model.config.window_sizes]
-    with temporary_windows(model, windows), ablate(model, "slots_off"):
-        yield
 
 
 def tune(model: Any, tokenizer: Any, settings: Settings, clock: Clock) -> Tuning:

@@ -22,6 +22,8 @@ def align(
     *,
     steps: int = 20,
     rows: int = 1,
+    gate_rate: float = GATE_RATE,
+    sink_rate: float = SINK_RATE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
@@ -29,7 +31,7 @@ def align(
 
     One forward pass over texts ids [N, T] of the model before its conversion; each layer is trained for `steps`
     steps of Adam on `rows` texts as soon as the pass reaches it, so memory is that of one layer. No other weight
-    moves. `progress` is called with (layers done, layers in all).
+    moves. Gates move at `gate_rate`, sinks at `sink_rate`. `progress` is called with (layers done, layers in all).
 
     Returns, per layer, the error before and after over all texts: squared, relative to that of an output of zero
     (0 for layers that are not hybrid). Raises ValueError for texts that no window is shorter than.
@@ -54,7 +56,7 @@ def align(
         module.training_now, module.window_size = True, windows[index]
         try:
             with torch.enable_grad():
-                errors.append(_train_layer(module, kwargs, output[0], steps, rows, generator))
+                errors.append(_train_layer(module, kwargs, output[0], steps, rows, (gate_rate, sink_rate), generator))
         finally:
             module.training_now, module.window_size = False, FULL
         if progress is not None:
@@ -73,12 +75,19 @@ def align(
 
 
 def _train_layer(
-    module: Any, kwargs: dict[str, Any], target: Tensor, steps: int, rows: int, generator: torch.Generator
+    module: Any,
+    kwargs: dict[str, Any],
+    target: Tensor,
+    steps: int,
+    rows: int,
+    rates: tuple[float, float],
+    generator: torch.Generator,
 ) -> tuple[float, float]:
     """Train one layer's slots on inputs `kwargs`; the errors before and after."""
     hidden = kwargs["hidden_states"].detach()
     tables = kwargs["position_embeddings"]
-    rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "position_embeddings", "past_key_values")}
+    own = ("hidden_states", "position_embeddings", "past_key_values", "cache")
+    rest = {k: v for k, v in kwargs.items() if k not in own}
 
     def error(chosen: Tensor) -> Tensor:
         cut = None if tables is None else tuple(t[chosen] if t.shape[0] > 1 else t for t in tables)
@@ -88,13 +97,14 @@ def _train_layer(
 
     def measure() -> float:
         with torch.no_grad():
-            return sum(error(row[None]).item() for row in torch.arange(len(hidden))) / len(hidden)
+            parts = torch.arange(len(hidden)).split(rows)
+            return float(sum(error(part) * len(part) for part in parts) / len(hidden))
 
     before = measure()
     slots = module.nha
-    groups = [{"params": list(slots.g_proj.parameters()), "lr": GATE_RATE}]
+    groups = [{"params": list(slots.g_proj.parameters()), "lr": rates[0]}]
     if slots.sink_key.shape[1]:
-        groups.append({"params": [slots.sink_key, slots.sink_value], "lr": SINK_RATE})
+        groups.append({"params": [slots.sink_key, slots.sink_value], "lr": rates[1]})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     saved = [p.detach().clone() for p in slots.parameters()]

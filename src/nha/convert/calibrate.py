@@ -13,6 +13,7 @@ from nha.models.adapter import Observation, attention_layers, observe
 
 ROUNDS = 10
 GATE_DEVIATION = 100.0
+SOFT_MEAN = SOFT_DEVIATION = 6.0
 WRITES_PER_TOKEN = 2.5
 SINK_TOKENS = 256
 
@@ -63,26 +64,38 @@ def key_map(module: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     return solved.T.float().view(heads, dim, -1)
 
 
-def set_gate(parameters: Any, direction: Tensor, hidden: Tensor) -> None:
+def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, soft: bool = False) -> None:
     """Make `g_proj` give -direction [H, M, hidden] . x, so scaled and shifted that few tokens overwrite a slot.
 
     Over hidden [N, hidden] every logit has deviation `GATE_DEVIATION`, and a share of `WRITES_PER_TOKEN` / M of the
-    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is.
+    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is. `soft` gates
+    have mean `SOFT_MEAN` and deviation `SOFT_DEVIATION` instead: worse before any training, but no gate is so far
+    from where it changes that it has no gradient.
     """
     weight = -direction.flatten(0, 1)
     logits = hidden @ weight.T
-    scale = GATE_DEVIATION / logits.std(0).clamp_min(1e-6)
-    share = min(0.5, WRITES_PER_TOKEN / direction.shape[1])
-    place = max(1, round(share * len(logits)))
-    threshold = logits.kthvalue(place, dim=0).values
+    deviation = logits.std(0).clamp_min(1e-6)
+    if soft:
+        scale = SOFT_DEVIATION / deviation
+        bias = SOFT_MEAN - logits.mean(0) * scale
+    else:
+        scale = GATE_DEVIATION / deviation
+        share = min(0.5, WRITES_PER_TOKEN / direction.shape[1])
+        place = max(1, round(share * len(logits)))
+        bias = -logits.kthvalue(place, dim=0).values * scale
     with torch.no_grad():
         parameters.g_proj.weight.copy_(weight * scale[:, None])
-        parameters.g_proj.bias.copy_(-threshold * scale)
+        parameters.g_proj.bias.copy_(bias)
 
 
 @torch.no_grad()
 def calibrate_gates(
-    model: PreTrainedModel, ids: Tensor, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    seed: int = 0,
+    soft: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Route every token to the slot whose centre its un-rotated key resembles, in every layer.
 
@@ -101,7 +114,7 @@ def calibrate_gates(
         keys = seen.slot_key[:, 1:].flatten(0, 1).transpose(0, 1).float()
         generator = torch.Generator().manual_seed(seed * 1000 + index)
         centres = kmeans(keys, slots, generator) - keys.mean(1, keepdim=True)
-        set_gate(modules[index].nha, centres @ key_map(modules[index], hidden, keys), hidden)
+        set_gate(modules[index].nha, centres @ key_map(modules[index], hidden, keys), hidden, soft)
         if progress is not None:
             progress(index + 1, len(modules))
 

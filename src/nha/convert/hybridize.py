@@ -16,6 +16,7 @@ from nha.models.registry import check_family, to_hybrid
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
+INITS = ("kmeans", "soft", "keys", "paper")
 
 
 def calibration_ids(model: PreTrainedModel, calibration: Calibration, tokenizer: Any, slots: int) -> Tensor:
@@ -70,7 +71,7 @@ def hybridize(
     window_size: int | Sequence[int] = 64,
     full_layers: Sequence[int] = (),
     *,
-    init: Literal["kmeans", "paper"] = "kmeans",
+    init: Literal["kmeans", "soft", "keys", "paper"] = "kmeans",
     calibration: Calibration = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     slot_distance: int = 128,
@@ -89,9 +90,10 @@ def hybridize(
         window_size: tokens in the window of every layer that has full attention, or a list with one int per layer
             (-1 leaves a layer as it is).
         full_layers: layers that keep full attention.
-        init: "kmeans" routes tokens to slots by k-means of their keys and calibrates a sink; "paper" is the authors'
-            form, for comparison: gates copied from `k_proj`, zero slots that take part from the first token, no
-            sink, no positions.
+        init: "kmeans" routes tokens to slots by k-means of their keys and calibrates a sink; "soft" does so with gates
+            that have a gradient everywhere, as a start for training. For comparison, "keys" copies gates from
+            `k_proj`, and "paper" is the authors' form: that, zero slots that take part from the first token, no sink,
+            no positions.
         calibration: texts, or token ids [N, T]; default: a part of the Python language reference.
         tokenizer: reads the texts; default: the one saved beside the model.
         slot_distance: how many tokens back a query sees the slots.
@@ -115,8 +117,8 @@ def hybridize(
     >>> type(hybrid).__name__, hybrid.config.window_sizes
     ('NHALlamaForCausalLM', [16, -1])
     """
-    if init not in ("kmeans", "paper"):
-        raise ValueError(f"expected init to be 'kmeans' or 'paper', got {init!r}")
+    if init not in INITS:
+        raise ValueError(f"expected init to be one of {INITS}, got {init!r}")
     check_family(model.config)
     windows = plan_windows(model.config, window_size, full_layers)
     if all(window == FULL for window in windows):
@@ -129,12 +131,12 @@ def hybridize(
     )  # fmt: skip
     training = model.training
     model.eval()
-    if paper:
+    if num_sinks and not paper:
+        calibrate_sinks(model, ids)
+    if init in ("keys", "paper"):
         copy_gates(model, ids)
     else:
-        if num_sinks:
-            calibrate_sinks(model, ids)
-        calibrate_gates(model, ids, seed=seed, progress=progress)
+        calibrate_gates(model, ids, seed=seed, soft=init == "soft", progress=progress)
     forget_gguf(model)
     return model.train(training)
 

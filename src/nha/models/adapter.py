@@ -24,13 +24,23 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from nha.layer import log_gate
-from nha.models.attend import Segment, attend, causal_mask, own_attention, remember, spare_first_token
+from nha.models.attend import (
+    Segment,
+    attend,
+    causal_mask,
+    own_attention,
+    packed_own_attention,
+    remember,
+    spare_first_token,
+    zero_slots,
+)
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
 from nha.ops.state import slot_dtype
 
 NAME = "nha"
 ABLATIONS = (None, "slots_off", "window_off")
+PACKED = (1, 1, 0, 0)  # shape of the mask that stands for boundaries in cu_seq_lens_q, so that none of T x T is made
 
 
 class SlotParameters(nn.Module):
@@ -43,6 +53,7 @@ class SlotParameters(nn.Module):
 
     slot_cos: Tensor
     slot_sin: Tensor
+    initial: tuple[Tensor, Tensor] | None = None  # what slots hold before a text (see `nha.models.slots`)
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, num_slots: int, num_sinks: int, tables: Tensor):
         super().__init__()
@@ -109,7 +120,7 @@ def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor 
 
     Raises ValueError for a mask prepared by someone else: only the padding of a text reaches slots.
     """
-    if mask is None:
+    if mask is None or mask.shape == PACKED:
         return None, None
     if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == 1:
         if mask.shape[2] == 1 and mask.shape[3] == length:
@@ -160,7 +171,7 @@ class HybridGenerationMixin:
     ) -> Any:
         parent: Any = super()
         made = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_argument(model_kwargs)
         if isinstance(cache, Cache):
             prepare_cache(cache, cache_windows(attention_layers(self)[0]))
             if generation_config.is_assistant:
@@ -181,13 +192,18 @@ def hybrid_attention(
         slot_key = key if nha_tables is None else unrotate(module, key, *nha_tables).to(key.dtype)
         module.observer(Observation(nha_hidden, *(x.transpose(1, 2) for x in (slot_key, key, value))))
     own_mask, padding = split_mask(attention_mask, query.shape[2])
+    cu = kwargs.get("cu_seq_lens_q")
+    if module.window_size == FULL and cu is not None:
+        return packed_own_attention(
+            module, query, key, value, cu, softcap=softcap, scaling=scaling, dropout=dropout,
+            sliding_window=kwargs.get("sliding_window"), longest=kwargs.get("max_length_q"),
+        )  # fmt: skip
     if module.window_size == FULL:
         return own_attention(
             module, query, key, value, own_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
         )
     check_dropout(dropout)
     window = 0 if module.ablation == "window_off" else module.window_size
-    cu = kwargs.get("cu_seq_lens_q")
     state = None if nha_layer is None else nha_layer.state
     padding = None if cu is not None else padding
     parameters = module.nha
@@ -203,16 +219,18 @@ def hybrid_attention(
         x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key)
     )
     segment = Segment(*views, mask=padding, cu_seqlens=cu)
-    from_start = module.config.slots_from_start
-    if state is None and query.shape[2] <= window and cu is None and not from_start:
+    initial = parameters.initial
+    if initial is None and module.config.slots_from_start:
+        initial = zero_slots(segment)
+    if state is None and query.shape[2] <= window and cu is None and initial is None:
         # The very kernel of the unconverted layer, so that short inputs give its bits.
         if nha_layer is not None:
             remember(segment, window, nha_layer)
         mask = causal_mask(padding)
         return own_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
     out = attend(
-        segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, slots_from_start=from_start,
-        softcap=softcap,
+        segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, initial=initial, softcap=softcap,
+        see_mass=module.mass_observer,
     )  # fmt: skip
     return out, None
 
@@ -266,19 +284,27 @@ def check_implementation(config: Any) -> None:
         raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
 
 
+def cache_argument(kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments: `past_key_values`, which transformers calls `cache` from 5.24 on."""
+    given = kwargs.get("cache")
+    return kwargs.get("past_key_values") if given is None else given
+
+
 @memoize
 def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's attention class that hands the slots' inputs on."""
+    name_of_cache = "cache" if "cache" in inspect.signature(family.forward).parameters else "past_key_values"
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
-        past_key_values: Cache | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         check_implementation(self.config)
-        layer = cache_layer(self, past_key_values, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
+        cache = cache_argument(kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")} | {name_of_cache: cache}
+        layer = cache_layer(self, cache, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
         return family.forward(
             self, hidden_states=hidden_states, position_embeddings=position_embeddings,
-            attention_mask=attention_mask, past_key_values=past_key_values, nha_hidden=hidden_states,
+            attention_mask=attention_mask, nha_hidden=hidden_states,
             nha_tables=position_embeddings if getattr(self, "use_rope", True) else None,
             nha_layer=layer, **kwargs,
         )  # fmt: skip
@@ -344,7 +370,7 @@ def install(model: PreTrainedModel) -> None:
             new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
             module.nha = new.to(device=weight.device, dtype=weight.dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
-        module.window_size, module.ablation, module.observer = window, None, None
+        module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
     stack = decoder(model)
     if not any(hook is mark_packing for hook in stack._forward_pre_hooks.values()):
         stack.register_forward_pre_hook(mark_packing, with_kwargs=True)
@@ -358,10 +384,11 @@ def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     read off `position_ids` that start again. Without them slots would leak from one sequence into the next.
     """
     position = kwargs.get("position_ids")
-    if kwargs.get("past_key_values") is not None:
+    if cache_argument(kwargs) is not None:
         return None
-    if kwargs.get("cu_seq_lens_q") is not None:
-        return args, kwargs | {"use_cache": False}
+    cu = kwargs.get("cu_seq_lens_q")
+    if cu is not None:
+        return args, kwargs | {"use_cache": False, "attention_mask": _packed_mask(cu)}
     if position is None or kwargs.get("attention_mask") is not None:
         return None
     if torch.compiler.is_compiling():
@@ -377,7 +404,12 @@ def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     inner = jumps[0].nonzero().flatten() + 1
     ends = torch.tensor([0, position.shape[1]], device=position.device)
     cu = torch.cat([ends[:1], inner, ends[1:]]).to(torch.int32)
-    return args, kwargs | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False}
+    marks = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False, "attention_mask": _packed_mask(cu)}
+    return args, kwargs | marks
+
+
+def _packed_mask(cu_seqlens: Tensor) -> Tensor:
+    return torch.empty(PACKED, dtype=torch.bool, device=cu_seqlens.device)
 
 
 def hybrid_layers(model: PreTrainedModel) -> list[Any]:
@@ -455,3 +487,20 @@ def observe(
         finally:
             for module in modules:
                 module.observer = None
+
+
+@contextmanager
+def observe_mass(model: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the context, call `see(layer, slots, sink)` in every forward pass, for every layer that reads slots.
+
+    `slots` and `sink` [B, T, HQ] are the shares of the softmax that went to either. Without the context nothing of
+    this is computed. Inputs that no window is shorter than are not reported: their shares are 0.
+    """
+    modules = hybrid_layers(model)
+    try:
+        for index, module in enumerate(modules):
+            module.mass_observer = partial(see, index)
+        yield
+    finally:
+        for module in modules:
+            module.mass_observer = None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
 from nha.ops import NHAState, nha_attention
+from nha.ops.banded import banded_attention
 from nha.ops.segment import advance, align_left
+
+Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
 
 
 @dataclass
@@ -36,21 +42,54 @@ class Segment:
 
 def attend(
     segment: Segment, *, window_size: int, scale: float | None, sink: tuple[Tensor, Tensor] | None,
-    layer: NHACacheLayer | None, slots_from_start: bool, softcap: float | None = None, impl: str = "auto",
+    layer: NHACacheLayer | None, initial: Initial | None, softcap: float | None = None, impl: str = "auto",
+    see_mass: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any."""
+    """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any.
+
+    `initial` is what the slots of every text hold before its first token, live from there on. `see_mass`, if given,
+    gets the shares of the softmax that went to slots and to the sink, [B, T, HQ] each.
+    """
     state = None if layer is None else layer.state
-    if state is None and slots_from_start:
-        state = zero_slots(segment, window_size)
-    result = nha_attention(
-        segment.query, segment.key, segment.value, segment.log_gate, window_size=window_size,
-        q_slot=segment.slot_query, k_slot=segment.slot_key, sink=sink, scale=scale, state=state,
-        return_state=layer is not None, attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens,
-        softcap=softcap, impl=impl,
+    if state is None and initial is not None:
+        state = initial_state(segment, window_size, initial)
+    cu = segment.cu_seqlens
+    if cu is not None and not segment.log_gate.shape[3] and state is None and layer is None and see_mass is None:
+        slot_query = segment.query if segment.slot_query is None else segment.slot_query
+        return banded_attention(
+            segment.query, segment.key, segment.value, slot_query, sink, window_size=window_size, cu_seqlens=cu,
+            scale=segment.query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
+        )  # fmt: skip
+    options: dict[str, Any] = dict(
+        window_size=window_size, q_slot=segment.slot_query, k_slot=segment.slot_key, scale=scale, state=state,
+        attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens, softcap=softcap, impl=impl,
     )  # fmt: skip
+    result = nha_attention(
+        segment.query, segment.key, segment.value, segment.log_gate, sink=sink, return_state=layer is not None,
+        return_slot_mass=see_mass is not None, **options,
+    )  # fmt: skip
+    if see_mass is not None:
+        mass = result.slot_mass
+        assert mass is not None
+        to_sink = sink_mass(segment, sink, options) if segment.log_gate.shape[3] else mass
+        see_mass((mass - to_sink).clamp_min(0), to_sink)
     if layer is not None and result.state is not None:
         layer.write(result.state, segment.inputs, state)
     return result.out
+
+
+def sink_mass(segment: Segment, sink: tuple[Tensor, Tensor] | None, options: dict[str, Any]) -> Tensor:
+    """The sink's share [B, T, HQ] of the softmax: what is read where sinks hold ones and all else zeros."""
+    value, state = torch.zeros_like(segment.value), options["state"]
+    if sink is None:
+        return value.new_zeros(segment.query.shape[:3])
+    if state is not None:
+        none = {"slot_value": torch.zeros_like(state.slot_value), "value": torch.zeros_like(state.value)}
+        state = replace(state, **none)
+    ones = (sink[0], torch.ones_like(sink[1]))
+    options = options | {"state": state, "sink": ones}
+    read = nha_attention(segment.query, segment.key, value, segment.log_gate, **options)
+    return read.out.float().mean(-1)
 
 
 def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
@@ -66,18 +105,19 @@ def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
     layer.write(after, segment.inputs, None)
 
 
-def zero_slots(segment: Segment, window_size: int) -> NHAState:
-    """All-zero slots that take part from token 0, as in the code published with the paper."""
-    heads, slots = segment.log_gate.shape[2:]
+def initial_state(segment: Segment, window_size: int, initial: Initial) -> NHAState:
+    """The state of texts that start with these slots (key [H, M, D], value [H, M, Dv]), one for every text."""
     rows = segment.key.shape[0] if segment.cu_seqlens is None else segment.cu_seqlens.shape[0] - 1
+    key, value = (x[..., : segment.log_gate.shape[3], :].expand(rows, -1, -1, -1) for x in initial)
+    shared = segment.slot_key is None
+    return NHAState.from_slots(key, value, window_size, dtype=segment.key.dtype, shared_keys=shared)
 
-    def zeros(like: Tensor) -> Tensor:
-        return like.new_zeros(rows, heads, slots, like.shape[-1])
 
-    return NHAState.from_slots(
-        zeros(segment.key), zeros(segment.value), window_size, dtype=segment.key.dtype,
-        shared_keys=segment.slot_key is None,
-    )  # fmt: skip
+def zero_slots(segment: Segment) -> Initial:
+    """All-zero slots, which take part from token 0 in the code published with the paper."""
+    heads, slots = segment.log_gate.shape[2:]
+    key, value = (x.new_zeros(heads, slots, x.shape[-1]) for x in (segment.key, segment.value))
+    return key, value
 
 
 def spare_first_token(
@@ -118,6 +158,37 @@ def own_attention(
     additive = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), low)
     eager = sys.modules[module.family.__module__].eager_attention_forward
     return eager(module, query, key, value, additive, softcap=softcap, **kwargs)
+
+
+def packed_own_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None,
+    softcap: float | None = None, sliding_window: int | None = None, longest: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`own_attention` of sequences packed into one row: query [1, HQ, T, D], key and value [1, H, T, D].
+
+    One kernel on a GPU in 16-bit, else sequence by sequence with the very kernel of a sequence alone; never a mask of
+    T x T. `longest` bounds the lengths (default T); `sliding_window` is the family's own.
+    """
+    length = query.shape[2]
+    if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        most, left = longest or length, -1 if sliding_window is None else sliding_window - 1
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, scale=scaling, window_size=(left, 0))
+        assert isinstance(out, Tensor)
+        return out[None], None
+    outs = []
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        mask = None
+        if sliding_window is not None and stop - start > sliding_window:
+            whole = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
+            mask = (whole.tril() & whole.triu(1 - sliding_window))[None, None]
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        outs.append(own_attention(module, q, k, v, mask, softcap=softcap, scaling=scaling, **kwargs)[0])
+    return torch.cat(outs, 1), None
 
 
 def causal_mask(padding: Tensor | None) -> Tensor | None:

@@ -265,7 +265,7 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """A digest of the configuration's shape and of a few numbers of every weight."""
     windows = getattr(model.config, "window_sizes", None)
     digest = hashlib.sha256(json.dumps([model.config.model_type, windows]).encode())
@@ -299,7 +299,7 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
         tensors |= {f"{index}.{name}": x.detach().cpu().contiguous() for name, x in parts.items()}
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    meta = {"format": FORMAT, "model": _fingerprint(model), "layers": json.dumps(layers)}
+    meta = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
     save_file(tensors, temporary, metadata=meta)
     os.replace(temporary, path)
 
@@ -319,7 +319,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
         raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
     if meta.get("format") != FORMAT:
         raise ValueError(f"expected a cache of format {FORMAT!r} at {path}, got format {meta.get('format')!r}")
-    if meta["model"] != _fingerprint(model):
+    if meta["model"] != fingerprint(model):
         raise ValueError(f"expected a cache made by this {type(model).__name__} at {path}, got one of another model")
     cache = DynamicCache(config=model.config)
     prepare_cache(cache, getattr(model.config, "window_sizes", [FULL] * len(cache.layers)))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate, rotate
@@ -14,13 +13,14 @@ from nha.models.adapter import (
     NAME,
     HybridGenerationMixin,
     Observation,
+    cache_argument,
     cache_layer,
     check_dropout,
     check_implementation,
     mark_packing,
     split_mask,
 )
-from nha.models.attend import Segment, attend, own_attention
+from nha.models.attend import Segment, attend, own_attention, packed_own_attention
 from nha.models.config import FULL, NHAConfig
 
 
@@ -39,13 +39,13 @@ class NHAAttention(NativeHybridAttention):
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.ablation: str | None = None
         self.observer: Any = None
+        self.mass_observer: Any = None
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend from hidden_states [B, T, hidden] with rotary tables [B, T, D]; the cache is updated in place."""
@@ -54,17 +54,21 @@ class NHAAttention(NativeHybridAttention):
         slot_query, slot_key, value = self.project(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
         cu = kwargs.get("cu_seq_lens_q")
-        layer = cache_layer(self, past_key_values, cu, hidden_states.shape[0])
-        if past_key_values is not None:
-            full = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-        else:
-            full = (key.transpose(1, 2), value.transpose(1, 2))
+        cache = cache_argument(kwargs)
+        layer = cache_layer(self, cache, cu, hidden_states.shape[0])
+        full: tuple[Tensor, Tensor] = (key.transpose(1, 2), value.transpose(1, 2))
+        if cache is not None:
+            full = cache.update(*full, self.layer_idx)
         if self.observer is not None:
             self.observer(Observation(hidden_states, slot_key, key, value))
         own_mask, padding = split_mask(attention_mask, query.shape[1])
         if self.window_size == FULL:
             scale = self.head_dim**-0.5
-            out, _ = own_attention(self, query.transpose(1, 2), *full, own_mask, softcap=None, scaling=scale)
+            q, (k, v) = query.transpose(1, 2), full
+            if cu is not None:
+                out, _ = packed_own_attention(self, q, k, v, cu, scaling=scale, longest=kwargs.get("max_length_q"))
+            else:
+                out, _ = own_attention(self, q, k, v, own_mask, softcap=None, scaling=scale)
             return self.o_proj(out.flatten(2)), None
         padding = None if cu is not None else padding
         gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
@@ -73,7 +77,7 @@ class NHAAttention(NativeHybridAttention):
         out = attend(
             Segment(query, key, value, gate, slot_query, slot_key, padding, cu), layer=layer,
             window_size=0 if self.ablation == "window_off" else self.window_size, scale=None, sink=self.sink,
-            slots_from_start=False,
+            initial=None, see_mass=self.mass_observer,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), None
 

@@ -1,0 +1,457 @@
+"""Which layers should keep full attention: found without training, since windows are a run-time setting.
+
+Greedy first: one layer after another becomes wide, always the one that lowers the loss most. Then exchange: a wide
+layer changes places with another as long as that helps. Every set of layers that was measured is kept, so that a search
+can be broken off and gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nha.data.recall import RecallSettings, training_row
+from nha.data.text import blocks, calibration_text
+from nha.evaluate.perplexity import batch_tokens
+from nha.models.adapter import attention_layers, decoder, hybrid_layers, temporary_windows
+from nha.models.config import FULL, check_windows, sliding_layers
+from nha.models.head import hidden_states, token_losses
+from nha.ops import NHAState
+
+FORMAT = "nha-search-v1"
+Layers = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean losses in nats: of the answers in recall rows, of all tokens of text rows, and both weighted."""
+
+    loss: float
+    recall: float
+    text: float
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """What a search reads: texts [N, T], and recall rows [R, T] with answers [R, T] bool, true at their tokens."""
+
+    text: Tensor
+    recall: Tensor
+    answers: Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all ids."""
+        digest = hashlib.sha256()
+        for tensor in (self.text, self.recall, self.answers):
+            digest.update(str(list(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def search_data(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None, *, text_rows: int = 8,
+    recall_rows: int = 16, length: int = 2048, seed: int = 0,
+) -> SearchData:  # fmt: skip
+    """Rows to search with, from texts (default: the built-in calibration text), which no evaluation reads.
+
+    Recall rows are those of training (`nha.data.recall.training_row`), facts at least 128 tokens back. Raises
+    ValueError for too little text.
+    """
+    if min(text_rows, recall_rows) < 1:
+        raise ValueError(f"expected at least one row of text and of recall, got {text_rows} and {recall_rows}")
+    given = [calibration_text()] if texts is None else list(texts)
+    text = blocks(tokenizer, given, text_rows, length)
+    plain = (tokenizer(each, add_special_tokens=False, verbose=False).input_ids for each in given)
+    filler = np.concatenate([np.asarray(ids) for ids in plain])
+    generator = np.random.default_rng(seed)
+    settings = RecallSettings(distances=(min(128, length // 4), 1 << 20))
+    rows = [training_row(generator, tokenizer, filler, length, settings) for _ in range(recall_rows)]
+    ids, answers = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return SearchData(text, ids, answers)
+
+
+def candidate_layers(config: Any) -> list[int]:
+    """The layers that a search may widen: all but those that slide over a window of their own, unless all do."""
+    sliding = sliding_layers(config)
+    return [i for i, slides in enumerate(sliding) if not slides or all(sliding)]
+
+
+def layer_bytes(model: PreTrainedModel, window: int, context: int) -> int:
+    """Bytes that a layer with this window keeps of a text of `context` tokens, exactly."""
+    config: Any = model.config
+    heads, dim, kind = config.num_key_value_heads, attention_layers(model)[0].head_dim, model.dtype
+    if window == FULL:
+        return 2 * heads * dim * context * kind.itemsize
+    like = torch.empty(1, 1, heads, dim, dtype=kind, device="meta")
+    gate = torch.empty(1, 1, heads, config.num_slots, dtype=kind, device="meta")
+    rotates = getattr(config, "rope_parameters", None) is not None
+    return NHAState.empty(window, key=like, value=like, log_gate=gate, shared=not rotates).nbytes
+
+
+def cache_bytes(model: PreTrainedModel, windows: Sequence[int], context: int) -> int:
+    """Bytes that the cache of a hybrid with these windows takes after `context` tokens of one text."""
+    own = getattr(model.config, "sliding_window", None)
+    total = 0
+    for window, slides in zip(windows, sliding_layers(model.config), strict=True):
+        kept = min(context, own) if slides and own is not None and window == FULL else context
+        total += layer_bytes(model, window, kept)
+    return total
+
+
+class Evaluator:
+    """Losses of a hybrid with any set of wide layers.
+
+    A forward pass starts at the first layer that differs from the set it rests on: what enters every layer with that
+    set is kept, on the model's device if it takes up at most half of the free memory there.
+
+    Args:
+        model: a hybrid in evaluation mode.
+        data: what to read.
+        windows: the windows of all layers while none is wide.
+        wide: the window of a wide layer, -1 for full attention.
+        weight: of the recall loss, from 0 to 1; the text loss has the rest.
+        most: tokens in one forward pass.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, data: SearchData, windows: Sequence[int], *, wide: int = FULL,
+        weight: float = 0.5, most: int | None = None,
+    ):  # fmt: skip
+        hybrid_layers(model)
+        if not 0 <= weight <= 1:
+            raise ValueError(f"expected a weight of the recall loss from 0 to 1, got {weight}")
+        self.model, self.weight, self.wide = model, weight, wide
+        self.windows = check_windows(model.config, list(windows))
+        most = batch_tokens(model) if most is None else most
+        self.batches: list[tuple[Tensor, Tensor | None]] = []
+        for ids, answers in ((data.text, None), (data.recall, data.answers)):
+            rows = max(1, most // ids.shape[1])
+            for at in range(0, len(ids), rows):
+                self.batches.append((ids[at : at + rows], None if answers is None else answers[at : at + rows]))
+        config: Any = model.config
+        tokens = data.text.numel() + data.recall.numel()
+        size = tokens * config.hidden_size * config.num_hidden_layers * model.dtype.itemsize
+        on_gpu = model.device.type == "cuda" and size < torch.cuda.mem_get_info(model.device)[0] // 2
+        self.place = model.device if on_gpu else torch.device("cpu")
+        self.kept: list[dict[int, Tensor]] = [{} for _ in self.batches]
+        self.base: Layers | None = None
+
+    def windows_of(self, chosen: Layers) -> list[int]:
+        """The windows of all layers when these are wide."""
+        return [self.wide if i in chosen else window for i, window in enumerate(self.windows)]
+
+    def _first_change(self, chosen: Layers) -> int:
+        """The first layer whose window differs from what the evaluator rests on."""
+        if self.base is None:
+            return 0
+        differ = set(self.base) ^ set(chosen)
+        return min(differ, default=len(self.windows) - 1)
+
+    def rest_on(self, chosen: Layers) -> None:
+        """Read the data with these wide layers and keep what enters every layer."""
+        if self.base != chosen:
+            self._read(chosen, self._first_change(chosen), keep=True)
+            self.base = chosen
+
+    def __call__(self, chosen: Layers) -> Losses:
+        """The losses with these wide layers."""
+        return self._read(chosen, self._first_change(chosen), keep=False)
+
+    @torch.no_grad()
+    def _read(self, chosen: Layers, start: int, *, keep: bool) -> Losses:
+        sums = {True: [0.0, 0], False: [0.0, 0]}  # loss and tokens of recall and text
+        device = self.model.device
+        with temporary_windows(self.model, self.windows_of(chosen)):
+            for (ids, answers), kept in zip(self.batches, self.kept, strict=True):
+                ids = ids.to(device)
+                entering = kept[start].to(device) if start else None
+                with _starting_at(self.model, start, entering), _keeping(self.model, kept, start, keep, self.place):
+                    hidden = hidden_states(self.model, ids)[:, :-1]
+                targets = ids[:, 1:]
+                if answers is not None:
+                    mask = answers[:, 1:].to(device)
+                    hidden, targets = hidden[mask], targets[mask]
+                losses = token_losses(self.model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+                sums[answers is not None][0] += losses.double().sum().item()
+                sums[answers is not None][1] += losses.numel()
+        recall, text = (sums[which][0] / max(1, sums[which][1]) for which in (True, False))
+        return Losses(self.weight * recall + (1 - self.weight) * text, recall, text)
+
+
+@contextmanager
+def _starting_at(model: PreTrainedModel, start: int, entering: Tensor | None) -> Iterator[None]:
+    """Within the context, a forward pass skips the layers before `start` and hands `entering` to that one."""
+    layers = decoder(model).layers
+    if entering is None:
+        yield
+        return
+
+    def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (entering, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": entering}
+
+    handle = layers[start].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for layer in layers[:start]:
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        yield
+    finally:
+        handle.remove()
+        for layer in layers[:start]:
+            del layer.forward
+
+
+@contextmanager
+def _keeping(
+    model: PreTrainedModel, kept: dict[int, Tensor], start: int, keep: bool, place: torch.device
+) -> Iterator[None]:
+    """Within the context, if asked to `keep`, what enters every layer after `start` is put into `kept`."""
+    handles = []
+
+    def see(index: int) -> Callable[..., None]:
+        def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            kept[index] = (args[0] if args else kwargs["hidden_states"]).to(place)
+
+        return look
+
+    try:
+        if keep:
+            for index, layer in enumerate(decoder(model).layers):
+                if index > start:
+                    handles.append(layer.register_forward_pre_hook(see(index), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def greedy_and_exchange(
+    candidates: Sequence[int], count: int, loss: Callable[[Layers], float], *, exchange: bool = True,
+    rest_on: Callable[[Layers], None] = lambda chosen: None,
+) -> Layers:  # fmt: skip
+    """`count` of the candidates that make `loss` small: added greedily, then exchanged one by one until nothing helps.
+
+    `loss` is called with sorted tuples; `rest_on` is told which set the next ones are made from by adding one layer.
+
+    >>> value = {0: 1.0, 1: 3.0, 2: 2.0}
+    >>> greedy_and_exchange([0, 1, 2], 2, lambda chosen: -sum(value[i] for i in chosen))
+    (1, 2)
+    """
+    chosen: Layers = ()
+    for _ in range(count):
+        rest_on(chosen)
+        chosen = min((_with(chosen, i) for i in candidates if i not in chosen), key=loss)
+    improved = exchange
+    while improved:
+        improved = False
+        for leaving in chosen:
+            rest = tuple(i for i in chosen if i != leaving)
+            rest_on(rest)
+            best = min((_with(rest, i) for i in candidates if i not in rest), key=loss)
+            if loss(best) < loss(chosen):
+                chosen, improved = best, True
+                break
+    return chosen
+
+
+def _with(chosen: Layers, layer: int) -> Layers:
+    return tuple(sorted((*chosen, layer)))
+
+
+def heuristics(candidates: Sequence[int], count: int) -> dict[str, Layers]:
+    """Placements to compare with: spread evenly, the first and the last layers.
+
+    >>> heuristics(range(30), 4)["uniform"]
+    (3, 11, 18, 26)
+    """
+    step = len(candidates) / max(1, count)
+    return {
+        "uniform": tuple(candidates[int(step * (i + 0.5))] for i in range(count)),
+        "first": tuple(candidates[:count]),
+        "last": tuple(candidates[len(candidates) - count :]),
+    }
+
+
+@dataclass
+class SearchResult:
+    """A search, as plain data.
+
+    Attributes:
+        settings: what the losses depend on; a search goes on only with the same.
+        windows: of all layers, with the best wide layers.
+        full_layers: the best wide layers.
+        evaluated: losses of every set that was measured, by layers separated by commas.
+        placements: named sets to compare with.
+        front: for every number of wide layers measured, the best set: `full_layers`, `bytes`, and its losses.
+        context: tokens for which `bytes` counts the cache.
+        seconds: spent measuring, over all runs.
+    """
+
+    settings: dict[str, Any]
+    windows: list[int] = field(default_factory=list)
+    full_layers: list[int] = field(default_factory=list)
+    evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
+    placements: dict[str, list[int]] = field(default_factory=dict)
+    front: list[dict[str, Any]] = field(default_factory=list)
+    context: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with `format`."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def losses(self, layers: Sequence[int]) -> dict[str, float]:
+        """Losses of a set that was measured; KeyError for another."""
+        return self.evaluated[name_of(tuple(sorted(layers)))]
+
+
+def name_of(layers: Layers) -> str:
+    """How a set of layers is written: `3,11`."""
+    return ",".join(map(str, layers))
+
+
+def search(
+    evaluate: Evaluator, count: int, *, context: int, settings: dict[str, Any], known: SearchResult | None = None,
+    exchange: bool = True, save: Callable[[SearchResult], None] = lambda result: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SearchResult:  # fmt: skip
+    """The best `count` wide layers, compared with placements by rule and with none and all layers wide.
+
+    Args:
+        evaluate: measures a set of wide layers.
+        count: wide layers.
+        context: tokens for which the cache's bytes are counted.
+        settings: of this search; kept in the result.
+        known: a result to go on from; what it has measured is not measured again.
+        exchange: exchange layers after the greedy search.
+        save: called with the result so far after every measurement, and with the final one.
+        progress: called with (sets looked at, sets expected in all).
+
+    Raises ValueError for a count that the model has no layers for.
+    """
+    candidates = candidate_layers(evaluate.model.config)
+    if not 0 <= count <= len(candidates):
+        raise ValueError(f"expected from 0 to {len(candidates)} layers with full attention, got {count}")
+    result = known or SearchResult(settings)
+    looked = 0
+    resting: list[Layers] = [()]
+    expected = sum(len(candidates) - i for i in range(count)) + 3 + exchange * count * (len(candidates) - count)
+
+    def losses(chosen: Layers) -> float:
+        nonlocal looked
+        name = name_of(chosen)
+        if name not in result.evaluated:
+            started = time.perf_counter()
+            evaluate.rest_on(resting[0])
+            result.evaluated[name] = asdict(evaluate(chosen))
+            result.seconds += time.perf_counter() - started
+            save(result)
+        looked += 1
+        if progress is not None:
+            progress(min(looked, expected), expected)
+        return result.evaluated[name]["loss"]
+
+    def rest_on(chosen: Layers) -> None:
+        resting[0] = chosen
+
+    losses(())
+    best = greedy_and_exchange(candidates, count, losses, exchange=exchange, rest_on=rest_on)
+    rest_on(())
+    placements = heuristics(candidates, count) | {"none": (), "all": tuple(candidates)}
+    for chosen in placements.values():
+        losses(chosen)
+    result.placements = {name: list(chosen) for name, chosen in placements.items()}
+    result.full_layers, result.windows = list(best), evaluate.windows_of(best)
+    result.context = context
+    result.front = front(evaluate, result.evaluated, context)
+    if progress is not None:
+        progress(expected, expected)
+    save(result)
+    return result
+
+
+def front(evaluate: Evaluator, evaluated: dict[str, dict[str, float]], context: int) -> list[dict[str, Any]]:
+    """For every number of wide layers the best set that was measured, as far as no smaller cache has a lower loss."""
+    best: dict[int, tuple[float, Layers]] = {}
+    for name, losses in evaluated.items():
+        layers = tuple(int(i) for i in name.split(",") if i)
+        best[len(layers)] = min(best.get(len(layers), (float("inf"), ())), (losses["loss"], layers))
+    rows: list[dict[str, Any]] = []
+    for _, (loss, layers) in sorted(best.items()):
+        if not rows or loss < rows[-1]["loss"]:
+            size = cache_bytes(evaluate.model, evaluate.windows_of(layers), context)
+            rows.append({"full_layers": list(layers), "bytes": size, **evaluated[name_of(layers)]})
+    return rows
+
+
+def count_for_bytes(model: PreTrainedModel, windows: Sequence[int], wide: int, most: int, context: int) -> int:
+    """How many layers may be wide if the cache takes at most `most` bytes after `context` tokens.
+
+    Raises ValueError if not even none may.
+    """
+    candidates = candidate_layers(model.config)
+    sizes = []
+    for count in range(len(candidates) + 1):
+        some = [wide if i in candidates[:count] else window for i, window in enumerate(windows)]
+        sizes.append(cache_bytes(model, some, context))
+    if most < sizes[0]:
+        raise ValueError(f"expected at least {sizes[0]:,} bytes for a cache of {context:,} tokens, got {most:,}")
+    return max(count for count, size in enumerate(sizes) if size <= most)
+
+
+def save_search(result: SearchResult, path: Path) -> None:
+    """Write a result as JSON; an existing file is replaced only by a whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_search(path: str | Path, settings: dict[str, Any] | None = None) -> SearchResult:
+    """Read what `save_search` wrote.
+
+    Raises ValueError for a file that is something else, and, if `settings` are given, for a search with others.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a result of nha search, there is no file at {path}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected a result of nha search at {path}, got no JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        got = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"expected a file of format {FORMAT!r} at {path}, got {got!r}")
+    try:
+        result = SearchResult(**{k: v for k, v in data.items() if k != "format"})
+    except TypeError as error:
+        raise ValueError(f"expected a whole result of nha search at {path}: {error}") from None
+    if settings is not None and result.settings != settings:
+        other = next(k for k in {**settings, **result.settings} if settings.get(k) != result.settings.get(k))
+        raise ValueError(
+            f"expected a search with {other} {settings.get(other)!r} at {path}, got {result.settings.get(other)!r}"
+        )
+    return result
+
+
+def windows_from_search(path: str | Path) -> list[int]:
+    """The windows of all layers that a search found best. Raises ValueError for a search that has not ended."""
+    result = load_search(path)
+    if not result.windows:
+        raise ValueError(f"expected a search that has ended at {path}, got one of {len(result.evaluated)} sets")
+    return list(result.windows)

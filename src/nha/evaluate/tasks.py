@@ -1,0 +1,105 @@
+"""Tasks of lm-evaluation-harness on a model: those that come with this package, and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nha.evaluate.bootstrap import interval
+
+FOLDER = Path(__file__).parent / "harness"
+OFFLINE = ("nha_cloze", "nha_choice", "nha_recall")
+STANDARD = (
+    "arc_easy", "arc_challenge", "hellaswag", "lambada_openai", "piqa", "winogrande", "fda", "swde", "squad_completion",
+    "ruler",
+)  # fmt: skip
+MIXED = {"perplexity"}  # metrics that are no mean over documents, so that an interval of them needs another way
+
+
+def task_names(wanted: str) -> list[str]:
+    """Names of tasks: "offline" and "standard" stand for `OFFLINE` and `STANDARD`; else names separated by commas.
+
+    >>> task_names("offline,piqa")
+    ['nha_cloze', 'nha_choice', 'nha_recall', 'piqa']
+    """
+    groups = {"offline": OFFLINE, "standard": STANDARD}
+    parts = [part.strip() for part in wanted.split(",") if part.strip()]
+    names = list(dict.fromkeys(name for part in parts for name in groups.get(part, (part,))))
+    if not names:
+        raise ValueError(f"expected names of tasks separated by commas, got {wanted!r}")
+    return names
+
+
+def check_harness() -> None:
+    """Raise ImportError, saying how to install it, where lm-evaluation-harness is absent."""
+    if find_spec("lm_eval") is None:
+        raise ImportError("expected the package lm-eval to run tasks, got none: pip install 'nha[eval]'")
+
+
+def known_tasks(names: Sequence[str]) -> Any:
+    """The harness's index of tasks that has these names; its own tasks are looked up only if asked for.
+
+    Raises ValueError for a task that there is not.
+    """
+    check_harness()
+    from lm_eval.tasks import TaskManager
+
+    offline = set(names) <= set(OFFLINE)
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=not offline)
+    known = {*manager.all_tasks}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"expected tasks that lm-eval knows, or offline or standard, got {', '.join(unknown)}")
+    return manager
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], *, limit: int | None = None,
+    batch_size: int = 8, longest: int | None = None, seed: int = 0, manager: Any = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run tasks through the harness's own `HFLM`: {task: {metric: {value, interval, documents}}}.
+
+    Args:
+        model, tokenizer: any causal language model of transformers, so hybrids too.
+        names: of tasks, as `task_names` gives them.
+        limit: at most so many documents of each task.
+        batch_size: texts at a time.
+        longest: tokens of the longest text (default: what the model's configuration says).
+        seed: of the bootstrap, and of few-shot examples.
+        manager: what `known_tasks` gave for these names.
+
+    Intervals are 95 % bootstrap intervals over documents, None for a metric that is no mean of them. Raises
+    ImportError without lm-eval, ValueError for a task that there is not; what the Hub lacks raises as datasets does.
+    """
+    manager = known_tasks(names) if manager is None else manager
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+
+    run, wrap = vars(evaluator)["simple_evaluate"], vars(huggingface)["HFLM"]
+    harness = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
+    length = longest or getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
+    lengths = [n for n in (4096, 8192, 16384, 32768) if n <= length] or [length]
+    metadata = {"pretrained": tokenizer.name_or_path, "max_seq_lengths": lengths}  # RULER makes its texts itself
+    found: Any = run(
+        model=harness, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
+        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        metadata=metadata if "ruler" in names or any(n.startswith("niah") for n in names) else None,
+    )  # fmt: skip
+    results: dict[str, dict[str, Any]] = {}
+    for task, row in found["results"].items():
+        samples = found["samples"].get(task, [])
+        for key, value in row.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            scores = [s[metric] for s in samples if metric in s and s.get("filter", kind) == kind]
+            means = metric not in MIXED and scores and all(isinstance(s, (bool, int, float)) for s in scores)
+            results.setdefault(task, {})[metric] = {
+                "value": float(value), "interval": list(interval(scores, seed=seed)) if means else None,
+                "documents": len(scores) or len(samples),
+            }  # fmt: skip
+    return results

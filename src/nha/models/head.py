@@ -1,0 +1,46 @@
+"""From hidden states to logits, as each family does it, for as many or as few tokens as are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+ELEMENTS = 1 << 28  # logits at a time in `token_losses`: 1 GiB of float32
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
+    """What the decoder hands to the head for ids [B, T]: [B, T, hidden]; nothing is cached."""
+    return model.get_decoder()(ids, use_cache=False, **kwargs).last_hidden_state
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., hidden], with the family's scale (Granite) and cap (Gemma)."""
+    config: Any = model.config
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Losses [N] in nats, float32, of targets [N] given hidden states [N, hidden]; a part of the logits at a time.
+
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model = NHAForCausalLM(NHAConfig.tiny())
+    >>> ids = torch.arange(40)[None]
+    >>> with torch.no_grad():
+    ...     hidden = hidden_states(model, ids)[0, :-1]
+    ...     ours, theirs = token_losses(model, hidden, ids[0, 1:]).mean(), model(ids, labels=ids).loss
+    >>> torch.allclose(ours, theirs)
+    True
+    """
+    step = max(1, ELEMENTS // model.config.get_text_config().vocab_size)
+    losses = [
+        torch.nn.functional.cross_entropy(head_logits(model, some).float(), wanted, reduction="none")
+        for some, wanted in zip(hidden.split(step), targets.split(step), strict=True)
+    ]
+    return torch.cat(losses)

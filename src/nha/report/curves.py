@@ -1,0 +1,131 @@
+"""Figures of an evaluation and of a search, in the report's style: recall by distance, loss against memory."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nha.report.plots import DPI, LIGHT, _context_axis, _figure, _plain_log_ticks, _style, _title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The forms' own colours first, then those of Okabe and Ito's that no form has.
+KNOWN = {"model": "hybrid", "full attention": "teacher", "longer window": "untuned"}
+SPARE = ("#d55e00", "#009e73", "#8a6d00", "#56b4e9", "#7f3c8d", "#5f6871")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (3, 1.5, 1, 1.5)))
+
+
+def line_styles(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """A colour and a dash for every form, always the same for forms that the report knows.
+
+    >>> line_styles(["model", "teacher", "mine"])["mine"]
+    ('#d55e00', '-')
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    spare = 0
+    for name in names:
+        known = KNOWN.get(name, name.replace(" ", "_"))
+        if known in LIGHT.forms and LIGHT.forms[known] not in found.values():
+            found[name] = LIGHT.forms[known]
+        else:
+            found[name] = (SPARE[spare % len(SPARE)], DASHES[spare // len(SPARE) % len(DASHES)])
+            spare += 1
+    return found
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT.background)
+    return buffer.getvalue()
+
+
+def _place(figure: Figure, axes: Axes, left: float, bottom: float, width: float, height: float) -> None:
+    """Put axes at inches from the lower left corner."""
+    w, h = figure.get_size_inches()
+    axes.set_position((left / w, bottom / h, width / w, height / h))
+
+
+def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
+    """Recall by distance, one panel a task and one line a form, as a PNG file's bytes.
+
+    `forms` is {form: {task: {distance: {metric: 0 to 1, metric + "_interval": [low, high]}}}}; bands are the intervals.
+    """
+    tasks = list(dict.fromkeys(task for scores in forms.values() for task in scores))
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    lines = math.ceil(len(forms) / 6)
+    gap, head, foot = (0.42, 0.78), 0.56 + 0.2 * lines, 0.62
+    panel = (8.3 / columns - gap[0], 1.55 if rows > 1 else 2.3)
+    size = (8.92, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
+    figure, first = _figure(LIGHT, size)
+    styles = line_styles(list(forms))
+    distances = sorted({int(d) for scores in forms.values() for found in scores.values() for d in found})
+    for number, task in enumerate(tasks):
+        axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        row, column = divmod(number, columns)
+        for name, scores in forms.items():
+            known = {int(d): s for d, s in scores.get(task, {}).items() if s[metric] is not None}
+            x = sorted(known)
+            colour, dash = styles[name]
+            axes.plot(
+                x, [100 * known[d][metric] for d in x], color=colour, linestyle=dash, linewidth=1.8, marker="o",
+                markersize=3.5, label=name if number == 0 else None, clip_on=False, zorder=3,
+            )  # fmt: skip
+            bands = [known[d][f"{metric}_interval"] for d in x]
+            low, high = ([100 * band[i] for band in bands] for i in (0, 1))
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set_ylim(0, 100)
+        _context_axis(axes, distances, "", narrow=True)
+        axes.set_xlim(distances[0] / 1.1, distances[-1] * 1.1)
+        _style(figure, axes, LIGHT, right=0.2)
+        bottom = foot + (rows - 1 - row) * (panel[1] + gap[1])
+        _place(figure, axes, 0.55 + column * (panel[0] + gap[0]), bottom, *panel)
+        axes.set_title(task.replace("_", " "), loc="left", fontsize=9, color=LIGHT.ink, pad=6)
+        if number >= len(tasks) - columns:
+            axes.set_xlabel("tokens between fact and answer")
+    names = {"digits": "Tokens of the answer", "exact": "Whole answers", "generated": "Answers written"}
+    _title(first, LIGHT, f"{names[metric]} that are right (%), bands: 95 % intervals")
+    figure.legend(
+        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.24 / size[1]), ncols=6, frameon=False, fontsize=8.5,
+        labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2, labelspacing=0.3,
+    )  # fmt: skip
+    return _png(figure)
+
+
+def front_png(result: Mapping[str, Any]) -> bytes:
+    """A search's losses against the bytes of the cache, as a PNG file's bytes.
+
+    `result` is a `SearchResult` as plain data: its front as a line, the placements by rule as points.
+    """
+    figure, axes = _figure(LIGHT, (7.7, 3.85))
+    rows = result["front"]
+    sizes = {len(row["full_layers"]): row["bytes"] / 1e6 for row in rows}
+    grey, blue = LIGHT.forms["teacher"][0], LIGHT.hybrid
+    axes.plot(
+        [row["bytes"] / 1e6 for row in rows], [row["loss"] for row in rows], color=blue, linewidth=2.2, marker="o",
+        markersize=5, zorder=3, label="best found",
+    )  # fmt: skip
+    for row in rows:
+        axes.annotate(
+            str(len(row["full_layers"])), (row["bytes"] / 1e6, row["loss"]), xytext=(0, 7), textcoords="offset points",
+            ha="center", fontsize=8.5, color=blue,
+        )  # fmt: skip
+    count = len(result["full_layers"])
+    for (name, marker), colour in zip((("uniform", "s"), ("first", "^"), ("last", "v")), SPARE, strict=False):
+        layers = result["placements"].get(name)
+        if layers and count in sizes:
+            loss = result["evaluated"][",".join(map(str, layers))]["loss"]
+            axes.plot([sizes[count]], [loss], marker=marker, color=colour, linestyle="", markersize=7, label=name)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    _plain_log_ticks(axes.xaxis, low, high)
+    axes.set_xlabel(f"cache of one text of {result['context']:,} tokens (MB, logarithmic)")
+    _style(figure, axes, LIGHT, right=0.25)
+    _title(axes, LIGHT, "Loss in nats, recall and text weighted; numbers: layers with full attention")
+    axes.legend(loc="upper right", frameon=False, fontsize=8.5, labelcolor=grey)
+    axes.margins(x=0.05, y=0.14)
+    return _png(figure)

@@ -1,0 +1,155 @@
+"""`nha distill` trains, goes on and saves; bad input is one line, exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from nha.cli import app
+from nha.convert.search import SearchResult, save_search
+from tests.convert.test_hybridize import byte_tokenizer
+from tests.data.test_corpus import texts
+from tests.models.families import teacher
+
+runner = CliRunner()
+SHORT = [
+    "--window",
+    "16",
+    "--slots",
+    "6",
+    "--tokens",
+    "1280",
+    "--rows",
+    "2",
+    "--length",
+    "320",
+    "--recall",
+    "0.5",
+    "--align-steps",
+    "1",
+    "--log-every",
+    "1",
+    "--no-compile",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a tiny model that reads bytes, `tiny`, and text for it, `texts.jsonl`."""
+    path = tmp_path_factory.mktemp("distill")
+    teacher(vocab_size=300).save_pretrained(path / "tiny")
+    byte_tokenizer(path / "tiny")
+    (path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(place):
+    """The text as the command prepares it."""
+    arguments = ["distill", place / "tiny", place / "unused", "--text", place / "texts.jsonl", "--corpus", place / "c"]
+    result = runner.invoke(app, [*map(str, arguments), "--prepare-only", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["documents"] == 40 and found["held_out"]["documents"] >= 1
+    assert not (place / "unused").exists()
+    return place / "c"
+
+
+def test_from_a_teacher_and_text_to_a_hybrid_that_writes(place, corpus, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["distill", str(place / "tiny"), str(run), "--corpus", str(corpus), *SHORT]
+    stopped = runner.invoke(app, [*arguments, "--budget", "0", "--json"])
+    assert stopped.exit_code == 3, stopped.output
+    assert not json.loads(stopped.stdout)["finished"] and not (run / "hybrid").exists()
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["finished"] and found["steps"] == 2 and found["last"]["tokens"] == 1280
+    names = {path.name for path in (run / "hybrid").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "distillation.json"} <= names
+    again = runner.invoke(app, ["generate", str(run / "hybrid"), "Hello there", "--max-new-tokens", "4"])
+    assert again.exit_code == 0, again.output
+    table = runner.invoke(app, arguments)
+    assert table.exit_code == 0 and "saved in" in table.stdout and "tokens/s" in table.stdout
+
+
+def test_windows_come_from_a_search(place, corpus, tmp_path):
+    save_search(SearchResult({}, windows=[16, -1, 16], full_layers=[1]), tmp_path / "search.json")
+    arguments = ["distill", place / "tiny", tmp_path / "run", "--corpus", corpus, "--windows", tmp_path / "search.json"]
+    result = runner.invoke(app, [*map(str, arguments), *SHORT[2:], "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "hybrid" / "config.json").read_text())["window_sizes"] == [16, -1, 16]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tiny}", "{new}"], "expected --text to train on, or --corpus"),
+        (["{tiny}", "{new}", "--text", "/nowhere"], "there is nothing at /nowhere"),
+        (["{tiny}", "{new}", "--corpus", "/nowhere"], "expected a corpus in /nowhere"),
+        (["{tiny}", "{new}", "--corpus", "{tiny}"], "it has no meta.json that can be read"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "-2"], "expected windows of -1"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--windows", "/nowhere"], "expected a result of nha search"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--tokens", "0"], "expected tokens of at least 1, got 0"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--trained", "all"], "expected trained to be one of"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--dtype", "int8"], "expected --dtype to be auto"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--length", "40"], "expected rows of at least"),
+        (["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "5000"], "expected documents longer than the window"),
+        (["{tiny}", "{tiny}", "--corpus", "{corpus}"], "it holds other files"),
+        (["/nowhere/at/all", "{new}", "--corpus", "{corpus}"], "expected a model directory or a Hub id"),
+        (["{gpt}", "{new}", "--corpus", "{corpus}"], "got gpt2: its positions are added to the embeddings"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, place, corpus, tmp_path):
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    shutil.copy(place / "tiny" / "model.safetensors", tmp_path / "gpt")
+    places = {"{tiny}": place / "tiny", "{corpus}": corpus, "{new}": tmp_path / "new", "{gpt}": tmp_path / "gpt"}
+    result = runner.invoke(app, ["distill", *[str(places.get(argument, argument)) for argument in arguments]])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+    assert result.stderr.strip().startswith("error:")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_corpus_of_another_tokenizer_or_with_damage_is_refused(place, corpus, tmp_path):
+    shutil.copytree(place / "tiny", tmp_path / "other")
+    tokenizer = byte_tokenizer(tmp_path / "other")
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    broken = tmp_path / "broken"
+    shutil.copytree(corpus, broken)
+    data = bytearray((broken / "tokens.bin").read_bytes())
+    data[100] ^= 1
+    (broken / "tokens.bin").write_bytes(data)
+    for model, text, message in (
+        (tmp_path / "other", corpus, "to have been read by the model's tokenizer"),
+        (place / "tiny", broken, "is damaged: prepare the corpus again"),
+    ):
+        result = runner.invoke(app, ["distill", str(model), str(tmp_path / "new"), "--corpus", str(text)])
+        assert result.exit_code == 2 and message in result.stderr.replace("\n", " "), result.output
+        assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_corpus_is_refused(place, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    arguments = ["distill", place / "tiny", tmp_path / "run", "--text", tmp_path / "empty.txt"]
+    result = runner.invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 2 and "expected text in" in result.stderr.replace("\n", " ")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.txt"}
+
+
+def test_going_on_with_other_settings_is_refused(place, corpus, tmp_path):
+    arguments = ["distill", str(place / "tiny"), str(tmp_path / "run"), "--corpus", str(corpus), *SHORT]
+    assert runner.invoke(app, [*arguments, "--budget", "0"]).exit_code == 3
+    result = runner.invoke(app, [*arguments, "--rate", "0.1"])
+    assert result.exit_code == 2 and "with rate = 0.0005, got 0.1" in result.stderr.replace("\n", " ")
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+def test_the_command_has_help_with_an_example():
+    result = runner.invoke(app, ["distill", "--help"])
+    assert result.exit_code == 0 and "Example" in result.stdout

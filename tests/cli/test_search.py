@@ -1,0 +1,118 @@
+"""`nha search`: from a model to windows that `nha hybridize` takes; unfinished searches go on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from nha.cli import app
+from tests.convert.test_hybridize import byte_tokenizer
+from tests.models.families import hybrid, teacher
+
+runner = CliRunner()
+SMALL = ["--length", "400", "--text-rows", "1", "--recall-rows", "2"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Directories with a tiny model and a hybrid of it."""
+    root = tmp_path_factory.mktemp("models")
+    for name, model in (("tiny", teacher(vocab_size=300)), ("hybrid", hybrid("llama", 16, vocab_size=300))):
+        model.save_pretrained(root / name)
+        byte_tokenizer(root / name)
+    return root
+
+
+def run(places, *arguments):
+    return runner.invoke(app, [str(places / a[1:]) if a.startswith("@") else a for a in arguments])
+
+
+def test_what_is_found_is_what_hybridize_uses(places, tmp_path):
+    path = tmp_path / "search.json"
+    options = ["--full", "1", "--window", "16", "--slots", "8", "--context", "1000", *SMALL]
+    result = run(places, "search", "@tiny", str(path), *options)
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in ("found", "uniform", "first", "last", "none", "all"))
+    found = json.loads(path.read_text())
+    assert sorted(found["windows"]) == [-1, 16, 16] and len(found["full_layers"]) == 1
+    assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
+    made = tmp_path / "made"
+    arguments = ["hybridize", "@tiny", str(made), "--windows", str(path), "--slots", "8", "--no-measure", "--json"]
+    converted = run(places, *arguments)
+    assert converted.exit_code == 0, converted.output
+    assert json.loads(converted.stdout)["window_sizes"] == found["windows"]
+
+
+def test_a_search_goes_on_with_a_larger_budget_and_refuses_other_settings(places, tmp_path):
+    path = tmp_path / "search.json"
+    first = run(places, "search", "@hybrid", str(path), "--full", "1", *SMALL, "--json")
+    assert first.exit_code == 0, first.output
+    before = json.loads(path.read_text())
+    second = run(places, "search", "@hybrid", str(path), "--full", "2", *SMALL, "--json")
+    assert second.exit_code == 0, second.output
+    after = json.loads(second.stdout)
+    assert len(after["full_layers"]) == 2 and before["evaluated"].items() <= after["evaluated"].items()
+    other = run(places, "search", "@hybrid", str(path), "--full", "2", *SMALL, "--weight", "0.9")
+    assert other.exit_code == 2
+    assert "expected a search with weight 0.9" in other.stderr.replace("\n", " ")
+    assert json.loads(path.read_text()) == after
+
+
+def test_a_budget_in_bytes(places, tmp_path):
+    path = tmp_path / "search.json"
+    whole = 2 * 2 * 8 * 4 * 5000  # keys and values, 2 heads of 8, float32
+    result = run(places, "search", "@hybrid", str(path), "--bytes", str(int(2.5 * whole)), "--context", "5000", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(path.read_text())["full_layers"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["@tiny", "{new}", "--full", "4"], "expected --full from 0 to 3, got 4"),
+        (["@tiny", "{new}", "--full", "1", "--bytes", "10"], "expected --full or --bytes, got both"),
+        (["@tiny", "{new}", "--bytes", "10", *SMALL], "expected at least"),
+        (["@tiny", "{new}", "--full", "1", "--weight", "2"], "expected --weight from 0 to 1, got 2"),
+        (["@tiny", "{new}", "--full", "1", "--wide", "8"], "expected --wide to be -1 or above the window"),
+        (["@tiny", "{new}", "--full", "1", "--window", "-1"], "expected --window of at least 0, got -1"),
+        (["@tiny", "{new}", "--full", "1", "--slots", "0"], "expected --slots of at least 1, got 0"),
+        (["@tiny", "{new}", "--full", "1", "--length", "99"], "expected --length of at least 256, got 99"),
+        (["@tiny", "{new}", "--full", "1", "--text", "/nowhere"], "expected a text file, there is none at"),
+        (["@tiny", "{new}", "--full", "1", "--length", "900000"], "expected text for 8 blocks of 900000 tokens"),
+        (["@tiny", "{dir}", "--full", "1"], "expected a file name that ends in .json"),
+        (["@tiny", "{new}/a/b.json", "--full", "1"], "expected a directory for the result"),
+        (["@tiny", "{other}", "--full", "1", *SMALL], "expected a file of format 'nha-search-v1'"),
+        (["/nowhere/at/all", "{new}", "--full", "1"], "expected a model directory or a Hub id"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(places, arguments, message, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    where = {"{new}": "new.json", "{dir}": "", "{new}/a/b.json": "new/a/b.json", "{other}": "other.json"}
+    result = run(places, "search", *(str(tmp_path / where[a]) if a in where else a for a in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"] and other.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--windows", "/nowhere.json"], "there is no file at"),
+        (["--windows", "x.json", "--window", "32"], "expected --windows or --window and --full-layers, got both"),
+        (["--windows", "x.json", "--full-layers", "1"], "expected --windows or --window and --full-layers, got both"),
+    ],
+)
+def test_hybridize_refuses_windows_that_cannot_be(places, options, message, tmp_path):
+    result = run(places, "hybridize", "@tiny", str(tmp_path / "made"), *options)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_command_has_help_with_an_example():
+    result = runner.invoke(app, ["search", "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.stdout

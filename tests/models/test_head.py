@@ -1,0 +1,37 @@
+"""Logits made from hidden states are those of the model, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nha.models.head as module
+from nha.models.head import head_logits, hidden_states, token_losses
+from tests.models.families import FAMILIES, hybrid, teacher, tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("make", [teacher, hybrid], ids=["original", "hybrid"])
+def test_the_head_gives_the_models_own_logits(family, make):
+    model, ids = make(family), tokens(2, 24)
+    with torch.no_grad():
+        assert torch.equal(head_logits(model, hidden_states(model, ids)), model(ids, use_cache=False).logits)
+
+
+def test_a_cap_on_the_logits_is_kept():
+    model, ids = teacher("gemma2", final_logit_softcapping=0.5), tokens(1, 12)
+    with torch.no_grad():
+        found = head_logits(model, hidden_states(model, ids))
+        assert torch.equal(found, model(ids, use_cache=False).logits)
+    assert found.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("elements", [1, 97 * 7, 1 << 28])
+def test_losses_do_not_depend_on_how_many_logits_are_made_at_a_time(elements, monkeypatch):
+    monkeypatch.setattr(module, "ELEMENTS", elements)
+    model, ids = teacher("granite"), tokens(1, 30)
+    with torch.no_grad():
+        hidden = hidden_states(model, ids)[0, :-1]
+        wanted = F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="none")
+        assert torch.allclose(token_losses(model, hidden, ids[0, 1:]), wanted, atol=1e-6)
