@@ -17,6 +17,7 @@ STANDARD = (
     "arc_easy", "arc_challenge", "hellaswag", "lambada_openai", "piqa", "winogrande", "fda", "swde", "squad_completion",
     "ruler",
 )  # fmt: skip
+MADE = ("ruler", "niah_")  # tasks that make texts of several lengths themselves, with the model's tokenizer by its name
 MIXED = {"perplexity"}  # metrics that are no mean over documents, so that an interval of them needs another way
 
 
@@ -40,16 +41,16 @@ def check_harness() -> None:
         raise ImportError("expected the package lm-eval to run tasks, got none: pip install 'nha[eval]'")
 
 
-def known_tasks(names: Sequence[str]) -> Any:
+def known_tasks(names: Sequence[str], metadata: dict[str, Any] | None = None) -> Any:
     """The harness's index of tasks that has these names; its own tasks are looked up only if asked for.
 
-    Raises ValueError for a task that there is not.
+    `metadata` is for tasks that make their own texts. Raises ValueError for a task that there is not.
     """
     check_harness()
     from lm_eval.tasks import TaskManager
 
     offline = set(names) <= set(OFFLINE)
-    manager = TaskManager(include_path=str(FOLDER), include_defaults=not offline)
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=not offline, metadata=metadata)
     known = {*manager.all_tasks}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -75,19 +76,20 @@ def run_tasks(
     Intervals are 95 % bootstrap intervals over documents, None for a metric that is no mean of them. Raises
     ImportError without lm-eval, ValueError for a task that there is not; what the Hub lacks raises as datasets does.
     """
-    manager = known_tasks(names) if manager is None else manager
+    length = longest or getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
+    if any(name.startswith(MADE) for name in names):
+        lengths = [n for n in (4096, 8192, 16384, 32768) if n <= length] or [length]
+        manager = known_tasks(names, {"pretrained": tokenizer.name_or_path, "max_seq_lengths": lengths})
+    elif manager is None:
+        manager = known_tasks(names)
     from lm_eval import evaluator
     from lm_eval.models import huggingface
 
     run, wrap = vars(evaluator)["simple_evaluate"], vars(huggingface)["HFLM"]
     harness = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
-    length = longest or getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
-    lengths = [n for n in (4096, 8192, 16384, 32768) if n <= length] or [length]
-    metadata = {"pretrained": tokenizer.name_or_path, "max_seq_lengths": lengths}  # RULER makes its texts itself
     found: Any = run(
         model=harness, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
         random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-        metadata=metadata if "ruler" in names or any(n.startswith("niah") for n in names) else None,
     )  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
     for task, row in found["results"].items():
