@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from tests.builders import exponent_rounding, terms_behind
 from tests.inputs import (
     Case,
     assert_close_to,
@@ -25,22 +26,6 @@ def results(flat, window, impl):
     found = {"out": output.out, "mass": output.slot_mass}
     found |= {"slot_key": output.state.slot_key, "slot_value": output.state.slot_value}
     return found | {"d" + n: g for n, g in gradients(flat, random_loss(output)).items()}
-
-
-def exponent_rounding(log_gate):
-    """exp(x) of a rounded x errs by |x| units: the largest running sum of 16 log-gates, taken from its middle."""
-    gate = torch.nn.functional.pad(log_gate.detach().double().clamp(-5, 0), (0, 0, 0, 0, 0, 15))
-    return 1 + gate.unfold(1, 16, 1).sum(-1).abs().max().item() / 2
-
-
-def terms_behind(flat, exact):
-    """The size of the terms that were summed where they may cancel: a result rounds like these, however small it is.
-
-    Slots and outputs are weighted means of keys and values; a gate's gradient is a difference of inner products x . dx.
-    """
-    pairs = [(x.double() * exact["d" + n]).abs().sum(-1).max() for n, x in flat.items() if n != "log_gate"]
-    key, value = (flat[n].detach().double().abs().max() for n in ("k_slot" if "k_slot" in flat else "k", "v"))
-    return {"out": value, "slot_key": key, "slot_value": value, "dlog_gate": torch.stack(pairs).max()}
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=lambda d: str(d).removeprefix("torch."))

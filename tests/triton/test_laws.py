@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from nha import NHAState
-from tests.inputs import TOKENWISE, Case, call, error, gradients, leaves, make, random_loss, rounding
-from tests.laws.test_implementations import exponent_rounding, terms_behind
+from tests.builders import (
+    TOKENWISE,
+    Case,
+    call,
+    error,
+    exponent_rounding,
+    gradients,
+    leaves,
+    make,
+    random_loss,
+    rounding,
+    terms_behind,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
