@@ -1,4 +1,4 @@
-"""Random inputs of `nha_attention`, what comes back of a call, and how far rounding may move it. Needs PyTorch alone."""
+"""Random inputs of `nha_attention`, what a call gives back, how far rounding may move it. Needs PyTorch alone."""
 
 from __future__ import annotations
 

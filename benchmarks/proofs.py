@@ -1,0 +1,327 @@
+"""How the kernels sit in PyTorch: operators, compilation, autocast, CUDA graphs, refusals, compile times.
+
+A proof gets a `Setting` and returns its verdict in one line that begins with pass, FAIL or skip.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.problems import Problem, make, place, results, rms
+from nha import nha_attention
+from nha.ops import choose, implementations
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a proof runs; `tiny` asks for sizes that Triton's interpreter can bear."""
+
+    device: str
+    seed: int
+    tiny: bool = False
+
+
+def verdict(bad: list[str], found: str = "") -> str:
+    return " ".join(["FAIL" if bad else "pass", *filter(None, (found, "; ".join(bad)))])
+
+
+def small(**changes: Any) -> Problem:
+    """A problem that takes every input at once."""
+    sizes = {"dim": 64, "value_dim": 64, "slots": 32, "window": 32, "length": 150, "heads": 2, "groups": 2}
+    return Problem(**(sizes | {"sinks": 1, "separate": True, "start": "filled"} | changes))
+
+
+def little(setting: Setting, **changes: Any) -> Problem:
+    """`small`, in the interpreter smaller still."""
+    sizes = {"dtype": "fp32", "dim": 8, "value_dim": 6, "slots": 5, "window": 5, "length": 20, "heads": 1}
+    return small(**(sizes | changes)) if setting.tiny else small(**changes)
+
+
+def automatic(setting: Setting) -> str:
+    """impl="auto" is triton on CUDA, and `nha doctor` says so and finds everything right."""
+    wanted = "triton" if setting.device == "cuda" else "chunked"
+    bad = [] if choose("auto", setting.device) == wanted else [f"auto is {choose('auto', setting.device)}"]
+    if implementations()["triton"] != "available":
+        bad.append(f"triton is {implementations()['triton']}")
+    run = subprocess.run([sys.executable, "-m", "nha", "doctor", "--json"], cwd=ROOT, capture_output=True, text=True)
+    missing = re.search(r"No module named '(\w+)'", run.stderr)
+    if missing:
+        return verdict(bad, f"without nha doctor, which needs {missing[1]}")
+    if not run.stdout.startswith("{"):
+        return verdict([*bad, f"nha doctor printed {(run.stdout + run.stderr)[-200:]!r}"])
+    doctor = json.loads(run.stdout)
+    if doctor["chosen"] != wanted or not doctor["healthy"]:
+        bad.append(f"nha doctor chose {doctor['chosen']} and found healthy={doctor['healthy']}")
+    return verdict(bad, f"doctor: {doctor['why']}")
+
+
+def refusals(setting: Setting) -> str:
+    """What the kernels cannot do is refused in one line that names it and the limit; "auto" then takes another way."""
+    q = torch.randn(1, 9, 2, 16, device=setting.device)
+    gate = -torch.rand(1, 9, 1, 4, device=setting.device)
+
+    def arguments(dim: int = 16, slots: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        key = q.new_zeros(1, 9, 1, dim).to(dtype)
+        return [q.new_zeros(1, 9, 2, dim).to(dtype), key, key, gate.new_zeros(1, 9, 1, slots).to(dtype)]
+
+    asked: list[tuple[str, list[Tensor], dict[str, Any]]] = [
+        (r"softcap=1\.5", arguments(), {"softcap": 1.5}),
+        (r"float64.*float32", arguments(dtype=torch.float64), {}),
+        (r"264.*256", arguments(dim=264, dtype=torch.bfloat16), {}),
+        (r"129.*128", arguments(slots=129, dtype=torch.bfloat16), {}),
+    ]
+    bad = []
+    for wanted, given, options in asked:
+        try:
+            nha_attention(*given, window_size=3, impl="triton", **options)  # type: ignore[arg-type]
+            bad.append(f"{wanted} was not refused")
+        except NotImplementedError as refusal:
+            if not re.search(wanted, str(refusal)) or "\n" in str(refusal):
+                bad.append(f"expected {wanted} in one line, got {str(refusal)!r}")
+        out = nha_attention(*given, window_size=3, **options).out  # type: ignore[arg-type]
+        if not out.isfinite().all():
+            bad.append(f"auto gave no finite result for {wanted}")
+    return verdict(bad)
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the calls of this library's operators: (operator, arguments, whether gradients were recorded)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "nha":
+            self.calls.append((func, (args, kwargs or {}), torch.is_grad_enabled()))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(setting: Setting) -> str:
+    """torch.library.opcheck of every operator, with the arguments of real calls."""
+    problems = [little(setting), little(setting, kind="packed", start="fresh", separate=False, sinks=0),
+                little(setting, kind="steps")]  # fmt: skip
+    seen: dict[tuple, str] = {}
+    for problem in problems:
+        recorder = Recorder()
+        with recorder:
+            results(problem, place(make(problem, setting.seed), setting.device), "triton")
+        for operator, (args, kwargs), recorded in recorder.calls:
+            key = (str(operator), tuple(x is None for x in args))
+            if key in seen:
+                continue
+
+            def fresh(x: Any, recorded: bool = recorded) -> Any:
+                if not isinstance(x, Tensor):
+                    return x
+                return x.detach().clone().requires_grad_(recorded and x.requires_grad)
+
+            given = tuple(fresh(x) for x in args), {n: fresh(x) for n, x in kwargs.items()}
+            try:
+                torch.library.opcheck(operator, *given)
+                seen[key] = ""
+            except Exception as failure:
+                seen[key] = f"{operator}: {' '.join(str(failure).split())[:300]}"
+    names = sorted({name for name, *_ in seen})
+    return verdict([x for x in seen.values() if x], f"{len(seen)} calls of {', '.join(names)}")
+
+
+def hybrid(setting: Setting) -> Any:
+    """A hybrid Llama of three layers (slots and window, full attention, slots alone), in float32."""
+    from tests.models.families import hybrid as build
+
+    sizes = {} if setting.tiny else {"hidden_size": 256, "intermediate_size": 256}
+    return build("llama", [8, -1, 0], **sizes).to(setting.device)
+
+
+def token_ids(setting: Setting, batch: int, length: int) -> Tensor:
+    from tests.models.families import tokens
+
+    return tokens(batch, length, seed=setting.seed).to(setting.device)
+
+
+def step(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Loss and gradients of a training step; `model` may be compiled."""
+    model.zero_grad()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    named = ((n.removeprefix("_orig_mod."), x.grad) for n, x in model.named_parameters())
+    return {"loss": loss.detach()} | {n: x.clone() for n, x in named if x is not None}
+
+
+def no_worse(found: dict[str, Tensor], other: dict[str, Tensor], exact: dict[str, Tensor], eps: float) -> list[str]:
+    """Where `found` errs more than twice as much as `other` and its rounding, judged by `exact`."""
+    bad = [] if found.keys() >= exact.keys() else [f"no gradient of {sorted(exact.keys() - found.keys())[0]}"]
+    for name in exact.keys() & found.keys():
+        off, limit = (rms(x[name].double() - exact[name]) for x in (found, other))
+        limit = 2 * (limit + eps * max(rms(exact[name]), 1e-3 * exact["loss"].item()))
+        bad += [] if off <= limit else [f"{name} rms error {off:.2e} > {limit:.2e}"]
+    return bad
+
+
+def compiled(model: Any, setting: Setting, **options: Any) -> Any:
+    """The model through torch.compile without a graph break."""
+    torch._dynamo.reset()
+    backend = {"backend": "aot_eager"} if setting.tiny else options
+    return torch.compile(model, fullgraph=True, **backend)
+
+
+def training(setting: Setting) -> str:
+    """A hybrid's training step compiles without a graph break and errs no more than eager."""
+    model, ids = hybrid(setting).train(), token_ids(setting, 2, 40 if setting.tiny else 200)
+    exact = step(copy.deepcopy(model).double(), ids)
+    dtype = torch.float32 if setting.tiny else torch.bfloat16
+    model = model.to(dtype)
+    eager = step(model, ids)
+    start = time.perf_counter()
+    found = step(compiled(model, setting), ids)
+    seconds = time.perf_counter() - start
+    return verdict(no_worse(found, eager, exact, torch.finfo(dtype).eps), f"compiled in {seconds:.0f} s")
+
+
+def decoding(setting: Setting) -> str:
+    """A hybrid's decoding step compiles once, without a graph break, runs as a CUDA graph and keeps its addresses."""
+    from transformers import StaticCache
+
+    from nha.models.cache import nha_layers
+
+    model, ids, start = hybrid(setting), token_ids(setting, 2, 30), 14
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, use_cache=False).logits
+        eager = model(ids, use_cache=False).logits
+        one = compiled(model, setting, mode="reduce-overhead")
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        model(ids[:, :start], past_key_values=cache, use_cache=True)
+        held = [x.data_ptr() for layer in nha_layers(cache) for x in layer.state.tensors().values()]  # type: ignore[union-attr]
+        found, began, seconds = [], time.perf_counter(), 0.0
+        try:
+            for at in range(start, 30):
+                if at == start + 2:
+                    seconds = time.perf_counter() - began
+                    torch.compiler.set_stance("fail_on_recompile")
+                position = torch.full((2, 1), at, device=ids.device)
+                options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
+                found.append(one(ids[:, at : at + 1], **options).logits.clone())
+        finally:
+            torch.compiler.set_stance("default")
+    now = [x.data_ptr() for layer in nha_layers(cache) for x in layer.state.tensors().values()]  # type: ignore[union-attr]
+    bad = [] if held == now else ["the state moved"]
+    logits = torch.cat(found, 1).double() - exact[:, start:]
+    limit = 2 * (rms(eager[:, start:].double() - exact[:, start:]) + torch.finfo(torch.float32).eps * rms(exact))
+    if not rms(logits) <= limit:
+        bad.append(f"logits rms error {rms(logits):.2e} > {limit:.2e}")
+    return verdict(bad, f"compiled in {seconds:.0f} s")
+
+
+def autocast(setting: Setting) -> str:
+    """Under autocast a float32 hybrid trains in bfloat16, and the operator takes float32 beside bfloat16, as SDPA does."""
+    kind = "cpu" if setting.device == "cpu" else "cuda"
+    model, ids = hybrid(setting).train(), token_ids(setting, 2, 40)
+    exact = step(copy.deepcopy(model).double(), ids)
+    low = step(copy.deepcopy(model).bfloat16(), ids)
+    bad = []
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            bad += no_worse(step(model, ids), low, exact, torch.finfo(torch.bfloat16).eps)
+    except Exception as failure:
+        bad.append(f"the model raised {type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
+    flat = place(make(replace(small(), dtype="fp32", start="fresh"), setting.seed), setting.device)
+    q, k, v, gate = (flat[n].detach() for n in ("q", "k", "v", "log_gate"))
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            mixed = nha_attention(q, k, v.bfloat16(), gate, window_size=8).out
+        plain = nha_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), gate, window_size=8).out
+        if mixed.dtype != torch.bfloat16 or not torch.equal(mixed, plain):
+            bad.append(f"mixed inputs gave {mixed.dtype} and {rms(mixed.double() - plain.double()):.1e} off")
+    except TypeError as failure:
+        bad.append(f"mixed inputs raised {failure}")
+    return verdict(bad)
+
+
+def graph(setting: Setting) -> str:
+    """Single tokens through a CUDA graph that carries the state in place equal the sequence in one call."""
+    if setting.device == "cpu":
+        return "skip a CUDA graph needs a GPU"
+    problem = small(start="fresh", kind="whole", length=80)
+    flat = {n: x.detach() for n, x in place(make(problem, setting.seed), setting.device).items()}
+    sink = (flat.pop("sink_key"), flat.pop("sink_value"))
+    options: dict[str, Any] = {"window_size": problem.window, "sink": sink, "impl": "triton"}
+    whole = nha_attention(**flat, **options).out  # type: ignore[arg-type]
+    start = 50
+    state = nha_attention(**{n: x[:, :start] for n, x in flat.items()}, return_state=True, **options).state  # type: ignore[arg-type]
+    assert state is not None
+    held = state._map(torch.clone)
+    token = {n: x[:, start : start + 1].clone() for n, x in flat.items()}
+
+    def one() -> Tensor:
+        output = nha_attention(**token, state=held, return_state=True, **options)  # type: ignore[arg-type]
+        assert output.state is not None
+        for name, x in output.state.tensors().items():
+            held.tensors()[name].copy_(x)
+        return output.out
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):
+            one()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(captured):
+        out = one()
+    for name, x in state.tensors().items():
+        held.tensors()[name].copy_(x)
+    found = []
+    for at in range(start, problem.length):
+        for name, x in token.items():
+            x.copy_(flat[name][:, at : at + 1])
+        captured.replay()
+        found.append(out.clone())
+    off = rms(torch.cat(found, 1).double() - whole[:, start:].double())
+    limit = 2 * torch.finfo(whole.dtype).eps * rms(flat["v"])
+    return verdict([] if off <= limit else [f"rms difference {off:.2e} > {limit:.2e}"], f"off by {off:.1e} rms")
+
+
+def no_retuning(setting: Setting) -> str:
+    """After one short and one long sequence, no other length or batch compiles anything; first calls take under 20 s."""
+    if setting.tiny:
+        return "skip the interpreter compiles nothing"
+    folder = tempfile.mkdtemp(prefix="nha-cold-")
+
+    def run(batch: int, length: int) -> float:
+        start = time.perf_counter()
+        problem = Problem(batch=batch, length=length, heads=8)
+        flat = place({n: x[:, :1].expand(-1, length, -1, -1) for n, x in make(replace(problem, length=1), 0).items()},
+                     setting.device)  # fmt: skip
+        out = nha_attention(**flat, window_size=64, impl="triton").out  # type: ignore[arg-type]
+        torch.autograd.grad(out, list(flat.values()), torch.ones_like(out))
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        first = run(1, 300), run(1, 20000)
+        kernels = len(list(Path(folder).rglob("*.cubin")))
+        for batch, length in ((1, 301), (3, 1000), (2, 4096), (1, 32768), (16, 2048), (1, 6001)):
+            run(batch, length)
+    more = len(list(Path(folder).rglob("*.cubin"))) - kernels
+    shutil.rmtree(folder, ignore_errors=True)
+    return verdict([f"{more} more kernels compiled"] if more else [],
+                   f"{kernels} kernels, first calls beside other work {first[0]:.1f} s and {first[1]:.1f} s")  # fmt: skip
