@@ -22,8 +22,12 @@ class Blocks(NamedTuple):
     value: int
     sinks: int
     chunk: int  # tokens between two kept slot states, keys of one program of the backward pass
+    heads: int  # query heads of one step
     block: int  # window keys of one step of a block of queries, and the other way round
     warps: int
+    stages: int  # loads under way in a loop over window keys
+    key_warps: int
+    key_stages: int
     precision: str
     dtype: tl.dtype  # operands of matrix products
     gated: tl.dtype  # operands that carry gate factors of up to exp(40)
@@ -33,7 +37,7 @@ def _width(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int) -> Blocks:
+def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, groups: int) -> Blocks:
     """Block sizes that fit into the shared memory and registers of a current GPU."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
@@ -41,14 +45,24 @@ def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int)
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
     crowded = wide > 128 or _width(slots) > 64
+    chunk = (16 if wide > 64 else 32) if exact else 64
+    if exact:
+        heads = 64 // chunk
+    else:
+        heads = 2 if groups > 1 and groups != 3 and not crowded else 1
+    rows = heads * chunk
     return Blocks(
         slots=_width(slots, row),
         key=_width(dim, row),
         value=_width(value_dim, row),
         sinks=_width(sinks),
-        chunk=(16 if wide > 64 else 32) if exact else 64,
+        chunk=chunk,
+        heads=heads,
         block=16 if exact else 32,
-        warps=8 if crowded or (exact and wide > 64) else 4,
+        warps=8 if crowded else rows // 16,
+        stages=2 if rows == 128 else 1,
+        key_warps=8 if crowded or (exact and wide > 64) else 4,
+        key_stages=1 if exact or crowded else 3,
         precision="tf32x3" if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,

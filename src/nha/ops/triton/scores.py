@@ -32,8 +32,8 @@ def scores_kernel(
     v_b, v_t, v_h, qs_b, qs_t, qs_h, ks_b, ks_t, ks_h, g_b, g_t, g_h,
     scale, length, past, window, chunks, blocks, first_block, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
-    SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
-    DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, LATE: tl.constexpr, LIVE: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """delta [T, HQ] of one block, and for the blocks from first_block on, with programs (block, KV head):
@@ -46,6 +46,7 @@ def scores_kernel(
     delta = out . grad_out + mass * grad_mass is what the softmax takes off every score's gradient. LATE and LIVE as in
     `forward_kernel`; WEIGHED: there is a grad_mass.
     """
+    rows: tl.constexpr = HEADS * CHUNK
     sequence, block = locate(first_block + tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
@@ -55,45 +56,52 @@ def scores_kernel(
     chunk = block - (offset + CHUNK - 1) // CHUNK
     here = chunk >= 0
     u0 = chunk * CHUNK
-    line = tl.arange(0, CHUNK)
+    token, line = tl.arange(0, CHUNK), tl.arange(0, rows) % CHUNK
+    member = tl.arange(0, rows) // CHUNK
     real = (u0 + line + offset >= 0) & (u0 + line < count - offset)
     live_from = 0
     if LATE and not LIVE:
         live_from = tl.load(first + sequence).to(tl.int32)
     token0, query0, query_heads = key_start + u0, start + u0 + offset, heads * groups
     place = (base + chunk) * heads + head
+    committed = here & (u0 + token < count - offset)
     gate_at = log_gate + row * g_b + token0 * g_t + head * g_h
-    saved0 = tl.program_id(0).to(tl.int64) * query_heads + head * groups
+    keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, token * ks_t, committed, D, KEY)
+    values = load_rows(v + row * v_b + token0 * v_t + head * v_h, token * v_t, committed, DV, VALUE)
+    seen = token[None, :] <= line[:, None]
+    block_head = tl.program_id(0).to(tl.int64) * heads + head
     harsh = is_harsh(decay + place * M, here, M, SLOTS)
     for part in tl.range(0, 1 + harsh * (CHUNK // PART - 1), disable_licm=True):
-        mine = real & in_pass(part, harsh, CHUNK)
-        gate = load_gates(gate_at, line * g_t, here & real, M, SLOTS)
-        rise = rise_of(gate, part, harsh, CHUNK)
+        mine = real & in_pass(line, part, harsh)
+        gate = load_gates(gate_at, token * g_t, committed, M, SLOTS)
+        rise = rise_of(gate, part, harsh, CHUNK, HEADS)
         border = border_of(gate, part, harsh, CHUNK)
         held_key = load_held(slot_key + place * M * D, border, here, M, SLOTS, D, KEY).to(GATED)
         held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
-        border_at = (tl.program_id(0).to(tl.int64) * heads + head) * (CHUNK // PART) + part
-        tl.store(borders + border_at * SLOTS + tl.arange(0, SLOTS), border)
+        border_at = borders + (block_head * (CHUNK // PART) + part) * SLOTS
+        tl.store(border_at + tl.arange(0, SLOTS), border)
         fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE == tl.float32)).to(GATED)
-        change = tl.zeros([CHUNK, SLOTS], tl.float32)
-        for group in tl.range(0, groups, disable_licm=True):
+        change = tl.zeros([rows, SLOTS], tl.float32)
+        for group in tl.range(0, groups, HEADS, disable_licm=True):
+            shown = mine & (group + member < groups)
             query_head = head * groups + group
             to = (row * length + query0) * query_heads + query_head
-            to_line = line * query_heads
-            grad = load_rows(grad_out + to * DV, to_line * DV, mine, DV, VALUE)
-            result = load_rows(out + to * DV, to_line * DV, mine, DV, VALUE)
+            to_line = line * query_heads + member
+            grad = load_rows(grad_out + to * DV, to_line * DV, shown, DV, VALUE)
+            result = load_rows(out + to * DV, to_line * DV, shown, DV, VALUE)
             taken_off = tl.sum(result.to(tl.float32) * grad.to(tl.float32), 1)
-            off_mass = tl.zeros([CHUNK], tl.float32)
+            off_mass = tl.zeros([rows], tl.float32)
             if WEIGHED:
-                off_mass = tl.load(grad_mass + to + to_line, mask=mine, other=0.0).to(tl.float32)
-                taken_off += tl.load(mass + to + to_line, mask=mine, other=0.0) * off_mass
-            tl.store(delta + to + to_line, taken_off, mask=mine)
+                off_mass = tl.load(grad_mass + to + to_line, mask=shown, other=0.0).to(tl.float32)
+                taken_off += tl.load(mass + to + to_line, mask=shown, other=0.0) * off_mass
+            tl.store(delta + to + to_line, taken_off, mask=shown)
             if here:
                 taken_off -= off_mass
-                total = tl.load(lse + to + to_line, mask=mine, other=float("inf"))
+                total = tl.load(lse + to + to_line, mask=shown, other=float("inf"))
                 query_at = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
-                query = load_rows(query_at, line * qs_t, mine, D, KEY)
-                saved = (saved0 + group) * CHUNK
+                query = load_rows(query_at, line * qs_t + member * qs_h, shown, D, KEY)
+                saved = (block_head * groups + group) * CHUNK
+                kept_line = tl.arange(0, rows)
                 if S > 0:
                     sink = load_slots(sink_key + head * S * D, here, S, SINKS, D, KEY)
                     score = matmul(query, tl.trans(sink), DTYPE, PRECISION) * (scale * LOG2_E) - total[:, None]
@@ -102,10 +110,8 @@ def scores_kernel(
                         weight = tl.where((u0 + line >= live_from)[:, None], weight, 0.0)
                     sink = load_slots(sink_value + head * S * DV, here, S, SINKS, DV, VALUE)
                     dscore = matmul(grad, tl.trans(sink), DTYPE, PRECISION) - taken_off[:, None]
-                    store_rows(sink_scores + saved * S, line * S, mine, dscore * weight * scale, S, SINKS)
-                    store_rows(sink_weights + saved * S, line * S, mine, weight, S, SINKS)
-                keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, line * ks_t, real, D, KEY)
-                seen = line[None, :] <= line[:, None]
+                    store_rows(sink_scores + saved * S, kept_line * S, shown, dscore * weight * scale, S, SINKS)
+                    store_rows(sink_weights + saved * S, kept_line * S, shown, weight, S, SINKS)
                 dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
                 score = matmul(query, tl.trans(held_key), GATED, PRECISION) + matmul(dots, fall, GATED, PRECISION)
                 score *= rise * scale
@@ -114,24 +120,23 @@ def scores_kernel(
                     weight = tl.where((tl.arange(0, SLOTS) < M)[None, :], weight, 0.0)
                 if LATE:
                     weight = tl.where((u0 + line >= live_from)[:, None], weight, 0.0)
-
-                values = load_rows(v + row * v_b + token0 * v_t + head * v_h, line * v_t, real, DV, VALUE)
                 reach = tl.where(seen, matmul(grad, tl.trans(values), DTYPE, PRECISION), 0.0)
                 dspread = matmul(grad, tl.trans(held_value), GATED, PRECISION) + matmul(reach, fall, GATED, PRECISION)
                 dspread *= rise
                 dscore = weight * (dspread - taken_off[:, None])
                 change += dscore * score + weight * dspread
 
-                at = line * (CHUNK + SLOTS)
+                at = kept_line * (CHUNK + SLOTS)
                 kept = value_scores + saved * (CHUNK + SLOTS)
                 spread = (weight * rise).to(GATED)
-                store_rows(kept + CHUNK, at, mine, spread, SLOTS, SLOTS)
+                store_rows(kept + CHUNK, at, shown, spread, SLOTS, SLOTS)
                 back = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
-                store_rows(kept, at, mine, back, CHUNK, CHUNK)
+                store_rows(kept, at, shown, back, CHUNK, CHUNK)
                 kept = key_scores + saved * (CHUNK + SLOTS)
                 spread = (dscore * (rise * scale)).to(GATED)
-                store_rows(kept + CHUNK, at, mine, spread, SLOTS, SLOTS)
+                store_rows(kept + CHUNK, at, shown, spread, SLOTS, SLOTS)
                 back = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
-                store_rows(kept, at, mine, back, CHUNK, CHUNK)
-        kept = (tl.program_id(0).to(tl.int64) * heads + head) * (CHUNK * SLOTS)
-        store_rows(drise + kept, line * SLOTS, mine & here, change, SLOTS, SLOTS)
+                store_rows(kept, at, shown, back, CHUNK, CHUNK)
+        summed = tl.sum(tl.reshape(change, [HEADS, CHUNK, SLOTS]), 0)
+        own = committed & in_pass(token, part, harsh)
+        store_rows(drise + block_head * (CHUNK * SLOTS), token * SLOTS, own, summed, SLOTS, SLOTS)
