@@ -68,7 +68,7 @@ def test_kernels_err_at_most_twice_as_much_as_the_reference(name):
 def test_sixteen_bit_operands_fill_rows_of_128_bytes(dtype, size):
     from nha.ops.triton.plan import blocks
 
-    sizes = blocks(dtype, dim=size, value_dim=size, slots=size, sinks=0, groups=4)
+    sizes = blocks(dtype, dim=size, value_dim=size, slots=size, sinks=0)
     assert min(sizes.slots, sizes.key, sizes.value) * dtype.itemsize >= 128
 
 

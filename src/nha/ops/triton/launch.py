@@ -14,7 +14,6 @@ from nha.ops.triton.keys import key_kernel
 from nha.ops.triton.launcher import launch
 from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
 from nha.ops.triton.query import query_kernel
-from nha.ops.triton.scores import scores_kernel
 from nha.ops.triton.slots import slots_kernel
 from nha.ops.triton.state import reverse_kernel, states_kernel
 
@@ -82,7 +81,7 @@ class Inputs(NamedTuple):
         """Programs and block sizes of this call."""
         batch, length, query_heads, dim = self.q.shape
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
-        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks, query_heads // heads)
+        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks)
         columns = heads * _columns((dim, value_dim), STATE_WIDTH)
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
 
@@ -158,7 +157,7 @@ def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[
         CHUNK=sizes.chunk, HEADS=sizes.heads, BLOCK=sizes.block,
         DTYPE=sizes.dtype, GATED=sizes.gated, PRECISION=sizes.precision, PACKED=plan.cu is not None,
         LATE=inputs.first is not None, LIVE=inputs.live, WINDOWED=plan.window > 0, SEPARATE=inputs.q_slot is not None,
-        num_warps=sizes.warps, num_stages=sizes.stages,
+        num_warps=sizes.warps, num_stages=1,
     )  # fmt: skip
     return out, mass, lse
 
@@ -213,7 +212,7 @@ def gradients(
     width = sizes.chunk + sizes.slots
     scores = [v.new_empty(slab, query_heads, sizes.chunk, width, dtype=kept) for _ in range(2)]
     sink_scores = [v.new_empty(slab, query_heads, sizes.chunk, sinks, dtype=torch.float32) for _ in range(2)]
-    drise = v.new_empty(slab, heads, sizes.chunk, sizes.slots, dtype=torch.float32)
+    rise_grads = v.new_empty(slab, query_heads, sizes.chunk, sizes.slots, dtype=kept)
     borders = v.new_empty(slab, heads, sizes.chunk // 16, sizes.slots, dtype=torch.float32)
     shared = {"CHUNK": sizes.chunk, "DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
     slotted = {"M": slots, "S": sinks, "SLOTS": sizes.slots, "SINKS": sizes.sinks, **shared}
@@ -223,25 +222,20 @@ def gradients(
         count = min(slab, blocks - start)
         place = (length, plan.past, plan.window, plan.chunks, plan.blocks, start)
         launch(
-            scores_kernel, (count, heads), inputs.kind,
-            v, slot_query, token_key, gate, states.key, states.value, states.decay, inputs.sink_key, inputs.sink_value,
-            inputs.first, *tables, out, mass, lse, grad_out, grad_mass, delta, *scores, *sink_scores, drise, borders,
-            *strides(v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
-            HEADS=sizes.heads, GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None,
+            query_kernel, (count, heads), inputs.kind,
+            q, k, v, slot_query, token_key, gate, states.key, states.value, states.decay,
+            inputs.sink_key, inputs.sink_value, inputs.first, *tables,
+            out, mass, lse, grad_out, grad_mass, delta, dq, dq_slot, *scores, rise_grads, *sink_scores, borders,
+            *strides(q, k, v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
+            HEADS=sizes.heads, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, LIVE=inputs.live, WINDOWED=windowed,
+            SEPARATE=inputs.q_slot is not None, WEIGHED=grad_mass is not None,
             num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
         launch(
-            query_kernel, (count, heads * -(-groups // sizes.heads)), inputs.kind,
-            q, k, v, token_key, states.key, states.decay, inputs.sink_key, inputs.first, *tables,
-            lse, grad_out, delta, scores[0], sink_scores[0], borders, dq, dq_slot, *strides(q, k, v, token_key),
-            inputs.scale, *place, heads, groups, HEADS=sizes.heads, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, WINDOWED=windowed,
-            SEPARATE=inputs.q_slot is not None, num_warps=sizes.warps, num_stages=sizes.stages, **slotted, **wide,
-        )  # fmt: skip
-        launch(
             slots_kernel, (count, heads), inputs.kind,
-            v, slot_query, token_key, gate, states.decay, grad_out, *scores, *sink_scores, drise, borders, *tables,
+            v, slot_query, token_key, gate, states.decay, grad_out, *scores, rise_grads, *sink_scores, borders, *tables,
             dk_slot, dv, *dslots, *dsinks, dgate, *strides(v, slot_query, token_key, gate),
-            *place, key_length, heads, groups, GATED=sizes.gated, num_warps=4, num_stages=2, **slotted, **wide,
+            *place, key_length, heads, groups, GATED=sizes.gated, num_warps=8, num_stages=3, **slotted, **wide,
         )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]

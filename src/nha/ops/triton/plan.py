@@ -25,7 +25,6 @@ class Blocks(NamedTuple):
     heads: int  # query heads of one step
     block: int  # window keys of one step of a block of queries, and the other way round
     warps: int
-    stages: int  # loads under way in a loop over window keys
     key_warps: int
     key_stages: int
     precision: str
@@ -37,7 +36,7 @@ def _width(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, groups: int) -> Blocks:
+def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int) -> Blocks:
     """Block sizes that fit into the shared memory and registers of a current GPU."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
@@ -46,21 +45,15 @@ def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int,
     row = 16 if exact else 64
     crowded = wide > 128 or _width(slots) > 64
     chunk = (16 if wide > 64 else 32) if exact else 64
-    if exact:
-        heads = 64 // chunk
-    else:
-        heads = 2 if groups > 1 and groups != 3 and not crowded else 1
-    rows = heads * chunk
     return Blocks(
         slots=_width(slots, row),
         key=_width(dim, row),
         value=_width(value_dim, row),
         sinks=_width(sinks),
         chunk=chunk,
-        heads=heads,
+        heads=64 // chunk,
         block=16 if exact else 32,
-        warps=8 if crowded else rows // 16,
-        stages=2 if rows == 128 else 1,
+        warps=8 if crowded else 4,
         key_warps=8 if crowded or (exact and wide > 64) else 4,
         key_stages=1 if exact or crowded else 3,
         precision="tf32x3" if exact else "tf32",

@@ -26,8 +26,8 @@ from nha.ops.triton.common import (
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block", "key_length"])
 def slots_kernel(
-    v, q_slot, k_slot, log_gate, decay, grad_out, key_scores, value_scores, sink_scores, sink_weights, drise, borders,
-    cu, chunk_base, table, dk_slot, dv, dslot_key, dslot_value, dsink_key, dsink_value, dgate,
+    v, q_slot, k_slot, log_gate, decay, grad_out, key_scores, value_scores, rise_grads, sink_scores, sink_weights,
+    borders, cu, chunk_base, table, dk_slot, dv, dslot_key, dslot_value, dsink_key, dsink_value, dgate,
     v_b, v_t, v_h, qs_b, qs_t, qs_h, ks_b, ks_t, ks_h, g_b, g_t, g_h,
     length, past, window, chunks, blocks, first_block, key_length, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
@@ -35,10 +35,10 @@ def slots_kernel(
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of the
-    slots before it and dsink_* [chunks, H, S, ...] float32, from what `scores_kernel` left; programs (block, KV head).
+    slots before it and dsink_* [chunks, H, S, ...] float32, from what `query_kernel` left; programs (block, KV head).
 
-    A log-gate reaches the scores through running sums: of the queries (`rise`, whose gradient is drise) and of the
-    tokens (`fall`). A sum over later tokens of the chunk turns their gradients into that of the gates.
+    A log-gate reaches the scores through running sums: of the queries (`rise`) and of the tokens (`fall`). A sum over
+    later tokens of the chunk turns their gradients into that of the gates.
     """
     sequence, block = locate(first_block + tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
@@ -77,8 +77,10 @@ def slots_kernel(
         )  # fmt: skip
         gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, line * g_t, there, M, SLOTS)
         dshare = dfall * share_of(gate, part, harsh, CHUNK)
-        change = load_rows(drise + block_head * (CHUNK * SLOTS), line * SLOTS, mine, SLOTS, SLOTS)
-        change -= taken(gate, DTYPE == tl.float32) * dshare
+        change = -taken(gate, DTYPE == tl.float32) * dshare
+        for group in range(0, groups):
+            rise_at = rise_grads + (saved + group * CHUNK) * SLOTS
+            change += load_rows(rise_at, line * SLOTS, mine, SLOTS, SLOTS).to(tl.float32)
         change = sum_from(change, CHUNK, DTYPE == tl.float32) - tl.exp2(gate.to(tl.float32) * LOG2_E) * dshare
         if part > 0:
             change += load_rows(dgate + to * M, line * (heads * M), there, M, SLOTS).to(tl.float32)
