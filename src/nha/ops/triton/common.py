@@ -110,10 +110,10 @@ def clamp_gate(raw):
 
 
 @triton.jit
-def taken(gate, EXACT: tl.constexpr):
-    """1 - exp(gate) in float32, without cancellation near 0; EXACT to float32's last bits, else to bfloat16's."""
+def taken(gate, DTYPE: tl.constexpr):
+    """1 - exp(gate) in float32, without cancellation near 0; exact to DTYPE."""
     g = gate.to(tl.float32)
-    if EXACT:
+    if tl.float32 == DTYPE:
         series = g * (1 + g * (1 / 2 + g * (1 / 6 + g * (1 / 24 + g * (1 / 120 + g * (1 / 720))))))
         return tl.where(g > -0.25, -series, 1 - tl.exp2(g * LOG2_E))
     return tl.where(g > -0.0625, -(g * (1 + g * (1 / 2 + g * (1 / 6)))), 1 - tl.exp2(g * LOG2_E))
@@ -180,22 +180,22 @@ def left_at_end(gate, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sum_earlier(x, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+def sum_earlier(x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of the rows before each row of x [CHUNK, SLOTS], float32, as matrix products."""
     row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return _summed(tl.where(other < row, 1.0, 0.0), x, EXACT)
+    return _summed(tl.where(other < row, 1.0, 0.0), x, DTYPE)
 
 
 @triton.jit
-def sum_from(x, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+def sum_from(x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of each row of x [CHUNK, SLOTS] and the rows after it, float32, as matrix products."""
     row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return _summed(tl.where(other >= row, 1.0, 0.0), x, EXACT)
+    return _summed(tl.where(other >= row, 1.0, 0.0), x, DTYPE)
 
 
 @triton.jit
-def _summed(weights, x, EXACT: tl.constexpr):
-    if EXACT:
+def _summed(weights, x, DTYPE: tl.constexpr):
+    if tl.float32 == DTYPE:
         return tl.dot(weights, x, input_precision="tf32x3")
     else:
         # Two bfloat16 numbers hold 16 bits of x, twice as many as what is multiplied with it elsewhere.

@@ -79,7 +79,7 @@ def forward_kernel(
         border = border_of(gate, part, harsh, CHUNK)
         held_key = load_held(slot_key + place * M * D, border, here, M, SLOTS, D, KEY).to(GATED)
         held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
-        fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE == tl.float32)).to(GATED)
+        fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE)).to(GATED)
         for group in tl.range(0, groups, HEADS, disable_licm=True):
             shown = mine & (group + member < groups)
             query_head = head * groups + group

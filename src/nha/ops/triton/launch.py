@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
 
     def plan(self) -> tuple[Plan, Blocks]:
         """Programs and block sizes of this call."""
-        batch, length, query_heads, dim = self.q.shape
+        batch, length, _, dim = self.q.shape
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
         sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks)
         columns = heads * _columns((dim, value_dim), STATE_WIDTH)
@@ -134,7 +134,7 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
             **inputs.sizes, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=STATE_WIDTH,
             DTYPE=sizes.dtype, PRECISION=sizes.precision, PACKED=plan.cu is not None,
             STARTED=inputs.slot_key is not None, ADDING=adding, FOLDED=plan.split and not adding,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     return States(*out, chunk_decay, *last)
 
@@ -245,8 +245,8 @@ def gradients(
     for adding in (True, False) if plan.split else (False,):
         launch(
             reverse_kernel, (plan.programs(plan.segments), heads, columns), inputs.kind,
-            states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first, dend,
-            plan.cu, plan.chunk_base, plan.segment_table,
+            states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first,
+            dend, plan.cu, plan.chunk_base, plan.segment_table,
             length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
             M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=SCAN_WIDTH,
             PACKED=packed, ADDING=adding, FOLDED=plan.split and not adding, num_warps=4, num_stages=2,

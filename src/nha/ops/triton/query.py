@@ -83,7 +83,7 @@ def query_kernel(
         held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
         border_at = borders + (block_head * (CHUNK // PART) + part) * SLOTS
         tl.store(border_at + tl.arange(0, SLOTS), border)
-        fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE == tl.float32)).to(GATED)
+        fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE)).to(GATED)
         for group in tl.range(0, groups, HEADS, disable_licm=True):
             shown = mine & (group + member < groups)
             query_head = head * groups + group

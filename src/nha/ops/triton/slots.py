@@ -1,4 +1,4 @@
-"""What the tokens of a chunk, the slots before it and their gates receive from the chunk's own queries, without atomics."""
+"""What a chunk's tokens, their gates and the slots before it receive from the chunk's own queries, without atomics."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def slots_kernel(
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr, CHUNK: tl.constexpr,
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of the
-    slots before it and dsink_* [chunks, H, S, ...] float32, from what `query_kernel` left; programs (block, KV head).
+    """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of
+    the slots before it and dsink_* [chunks, H, S, ...] float32; programs (block, KV head) over what `query_kernel` left.
 
     A log-gate reaches the scores through running sums: of the queries (`rise`) and of the tokens (`fall`). A sum over
     later tokens of the chunk turns their gradients into that of the gates.
@@ -77,11 +77,11 @@ def slots_kernel(
         )  # fmt: skip
         gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, line * g_t, there, M, SLOTS)
         dshare = dfall * share_of(gate, part, harsh, CHUNK)
-        change = -taken(gate, DTYPE == tl.float32) * dshare
+        change = -taken(gate, DTYPE) * dshare
         for group in range(0, groups):
             rise_at = rise_grads + (saved + group * CHUNK) * SLOTS
             change += load_rows(rise_at, line * SLOTS, mine, SLOTS, SLOTS).to(tl.float32)
-        change = sum_from(change, CHUNK, DTYPE == tl.float32) - tl.exp2(gate.to(tl.float32) * LOG2_E) * dshare
+        change = sum_from(change, CHUNK, DTYPE) - tl.exp2(gate.to(tl.float32) * LOG2_E) * dshare
         if part > 0:
             change += load_rows(dgate + to * M, line * (heads * M), there, M, SLOTS).to(tl.float32)
             tl.debug_barrier()
