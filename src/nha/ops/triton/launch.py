@@ -12,7 +12,7 @@ from torch import Tensor
 from nha.ops.triton.forward import forward_kernel
 from nha.ops.triton.keys import key_kernel
 from nha.ops.triton.launcher import launch
-from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
+from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan, shared_memory
 from nha.ops.triton.query import query_kernel
 from nha.ops.triton.slots import slots_kernel
 from nha.ops.triton.state import reverse_kernel, states_kernel
@@ -81,7 +81,7 @@ class Inputs(NamedTuple):
         """Programs and block sizes of this call."""
         batch, length, _, dim = self.q.shape
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
-        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks)
+        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks, shared_memory(self.q.device))
         columns = heads * _columns((dim, value_dim), STATE_WIDTH)
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
 
@@ -235,7 +235,8 @@ def gradients(
             slots_kernel, (count, heads), inputs.kind,
             v, slot_query, token_key, gate, states.decay, grad_out, *scores, rise_grads, *sink_scores, borders, *tables,
             dk_slot, dv, *dslots, *dsinks, dgate, *strides(v, slot_query, token_key, gate),
-            *place, key_length, heads, groups, GATED=sizes.gated, num_warps=8, num_stages=3, **slotted, **wide,
+            *place, key_length, heads, groups, GATED=sizes.gated,
+            num_warps=sizes.slot_warps, num_stages=sizes.slot_stages, **slotted, **wide,
         )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
