@@ -157,7 +157,7 @@ def nha_attention(
     if name == "reference":
         out, mass, after = reference(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     elif window_size == -1 or (fresh and window_size >= q.shape[1]):
-        out, mass, after = full_attention(q, k, v, log_gate, k_slot, **options)
+        out, mass, after = full_attention(q, k, v, log_gate, k_slot, keep=return_state, **options)
     elif name == "triton":
         from nha.ops.triton.op import triton_attention
 

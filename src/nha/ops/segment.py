@@ -76,8 +76,12 @@ def advance(
 def full_attention(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor, *,
     scale: float, softcap: float | None, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, NHAState]:  # fmt: skip
-    """Causal attention over tail and segment through SDPA; nothing is ever committed to the slots."""
+    """Causal attention over tail and segment through SDPA; nothing is ever committed to the slots.
+
+    Without `keep` the state returned is the old one.
+    """
     if cu_seqlens is not None:
         return each_sequence(full_attention, (q, k, v, log_gate, k_slot), scale, softcap, state, cu_seqlens)
     count = None
@@ -85,15 +89,13 @@ def full_attention(
         q, k, v, log_gate, k_slot = align_left(attention_mask, q, k, v, log_gate, k_slot)
         count = attention_mask.sum(1)
     past, length = state.key.shape[1], q.shape[1]
-    keys, values = torch.cat([state.key, k], 1), torch.cat([state.value, v], 1)
-    mask = None
+    keys, values, mask = k, v, None
     if state.window_size < 0 and past:
+        keys, values = torch.cat([state.key, k], 1), torch.cat([state.value, v], 1)
         token = torch.arange(past + length, device=q.device)
         query = past + torch.arange(length, device=q.device)[:, None]
         mask = (token <= query) & (token >= past - state.seen[:, None, None])
         mask = mask[:, None]
-    else:
-        keys, values = k, v
     heads = [x.transpose(1, 2) for x in (q, keys, values)]
     if softcap is None:
         out = F.scaled_dot_product_attention(
@@ -101,11 +103,12 @@ def full_attention(
         ).transpose(1, 2)
     else:
         out = capped_attention(*heads, mask=mask, scale=scale, softcap=softcap).transpose(1, 2)
-    mass = q.new_zeros(q.shape[:3], dtype=slot_dtype(q.dtype))
-    after = advance(state, k, v, log_gate, k_slot, (state.slot_key, state.slot_value), count)
+    mass = q.new_zeros((), dtype=slot_dtype(q.dtype)).expand(q.shape[:3])
+    if keep:
+        state = advance(state, k, v, log_gate, k_slot, (state.slot_key, state.slot_value), count)
     if attention_mask is not None:
         out = restore(attention_mask, out)
-    return out, mass, after
+    return out, mass, state
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:

@@ -5,7 +5,7 @@ tail of earlier segments). A query is named by `u`, the token that it commits to
 `u + W`, its window holds tokens u + 1 .. u + W and the slots hold tokens 0 .. u. Query `t` has u = t + past - W.
 
 Chunks. Slots are kept at the borders of chunks of tokens. A block is the queries that commit the tokens of one chunk;
-a program takes one block of one KV head and walks its query heads.
+a program takes one block of one KV head and walks its query heads, HEADS at a time, whose rows follow one another.
 
 Gates. With L the running sum of log-gates from a chunk's border and L* some value near its middle, query i of the block
 sees the slots at the border with exp(L_i), and token j <= i with exp(L_i - L_j) (1 - exp(a_j)). These split into
@@ -13,8 +13,8 @@ sees the slots at the border with exp(L_i), and token j <= i with exp(L_i - L_j)
     rise_i = exp(L_i - L*)     border = exp(L*)     fall_j = exp(L* - L_j) (1 - exp(a_j))
 
 In a mild chunk, whose log-gates sum to no less than -MILD in any slot, L* is half of that sum and no exponent exceeds
-MILD / 2. Any other chunk is read in several passes, one for the queries of each part of 16 tokens, with an L* of its own
-and exponents up to 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
+MILD / 2. Any other chunk is read in several passes, one for the queries of each part of 16 tokens, with an L* of its
+own and exponents up to 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def clamp_gate(raw):
 
 
 @triton.jit
-def taken(gate, EXACT: tl.constexpr):
-    """1 - exp(gate) in float32, without cancellation near 0; EXACT to float32's last bits, else to bfloat16's."""
+def taken(gate, DTYPE: tl.constexpr):
+    """1 - exp(gate) in float32, without cancellation near 0; exact to DTYPE."""
     g = gate.to(tl.float32)
-    if EXACT:
+    if tl.float32 == DTYPE:
         series = g * (1 + g * (1 / 2 + g * (1 / 6 + g * (1 / 24 + g * (1 / 120 + g * (1 / 720))))))
         return tl.where(g > -0.25, -series, 1 - tl.exp2(g * LOG2_E))
     return tl.where(g > -0.0625, -(g * (1 + g * (1 / 2 + g * (1 / 6)))), 1 - tl.exp2(g * LOG2_E))
@@ -127,16 +127,16 @@ def sums(weights, gate):
 
 @triton.jit
 def is_harsh(decay_at, here, M: tl.constexpr, SLOTS: tl.constexpr):
-    """1 if one of a chunk's summed log-gates [M] at `decay_at` is less than -MILD, else 0; 0 where there is no chunk."""
+    """1 if one of a chunk's summed log-gates [M] at `decay_at` is below -MILD, else 0; 0 where there is no chunk."""
     slot = tl.arange(0, SLOTS)
     sums_of_slots = tl.load(decay_at + slot, mask=(slot < M) & here, other=0.0)
     return tl.max((sums_of_slots < -MILD).to(tl.int32), 0)
 
 
 @triton.jit
-def in_pass(part, harsh, CHUNK: tl.constexpr):
-    """[CHUNK]: whether a query is read in a pass; all are in the only pass of a mild chunk."""
-    return (tl.arange(0, CHUNK) // PART - part) * harsh == 0
+def in_pass(token, part, harsh):
+    """Whether the queries of some tokens of a chunk are read in a pass; all are in the only pass of a mild chunk."""
+    return (token // PART - part) * harsh == 0
 
 
 @triton.jit
@@ -148,13 +148,12 @@ def middle_of(part, harsh, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def rise_of(gate, part, harsh, CHUNK: tl.constexpr):
-    """exp(L_i - L*) [CHUNK, SLOTS] for the queries of a pass, 1 for others."""
-    row, token = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+def rise_of(gate, part, harsh, CHUNK: tl.constexpr, HEADS: tl.constexpr):
+    """exp(L_i - L*) [HEADS * CHUNK, SLOTS] for the queries of a pass, 1 for others."""
+    row, token = (tl.arange(0, HEADS * CHUNK) % CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     middle = middle_of(part, harsh, CHUNK)[None, :]
     weights = tl.where(token <= row, 1 - middle, -middle)
-    weights = tl.where(in_pass(part, harsh, CHUNK)[:, None], weights, 0.0)
-    return tl.exp2(sums(weights, gate) * LOG2_E)
+    return tl.exp2(sums(tl.where(in_pass(row, part, harsh), weights, 0.0), gate) * LOG2_E)
 
 
 @triton.jit
@@ -181,22 +180,22 @@ def left_at_end(gate, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sum_earlier(x, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+def sum_earlier(x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of the rows before each row of x [CHUNK, SLOTS], float32, as matrix products."""
     row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return _summed(tl.where(other < row, 1.0, 0.0), x, EXACT)
+    return _summed(tl.where(other < row, 1.0, 0.0), x, DTYPE)
 
 
 @triton.jit
-def sum_from(x, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+def sum_from(x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of each row of x [CHUNK, SLOTS] and the rows after it, float32, as matrix products."""
     row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return _summed(tl.where(other >= row, 1.0, 0.0), x, EXACT)
+    return _summed(tl.where(other >= row, 1.0, 0.0), x, DTYPE)
 
 
 @triton.jit
-def _summed(weights, x, EXACT: tl.constexpr):
-    if EXACT:
+def _summed(weights, x, DTYPE: tl.constexpr):
+    if tl.float32 == DTYPE:
         return tl.dot(weights, x, input_precision="tf32x3")
     else:
         # Two bfloat16 numbers hold 16 bits of x, twice as many as what is multiplied with it elsewhere.

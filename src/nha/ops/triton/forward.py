@@ -36,58 +36,60 @@ def forward_kernel(
     scale, length, past, window, chunks, blocks, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, LATE: tl.constexpr, LIVE: tl.constexpr, WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    LATE: tl.constexpr, LIVE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr,
 ):  # fmt: skip
     """out [T, HQ, DV], mass [T, HQ], lse [T, HQ] (base 2) of one block; programs (block, KV head).
 
     `scale` includes log2(e). LATE: keys before `first` are blank, and queries before it see no slots unless they are
-    LIVE.
+    LIVE. SEPARATE: q_slot is not q.
     """
+    rows: tl.constexpr = HEADS * CHUNK
     sequence, block = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
-    head = tl.program_id(1)
+    head, query_heads = tl.program_id(1), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK
     here = chunk >= 0
     u0 = chunk * CHUNK
-    line = tl.arange(0, CHUNK)
+    token, line = tl.arange(0, CHUNK), tl.arange(0, rows) % CHUNK
+    member = tl.arange(0, rows) // CHUNK
     u = u0 + line
-    t = u + offset
-    real = (t >= 0) & (t < count)
+    real = (u + offset >= 0) & (u < count - offset)
     begin, live_from = 0, 0
     if LATE:
         begin = tl.load(first + sequence).to(tl.int32)
         if not LIVE:
             live_from = begin
-    committed = here & (u < count - offset)
+    committed = here & (u0 + token < count - offset)
     place = (base + chunk) * heads + head
     token0, query0 = key_start + u0, start + u0 + offset
     near_key, near_value = k + row * k_b + head * k_h, v + row * v_b + head * v_h
-    gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, line * g_t, committed, M, SLOTS)
-    keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, line * ks_t, committed, D, KEY)
-    values = load_rows(near_value + token0 * v_t, line * v_t, committed, DV, VALUE)
+    gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, token * g_t, committed, M, SLOTS)
+    keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, token * ks_t, committed, D, KEY)
+    values = load_rows(near_value + token0 * v_t, token * v_t, committed, DV, VALUE)
+    seen = token[None, :] <= line[:, None]
     harsh = is_harsh(decay + place * M, here, M, SLOTS)
     for part in tl.range(0, 1 + harsh * (CHUNK // PART - 1), disable_licm=True):
-        mine = real & in_pass(part, harsh, CHUNK)
-        rise = rise_of(gate, part, harsh, CHUNK)
+        mine = real & in_pass(line, part, harsh)
+        rise = rise_of(gate, part, harsh, CHUNK, HEADS)
         border = border_of(gate, part, harsh, CHUNK)
         held_key = load_held(slot_key + place * M * D, border, here, M, SLOTS, D, KEY).to(GATED)
         held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
-        fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE == tl.float32)).to(GATED)
-        for group in tl.range(0, groups, disable_licm=True):
+        fall = (share_of(gate, part, harsh, CHUNK) * taken(gate, DTYPE)).to(GATED)
+        for group in tl.range(0, groups, HEADS, disable_licm=True):
+            shown = mine & (group + member < groups)
             query_head = head * groups + group
-            top = tl.full([CHUNK], float("-inf"), tl.float32)
-            norm = tl.zeros([CHUNK], tl.float32)
-            old = tl.zeros([CHUNK], tl.float32)
-            acc = tl.zeros([CHUNK, VALUE], tl.float32)
+            query_at = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
+            query = load_rows(query_at, line * qs_t + member * qs_h, shown, D, KEY)
+            top = tl.full([rows], float("-inf"), tl.float32)
+            norm = tl.zeros([rows], tl.float32)
+            old = tl.zeros([rows], tl.float32)
+            acc = tl.zeros([rows, VALUE], tl.float32)
             if here:
-                query_at = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
-                query = load_rows(query_at, line * qs_t, mine, D, KEY)
-                seen = line[None, :] <= line[:, None]
                 dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
                 score = matmul(query, tl.trans(held_key), GATED, PRECISION) + matmul(dots, fall, GATED, PRECISION)
                 score *= rise * scale
@@ -117,16 +119,17 @@ def forward_kernel(
                 read = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
                 acc += matmul(read, values, DTYPE, PRECISION)
             if WINDOWED:
-                query_at = q + row * q_b + query0 * q_t + query_head * q_h
-                query = load_rows(query_at, line * q_t, mine, D, KEY)
+                if SEPARATE:
+                    query_at = q + row * q_b + query0 * q_t + query_head * q_h
+                    query = load_rows(query_at, line * q_t + member * q_h, shown, D, KEY)
+                near = tl.arange(0, BLOCK)
                 high = tl.minimum(u0 + CHUNK + window, past + count)
                 for step in range(tl.maximum(u0 + 1, begin), high, BLOCK):
-                    near_line = tl.arange(0, BLOCK)
-                    token = step + near_line
-                    near = load_rows(near_key + (key_start + step) * k_t, near_line * k_t, token < high, D, KEY)
-                    score = matmul(query, tl.trans(near), DTYPE, PRECISION) * scale
-                    # One unsigned comparison for 0 < token - u <= window.
-                    inside = (token[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+                    there = step + near < high
+                    other = load_rows(near_key + (key_start + step) * k_t, near * k_t, there, D, KEY)
+                    score = matmul(query, tl.trans(other), DTYPE, PRECISION) * scale
+                    # One unsigned comparison for 0 < step + near - u <= window.
+                    inside = ((step + near)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
                     score = tl.where(inside, score, float("-inf"))
                     higher = tl.maximum(top, tl.max(score, 1))
                     safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -134,12 +137,12 @@ def forward_kernel(
                     weight = tl.exp2(score - safe[:, None])
                     norm = norm * shrink + tl.sum(weight, 1)
                     old *= shrink
-                    near = load_rows(near_value + (key_start + step) * v_t, near_line * v_t, token < high, DV, VALUE)
-                    acc = acc * shrink[:, None] + matmul(weight, near, DTYPE, PRECISION)
+                    other = load_rows(near_value + (key_start + step) * v_t, near * v_t, there, DV, VALUE)
+                    acc = acc * shrink[:, None] + matmul(weight, other, DTYPE, PRECISION)
                     top = higher
-            to = (row * length + query0) * (heads * groups) + query_head
-            query_heads = heads * groups
+            to = (row * length + query0) * query_heads + query_head
+            to_line = line * query_heads + member
             norm = tl.where(norm > 0, norm, 1.0)
-            store_rows(out + to * DV, line * (query_heads * DV), mine, acc * (1 / norm)[:, None], DV, VALUE)
-            tl.store(lse + to + line * query_heads, top + tl.log2(norm), mask=mine)
-            tl.store(mass + to + line * query_heads, old / norm, mask=mine)
+            store_rows(out + to * DV, to_line * DV, shown, acc * (1 / norm)[:, None], DV, VALUE)
+            tl.store(lse + to + to_line, top + tl.log2(norm), mask=shown)
+            tl.store(mass + to + to_line, old / norm, mask=shown)

@@ -1,4 +1,4 @@
-"""Gradients of one chunk of keys, values and gates: from the chunk's own queries, through later slots and the window."""
+"""Gradients of one chunk of keys, values and gates: from its own queries, through later slots and the window."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def key_kernel(
 ):  # fmt: skip
     """dk, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk of keys; programs (chunk, KV head).
 
-    Adds up what the keys receive from all queries whose window holds them, what `slots_kernel` and
-    `gates_kernel` left in dk_slot, dv and dgate, and what comes through the slots after the chunk, whose gradients are `dslot_*` and whose inner products
-    with the slots that decay into them are `dend` [chunks, H, parts, M]. SEPARATE: the slots' part of the keys stays in
+    Adds up what the keys receive from all queries whose window holds them, what `slots_kernel` left in dk_slot, dv and
+    dgate, and what comes through the slots after the chunk, whose gradients are `dslot_*` and whose inner products with
+    the slots that decay into them are `dend` [chunks, H, parts, M]. SEPARATE: the slots' part of the keys stays in
     dk_slot.
     """
     sequence, chunk = locate(tl.program_id(0), table, blocks, PACKED)
@@ -93,7 +93,7 @@ def key_kernel(
         gate_at = log_gate + row * g_b + token0 * g_t + head * g_h
         place = (base + chunk) * heads + head
         gate = load_gates(gate_at, line * g_t, taken_in, M, SLOTS)
-        weight = (left_at_end(gate, CHUNK) * taken(gate, DTYPE == tl.float32)).to(DTYPE)
+        weight = (left_at_end(gate, CHUNK) * taken(gate, DTYPE)).to(DTYPE)
         grad = load_slots(dslot_value + place * M * DV, True, M, SLOTS, DV, VALUE)
         dvalues += load_rows(dv + to * DV, to_line * DV, taken_in, DV, VALUE).to(tl.float32)
         dvalues += matmul(weight, grad, DTYPE, PRECISION)
@@ -110,7 +110,7 @@ def key_kernel(
         raw = load_rows(gate_at, line * g_t, taken_in, M, SLOTS)
         gate = clamp_gate(raw)
         dweight *= left_at_end(gate.to(raw.dtype), CHUNK)
-        change = sum_earlier(taken(gate, DTYPE == tl.float32) * dweight, CHUNK, DTYPE == tl.float32)
+        change = sum_earlier(taken(gate, DTYPE) * dweight, CHUNK, DTYPE)
         change -= tl.exp2(gate * LOG2_E) * dweight
         slot = tl.arange(0, SLOTS)
         for part in range(0, parts):

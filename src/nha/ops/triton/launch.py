@@ -12,10 +12,9 @@ from torch import Tensor
 from nha.ops.triton.forward import forward_kernel
 from nha.ops.triton.keys import key_kernel
 from nha.ops.triton.launcher import launch
-from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan
+from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan, shared_memory
 from nha.ops.triton.query import query_kernel
-from nha.ops.triton.scores import scores_kernel
-from nha.ops.triton.slots import gates_kernel, slots_kernel
+from nha.ops.triton.slots import slots_kernel
 from nha.ops.triton.state import reverse_kernel, states_kernel
 
 LOG2_E = 1.4426950408889634
@@ -80,9 +79,9 @@ class Inputs(NamedTuple):
 
     def plan(self) -> tuple[Plan, Blocks]:
         """Programs and block sizes of this call."""
-        batch, length, query_heads, dim = self.q.shape
+        batch, length, _, dim = self.q.shape
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
-        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks)
+        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks, shared_memory(self.q.device))
         columns = heads * _columns((dim, value_dim), STATE_WIDTH)
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
 
@@ -135,20 +134,9 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
             **inputs.sizes, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=STATE_WIDTH,
             DTYPE=sizes.dtype, PRECISION=sizes.precision, PACKED=plan.cu is not None,
             STARTED=inputs.slot_key is not None, ADDING=adding, FOLDED=plan.split and not adding,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     return States(*out, chunk_decay, *last)
-
-
-def _tile_options(inputs: Inputs, plan: Plan, sizes: Blocks) -> dict:
-    """What `forward_kernel` and `query_kernel` are compiled for."""
-    return {
-        **inputs.sizes, "S": inputs.sinks, "SLOTS": sizes.slots, "KEY": sizes.key, "VALUE": sizes.value,
-        "SINKS": sizes.sinks, "CHUNK": sizes.chunk, "BLOCK": sizes.block,
-        "DTYPE": sizes.dtype, "GATED": sizes.gated, "PRECISION": sizes.precision, "PACKED": plan.cu is not None,
-        "LATE": inputs.first is not None, "LIVE": inputs.live, "WINDOWED": plan.window > 0,
-        "num_warps": sizes.warps, "num_stages": 1,
-    }  # fmt: skip
 
 
 def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +153,11 @@ def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[
         inputs.sink_key, inputs.sink_value, inputs.first, plan.cu, plan.chunk_base, plan.block_table,
         out, mass, lse, *strides(q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate),
         inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.blocks, heads, groups,
-        **_tile_options(inputs, plan, sizes),
+        **inputs.sizes, S=inputs.sinks, SLOTS=sizes.slots, KEY=sizes.key, VALUE=sizes.value, SINKS=sizes.sinks,
+        CHUNK=sizes.chunk, HEADS=sizes.heads, BLOCK=sizes.block,
+        DTYPE=sizes.dtype, GATED=sizes.gated, PRECISION=sizes.precision, PACKED=plan.cu is not None,
+        LATE=inputs.first is not None, LIVE=inputs.live, WINDOWED=plan.window > 0, SEPARATE=inputs.q_slot is not None,
+        num_warps=sizes.warps, num_stages=1,
     )  # fmt: skip
     return out, mass, lse
 
@@ -220,7 +212,7 @@ def gradients(
     width = sizes.chunk + sizes.slots
     scores = [v.new_empty(slab, query_heads, sizes.chunk, width, dtype=kept) for _ in range(2)]
     sink_scores = [v.new_empty(slab, query_heads, sizes.chunk, sinks, dtype=torch.float32) for _ in range(2)]
-    drise = v.new_empty(slab, heads, sizes.chunk, sizes.slots, dtype=torch.float32)
+    rise_grads = v.new_empty(slab, query_heads, sizes.chunk, sizes.slots, dtype=kept)
     borders = v.new_empty(slab, heads, sizes.chunk // 16, sizes.slots, dtype=torch.float32)
     shared = {"CHUNK": sizes.chunk, "DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
     slotted = {"M": slots, "S": sinks, "SLOTS": sizes.slots, "SINKS": sizes.sinks, **shared}
@@ -230,31 +222,21 @@ def gradients(
         count = min(slab, blocks - start)
         place = (length, plan.past, plan.window, plan.chunks, plan.blocks, start)
         launch(
-            scores_kernel, (count, heads), inputs.kind,
-            v, slot_query, token_key, gate, states.key, states.value, states.decay, inputs.sink_key, inputs.sink_value,
-            inputs.first, *tables, out, mass, lse, grad_out, grad_mass, delta, *scores, *sink_scores, drise, borders,
-            *strides(v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
-            GATED=sizes.gated, LATE=late, LIVE=inputs.live, WEIGHED=grad_mass is not None,
+            query_kernel, (count, heads), inputs.kind,
+            q, k, v, slot_query, token_key, gate, states.key, states.value, states.decay,
+            inputs.sink_key, inputs.sink_value, inputs.first, *tables,
+            out, mass, lse, grad_out, grad_mass, delta, dq, dq_slot, *scores, rise_grads, *sink_scores, borders,
+            *strides(q, k, v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
+            HEADS=sizes.heads, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, LIVE=inputs.live, WINDOWED=windowed,
+            SEPARATE=inputs.q_slot is not None, WEIGHED=grad_mass is not None,
             num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
         launch(
-            query_kernel, (count, query_heads), inputs.kind,
-            q, k, v, token_key, states.key, states.decay, inputs.sink_key, inputs.first, *tables,
-            lse, grad_out, delta, scores[0], sink_scores[0], borders, dq, dq_slot, *strides(q, k, v, token_key),
-            inputs.scale, *place, heads, groups, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, WINDOWED=windowed,
-            SEPARATE=inputs.q_slot is not None, num_warps=sizes.warps, num_stages=1, **slotted, **wide,
-        )  # fmt: skip
-        launch(
-            slots_kernel, (count, heads, 2), inputs.kind,
-            slot_query, grad_out, states.decay, *scores, *sink_scores, borders, *tables,
-            dk_slot, dv, *dslots, *dsinks, *strides(slot_query, grad_out), *place, key_length, heads, groups,
-            GATED=sizes.gated, num_warps=4, num_stages=2, **slotted, **wide,
-        )  # fmt: skip
-        launch(
-            gates_kernel, (count, heads), inputs.kind,
-            v, slot_query, token_key, gate, states.decay, grad_out, *scores, drise, *tables, dgate,
-            *strides(v, slot_query, token_key, gate), *place, key_length, heads, groups,
-            M=slots, SLOTS=sizes.slots, GATED=sizes.gated, num_warps=4, num_stages=1, **shared, **wide,
+            slots_kernel, (count, heads), inputs.kind,
+            v, slot_query, token_key, gate, states.decay, grad_out, *scores, rise_grads, *sink_scores, borders, *tables,
+            dk_slot, dv, *dslots, *dsinks, dgate, *strides(v, slot_query, token_key, gate),
+            *place, key_length, heads, groups, GATED=sizes.gated,
+            num_warps=sizes.slot_warps, num_stages=sizes.slot_stages, **slotted, **wide,
         )  # fmt: skip
 
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
@@ -264,8 +246,8 @@ def gradients(
     for adding in (True, False) if plan.split else (False,):
         launch(
             reverse_kernel, (plan.programs(plan.segments), heads, columns), inputs.kind,
-            states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first, dend,
-            plan.cu, plan.chunk_base, plan.segment_table,
+            states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first,
+            dend, plan.cu, plan.chunk_base, plan.segment_table,
             length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
             M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=SCAN_WIDTH,
             PACKED=packed, ADDING=adding, FOLDED=plan.split and not adding, num_warps=4, num_stages=2,
@@ -277,7 +259,7 @@ def gradients(
         *strides(q, k, v, token_key, gate),
         inputs.scale, length, plan.past, plan.window, plan.chunks, plan.key_blocks, key_length, heads, groups, columns,
         M=slots, SLOTS=sizes.slots, BLOCK=sizes.block, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
-        num_warps=sizes.warps, num_stages=1, **shared, **wide,
+        num_warps=sizes.key_warps, num_stages=sizes.key_stages, **shared, **wide,
     )  # fmt: skip
     return Gradients(
         dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgate, *first,

@@ -1,7 +1,7 @@
-"""Launching kernels again and again: what Triton compiled for the same kind of call runs without its look at each argument.
+"""Launching kernels again: what Triton compiled for a kind of call runs without another look at every argument.
 
-That look takes longer than most of these kernels run. It depends on the dtypes of pointers, on whether they are multiples
-of 16 and on the integers that a kernel is specialised for; a `kind` stands for all of it.
+That look takes longer than most of these kernels run. It depends on the dtypes of pointers, on whether they are
+multiples of 16 and on the integers that a kernel is specialised for; a `kind` stands for all of it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache as memoize
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 PROGRAMS = 256  # state programs that keep every multiprocessor busy
 MAX_SEGMENTS = 32
+SHARED = 227 << 10  # bytes of shared memory that a block may have on an H100
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -22,8 +24,13 @@ class Blocks(NamedTuple):
     value: int
     sinks: int
     chunk: int  # tokens between two kept slot states, keys of one program of the backward pass
+    heads: int  # query heads of one step
     block: int  # window keys of one step of a block of queries, and the other way round
     warps: int
+    slot_warps: int
+    slot_stages: int  # loads under way in the loop of `slots_kernel`
+    key_warps: int
+    key_stages: int
     precision: str
     dtype: tl.dtype  # operands of matrix products
     gated: tl.dtype  # operands that carry gate factors of up to exp(40)
@@ -33,22 +40,40 @@ def _width(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
-def blocks(dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int) -> Blocks:
-    """Block sizes that fit into the shared memory and registers of a current GPU."""
+@memoize
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have on a device; those of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def blocks(
+    dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, shared: int = SHARED
+) -> Blocks:  # fmt: skip
+    """Block sizes for a GPU whose blocks may have so many bytes of shared memory."""
     wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
     # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
     crowded = wide > 128 or _width(slots) > 64
+    compact = shared < SHARED // 2
+    chunk = (16 if wide > 64 else 32) if exact else (32 if compact else 64)
+    rows = 32 if exact and compact else 64
     return Blocks(
         slots=_width(slots, row),
         key=_width(dim, row),
         value=_width(value_dim, row),
         sinks=_width(sinks),
-        chunk=(16 if wide > 64 else 32) if exact else 64,
+        chunk=chunk,
+        heads=rows // chunk,
         block=16 if exact else 32,
-        warps=8 if crowded or (exact and wide > 64) else 4,
+        warps=8 if crowded else rows // 16,
+        slot_warps=4 if compact else 8,
+        slot_stages=1 if compact else 3,
+        key_warps=8 if crowded or (exact and wide > 64) else 4,
+        key_stages=1 if exact or crowded or compact else 3,
         precision="tf32x3" if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,

@@ -98,7 +98,7 @@ def states_kernel(
             tl.store(out_at, slots.to(out.dtype.element_ty), mask=inside)
             if block == 0:
                 tl.store(out_decay + place * M + slot, decays, mask=slot < M)
-        weight = taken(gate, DTYPE == tl.float32) * left_at_end(gate, CHUNK)
+        weight = taken(gate, DTYPE) * left_at_end(gate, CHUNK)
         slots = slots * tl.exp2(decays * LOG2_E)[:, None] + matmul(tl.trans(weight), x, DTYPE, PRECISION)
         log_decay += decays
     if ADDING:
@@ -123,8 +123,9 @@ def reverse_kernel(
     """Gradients of the slots, from the end: `read` [chunks, H, M, ...] holds what reading the slots before a chunk
     gives and is replaced by the gradient of the slots after it; that before the sequence goes to `first`.
 
-    `last` is the gradient of the slots after the sequence. dend [chunks, H, blocks of columns, M] is the inner product of
-    the slots before a chunk, decayed to its end, with the gradient there. Programs and segments as in `states_kernel`.
+    `last` is the gradient of the slots after the sequence. dend [chunks, H, blocks of columns, M] is the inner product
+    of the slots before a chunk, decayed to its end, with the gradient there. Programs and segments as in
+    `states_kernel`.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
