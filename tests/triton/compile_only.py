@@ -1,10 +1,13 @@
 """Compile every kernel of a call for a GPU that is not there and report its registers, spills and shared memory.
 
-Run as a program: `python -m tests.triton.compile_only '{"dtype": "bfloat16", ...}' ...` prints a JSON line per kernel.
-A launch is recorded instead of run; the tensors stay on the CPU and are never touched by a kernel.
+Run as a program: `python -m tests.triton.compile_only '{"dtype": "bf16", "capability": 90}' ...` prints a JSON line per
+kernel of each problem (see `benchmarks.problems.Problem`). A launch is recorded instead of run; the tensors stay on the
+CPU and are never touched by a kernel.
 """
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -18,10 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import nha.ops.triton
+from benchmarks.problems import Problem, make, place, results
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
-CONSUMER, CONSUMER_SHARED = (86, 89, 120), 99 << 10  # compute capabilities with 100 KB of shared memory
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas", "grid", "warmup")
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 86: 99 << 10, 89: 99 << 10, 120: 99 << 10}  # of a block
 
 
 def compile_launch(kernel, args, kwargs, capability=90):
@@ -78,34 +83,28 @@ def record(function):
     return list(launches.values())
 
 
-def call(
-    dtype="bfloat16", dim=128, value_dim=None, slots=64, window=64, groups=4, sinks=1, length=2048, heads=8, state=False
-):  # fmt: skip
-    """Forward and backward launches of one shape, going on from a `state` or not, without running anything."""
-    from nha.ops.triton import launch
+def launches(problem):
+    """The launches of everything that a problem of the check runs, forward and backward, without running anything."""
+    from nha.ops import api
 
-    q = torch.empty(1, length, heads * groups, dim, dtype=getattr(torch, dtype))
-    k, v = q.new_empty(1, length, heads, dim), q.new_empty(1, length, heads, value_dim or dim)
-    gate = k.new_empty(1, length, heads, slots)
-    sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else (None, None)
-    start, first, past = (None, None), None, 0
-    if state:
-        start = torch.empty(1, heads, slots, dim), torch.empty(1, heads, slots, v.shape[3])
-        first, past = torch.zeros(1, dtype=torch.int64), window
-        k, v, gate = (torch.cat([x[:, :past], x], 1) for x in (k, v, gate))
-    inputs = launch.Inputs(q, k, v, None, None, gate, *start, *sink, first, None, window, past, 0.1, False)
-    launch.every_kernel(inputs)
+    api._triton_reason = lambda: None  # as on a machine with a GPU
+    return record(lambda: results(problem, place(make(problem, seed=0), "cpu"), "triton"))
+
+
+def limit_shared_memory(limit):
+    """Let kernels be planned for a GPU whose blocks have so many bytes of shared memory."""
+    for module in pkgutil.iter_modules(nha.ops.triton.__path__):
+        loaded = importlib.import_module(f"nha.ops.triton.{module.name}")
+        if hasattr(loaded, "shared_memory"):
+            loaded.shared_memory = lambda device: limit
 
 
 def main():
-    from nha.ops.triton import launch, plan
-
     for text in sys.argv[1:]:
         options = json.loads(text)
         capability = options.pop("capability", 90)
-        if capability in CONSUMER:
-            plan.shared_memory = launch.shared_memory = lambda device: CONSUMER_SHARED
-        for kernel, args, kwargs in record(lambda options=options: call(**options)):
+        limit_shared_memory(SHARED[capability])
+        for kernel, args, kwargs in launches(Problem(**options)):
             row = {"shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
             start = time.perf_counter()
             try:
