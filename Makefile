@@ -1,6 +1,7 @@
 # make quickstart   set everything up, turn a real model into a hybrid, write report/
 # make test         set everything up, run the tests on the newest and on the oldest supported transformers
-# make test-gpu, make bench-gpu   check and time the kernels on this machine's GPU (installs nothing)
+# make test-gpu, bench-gpu, bench-model   check and time kernels and a model on this machine's GPU (installs nothing)
+# make plots        draw what was measured
 # PYTHON, VENV and TORCH may be given on the command line.
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 -m "not real" tests/models
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 tests/triton
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 tests/triton tests/benchmarks/test_check.py tests/benchmarks/test_bench.py
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
@@ -55,11 +56,22 @@ clean:
 
 # On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy); nothing is installed.
 GPU_OUT ?= report/gpu
+BENCH_OUT ?= benchmarks/results
+GPU_BUDGET ?= 240
+BENCH_BUDGET ?= 500
+GPU := PYTHONPATH=src python3 -m
 
-.PHONY: test-gpu bench-gpu
+.PHONY: test-gpu bench-gpu bench-model plots
 
 test-gpu:
-	PYTHONPATH=src python3 benchmarks/gpu.py --check --out $(GPU_OUT)
+	$(GPU) benchmarks.check --out $(GPU_OUT) --budget-s $(GPU_BUDGET)
 
 bench-gpu:
-	PYTHONPATH=src python3 benchmarks/gpu.py --bench --out $(GPU_OUT)
+	$(GPU) benchmarks.bench --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+
+bench-model:
+	$(GPU) benchmarks.model --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+
+# The pictures of what was measured; needs matplotlib and no GPU.
+plots:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.plots --results $(BENCH_OUT)

@@ -1,4 +1,4 @@
-"""Timing on a GPU: medians by the GPU's clock, extra memory, CUDA graphs, the ceilings of the machine, and the table."""
+"""Timing on a GPU: medians by the GPU's clock, extra memory, CUDA graphs, the machine's ceilings, and the table."""
 
 from __future__ import annotations
 
@@ -108,7 +108,6 @@ def ceilings() -> dict[str, float]:
     source = torch.empty(size, dtype=torch.int8, device=DEVICE).random_()
     target = torch.empty_like(source)
     copy = 2 * size / (median_ms(lambda: target.copy_(source)) / 1e3)
-    del source, target
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     product = 2 * side**3 / (median_ms(lambda: a @ b) / 1e3)
     if CUDA:

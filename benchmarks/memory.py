@@ -103,19 +103,19 @@ def many_keys(setting: Setting) -> str:
 
 def far_apart(setting: Setting) -> str:
     """Rows 2^31 elements apart in memory give the bits of rows next to each other."""
-    flat, grad = drawn(setting, **({"batch": 2, "length": 20, "groups": 2, "heads": 1, "slots": 5, "dim": 8}
-                                   if setting.tiny else
-                                   {"batch": 2, "length": 300, "groups": 4, "heads": 2, "slots": 64, "dim": 128}))  # fmt: skip
+    sizes = {"batch": 2, "length": 300, "groups": 4, "heads": 2, "slots": 64, "dim": 128}
+    if setting.tiny:
+        sizes |= {"length": 20, "heads": 1, "slots": 5, "dim": 8}
+    flat, grad = drawn(setting, **sizes)
     stride = 4096 if setting.tiny else BEYOND + 64
     need = 6
     if not setting.tiny and torch.cuda.mem_get_info()[0] < need * GIB:
         return f"skip needs {need} GiB of free memory, has {torch.cuda.mem_get_info()[0] // GIB}"
-    sizes = [x[0].numel() for x in flat.values()]
-    buffer = grad.new_empty(stride + sum(sizes))
+    buffer = grad.new_empty(stride + sum(x[0].numel() for x in flat.values()))
     spread, start = {}, 0
-    for (name, x), size in zip(flat.items(), sizes, strict=True):
+    for name, x in flat.items():
         spread[name] = buffer.as_strided(x.shape, (stride, *x.stride()[1:]), start).copy_(x)
-        start += size
+        start += x[0].numel()
     window = 5 if setting.tiny else 64
     near, far = attend(flat, window, grad), attend(spread, window, grad)
     bad = [f"{n} differs" for n, x in near.items() if not torch.equal(x, far[n])]

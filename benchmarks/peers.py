@@ -173,7 +173,7 @@ def forward_of(name: str, window: int, flat: Inputs) -> Forward:
 
 def decoding(name: str, window: int, length: int, flat: Inputs) -> Forward:
     """One more token of rows that have seen `length`, from tensors of one token; the state does not change."""
-    q, k, v = (flat[n] for n in ("q", "k", "v"))
+    q, k = flat["q"], flat["k"]
     batch, _, heads, dim = k.shape
     if name in FULL:
         past = (torch.randn(batch, heads, length, dim, device=k.device, dtype=k.dtype) for _ in range(2))

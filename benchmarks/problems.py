@@ -258,7 +258,7 @@ def bounds(
     eps, has_grads = unit(problem, flat), "dq" in exact
     read = {n: x for n, x in flat.items() if "log_gate" not in n and x.numel()}
     if has_grads:
-        behind = {n: float(x) for n, x in terms_behind({"log_gate": flat["log_gate"], **read}, exact).items()}
+        behind = {n: x.item() for n, x in terms_behind({"log_gate": flat["log_gate"], **read}, exact).items()}
     else:
         behind = {}
     for name, values in {"out": ("v", "tail_value", "start_value", "sink_value"),

@@ -1,4 +1,4 @@
-"""How fast a call can be at best: the bytes it has to move and the operations it has to do, over the machine's ceilings.
+"""How fast a call can be at best: the bytes it has to move and the operations it has to do, over what a machine can.
 
 Each input is read once and each output written once. Operations are those of matrix products by the definition: a
 query reads M slots, its window and the sinks; a token is written into M slots. The backward pass reads what the forward

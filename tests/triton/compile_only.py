@@ -35,21 +35,21 @@ def compile_launch(kernel, args, kwargs, capability=90):
     given = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
+    for index, parameter in enumerate(kernel.params):
         value = given[parameter.name]
         one = type(value) is int and value == 1 and parameter.name not in free
         if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
+            constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0 and parameter.name not in free:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+                attributes[(index,)] = [["tt.divisibility", 16]]
     options = {n: kwargs[n] for n in ("num_warps", "num_stages", "maxnreg") if kwargs.get(n) is not None}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -1,0 +1,58 @@
+"""`python -m benchmarks.check` in Triton's interpreter: lines as they are known, an honest exit status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def run(tmp_path, *more):
+    command = [sys.executable, "-m", "benchmarks.check", "--tiny", "--out", str(tmp_path), "--seed", "5", *more]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert not done.stderr or done.returncode, done.stderr
+    return done
+
+
+def test_problems_are_told_with_their_shares_and_the_seed(tmp_path):
+    done = run(tmp_path, "--only", "gates=harsh")
+    assert done.returncode == 0, done.stdout
+    lines = (tmp_path / "checks.txt").read_text().splitlines()
+    assert lines[0].startswith("seed 5, ")
+    assert len(lines) == 4 and all(line.startswith("pass ") for line in lines[1:])
+    assert "checks: 3 pass" in done.stdout
+
+
+def test_processes_side_by_side_tell_the_same(tmp_path):
+    done = run(tmp_path, "--only", "W0 B1 T26 H2 G2 s", "--workers", "2")
+    assert done.returncode == 0, done.stdout
+    assert len((tmp_path / "checks.txt").read_text().splitlines()) == 3
+
+
+def test_what_did_not_run_fails(tmp_path):
+    done = run(tmp_path, "--only", "far-apart", "--budget-s", "-1")
+    assert done.returncode == 1
+    assert (tmp_path / "checks.txt").read_text().splitlines()[1] == "UNRUN no time left | proof: far-apart"
+
+
+@pytest.mark.parametrize("proof", ["refusals", "far-apart", "many-keys"])
+def test_proofs_hold(tmp_path, proof):
+    done = run(tmp_path, "--only", f"proof: {proof}")
+    assert done.returncode == 0, done.stdout
+
+
+def test_one_pass_launches_every_kernel(tmp_path):
+    done = run(tmp_path, "--one-pass")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("pass ")
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    done = run(tmp_path, "--only", "nothing")
+    assert done.returncode == 1 and "got 'nothing'" in done.stderr
