@@ -220,7 +220,7 @@ def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
 def run(wanted: list[Row], out: Path, deadline: float) -> int:
     """Measure rows until the time is up; the number of rows of this library that failed."""
     if find_spec("triton") is not None:
-        import triton
+        import triton  # pyright: ignore[reportMissingImports]
 
         # Kernels compile anew, so that first_call_s is that of a cold cache.
         triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 
 from benchmarks import grid, memory, proofs
 from benchmarks.problems import Problem, check

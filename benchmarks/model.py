@@ -79,7 +79,7 @@ def shape(tiny: bool) -> Any:
                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)  # fmt: skip
     return LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=1 << 18, rope_theta=500000.0, tie_word_embeddings=False,
+        num_key_value_heads=8, max_position_embeddings=1 << 18, tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -135,7 +135,8 @@ def grown_cache(model: Any, batch: int, length: int) -> Any:
     cache = DynamicCache(config=model.config)
     prompt = ids(model, batch, WINDOW + 8)
     model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if hasattr(layer, "state"):
             layer.length = length
             layer.state.seen.fill_(length)
@@ -154,7 +155,8 @@ def static_cache(model: Any, batch: int, length: int) -> Any:
 
     cache = StaticCache(config=model.config, max_cache_len=length + 64)
     model(ids(model, batch, WINDOW + 8), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if hasattr(layer, "state"):
             layer.length.fill_(length)
             layer.state.seen.fill_(length)

@@ -82,12 +82,14 @@ def compiled_flex(merging: bool) -> Callable:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[return-value]
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        assert isinstance(out, Tensor)
+        return out
 
     def merge(q: Tensor, k: Tensor, v: Tensor, mask, other: Tensor, other_lse: Tensor) -> Tensor:
-        out, aux = flex_attention(
-            q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
-        )  # type: ignore[misc]
+        grouped = q.shape[1] != k.shape[1]
+        out, aux = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+        assert aux.lse is not None
         share = torch.sigmoid(aux.lse - other_lse)[..., None].to(out.dtype)
         return out * share + other * (1 - share)
 

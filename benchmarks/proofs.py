@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,7 +44,15 @@ def verdict(bad: list[str], found: str = "") -> str:
 
 def small(**changes: Any) -> Problem:
     """A problem that takes every input at once."""
-    sizes = {"dim": 64, "value_dim": 64, "slots": 32, "window": 32, "length": 150, "heads": 2, "groups": 2}
+    sizes: dict[str, Any] = {
+        "dim": 64,
+        "value_dim": 64,
+        "slots": 32,
+        "window": 32,
+        "length": 150,
+        "heads": 2,
+        "groups": 2,
+    }
     return Problem(**(sizes | {"sinks": 1, "separate": True, "start": "filled"} | changes))
 
 
@@ -148,7 +156,8 @@ def hybrid(setting: Setting) -> Any:
     from tests.models.families import hybrid as build
 
     sizes = {} if setting.tiny else {"hidden_size": 256, "intermediate_size": 256}
-    return build("llama", [8, -1, 0], **sizes).to(setting.device)
+    model: Any = build("llama", [8, -1, 0], **sizes)
+    return model.to(setting.device)
 
 
 def token_ids(setting: Setting, batch: int, length: int) -> Tensor:
@@ -179,8 +188,9 @@ def no_worse(found: dict[str, Tensor], other: dict[str, Tensor], exact: dict[str
 def compiled(model: Any, setting: Setting, **options: Any) -> Any:
     """The model through torch.compile without a graph break."""
     torch._dynamo.reset()
-    backend = {"backend": "aot_eager"} if setting.tiny else options
-    return torch.compile(model, fullgraph=True, **backend)
+    torch._inductor.config.compile_threads = 2  # type: ignore[attr-defined]  (other processes compile as well)
+    chosen: dict[str, Any] = {"backend": "aot_eager"} if setting.tiny else options
+    return torch.compile(model, fullgraph=True, **chosen)
 
 
 def training(setting: Setting) -> str:
