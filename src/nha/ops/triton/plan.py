@@ -130,7 +130,32 @@ def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, co
         segments = max(-(-chunks // segment_chunks), 1)
         blocks, key_blocks = -(-(length + lead) // size), -(-(length + past) // size)
         return Plan(batch, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks)
-    count = cu.shape[0] - 1
+    return _packed_plan(length, past, window, size, columns, cu)
+
+
+_latest: tuple[tuple, Tensor, Plan] | None = None
+
+
+def _packed_plan(length: int, past: int, window: int, size: int, columns: int, cu: Tensor) -> Plan:
+    """The plan of packed rows; the latest one is kept, since all layers of a model ask for the same.
+
+    It is kept with its boundaries, whose memory therefore cannot come to hold others unnoticed. A CUDA graph gets a
+    plan of its own: its boundaries may change from replay to replay.
+    """
+    global _latest
+    if cu.is_inference() or (cu.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _make_packed_plan(length, past, window, size, columns, cu)
+    stream = torch.cuda.current_stream(cu.device).cuda_stream if cu.is_cuda else 0
+    key = (cu.data_ptr(), cu._version, cu.shape, cu.device, stream, length, past, window, size, columns)
+    latest = _latest
+    if latest is None or latest[0] != key:
+        _latest = latest = (key, cu, _make_packed_plan(length, past, window, size, columns, cu))
+    return latest[2]
+
+
+def _make_packed_plan(length: int, past: int, window: int, size: int, columns: int, cu: Tensor) -> Plan:
+    offset, count = window - past, cu.shape[0] - 1
+    lead = -offset % size
     lengths = (cu[1:] - cu[:-1]).long()
     chunks = -(-length // size) + count
     segment_chunks = max(-(-chunks // min(max(PROGRAMS // columns, 1), MAX_SEGMENTS)), 4)

@@ -105,10 +105,6 @@ def query_kernel(
             if here:
                 saved = (block_head * groups + group) * CHUNK
                 kept_line = tl.arange(0, rows)
-                values = load_rows(near_value + token0 * v_t, token * v_t, committed, DV, VALUE)
-                reach = tl.where(seen, matmul(grad, tl.trans(values), DTYPE, PRECISION), 0.0)
-                dspread = matmul(grad, tl.trans(held_value), GATED, PRECISION) + matmul(reach, fall, GATED, PRECISION)
-                dspread *= rise
                 key_at = k_slot + row * ks_b + token0 * ks_t + head * ks_h
                 keys = load_rows(key_at, token * ks_t, committed, D, KEY)
                 dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
@@ -119,6 +115,10 @@ def query_kernel(
                     weight = tl.where((tl.arange(0, SLOTS) < M)[None, :], weight, 0.0)
                 if LATE:
                     weight = tl.where((u >= live_from)[:, None], weight, 0.0)
+                values = load_rows(near_value + token0 * v_t, token * v_t, committed, DV, VALUE)
+                reach = tl.where(seen, matmul(grad, tl.trans(values), DTYPE, PRECISION), 0.0)
+                dspread = matmul(grad, tl.trans(held_value), GATED, PRECISION) + matmul(reach, fall, GATED, PRECISION)
+                dspread *= rise
                 dscore = weight * (dspread - off_slots[:, None])
                 change = dscore * score + weight * dspread
                 store_rows(rise_grads + saved * SLOTS, kept_line * SLOTS, shown, change, SLOTS, SLOTS)

@@ -35,7 +35,8 @@ def slots_kernel(
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of
-    the slots before it and dsink_* [chunks, H, S, ...] float32; programs (block, KV head) over what `query_kernel` left.
+    the slots before it and dsink_* [chunks, H, S, ...] float32, from what `query_kernel` left. Programs: (block, KV
+    head).
 
     A log-gate reaches the scores through running sums: of the queries (`rise`) and of the tokens (`fall`). A sum over
     later tokens of the chunk turns their gradients into that of the gates.
