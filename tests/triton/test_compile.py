@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SPILLING = ("slots_kernel", "finish_kernel")  # their accumulators exceed the registers; the rest must hardly spill
+SPILLED = {"bf16": 512, "fp16": 768, "fp32": 2560}  # bytes of a thread beside its registers; more was always slow
 H100 = [
     {"sinks": 1},
     {"dim": 64, "value_dim": 64, "separate": True},
@@ -40,7 +40,7 @@ def compiled(shape):
 def test_every_kernel_fits_an_h100(shape):
     for row in compiled(shape):
         assert row["shared"] <= 227 << 10, row
-        assert row["kernel"] in SPILLING or row["stack"] <= 64, row
+        assert row["stack"] <= SPILLED[shape.get("dtype", "bf16")], row
 
 
 @pytest.mark.parametrize("shape", CONSUMER, ids=str)
