@@ -2,7 +2,7 @@
 
     --out DIR        where ops.csv and ceilings.json go (default: benchmarks/results)
     --budget-s N     start no new row after so long (default 500); rows come in order of importance
-    --only TEXT      only rows that have this in their name, such as "W64", "sdpa" or "decode"
+    --only PATTERN   only rows whose line (see --list) has this regular expression in it, such as "^triton fwd .*W64"
     --list           print the rows and stop
     --tiny           the same paths on tiny float32 shapes; on a CPU under TRITON_INTERPRET=1 (times mean nothing)
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import tempfile
 import time
@@ -260,13 +261,13 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--budget-s", type=float, default=500)
-    parser.add_argument("--only", metavar="TEXT")
+    parser.add_argument("--only", metavar="PATTERN")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(given)
     deadline = time.time() + options.budget_s
     warnings.simplefilter("ignore")
-    wanted = [r for r in rows(options.tiny) if options.only is None or options.only in str(r)]
+    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
     if not wanted:
         sys.exit(f"expected --only to name a row, got {options.only!r}")
     if options.list:

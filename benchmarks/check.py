@@ -3,7 +3,7 @@
     --out DIR        where checks.txt goes (default: report/gpu)
     --budget-s N     be done after so long (default 240); what did not run by then counts as failed
     --seed N         of the random inputs (default: another one each run)
-    --only TEXT      only what has this in its name or line, such as "telling", "fp32 D64" or "decoding"
+    --only PATTERN   only what has this regular expression in its line, such as "^telling", "fp32 D64" or "decoding"
     --workers N      processes side by side (default: one for each core and each 3 GiB of free GPU memory, at most 16)
     --tiny           the same paths in small, on a CPU under TRITON_INTERPRET=1
     --one-pass       only launch every kernel once, in this process: a program for compute-sanitizer
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -210,9 +211,10 @@ def side_by_side(waiting: list[Job], setting: Setting, workers: int, deadline: f
 
 
 def chosen(everything: list[Job], only: str | None) -> Iterator[Job]:
-    """The jobs, reduced to the parts whose line has `only` in it."""
+    """The jobs, reduced to the parts whose line matches `only`."""
     for job in everything:
-        parts = tuple(p for p, about in zip(job.parts, job.lines(), strict=True) if only is None or only in about)
+        named = zip(job.parts, job.lines(), strict=True)
+        parts = tuple(part for part, about in named if only is None or re.search(only, about))
         if parts:
             yield Job(job.name, parts)
 
@@ -222,7 +224,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("report/gpu"))
     parser.add_argument("--budget-s", type=float, default=240)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
-    parser.add_argument("--only", metavar="TEXT")
+    parser.add_argument("--only", metavar="PATTERN")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one-pass", action="store_true")

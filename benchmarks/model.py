@@ -2,7 +2,7 @@
 
     --out DIR        where model.csv goes (default: benchmarks/results)
     --budget-s N     start no new row after so long (default 500); rows come in order of importance
-    --only TEXT      only rows that have this in their name, such as "hybrid decode"
+    --only PATTERN   only rows whose line (see --list) has this regular expression in it, such as "^hybrid decode"
     --list           print the rows and stop
     --tiny           the same paths on a tiny model, on a CPU (times mean nothing)
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 import time
 import warnings
@@ -296,13 +297,13 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--budget-s", type=float, default=500)
-    parser.add_argument("--only", metavar="TEXT")
+    parser.add_argument("--only", metavar="PATTERN")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(given)
     deadline = time.time() + options.budget_s
     warnings.simplefilter("ignore")
-    wanted = [r for r in rows(options.tiny) if options.only is None or options.only in str(r)]
+    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
     if not wanted:
         sys.exit(f"expected --only to name a row, got {options.only!r}")
     if options.list:

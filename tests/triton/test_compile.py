@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SPILLED = {"bf16": 512, "fp16": 768, "fp32": 2560}  # bytes of a thread beside its registers; more was always slow
+SPILLED = {"bf16": 512, "fp16": 768, "fp32": 2560}  # bytes of a thread that its registers do not hold
 H100 = [
     {"sinks": 1},
     {"dim": 64, "value_dim": 64, "separate": True},
