@@ -17,6 +17,7 @@ H100 = [
     {"slots": 16, "window": 5, "groups": 9, "heads": 1, "kind": "packed"},
     {"window": 0, "length": 700},
 ]
+LARGEST = {"dim": 256, "value_dim": 256, "slots": 128, "sinks": 1}
 CONSUMER = [
     {"capability": 89, "sinks": 1},
     {"capability": 120, "dim": 64, "value_dim": 64, "separate": True},
@@ -43,7 +44,13 @@ def test_every_kernel_fits_an_h100(shape):
         assert row["stack"] <= SPILLED[shape.get("dtype", "bf16")], row
 
 
-@pytest.mark.parametrize("shape", CONSUMER, ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_largest_shapes_fit_an_h100(dtype):
+    for row in compiled({"dtype": dtype, **LARGEST}):
+        assert row["shared"] <= 227 << 10, row
+
+
+@pytest.mark.parametrize("shape", [*CONSUMER, {"capability": 89, "dtype": "fp16", **LARGEST}], ids=str)
 def test_every_kernel_fits_a_gpu_with_100_kb_of_shared_memory(shape):
     for row in compiled(shape):
         assert row["shared"] <= 99 << 10, row
