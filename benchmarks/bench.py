@@ -8,14 +8,13 @@
 
 Medians by the GPU's clock with a cold L2 cache. extra_bytes is the peak beyond inputs, outputs and their gradients;
 first_call_s has whatever a peer compiles, from a cold cache. In rows of decoding T is how many tokens were seen, and
-"-graph" means replayed as a CUDA graph. `benchmarks/decode.py`, if it is there, adds rows: `rows(tiny)`.
+"-graph" means replayed as a CUDA graph.
 `python3 -m benchmarks.plots` draws the table, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 import tempfile
@@ -58,13 +57,12 @@ GRAPH = "-graph"
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `build`, if given, makes the call from nothing; else the implementation's name does."""
+    """One measurement."""
 
     impl: str
     kind: str  # fwd, fwd+bwd or decode
     shape: tuple[tuple[str, int], ...]  # B, T, HQ, H, D, M, W
     dtype: str = "bf16"
-    build: Callable[[], Callable[[], object]] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -98,8 +96,6 @@ def tensors(fields: dict[str, Any], length: int) -> dict[str, Tensor]:
 
 def prepared(chosen: Row) -> tuple[Callable[[], object], int]:
     """What is timed, and the bytes of its outputs and gradients."""
-    if chosen.build is not None:
-        return chosen.build(), 0
     fields = chosen.fields
     name = chosen.impl.removesuffix(GRAPH)
     if chosen.kind == "decode":
@@ -182,7 +178,7 @@ def rows(tiny: bool) -> list[Row]:
     found += block(("triton",), LLAMA, [short], [64], dtype="fp16") + block(("triton",), SMOLLM, [short], [64],
                                                                             dtype="fp32")  # fmt: skip
     found += block(("chunked",), LLAMA, [short], [64])
-    return with_more(found, tiny)
+    return list(dict.fromkeys(found))
 
 
 def _tiny_rows() -> list[Row]:
@@ -192,13 +188,7 @@ def _tiny_rows() -> list[Row]:
     found += [row("triton", kind, other, 1, 20, w, "fp32") for w in (0, 5, -1) for kind in both]
     found += [row("triton" + end, "decode", sizes, 2, 50, 9, "fp32") for end in ("", GRAPH)]
     found += [row("sdpa-flash", "decode", sizes, 2, 50, 9, "fp32"), row("gsa", "fwd", sizes, 1, 20, 0, "fp32")]
-    return with_more(found, True)
-
-
-def with_more(found: list[Row], tiny: bool) -> list[Row]:
-    """The rows without repetitions, and those of `benchmarks/decode.py` after the first dozen."""
-    more = importlib.import_module("benchmarks.decode").rows(tiny) if find_spec("benchmarks.decode") else []
-    return list(dict.fromkeys(found[:12] + more + found[12:]))
+    return found
 
 
 def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:

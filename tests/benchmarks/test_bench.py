@@ -42,13 +42,6 @@ def test_every_length_window_shape_and_batch_is_measured():
     assert len(set(texts)) == len(texts)
 
 
-def test_a_row_of_decoding_can_bring_its_own_call(tmp_path):
-    own = bench.Row("mine", "decode", bench.row("triton", "decode", bench.LLAMA, 1, 50, 8).shape, "fp32",
-                    build=lambda: lambda: torch.ones(3).sum())  # fmt: skip
-    found = bench.measure(own)
-    assert found["ms"] > 0 and found["first_call_s"] >= 0 and found["extra_bytes"] is None
-
-
 @pytest.mark.parametrize("window", [1, 37, 128, 200, 4000])
 def test_the_block_mask_of_a_window_is_that_of_flex_attention(window):
     from torch.nn.attention.flex_attention import create_block_mask
