@@ -187,8 +187,10 @@ def no_worse(found: dict[str, Tensor], other: dict[str, Tensor], exact: dict[str
 
 def compiled(model: Any, setting: Setting, **options: Any) -> Any:
     """The model through torch.compile without a graph break."""
+    from torch._inductor import config
+
     torch._dynamo.reset()
-    torch._inductor.config.compile_threads = 2  # type: ignore[attr-defined]  (other processes compile as well)
+    config.compile_threads = 2  # other processes compile as well
     chosen: dict[str, Any] = {"backend": "aot_eager"} if setting.tiny else options
     return torch.compile(model, fullgraph=True, **chosen)
 
