@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,15 +152,3 @@ def test_the_tiny_benchmark_of_a_model_runs(tmp_path, capsys):
         (name, task) for name in ("hybrid", "full") for task in ("prefill", "decode", "throughput")
     }
     assert "decode after 20 tokens, graph" in capsys.readouterr().out
-
-
-def test_the_tiny_benchmark_runs_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "benchmarks.bench", "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = read_table(tmp_path / "ops.csv")
-    assert tuple(found[0]) == bench.COLUMNS
-    assert {"triton", "triton-graph", "sdpa-cudnn", "sdpa-flash", "chunked"} == {r["impl"] for r in found}
-    assert "gsa: flash-linear-attention is not installed" in done.stdout
-    assert set(json.loads((tmp_path / "ceilings.json").read_text())) >= {"bytes_per_s", "operations_per_s"}

@@ -1,13 +1,17 @@
-"""`python -m benchmarks.check` in Triton's interpreter: lines as they are known, an honest exit status."""
+"""The check and the benchmark in Triton's interpreter: lines as they are known, an honest exit status."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import bench
+from benchmarks.measure import read_table
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -56,3 +60,14 @@ def test_one_pass_launches_every_kernel(tmp_path):
 def test_an_unknown_part_is_named(tmp_path):
     done = run(tmp_path, "--only", "nothing")
     assert done.returncode == 1 and "got 'nothing'" in done.stderr
+
+
+def test_the_tiny_benchmark_runs(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.bench", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_table(tmp_path / "ops.csv")
+    assert tuple(found[0]) == bench.COLUMNS
+    assert {"triton", "triton-graph", "sdpa-cudnn", "sdpa-flash", "chunked"} == {r["impl"] for r in found}
+    assert "gsa: flash-linear-attention is not installed" in done.stdout
+    assert set(json.loads((tmp_path / "ceilings.json").read_text())) >= {"bytes_per_s", "operations_per_s"}
