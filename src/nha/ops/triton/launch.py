@@ -201,9 +201,7 @@ def gradients(
     delta = torch.empty_like(lse)
 
     total = plan.programs(plan.chunks)
-    # Gradients may leave the range of float16.
-    kept = torch.float32 if v.dtype == torch.float16 else v.dtype
-    dslots = [v.new_empty(total, heads, slots, d, dtype=kept) for d in (dim, value_dim)]
+    dslots = [v.new_empty(total, heads, slots, d) for d in (dim, value_dim)]
     dsinks = [v.new_zeros(total, heads, sinks, d, dtype=torch.float32) for d in (dim, value_dim)]
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
     blocks = plan.programs(plan.blocks)

@@ -11,9 +11,9 @@ from nha.ops.segment import advance, align_left, restore
 from nha.ops.state import NHAState
 from nha.ops.triton import launch
 from nha.ops.triton.launch import Inputs
+from nha.ops.triton.plan import largest_dim, shared_memory
 
-MAX_DIM, MAX_SLOTS = 256, 128
-MAX_EXACT_DIM, MAX_EXACT_SLOTS = 128, 64  # float32 operands take twice the shared memory
+MAX_SLOTS = 128
 
 
 def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str | None:
@@ -22,13 +22,11 @@ def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -
         return f"softcap={softcap}: the kernels have none"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {q.dtype}: the kernels know float32, bfloat16 and float16"
-    if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
-        return f"head dims {q.shape[-1]} and {v.shape[-1]}: the kernels go up to {MAX_DIM}"
-    if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > MAX_EXACT_DIM:
-        return f"head dims {q.shape[-1]} and {v.shape[-1]} in float32: the kernels go up to {MAX_EXACT_DIM}"
-    most = MAX_EXACT_SLOTS if q.dtype == torch.float32 else MAX_SLOTS
-    if not 1 <= log_gate.shape[-1] <= most:
-        return f"{log_gate.shape[-1]} slots in {q.dtype}: the kernels take 1 to {most}"
+    limit = largest_dim(q.dtype, shared_memory(q.device))
+    if max(q.shape[-1], v.shape[-1]) > limit:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}: the kernels go up to {limit} on this GPU"
+    if not 1 <= log_gate.shape[-1] <= MAX_SLOTS:
+        return f"{log_gate.shape[-1]} slots: the kernels take 1 to {MAX_SLOTS}"
     return None
 
 

@@ -48,19 +48,30 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def largest_dim(dtype: torch.dtype, shared: int) -> int:
+    """The head size up to which the kernels fit a GPU whose blocks may have so many bytes of shared memory."""
+    return 128 if dtype == torch.float32 and shared < SHARED // 2 else 256
+
+
 def blocks(
     dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, shared: int = SHARED
 ) -> Blocks:  # fmt: skip
     """Block sizes for a GPU whose blocks may have so many bytes of shared memory."""
-    wide = max(_width(dim), _width(value_dim))
     exact = dtype == torch.float32
+    gated = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
+    wide = max(_width(dim), _width(value_dim))
     crowded = wide > 128 or _width(slots) > 64
+    large = _width(slots, row) * max(wide, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
     compact = shared < SHARED // 2
-    chunk = (16 if wide > 64 else 32) if exact else (32 if compact else 64)
-    rows = 32 if exact and compact else 64
+    if exact:
+        chunk, rows = 16 if wide > 64 else 32, 16 if wide > 128 else 32 if compact else 64
+    elif compact:
+        chunk, rows = (16, 16) if large else (32, 64)
+    else:
+        chunk = rows = 32 if large else 64
     return Blocks(
         slots=_width(slots, row),
         key=_width(dim, row),
@@ -72,11 +83,11 @@ def blocks(
         warps=8 if crowded else rows // 16,
         slot_warps=4 if compact else 8,
         slot_stages=1 if compact else 3,
-        key_warps=8 if crowded or (exact and wide > 64) else 4,
+        key_warps=8 if (exact and wide > 64) or (crowded and chunk > 16) else 4,
         key_stages=1 if exact or crowded or compact else 3,
         precision="tf32x3" if exact else "tf32",
         dtype=DTYPES[dtype],
-        gated=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        gated=gated,
     )
 
 
