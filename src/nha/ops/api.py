@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nha.ops.chunked import chunked
 from nha.ops.reference import reference
+from nha.ops.ring import MAX_NEW, RingState
 from nha.ops.segment import check_mask, full_attention
 from nha.ops.state import NHAState, slot_dtype
 
@@ -136,13 +137,17 @@ def nha_attention(
     _check(q, k, v, log_gate, window_size, q_slot, k_slot, sink, state, attention_mask, cu_seqlens)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected softcap to be None or above 0, got {softcap}")
+    state = None if state is None else state.aligned()
     name = choose(impl, q.device)
     if attention_mask is not None:
         check_mask(attention_mask)
     if log_gate is None:
         log_gate = k.new_zeros(*k.shape[:3], 0)
+    read = [q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *(() if state is None else state.tensors().values())]
+    short = window_size >= 0 and state is not None and q.shape[1] <= MAX_NEW and cu_seqlens is None
+    short = short and not _wants_gradients(read)
     if name == "triton" and window_size != -1:
-        name = _triton_or_chunked(impl, q, v, log_gate, softcap)
+        name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fresh = state is None
     if fresh:
@@ -158,6 +163,11 @@ def nha_attention(
         out, mass, after = reference(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     elif window_size == -1 or (fresh and window_size >= q.shape[1]):
         out, mass, after = full_attention(q, k, v, log_gate, k_slot, keep=return_state, **options)
+    elif name == "triton" and short:
+        from nha.ops.triton.step import decode
+
+        own = {"scale": scale, "state": state, "attention_mask": attention_mask, "keep": return_state}
+        out, mass, after = decode(q, k, v, log_gate, q_slot, k_slot, sink, **own)
     elif name == "triton":
         from nha.ops.triton.op import triton_attention
 
@@ -168,9 +178,86 @@ def nha_attention(
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)
 
 
-def _triton_or_chunked(impl: str, q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str:
+def decodes(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, *more: Tensor | None, softcap: float | None = None,
+    impl: str = "auto",
+) -> bool:  # fmt: skip
+    """Whether `nha_decode` goes on with texts whose inputs are like these (any T; `more` holds what else is read).
+
+    It does on a GPU, with dtypes and sizes that its kernel knows, as long as no gradient is asked for.
+
+    >>> q = torch.zeros(1, 1, 2, 4)
+    >>> decodes(q, q, q, q)  # on a CPU
+    False
+    """
+    if choose(impl, q.device) != "triton" or _wants_gradients([q, k, v, log_gate, *more]):
+        return False
+    from nha.ops.triton.step import unsupported
+
+    return unsupported(q, v, log_gate, softcap) is None
+
+
+def nha_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    *,
+    state: RingState,
+    q_slot: Tensor | None = None,
+    k_slot: Tensor | None = None,
+    sink: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+) -> NHAOutput:
+    """`nha_attention` for the next 1 to 16 tokens of running texts, which are written into `state` where it is.
+
+    One launch reads the state once and writes the slots and the new tokens; the state's tensors keep their addresses
+    and nothing depends on how many tokens were seen, so that a CUDA graph can replay it. No gradients.
+
+    Args:
+        state: `RingState.of(...)` what earlier segments left.
+        others: as for `nha_attention`.
+
+    Returns:
+        NHAOutput(out, state, slot_mass); the state is the one given.
+
+    Raises:
+        ValueError, TypeError: the inputs do not fit together; nothing has run.
+        NotImplementedError: there is no GPU, or a shape or dtype that the kernel does not know.
+    """
+    if not isinstance(state, RingState):
+        raise TypeError(f"expected a RingState, got {type(state).__name__}; make one with RingState.of(state)")
+    _check(q, k, v, log_gate, state.window_size, q_slot, k_slot, sink, state, attention_mask, None)
+    if q.shape[1] > MAX_NEW:
+        raise ValueError(f"expected at most {MAX_NEW} new tokens, got {q.shape[1]}")
+    if _wants_gradients([q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]):
+        raise ValueError("expected inputs that need no gradients, got some that do; decode under torch.no_grad()")
+    choose("triton", q.device)
+    if attention_mask is not None:
+        check_mask(attention_mask)
+    _triton_or_chunked("triton", q, v, log_gate, None, True)
+    from nha.ops.triton.step import decode_in_place
+
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, mass = decode_in_place(
+        q, k, v, log_gate, q_slot, k_slot, sink, scale=factor, state=state, attention_mask=attention_mask
+    )
+    return NHAOutput(out, state, mass)
+
+
+def _wants_gradients(tensors: list[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _triton_or_chunked(
+    impl: str, q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, short: bool
+) -> str:  # fmt: skip
     """ "triton", or "chunked" where "auto" meets inputs that the kernels do not take; NotImplementedError if asked."""
-    from nha.ops.triton.op import unsupported
+    if short:
+        from nha.ops.triton.step import unsupported
+    else:
+        from nha.ops.triton.op import unsupported
 
     reason = unsupported(q, v, log_gate, softcap)
     if reason is None:

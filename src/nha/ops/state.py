@@ -124,6 +124,10 @@ class NHAState:
     def _map(self, function) -> NHAState:
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
+    def aligned(self) -> NHAState:
+        """The state with its window oldest first: this one."""
+        return self
+
     def to(self, device: torch.device | str) -> NHAState:
         """The state on another device."""
         return self._map(lambda t: t.to(device))

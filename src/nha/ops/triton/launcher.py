@@ -20,8 +20,12 @@ def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, *arguments: Any, 
     """Launch `kernel` on a grid: its arguments in order, then its constants and options by name.
 
     Calls of one kernel, kind and set of constants differ in addresses and in the integers the kernel is not
-    specialised for, and in nothing else.
+    specialised for, and in nothing else. It runs on the device of its first argument, a tensor.
     """
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, kind, *arguments, **constants)
     values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     aligned = all(not isinstance(x, Tensor) or value % 16 == 0 for x, value in zip(arguments, values, strict=True))
     key = (kernel.fn, kind, *constants.values())

@@ -1,0 +1,55 @@
+"""Compile the decoding kernel for a GPU that is not there: `python -m tests.triton.decode_only '{"length": 16}' ...`.
+
+Prints a JSON line per shape, as `compile_only` does for the other kernels.
+"""
+
+import json
+import sys
+import time
+
+import torch
+
+from tests.triton import compile_only
+
+compile_only.NAMES.setdefault(torch.int8, "i8")
+
+
+def call(
+    dtype="bfloat16", length=1, heads=8, groups=4, dim=128, value_dim=None, slots=64, window=64, sinks=1, batch=64,
+    masked=False, separate=True, in_place=True, live=False,
+):  # fmt: skip
+    """The launch of one shape, without running anything."""
+    from nha.ops import NHAState, RingState
+    from nha.ops.triton import step
+
+    q = torch.empty(batch, length, heads * groups, dim, dtype=getattr(torch, dtype))
+    k, v = q.new_empty(batch, length, heads, dim), q.new_empty(batch, length, heads, value_dim or dim)
+    gate = k.new_empty(batch, length, heads, slots)
+    own = (q.clone(), k.clone()) if separate else (q, k)
+    state = NHAState.empty(window, key=k, value=v, log_gate=gate, shared=not separate)
+    state.slots_live = live
+    sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else None
+    options = {"scale": 0.1, "attention_mask": torch.ones(batch, length, dtype=torch.bool) if masked else None}
+    if in_place:
+        step.decode_in_place(q, k, v, gate, *own, sink, state=RingState.of(state), **options)
+    else:
+        step.decode(q, k, v, gate, *own, sink, state=state, keep=True, **options)
+
+
+def main():
+    for text in sys.argv[1:]:
+        options = json.loads(text)
+        capability = options.pop("capability", 90)
+        for kernel, args, kwargs in compile_only.record(lambda options=options: call(**options)):
+            row = {"shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
+            start = time.perf_counter()
+            try:
+                row |= compile_only.resources(compile_only.compile_launch(kernel, args, kwargs, capability))
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[-500:]}"
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

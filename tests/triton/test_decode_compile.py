@@ -1,0 +1,41 @@
+"""The decoding kernel compiles for GPUs that are not there, without spilling, also where shared memory is 100 KB."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SMALL = 99 * 1024  # what one program may have on consumer GPUs (sm_89, sm_120)
+SHAPES = [
+    {},
+    {"length": 16},
+    {"masked": True},
+    {"length": 16, "masked": True, "in_place": False},
+    {"dim": 64, "heads": 3, "groups": 3},
+    {"dim": 64, "length": 16},
+    {"dim": 256},
+    {"dim": 256, "length": 16},
+    {"dim": 80, "slots": 128, "masked": True},
+    {"dim": 96, "length": 16, "separate": False},
+    {"dim": 32, "slots": 16, "heads": 1, "groups": 9},
+    {"window": 0, "dtype": "float16"},
+    {"window": 4096, "dtype": "float16", "batch": 1, "live": True},
+    {"dtype": "float32"},
+    {"dtype": "float32", "dim": 64, "length": 16},
+    {"capability": 89, "dim": 256, "length": 16},
+    {"capability": 120, "dtype": "float32", "length": 16},
+]
+
+
+@pytest.mark.parametrize("shapes", [SHAPES[i::4] for i in range(4)], ids=range(4))
+def test_the_decoding_kernel_fits_and_does_not_spill(shapes):
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton.decode_only", *map(json.dumps, shapes)]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    kernels = [json.loads(line) for line in lines]
+    assert [row["kernel"] for row in kernels] == ["decode_kernel"] * len(shapes)
+    for row in kernels:
+        assert "error" not in row, row
+        assert row["stack"] == 0 and row["shared"] <= SMALL, row
