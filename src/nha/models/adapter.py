@@ -225,7 +225,7 @@ def hybrid_attention(
     if state is None and query.shape[2] <= window and cu is None and initial is None:
         # The very kernel of the unconverted layer, so that short inputs give its bits.
         if nha_layer is not None:
-            remember(segment, window, nha_layer)
+            remember(segment, window, nha_layer, softcap)
         mask = causal_mask(padding)
         return own_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
     out = attend(

@@ -14,8 +14,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
-from nha.ops import NHAState, nha_attention
+from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode
 from nha.ops.banded import banded_attention
+from nha.ops.ring import MAX_NEW
 from nha.ops.segment import advance, align_left
 
 Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
@@ -33,6 +34,11 @@ class Segment:
     slot_key: Tensor | None  # [B, T, H, D]
     mask: Tensor | None  # [B, T] bool, False = padding
     cu_seqlens: Tensor | None
+
+    @property
+    def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What attention reads."""
+        return self.query, self.key, self.value, self.log_gate, self.slot_query, self.slot_key
 
     @property
     def inputs(self) -> Inputs:
@@ -60,6 +66,17 @@ def attend(
             segment.query, segment.key, segment.value, slot_query, sink, window_size=window_size, cu_seqlens=cu,
             scale=segment.query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
         )  # fmt: skip
+    before = () if state is None else state.tensors().values()
+    in_place = layer is not None and decodes(*segment.read, *(sink or ()), *before, softcap=softcap, impl=impl)
+    if layer is not None and in_place and state is not None and see_mass is None and segment.key.shape[1] <= MAX_NEW:
+        ring = state if isinstance(state, RingState) else RingState.of(state)
+        layer.record(segment.inputs, ring)
+        result = nha_decode(
+            segment.query, segment.key, segment.value, segment.log_gate, state=ring, q_slot=segment.slot_query,
+            k_slot=segment.slot_key, sink=sink, scale=scale, attention_mask=segment.mask,
+        )  # fmt: skip
+        layer.keep(ring)
+        return result.out
     options: dict[str, Any] = dict(
         window_size=window_size, q_slot=segment.slot_query, k_slot=segment.slot_key, scale=scale, state=state,
         attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens, softcap=softcap, impl=impl,
@@ -74,7 +91,8 @@ def attend(
         to_sink = sink_mass(segment, sink, options) if segment.log_gate.shape[3] else mass
         see_mass((mass - to_sink).clamp_min(0), to_sink)
     if layer is not None and result.state is not None:
-        layer.write(result.state, segment.inputs, state)
+        layer.record(segment.inputs, state)
+        layer.keep(RingState.of(result.state) if in_place else result.state)
     return result.out
 
 
@@ -92,7 +110,7 @@ def sink_mass(segment: Segment, sink: tuple[Tensor, Tensor] | None, options: dic
     return read.out.float().mean(-1)
 
 
-def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
+def remember(segment: Segment, window_size: int, layer: NHACacheLayer, softcap: float | None = None) -> None:
     """Leave a first segment that fits into the window in the cache layer: no token is committed."""
     key, value, gate = segment.key, segment.value, segment.log_gate
     slot_key = key if segment.slot_key is None else segment.slot_key
@@ -102,7 +120,8 @@ def remember(segment: Segment, window_size: int, layer: NHACacheLayer) -> None:
         key, value, gate, slot_key = align_left(segment.mask, key, value, gate, slot_key)
         count = segment.mask.sum(1)
     after = advance(state, key, value, gate, slot_key, (state.slot_key, state.slot_value), count)
-    layer.write(after, segment.inputs, None)
+    layer.record(segment.inputs, None)
+    layer.keep(RingState.of(after) if decodes(*segment.read, softcap=softcap) else after)
 
 
 def initial_state(segment: Segment, window_size: int, initial: Initial) -> NHAState:

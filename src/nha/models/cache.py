@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 from transformers.modeling_utils import PreTrainedModel
 
 from nha.models.config import FULL
-from nha.ops import NHAState, nha_attention
+from nha.ops import NHAState, RingState, nha_attention
 
 FORMAT = "nha-cache-v1"
 
@@ -67,9 +67,10 @@ class Inputs:
 class NHACacheLayer(CacheLayerMixin):
     """One layer's memory of a text: an `NHAState` whose size does not grow with the text.
 
-    `update` returns the segment's own keys and values; the attention function reads `state` and hands the next
-    one to `write`. With `max_cache_len` the layer is static: its tensors keep their addresses and its length is a
-    tensor, so that a compiled decoding step neither recompiles nor copies.
+    `update` returns the segment's own keys and values; the attention function reads `state`, says so to `record` and
+    hands the next one to `keep`: a `RingState` where later tokens can be written into it. With `max_cache_len` the
+    layer is static: its tensors keep their addresses and its length is a tensor, so that a compiled decoding step
+    neither recompiles nor copies.
 
     Slots cannot forget single tokens. After `activate_past_recording` (assisted decoding calls it) the layer keeps
     the state before the newest segments and their inputs, and `crop` advances that state again, exactly; a crop
@@ -126,31 +127,34 @@ class NHACacheLayer(CacheLayerMixin):
             self.length += key_states.shape[-2]
         return key_states, value_states
 
-    def write(self, state: NHAState, inputs: Inputs, before: NHAState | None) -> None:
-        """Keep the state after a segment (while recording, also the state `before` it and the segment's inputs)."""
-        if self.record_past:
-            if not self._recorded:
-                self._base = None if before is None else before._map(torch.clone) if self.is_compileable else before
-            self._recorded.append(inputs)
-        else:
+    def record(self, inputs: Inputs, before: NHAState | None) -> None:
+        """While recording, keep a segment's inputs and the state `before` the first one, which may be overwritten."""
+        if not self.record_past:
             self._forget()
-        self._keep(state)
+            return
+        if not self._recorded:
+            overwritten = self.is_compileable or isinstance(before, RingState)
+            self._base = before._map(torch.clone) if before is not None and overwritten else before
+        self._recorded.append(inputs)
 
-    def _keep(self, state: NHAState | None) -> None:
+    def keep(self, state: NHAState | None) -> None:
         """Hold this state; a static layer copies it into the tensors that it has."""
+        held = self.state
         if not self.is_compileable:
             self.state = state
         elif state is None:
-            for tensor in () if self.state is None else self.state.tensors().values():
+            for tensor in () if held is None else held.tensors().values():
                 tensor.zero_()
-        elif self.state is None or self.state.seen.shape != state.seen.shape:
+        elif held is None or held.seen.shape != state.seen.shape:
             self.state = state._map(torch.clone)
             if not torch.compiler.is_compiling():
                 for tensor in self.state.tensors().values():
                     torch._dynamo.mark_static_address(tensor)
-        else:
+        elif held is not state:
+            if isinstance(held, RingState) != isinstance(state, RingState):
+                state = RingState.of(state) if isinstance(held, RingState) else state.aligned()
             new = state.tensors()
-            for name, tensor in self.state.tensors().items():
+            for name, tensor in held.tensors().items():
                 tensor.copy_(new[name])
 
     def _forget(self) -> None:
@@ -186,13 +190,13 @@ class NHACacheLayer(CacheLayerMixin):
                 kept -= part.length
                 if part.length and self.window_size is not None:
                     state = part.advance(state, self.window_size)
-            self._keep(state)
+            self.keep(state)
             self.length += tokens_to_remove
         self._forget()
 
     def reset(self) -> None:
         self._forget()
-        self._keep(None)
+        self.keep(None)
         if isinstance(self.length, Tensor):
             self.length.zero_()
         else:
@@ -201,7 +205,7 @@ class NHACacheLayer(CacheLayerMixin):
     def _select(self, rows: Tensor) -> None:
         if self.state is None:
             return
-        self._keep(self.state.select(rows))
+        self.keep(self.state.select(rows))
         self._base = None if self._base is None else self._base.select(rows)
         self._recorded = [inputs.select(rows) for inputs in self._recorded]
 
@@ -288,7 +292,7 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
     caches: list[Any] = list(cache.layers)
     for index, layer in enumerate(caches):
         if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
-            parts: dict[str, Any] = {} if layer.state is None else layer.state.tensors()
+            parts: dict[str, Any] = {} if layer.state is None else layer.state.aligned().tensors()
             live = layer.state is not None and layer.state.slots_live
             layers.append({"kind": "nha", "window": layer.window_size, "length": layer.length, "live": live})
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
