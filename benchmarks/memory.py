@@ -160,7 +160,8 @@ def one_pass(setting: Setting) -> str:
     plain = replace(whole, start="fresh", sinks=0, separate=False)
     problems = [
         whole, plain, replace(plain, window=0, gates="harsh"), replace(plain, kind="packed"),
-        replace(whole, kind="steps", batch=2), replace(plain, length=20 if setting.tiny else 700),
+        replace(whole, kind="steps", batch=2), replace(whole, kind="ring"),
+        replace(plain, length=20 if setting.tiny else 700),
     ]  # fmt: skip
     bad = []
     with launched() as names:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import CUDA
 from nha import nha_attention
+from nha.ops import RingState, nha_decode
 
 Forward = Callable[[], Tensor]
 Inputs = dict[str, Tensor]
@@ -174,7 +175,7 @@ def forward_of(name: str, window: int, flat: Inputs) -> Forward:
 
 
 def decoding(name: str, window: int, length: int, flat: Inputs) -> Forward:
-    """One more token of rows that have seen `length`, from tensors of one token; the state does not change."""
+    """One more token of rows that have seen `length`, from tensors of one token; the kernels write into the state."""
     q, k = flat["q"], flat["k"]
     batch, _, heads, dim = k.shape
     if name in FULL:
@@ -187,7 +188,11 @@ def decoding(name: str, window: int, length: int, flat: Inputs) -> Forward:
                 return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True)
 
         return forward
-    options: dict = {"window_size": window, "state": running_state(window, length, flat), "return_state": True}
+    state = running_state(window, length, flat)
+    if name == "triton":
+        ring = RingState.of(state)
+        return lambda: nha_decode(**flat, state=ring).out  # type: ignore[arg-type]
+    options: dict = {"window_size": window, "state": state, "return_state": True}
     return lambda: nha_attention(**flat, impl=name, **options).out  # type: ignore[arg-type]
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nha import NHAState
+from nha import NHAOutput, NHAState
+from nha.ops import RingState, nha_decode
 from nha.ops.state import slot_dtype
 from tests.builders import TOKENWISE, call, error, exponent_rounding, slice_tokens, terms_behind
 
@@ -31,7 +32,7 @@ class Problem:
     """Sizes of one call, how it is run (`kind`), what went before (`start`), and how its inputs look.
 
     kind: whole; left, right (a padded row); packed; segments (of any length, one token too); steps (a prompt, single
-        tokens and 16 at once, without gradients).
+        tokens and 15 at once, without gradients); ring (the same, written into the state in place).
     start: fresh; filled (a full window and slots, as earlier segments leave them); slots (handed in, live).
     gates: a key of GATES. layout: plain; heads-first; sliced and odd (views into memory full of NaN, odd ones at
         addresses that are no multiple of 16 bytes). spread scales all queries.
@@ -189,7 +190,7 @@ def first_state(problem: Problem, flat: dict[str, Tensor]) -> NHAState | None:
 def _cuts(problem: Problem, impl: str) -> list[int]:
     """Where calls begin and end; the judge sees one call."""
     n = problem.length
-    if impl != "triton" or problem.kind not in ("segments", "steps"):
+    if impl != "triton" or problem.kind not in ("segments", "steps", "ring"):
         return [0, n]
     if problem.kind == "segments":
         return sorted({0, 3, 4, n // 2, n // 2 + 1, n})
@@ -211,16 +212,26 @@ def outputs(problem: Problem, flat: dict[str, Tensor], impl: str) -> dict[str, T
     inputs = {n: x for n, x in flat.items() if n in TOKENWISE or n.startswith("sink")}
     state, parts = first_state(p, flat), []
     for start, stop in itertools.pairwise(_cuts(p, impl)):
-        parts.append(call(slice_tokens(inputs, start, stop), state=state, **options))
+        part = slice_tokens(inputs, start, stop)
+        parts.append(written(part, state) if isinstance(state, RingState) else call(part, state=state, **options))
         state = parts[-1].state
+        if p.kind == "ring" and impl == "triton":
+            state = state if isinstance(state, RingState) else RingState.of(state)
     found = {"out": torch.cat([x.out for x in parts], 1), "mass": torch.cat([x.slot_mass for x in parts], 1)}
     assert state is not None
-    return found | {n: x for n, x in state.tensors().items() if x.is_floating_point()}
+    return found | {n: x for n, x in state.aligned().tensors().items() if x.is_floating_point()}
+
+
+def written(flat: dict[str, Tensor], state: RingState) -> NHAOutput:
+    """The next tokens of running texts, written into their state."""
+    flat = dict(flat)
+    sink = (flat.pop("sink_key"), flat.pop("sink_value")) if "sink_key" in flat else None
+    return nha_decode(**flat, sink=sink, state=state)  # type: ignore[arg-type]
 
 
 def results(problem: Problem, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:
     """The outputs, and the gradients of a random linear function of them."""
-    if problem.kind == "steps":
+    if problem.kind in ("steps", "ring"):
         with torch.no_grad():
             return outputs(problem, flat, impl)
     found = outputs(problem, flat, impl)

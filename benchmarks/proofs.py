@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.problems import Problem, make, place, results, rms
 from nha import nha_attention
-from nha.ops import choose, implementations
+from nha.ops import RingState, choose, implementations, nha_decode
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):
 def operators(setting: Setting) -> str:
     """torch.library.opcheck of every operator, with the arguments of real calls."""
     problems = [little(setting), little(setting, kind="packed", start="fresh", separate=False, sinks=0),
-                little(setting, kind="steps")]  # fmt: skip
+                little(setting, kind="steps"), little(setting, kind="ring")]  # fmt: skip
     seen: dict[tuple, str] = {}
     for problem in problems:
         recorder = Recorder()
@@ -268,7 +268,7 @@ def autocast(setting: Setting) -> str:
 
 
 def graph(setting: Setting) -> str:
-    """Single tokens through a CUDA graph that carries the state in place equal the sequence in one call."""
+    """Single tokens that a CUDA graph writes into the state equal the sequence in one call."""
     if setting.device == "cpu":
         return "skip a CUDA graph needs a GPU"
     problem = small(start="fresh", kind="whole", length=80)
@@ -279,15 +279,11 @@ def graph(setting: Setting) -> str:
     start = 50
     state = nha_attention(**{n: x[:, :start] for n, x in flat.items()}, return_state=True, **options).state  # type: ignore[arg-type]
     assert state is not None
-    held = state._map(torch.clone)
+    held = RingState.of(state)
     token = {n: x[:, start : start + 1].clone() for n, x in flat.items()}
 
     def one() -> Tensor:
-        output = nha_attention(**token, state=held, return_state=True, **options)  # type: ignore[arg-type]
-        assert output.state is not None
-        for name, x in output.state.tensors().items():
-            held.tensors()[name].copy_(x)
-        return output.out
+        return nha_decode(**token, sink=sink, state=held).out  # type: ignore[arg-type]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -298,7 +294,7 @@ def graph(setting: Setting) -> str:
     captured = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(captured):
         out = one()
-    for name, x in state.tensors().items():
+    for name, x in RingState.of(state).tensors().items():
         held.tensors()[name].copy_(x)
     found = []
     for at in range(start, problem.length):

@@ -113,10 +113,10 @@ def test_a_filled_state_is_full_in_every_row_but_the_last():
 
 def test_steps_and_segments_are_cut_for_the_kernels_alone():
     flat = make(SMALL, 1)
-    for kind in ("segments", "steps"):
+    for kind in ("segments", "steps", "ring"):
         problem = replace(SMALL, kind=kind)
         assert problems._cuts(problem, "reference") == [0, 40]
-        assert {1, 16} & {b - a for a, b in itertools.pairwise(problems._cuts(problem, "triton"))}
+        assert {1, 15} & {b - a for a, b in itertools.pairwise(problems._cuts(problem, "triton"))}
         whole = outputs(SMALL, flat, "chunked")["out"]
         assert torch.equal(whole, outputs(problem, flat, "chunked")["out"])
 
