@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from nha.ops.segment import check_mask, full_attention
 from nha.ops.state import NHAState, slot_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Function = TypeVar("Function", bound=Callable)
 
 
 class NHAOutput(NamedTuple):
@@ -69,6 +72,31 @@ def choose(impl: str, device: torch.device | str = "cpu") -> str:
     return impl
 
 
+def _autocasting(function: Function) -> Function:
+    """In a region of autocast, let a function read all but the log-gate in the region's dtype, as SDPA does."""
+
+    @wraps(function)
+    def call(q: Tensor, *args: Any, **options: Any) -> Any:
+        device = q.device.type if isinstance(q, Tensor) else "cpu"
+        if not torch.is_autocast_enabled(device):
+            return function(q, *args, **options)
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(x: Any) -> Any:
+            eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if eligible else x
+
+        for name in options.keys() & {"k", "v", "q_slot", "k_slot"}:
+            options[name] = cast(options[name])
+        if isinstance(options.get("sink"), tuple):
+            options["sink"] = tuple(cast(x) for x in options["sink"])
+        with torch.autocast(device, enabled=False):
+            return function(cast(q), *(cast(x) for x in args[:2]), *args[2:], **options)
+
+    return call  # type: ignore[return-value]
+
+
+@_autocasting
 def nha_attention(
     q: Tensor,
     k: Tensor,
@@ -97,7 +125,7 @@ def nha_attention(
         o_t = softmax(scale * [q_slot K_sink^T | q_slot Ks^T | q K_window^T]) [V_sink ; Vs ; V_window]
 
     Sink and slots take part once a token has been taken in (t >= W) or when `state` brings slots along, so a
-    sequence no longer than W sees plain full attention.
+    sequence no longer than W sees plain full attention. In a region of autocast all but `log_gate` take its dtype.
 
     Args:
         q: [B, T, HQ, D] queries of the window; query head h reads KV head h // (HQ // H).
@@ -197,6 +225,7 @@ def decodes(
     return unsupported(q, v, log_gate, softcap) is None
 
 
+@_autocasting
 def nha_decode(
     q: Tensor,
     k: Tensor,
