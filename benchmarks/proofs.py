@@ -307,6 +307,34 @@ def graph(setting: Setting) -> str:
     return verdict([] if off <= limit else [f"rms difference {off:.2e} > {limit:.2e}"], f"off by {off:.1e} rms")
 
 
+def distilling(setting: Setting) -> str:
+    """Distillation's passes of text and recall as CUDA graphs give the losses and gradients of single launches."""
+    from nha.convert.replay import WARM, Recorder, forward_backward
+    from nha.convert.student import Distillation
+    from nha.data.stream import pack
+
+    if setting.device == "cpu":
+        return "skip a CUDA graph needs a GPU"
+    student = Distillation(hybrid(setting).bfloat16()).train()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    recorder, bad = Recorder(student, parameters), []
+    for turn in range(WARM + 3):
+        kept = {}
+        for name, lengths in (("text", (130, 9, 61)), ("recall", (70, 130))):
+            ids = token_ids(replace(setting, seed=setting.seed + turn), 1, sum(lengths))[0].cpu().numpy()
+            starts = [sum(lengths[:i]) for i in range(len(lengths))]
+            batch = {n: torch.from_numpy(x) for n, x in pack([(ids, starts, ids % 5 == 0)]).items()}
+            batch |= {"by_divergence": batch["follows"] / 200, "by_cross_entropy": batch["answers"] / 40}
+            on_gpu = {n: x.to(setting.device) for n, x in batch.items()}
+            kept[name] = forward_backward(student, parameters, on_gpu, 130), recorder(name, batch, 130)
+        for name, (right, found) in kept.items():
+            pairs = zip((right[0], right[1], *right[2]), (found[0], found[1], *found[2]), strict=True)
+            off = max(rms((x - y).double()) / max(rms(x.double()), 1e-12) for x, y in pairs if x is not None)
+            if not off <= torch.finfo(torch.bfloat16).eps:
+                bad.append(f"{name} of turn {turn} is off by {off:.1e}")
+    return verdict(bad, f"{len(recorder.recordings)} recordings")
+
+
 def no_retuning(setting: Setting) -> str:
     """After one short and one long sequence, no other length or batch compiles anything."""
     if setting.tiny:

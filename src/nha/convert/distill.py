@@ -223,6 +223,7 @@ def trainer_of(
         student, stream, arguments, rates=(settings.rate, settings.gate_rate, settings.sink_rate),
         warmup=settings.warmup, treatment=settings.gradients, clip=settings.clip,
         window_dropout=settings.window_dropout, callbacks=callbacks,
+        recorded=cuda and student.compiled and not settings.checkpointing and not sharding(student),
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback
 
@@ -269,7 +270,7 @@ def distill(
         corpus: from `nha.data.corpus.prepare` or `open_corpus`.
         run: the directory of the run.
         settings: default `DistillSettings()`.
-        compiled: compile the decoder layers and the loss; default: on CUDA.
+        compiled: compile the decoder layers and the loss, and on one GPU run passes as CUDA graphs; default: on CUDA.
         report: called with every entry of the log.
         progress: called with (layers done, layers in all) of stage 1.
         budget: seconds after which to stop, with a checkpoint.

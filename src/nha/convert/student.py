@@ -154,6 +154,11 @@ class Distillation(nn.Module):
         rates = zip(kinds.items(), (rate, gate_rate, sink_rate), strict=True)
         return [{"params": params, "lr": lr, "name": kind} for (kind, params), lr in rates if params]
 
+    @property
+    def windows_in_use(self) -> list[int]:
+        """The window of every layer."""
+        return [module.window_size for module in attention_layers(self.causal)]
+
     @contextmanager
     def teacher(self) -> Iterator[None]:
         """Within the context the model is what it was before the conversion, and nothing is recorded for gradients."""
@@ -168,8 +173,7 @@ class Distillation(nn.Module):
     @contextmanager
     def using(self, windows: int | Sequence[int]) -> Iterator[None]:
         """Within the context, attention has other windows: one for all layers, or one per layer."""
-        modules = attention_layers(self.causal)
-        before = [module.window_size for module in modules]
+        modules, before = attention_layers(self.causal), self.windows_in_use
         given = [windows] * len(modules) if isinstance(windows, int) else windows
         for module, window in zip(modules, given, strict=True):
             module.window_size = window

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from nha.convert.replay import Recorder
 from nha.convert.student import SUMS, Distillation, whole
 from nha.data.stream import FromStep, Stream
 
@@ -83,7 +84,7 @@ class DistillTrainer(Trainer):
     """Runs a `Distillation` over a `Stream`; item i of the stream is step i, so a run goes on exactly where it stopped.
 
     `window_dropout` is the share of steps in which hybrid layers have a quarter of their window, so that slots must
-    carry more. `report` is called with what is logged.
+    carry more. `recorded` makes CUDA graphs of passes whose shapes come often.
     """
 
     model: Any
@@ -91,12 +92,14 @@ class DistillTrainer(Trainer):
     def __init__(
         self, model: Distillation, stream: Stream, args: TrainingArguments, *, rates: tuple[float, float, float],
         warmup: float, treatment: str, clip: float, window_dropout: float, callbacks: list[TrainerCallback],
+        recorded: bool = False,
     ):  # fmt: skip
         self.stream, self.rates, self.warmup = stream, rates, warmup
         self.treatment, self.clip, self.window_dropout = treatment, clip, window_dropout
         self.start, self.sums, self.norms = 0, None, {}
         self.marked: tuple[float, int] | None = None
         self.parameters: list[nn.Parameter] = []
+        self.recorded, self.recorder = recorded, None
         super().__init__(model=model, args=args, train_dataset=stream, callbacks=callbacks)
 
     # What a step costs besides the model: the parts of Trainer that wait for the device are left out.
@@ -122,22 +125,27 @@ class DistillTrainer(Trainer):
         if self.marked is None:
             self.marked = (time.perf_counter(), step)
             self.parameters = [p for p in model.parameters() if p.requires_grad]
+            self.recorder = Recorder(self.model, self.parameters) if self.recorded else None
         parameters, windows = self.parameters, self.model.windows
         parts: dict[str, list[Tensor | None]] = {}
         loss = torch.zeros((), device=device)
         dropped = self.drops_window(step)
         length = self.stream.mixture.shape(step)[1]
+        apart = len({name for name, _ in inputs}) == len(inputs)
         with self.model.using([w // 4 if dropped and w > 0 else w for w in windows]):
             for at, (name, batch) in enumerate(inputs):
-                batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
-                own, sums = model(**batch, longest=length)
-                self.accelerator.backward(own)
+                if self.recorder is not None and apart:
+                    own, sums, parts[name] = self.recorder(name, batch, length)
+                else:
+                    batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
+                    own, sums = model(**batch, longest=length)
+                    self.accelerator.backward(own)
+                    if at + 1 == len(inputs) or inputs[at + 1][0] != name:
+                        parts[name] = [p.grad for p in parameters]
+                        for p in parameters:
+                            p.grad = None
                 loss += own.detach()
                 self.sums = sums if self.sums is None else self.sums + sums
-                if at + 1 == len(inputs) or inputs[at + 1][0] != name:
-                    parts[name] = [p.grad for p in parameters]
-                    for p in parameters:
-                        p.grad = None
         self.norms = combine(parts, parameters, self.treatment, self.clip, self.stream.mixture.answers)
         return loss
 

@@ -1,0 +1,90 @@
+"""A training pass as one CUDA graph: launching its thousands of kernels takes longer than they run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+Pass = tuple[Tensor, Tensor, list[Tensor | None]]
+Record = Callable[[Callable[[], Pass]], tuple[Pass, Callable[[], None]]]
+
+WARM = 2  # passes before one is recorded: they compile
+MOST = 8  # recordings, each with gradients of its own
+
+
+def forward_backward(model: Any, parameters: list[nn.Parameter], batch: Batch, longest: int) -> Pass:
+    """The loss of a `Distillation`, detached, its sums, and the gradients, which the parameters do not keep."""
+    for p in parameters:
+        p.grad = None
+    loss, sums = model(**batch, longest=longest)
+    loss.backward()
+    grads = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return loss.detach(), sums, grads
+
+
+class CudaGraphs:
+    """Records what a function does on the GPU; recordings share the memory of what none of them returns."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, run: Callable[[], Pass]) -> tuple[Pass, Callable[[], None]]:
+        """What `run` returns, of no value yet, and a function that fills it in."""
+        torch.cuda.empty_cache()  # the recording gets memory that earlier passes held
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            found = run()
+        self.pool = graph.pool()
+        return found, graph.replay
+
+
+@dataclass
+class Recording:
+    """Tensors that a replay reads and writes, where they are."""
+
+    inputs: Batch
+    found: Pass
+    replay: Callable[[], None]
+
+
+@dataclass
+class Recorder:
+    """Forward and backward passes of a `Distillation`; one that comes often is recorded and then replayed.
+
+    A pass is known by its name, its shapes and the windows of the layers. The gradients it returns are overwritten by
+    the next pass of that name and by no other.
+    """
+
+    model: Any
+    parameters: list[nn.Parameter]
+    record: Record = field(default_factory=CudaGraphs)
+    seen: Counter = field(default_factory=Counter)
+    recordings: dict[tuple, Recording] = field(default_factory=dict)
+
+    def __call__(self, name: str, batch: Batch, longest: int) -> Pass:
+        """The loss, detached, the sums and the gradients of the parameters; a tensor of the batch may be on the CPU."""
+        key = (name, longest, *self.model.windows_in_use, *(x.shape for x in batch.values()))
+        self.seen[key] += 1
+        device = self.parameters[0].device
+        if key not in self.recordings:
+            batch = {n: x.to(device, non_blocking=True) for n, x in batch.items()}
+            if self.seen[key] <= WARM or len(self.recordings) == MOST:
+                return forward_backward(self.model, self.parameters, batch, longest)
+            inputs = {n: x.clone() for n, x in batch.items()}
+            found, replay = self.record(lambda: forward_backward(self.model, self.parameters, inputs, longest))
+            self.recordings[key] = Recording(inputs, found, replay)
+        recording = self.recordings[key]
+        for n, x in recording.inputs.items():
+            x.copy_(batch[n], non_blocking=True)
+        recording.replay()
+        loss, sums, grads = recording.found
+        return loss, sums.clone(), grads
