@@ -23,7 +23,7 @@ CONSUMER = [
     {"capability": 120, "dim": 64, "value_dim": 64, "separate": True},
     {"capability": 89, "dtype": "fp16", **LARGEST},
     {"capability": 89, "dtype": "bf16", **LARGEST, "slots": 64},
-    {"capability": 89, "dtype": "fp32", "slots": 128, "sinks": 1},
+    {"capability": 89, "dtype": "fp32", "sinks": 1},
 ]
 
 
@@ -47,7 +47,7 @@ def test_every_kernel_fits_an_h100(shape):
         assert row["stack"] <= SPILLED[shape.get("dtype", "bf16")], row
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_largest_shapes_fit_an_h100(dtype):
     for row in compiled({"dtype": dtype, **LARGEST}):
         assert row["shared"] <= 227 << 10, row

@@ -209,25 +209,17 @@ def test_what_the_kernels_cannot_do_is_refused_in_one_line():
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kilobytes", "limit"), [("float32", 227, 256), ("float32", 99, 128), ("bfloat16", 99, 256)]
-)
-def test_shapes_beyond_the_shared_memory_are_refused_with_the_limit(monkeypatch, dtype, kilobytes, limit):
-    from nha.ops.triton import op
+@pytest.mark.parametrize(("dtype", "dim", "slots"), [("float32", 128, 64), ("bfloat16", 256, 128)])
+def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, dim, slots):
+    from nha.ops.triton.op import unsupported
 
-    monkeypatch.setattr(op, "shared_memory", lambda device: kilobytes << 10)
-    for dim in (limit, limit + 1):
+    def reason(dim, slots):
         q = torch.empty(1, 1, 1, dim, dtype=getattr(torch, dtype))
-        reason = op.unsupported(q, q, torch.empty(1, 1, 1, 128), None)
-        assert reason == (
-            None
-            if dim == limit
-            else f"head dims {dim} and {dim} in {q.dtype}: the kernels go up to {limit} on this GPU"
-        )
-    assert (
-        op.unsupported(q[..., :16], q[..., :16], torch.empty(1, 1, 1, 129), None)
-        == "129 slots: the kernels take 1 to 128"
-    )
+        return unsupported(q, q, torch.empty(1, 1, 1, slots), None)
+
+    assert reason(dim, slots) is None
+    assert reason(dim + 1, slots) == f"head dims {dim + 1} and {dim + 1} in torch.{dtype}: the kernels go up to {dim}"
+    assert reason(dim, slots + 1) == f"{slots + 1} slots in torch.{dtype}: the kernels take 1 to {slots}"
 
 
 def test_the_operators_are_well_formed():

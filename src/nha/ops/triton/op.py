@@ -11,9 +11,10 @@ from nha.ops.segment import advance, align_left, restore
 from nha.ops.state import NHAState
 from nha.ops.triton import launch
 from nha.ops.triton.launch import Inputs
-from nha.ops.triton.plan import largest_dim, shared_memory
 
-MAX_SLOTS = 128
+MAX_DIM, MAX_SLOTS = 256, 128
+# Beyond these, float32 kernels miss the law's bound on an H100 (heads of 256) or fail there (128 slots, Triton 3.6).
+MAX_EXACT_DIM, MAX_EXACT_SLOTS = 128, 64
 
 
 def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str | None:
@@ -22,11 +23,12 @@ def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -
         return f"softcap={softcap}: the kernels have none"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {q.dtype}: the kernels know float32, bfloat16 and float16"
-    limit = largest_dim(q.dtype, shared_memory(q.device))
-    if max(q.shape[-1], v.shape[-1]) > limit:
-        return f"head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}: the kernels go up to {limit} on this GPU"
-    if not 1 <= log_gate.shape[-1] <= MAX_SLOTS:
-        return f"{log_gate.shape[-1]} slots: the kernels take 1 to {MAX_SLOTS}"
+    exact = q.dtype == torch.float32
+    dim, slots = (MAX_EXACT_DIM, MAX_EXACT_SLOTS) if exact else (MAX_DIM, MAX_SLOTS)
+    if max(q.shape[-1], v.shape[-1]) > dim:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}: the kernels go up to {dim}"
+    if not 1 <= log_gate.shape[-1] <= slots:
+        return f"{log_gate.shape[-1]} slots in {q.dtype}: the kernels take 1 to {slots}"
     return None
 
 

@@ -48,11 +48,6 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def largest_dim(dtype: torch.dtype, shared: int) -> int:
-    """The head size up to which the kernels fit a GPU whose blocks may have so many bytes of shared memory."""
-    return 128 if dtype == torch.float32 and shared < SHARED // 2 else 256
-
-
 def blocks(
     dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, shared: int = SHARED
 ) -> Blocks:  # fmt: skip
@@ -67,7 +62,7 @@ def blocks(
     large = _width(slots, row) * max(wide, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
     compact = shared < SHARED // 2
     if exact:
-        chunk, rows = 16 if wide > 64 else 32, 16 if wide > 128 else 32 if compact else 64
+        chunk, rows = 16 if wide > 64 else 32, 32 if compact else 64
     elif compact:
         chunk, rows = (16, 16) if large else (32, 64)
     else:
