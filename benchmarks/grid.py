@@ -70,6 +70,8 @@ def pairwise(axes: dict[str, tuple], seed: int = 3, tries: int = 80) -> Iterator
 def sized(setting: dict[str, Any], draw: random.Random) -> Problem:
     """A problem of such a setting: as long as it takes to leave the window, and no longer than the judge can bear."""
     window, length = setting["window"], draw.randrange(130, 200)
+    if setting["kind"] == "packed":
+        setting = setting | {"batch": 1}
     if window > 1000:
         setting = setting | {"start": "filled", "heads": 1, "batch": 1}
         length = 60

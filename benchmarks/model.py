@@ -125,7 +125,7 @@ def prefill(model: Any, row: Row, segment: int) -> dict[str, Any]:
     read()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    ms = median_ms(read, seconds=1, least=3)
+    ms = median_ms(read, seconds=1, least=3, hidden=False)
     return {"B": 1, "ms": ms, "tokens_s": row.length / ms * 1e3, "peak_gib": peak_gib()}
 
 
@@ -220,7 +220,7 @@ def decode(model: Any, row: Row) -> dict[str, Any]:
             step = step_of(model, row.how, batch, row.length)
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
-            ms = median_ms(step, seconds=1, most=30)
+            ms = median_ms(step, seconds=1, most=30, hidden=False)
             return {"B": batch, "ms": ms, "tokens_s": batch / ms * 1e3, "peak_gib": peak_gib()}
         except torch.OutOfMemoryError:
             if batch == 1:

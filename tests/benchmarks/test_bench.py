@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench, model, peers, plots
-from benchmarks.measure import Table, median_ms, read_table
+from benchmarks.measure import Table, flushes_for, median_ms, read_table
 from benchmarks.roofline import floor_ms, work
 
 ROOT = Path(__file__).parents[2]
@@ -152,3 +152,10 @@ def test_the_tiny_benchmark_of_a_model_runs(tmp_path, capsys):
         (name, task) for name in ("hybrid", "full") for task in ("prefill", "decode", "throughput")
     }
     assert "decode after 20 tokens, graph" in capsys.readouterr().out
+
+
+def test_the_cache_is_flushed_for_longer_than_the_host_works_but_not_without_end():
+    assert flushes_for(0.0) == 1
+    for host in (1e-4, 1e-3, 5e-3):
+        assert flushes_for(host) * 50e-6 > host
+    assert flushes_for(10.0) == 400

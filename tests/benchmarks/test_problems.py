@@ -134,3 +134,12 @@ def test_any_two_settings_of_the_grid_meet():
 def test_examples_in_docstrings_run():
     for module in (grid, plots, roofline):
         assert doctest.testmod(module).failed == 0
+
+
+def test_every_problem_of_the_grid_fits_the_contract():
+    """Packed texts are one row, and no row is longer than the judge can bear."""
+    problems = [p for task in grid.tasks(tiny=False) for p in task.problems]
+    assert len(problems) > 150
+    assert {p.kind for p in problems} == set(grid.AXES["kind"])
+    assert all(p.batch == 1 for p in problems if p.kind == "packed")
+    assert all(p.length <= 60 for p in problems if p.window > 1000 and p.length < 1000)
