@@ -97,6 +97,26 @@ def test_other_shapes_and_windows_are_recorded_apart_and_not_without_end(student
     assert rerun.recorded == len(recorder.recordings) == MOST
 
 
+def test_without_memory_for_a_recording_passes_run_as_before(student):
+    def record(run):
+        run()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    recorder = Recorder(student, parameters, record)
+    one, longest = given(0)
+    right = wanted(student, parameters, one, longest)
+    for turn in range(WARM + 2):
+        if turn == WARM:
+            with pytest.warns(UserWarning, match="no memory"):
+                found = recorder("text", one, longest)
+        else:
+            found = recorder("text", one, longest)
+        assert torch.equal(found[0], right[0])
+        assert all(g is None or torch.equal(g, x) for g, x in zip(found[2], right[2], strict=True))
+    assert not recorder.recordings
+
+
 def test_a_pass_asks_nothing_of_the_device(student):
     """What waits for the device cannot be recorded."""
     from torch.utils._python_dispatch import TorchDispatchMode

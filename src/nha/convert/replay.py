@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Recorder:
 
     model: Any
     parameters: list[nn.Parameter]
-    record: Record = field(default_factory=CudaGraphs)
+    record: Record | None = field(default_factory=CudaGraphs)
     seen: Counter = field(default_factory=Counter)
     recordings: dict[tuple, Recording] = field(default_factory=dict)
 
@@ -77,10 +78,15 @@ class Recorder:
         device = self.parameters[0].device
         if key not in self.recordings:
             batch = {n: x.to(device, non_blocking=True) for n, x in batch.items()}
-            if self.seen[key] <= WARM or len(self.recordings) == MOST:
+            if self.record is None or self.seen[key] <= WARM or len(self.recordings) == MOST:
                 return forward_backward(self.model, self.parameters, batch, longest)
             inputs = {n: x.clone() for n, x in batch.items()}
-            found, replay = self.record(lambda: forward_backward(self.model, self.parameters, inputs, longest))
+            try:
+                found, replay = self.record(lambda: forward_backward(self.model, self.parameters, inputs, longest))
+            except torch.OutOfMemoryError:
+                warnings.warn("no memory for another CUDA graph, running passes without", stacklevel=2)
+                self.record = None
+                return forward_backward(self.model, self.parameters, batch, longest)
             self.recordings[key] = Recording(inputs, found, replay)
         recording = self.recordings[key]
         for n, x in recording.inputs.items():
