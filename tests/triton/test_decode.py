@@ -265,11 +265,11 @@ def test_what_the_kernel_cannot_do_is_refused_in_one_line():
     refused(ValueError, "expected k of shape", step, state, k=step["k"][:, :, :, :1])
     refused(NotImplementedError, "float64", double(step), ring(double(flat)))
     wide = inputs(replace(case, dim=130))
-    refused(NotImplementedError, "130 and 6 in float32: the kernels go up to 128", part(wide, 0, 1), ring(wide))
+    refused(NotImplementedError, "130 and 6 in torch.float32: the kernels go up to 128", part(wide, 0, 1), ring(wide))
     wider = {n: x.half() for n, x in inputs(replace(case, dim=8, value_dim=257)).items()}
-    refused(NotImplementedError, "257: the kernels go up to 256", part(wider, 0, 1), ring(wider))
+    refused(NotImplementedError, "257 in torch.float16: the kernels go up to 256", part(wider, 0, 1), ring(wider))
     many = inputs(replace(case, slots=129))
-    refused(NotImplementedError, "129 slots: the kernels take 1 to 128", part(many, 0, 1), ring(many))
+    refused(NotImplementedError, "129 slots in torch.float32: the kernels take 1 to 128", part(many, 0, 1), ring(many))
     for name, value in before.items():
         assert torch.equal(value, state.tensors()[name]), name
     with pytest.raises(ValueError, match="window_size >= 0, got one of -1"):

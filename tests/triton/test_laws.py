@@ -211,11 +211,11 @@ def test_what_the_kernels_cannot_do_is_refused_in_one_line():
 
 @pytest.mark.parametrize(("dtype", "dim", "slots"), [("float32", 128, 64), ("bfloat16", 256, 128)])
 def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, dim, slots):
-    from nha.ops.triton.op import unsupported
+    from nha.ops.limits import unsupported
 
     def reason(dim, slots):
         q = torch.empty(1, 1, 1, dim, dtype=getattr(torch, dtype))
-        return unsupported(q, q, torch.empty(1, 1, 1, slots), None)
+        return unsupported(q, q, torch.empty(1, 1, 1, slots), None, decoding=False)
 
     assert reason(dim, slots) is None
     assert reason(dim + 1, slots) == f"head dims {dim + 1} and {dim + 1} in torch.{dtype}: the kernels go up to {dim}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nha.ops.chunked import chunked
+from nha.ops.limits import unsupported
 from nha.ops.reference import reference
 from nha.ops.ring import MAX_NEW, RingState
 from nha.ops.segment import check_mask, full_attention
@@ -220,9 +221,7 @@ def decodes(
     """
     if choose(impl, q.device) != "triton" or _wants_gradients([q, k, v, log_gate, *more]):
         return False
-    from nha.ops.triton.step import unsupported
-
-    return unsupported(q, v, log_gate, softcap) is None
+    return unsupported(q, v, log_gate, softcap, decoding=True) is None
 
 
 @_autocasting
@@ -283,12 +282,7 @@ def _triton_or_chunked(
     impl: str, q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, short: bool
 ) -> str:  # fmt: skip
     """ "triton", or "chunked" where "auto" meets inputs that the kernels do not take; NotImplementedError if asked."""
-    if short:
-        from nha.ops.triton.step import unsupported
-    else:
-        from nha.ops.triton.op import unsupported
-
-    reason = unsupported(q, v, log_gate, softcap)
+    reason = unsupported(q, v, log_gate, softcap, short)
     if reason is None:
         return "triton"
     if impl == "auto":

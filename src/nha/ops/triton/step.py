@@ -16,25 +16,8 @@ from nha.ops.triton.launcher import launch
 from nha.ops.triton.plan import DTYPES
 
 LOG2_E = 1.4426950408889634
-MAX_DIM, MAX_SLOTS = 256, 128
-MAX_EXACT_DIM = 128  # float32 operands take twice the registers
 PROGRAMS = 132  # programs that read the window of a small batch: one for every multiprocessor
 TILE_BYTES = 2**14  # keys and values of a block of the window
-
-
-def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None) -> str | None:
-    """Why the decoding kernel cannot run these inputs, in one line, or None."""
-    if softcap is not None:
-        return f"softcap={softcap}: the kernels have none"
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype}: the kernels know float32, bfloat16 and float16"
-    if max(q.shape[3], v.shape[3]) > MAX_DIM:
-        return f"head dims {q.shape[3]} and {v.shape[3]}: the kernels go up to {MAX_DIM}"
-    if q.dtype == torch.float32 and max(q.shape[3], v.shape[3]) > MAX_EXACT_DIM:
-        return f"head dims {q.shape[3]} and {v.shape[3]} in float32: the kernels go up to {MAX_EXACT_DIM}"
-    if not 1 <= log_gate.shape[3] <= MAX_SLOTS:
-        return f"{log_gate.shape[3]} slots: the kernels take 1 to {MAX_SLOTS}"
-    return None
 
 
 class Sizes(NamedTuple):
