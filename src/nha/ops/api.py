@@ -178,10 +178,12 @@ def nha_attention(
     if name == "triton" and window_size != -1:
         name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    fresh = state is None
-    if fresh:
-        rows = k if cu_seqlens is None else k[:, :1].expand(cu_seqlens.shape[0] - 1, -1, -1, -1)
-        state = NHAState.empty(window_size, key=rows, value=v, log_gate=log_gate, shared=k_slot is None)
+    fresh, shared = state is None, k_slot is None
+    within = window_size == -1 or (fresh and window_size >= q.shape[1])
+    if fresh and (return_state or within or name != "triton"):
+        state = NHAState.empty(
+            window_size, key=k, value=v, log_gate=log_gate, shared=shared, cu_seqlens=cu_seqlens
+        )  # fmt: skip
     q_slot = q if q_slot is None else q_slot
     k_slot = k if k_slot is None else k_slot
     options = {
@@ -190,7 +192,7 @@ def nha_attention(
     }  # fmt: skip
     if name == "reference":
         out, mass, after = reference(q, k, v, log_gate, q_slot, k_slot, sink, **options)
-    elif window_size == -1 or (fresh and window_size >= q.shape[1]):
+    elif within:
         out, mass, after = full_attention(q, k, v, log_gate, k_slot, keep=return_state, **options)
     elif name == "triton" and short:
         from nha.ops.triton.step import decode
@@ -200,8 +202,8 @@ def nha_attention(
     elif name == "triton":
         from nha.ops.triton.op import triton_attention
 
-        options |= {"fresh": fresh, "keep": return_state}
-        out, mass, after = triton_attention(q, k, v, log_gate, q_slot, k_slot, sink, **options)
+        own = options | {"window_size": window_size, "fresh": fresh, "keep": return_state}
+        out, mass, after = triton_attention(q, k, v, log_gate, q_slot, k_slot, sink, **own)
     else:
         out, mass, after = chunked(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)

@@ -48,13 +48,17 @@ class NHAState:
     slots_live: bool = False  # slots handed in by the caller take part from token 0
 
     @classmethod
-    def empty(cls, window_size: int, *, key: Tensor, value: Tensor, log_gate: Tensor, shared: bool) -> NHAState:
+    def empty(
+        cls, window_size: int, *, key: Tensor, value: Tensor, log_gate: Tensor, shared: bool,
+        cu_seqlens: Tensor | None = None,
+    ) -> NHAState:  # fmt: skip
         """A state that has seen nothing, shaped after one segment of inputs (any length).
 
         `key` [B, T, H, D], `value` [B, T, H, Dv], `log_gate` [B, T, H, M]; `shared` says that slots and
-        window see the same keys.
+        window see the same keys. With `cu_seqlens` [N + 1] there is a row for each of N packed sequences.
         """
         batch, _, heads, dim = key.shape
+        batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         value_dim, slots = value.shape[-1], log_gate.shape[-1]
         width = max(window_size, 0)
         kept = slot_dtype(key.dtype)

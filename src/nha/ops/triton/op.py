@@ -129,12 +129,12 @@ def _advance_packed(
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, q_slot: Tensor, k_slot: Tensor,
     sink: tuple[Tensor, Tensor] | None, *,
-    scale: float, softcap: float | None, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-    fresh: bool, keep: bool,
-) -> tuple[Tensor, Tensor, NHAState]:  # fmt: skip
-    """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and the state after the segment (shapes as `nha_attention`).
+    scale: float, softcap: float | None, state: NHAState | None, attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None, window_size: int, fresh: bool, keep: bool,
+) -> tuple[Tensor, Tensor, NHAState | None]:  # fmt: skip
+    """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and, to `keep`, the state after the segment (as `nha_attention`).
 
-    `fresh` says that `state` has seen nothing and holds no slots; without `keep` the state returned is the old one.
+    `fresh` says that `state` has seen nothing and holds no slots; it may then be None, if none is to be kept.
     """
     shared_query, shared_key = q_slot is q, k_slot is k
     count = None
@@ -143,13 +143,13 @@ def triton_attention(
         q_slot = q if shared_query else align_left(attention_mask, q_slot)[0]
         k_slot = k if shared_key else align_left(attention_mask, k_slot)[0]
         count = attention_mask.sum(1)
-    window = state.window_size
-    past = 0 if fresh or not window else window
-    first = None if fresh else (window - state.seen.clamp_max(window))
+    window, before = window_size, None if fresh else state
+    past = window if before is not None else 0
+    first = None if before is None else window - before.seen.clamp_max(window)
     keys, values, token_keys, gates = k, v, k_slot, log_gate
     packed = cu_seqlens is not None and window > 0
     joined = None
-    if past or (packed and keep):
+    if state is not None and (past or (packed and keep)):
         slot_tail = state.key if state.tail_slot_key is None else state.tail_slot_key
         tails = [state.key, state.value, slot_tail, state.tail_log_gate.to(log_gate.dtype)]
         new = [k, v, k_slot, log_gate]
@@ -162,15 +162,15 @@ def triton_attention(
     sink_key, sink_value = (None, None) if sink is None else sink
     out, mass, _, slot_key, slot_value = _forward(
         q, keys, values, None if shared_query else q_slot, None if shared_key else token_keys, gates,
-        None if fresh else state.slot_key, None if fresh else state.slot_value, sink_key, sink_value,
-        first, cu_seqlens, window, past, scale, state.slots_live,
+        None if before is None else before.slot_key, None if before is None else before.slot_value,
+        sink_key, sink_value, first, cu_seqlens, window, past, scale, before is not None and before.slots_live,
     )  # fmt: skip
     slots = (slot_key, slot_value)
-    after = state
-    if keep and cu_seqlens is not None:
+    after = None
+    if keep and state is not None and cu_seqlens is not None:
         joined = joined or [x[:, :0] for x in (k, v, k_slot, log_gate)]
         after = _advance_packed(state, cu_seqlens, joined, slots)
-    elif keep:
+    elif keep and state is not None:
         after = advance(state, k, v, log_gate, k_slot, slots, count)
     if attention_mask is not None:
         out, mass = restore(attention_mask, out), restore(attention_mask, mass)
