@@ -114,15 +114,19 @@ class Plan(NamedTuple):
         return self.segments > (self.sequences if self.cu is not None else 1)
 
 
-def _table(counts: Tensor, size: int) -> Tensor:
-    """[size, 2] int32: the sequence and index of every program, -1 for the spare ones, without asking the device."""
-    ends = counts.cumsum(0)
-    program = torch.arange(size, device=counts.device)
-    sequence = torch.searchsorted(ends, program, right=True)
-    spare = sequence >= counts.shape[0]
-    sequence = sequence.clamp_max(counts.shape[0] - 1)
-    index = program - (ends - counts)[sequence]
-    return torch.stack([sequence.masked_fill(spare, -1), index], 1).to(torch.int32).contiguous()
+def _tables(counts: Tensor, size: int) -> Tensor:
+    """[K, size, 2] int32 of counts [K, N]: sequence and index of every program, -1 for the spare ones.
+
+    Without asking the device. `size` is rounded up, so that every table begins at a multiple of 16 bytes.
+    """
+    size = -(-size // 2) * 2
+    ends = counts.cumsum(1)
+    program = torch.arange(size, device=counts.device).expand(counts.shape[0], -1)
+    sequence = torch.searchsorted(ends, program.contiguous(), right=True)
+    spare = sequence >= counts.shape[1]
+    held = sequence.clamp_max(counts.shape[1] - 1)
+    index = program - (ends - counts).gather(1, held)
+    return torch.stack([sequence.masked_fill_(spare, -1), index], 2).to(torch.int32)
 
 
 def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None) -> Plan:
@@ -161,18 +165,19 @@ def _packed_plan(length: int, past: int, window: int, size: int, columns: int, c
 
 def _make_packed_plan(length: int, past: int, window: int, size: int, columns: int, cu: Tensor) -> Plan:
     offset, count = window - past, cu.shape[0] - 1
-    lead = -offset % size
-    lengths = (cu[1:] - cu[:-1]).long()
     chunks = -(-length // size) + count
     segment_chunks = max(-(-chunks // min(max(PROGRAMS // columns, 1), MAX_SEGMENTS)), 4)
-    per_chunk = ((lengths - offset).clamp_min(0) + size - 1) // size
-    per_block = torch.where(lengths > 0, (lengths + lead + size - 1) // size, 0)
-    per_segment = ((per_chunk + segment_chunks - 1) // segment_chunks).clamp_min(1)
-    per_key = (torch.where(lengths > 0, lengths + past, past) + size - 1) // size
     blocks, segments = -(-length // size) + 2 * count, -(-chunks // segment_chunks) + count
     key_blocks = -(-length // size) + (1 + -(-past // size)) * count
+    # Tokens that a sequence has for blocks, for slots and for keys; an empty one has no block, and no key but the past.
+    lengths = cu.diff().long()
+    tokens = torch.stack([lengths + (-offset % size), (lengths - offset).clamp_min(0), lengths + past])
+    tokens[0].masked_fill_(lengths == 0, 0)
+    counts = (tokens + (size - 1)) // size
+    per_chunk = counts[1].clone()
+    counts[1] = ((per_chunk + (segment_chunks - 1)) // segment_chunks).clamp_min(1)
+    tables = _tables(counts, max(blocks, segments, key_blocks))
     return Plan(
         count, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks, cu,
-        per_chunk.cumsum(0) - per_chunk, _table(per_block, blocks), _table(per_segment, segments),
-        _table(per_key, key_blocks),
+        per_chunk.cumsum(0) - per_chunk, tables[0, :blocks], tables[1, :segments], tables[2, :key_blocks],
     )  # fmt: skip
