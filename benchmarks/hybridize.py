@@ -14,7 +14,7 @@
     --budget-s N   stop after so long; arms that did not run are named
     --no-eval      train only, for speed; --quick measures less
     --profile      time steps of the first arm one by one and show where the time goes, instead of all this
-    --no-compile   leave layers as they are
+    --compile      layers (default on a GPU), loss or nothing
 
 A row is written as soon as it is known. Exit status: 0 if every arm ran, 3 if time was up, 1 if an arm failed.
 """
@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from nha.cli import loading
-from nha.convert.distill import Distilled, DistillSettings, distill, stage_one_ids, trainer_of
+from nha.convert.distill import COMPILED, Distilled, DistillSettings, distill, stage_one_ids, trainer_of
 from nha.convert.hybridize import hybridize
 from nha.convert.search import windows_from_search
 from nha.convert.student import Distillation
@@ -209,7 +209,9 @@ def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 
     ids = stage_one_ids(corpus, settings, windows)
     hybridize(model, settings.num_slots, windows, init=settings.init, calibration=ids)  # type: ignore[arg-type]
     student = Distillation(model, trained=settings.trained, taught=settings.divergence > 0)
-    if cuda and not options.no_compile:
+    chosen = options.compile or ("layers" if cuda else "nothing")
+    student.compiled = chosen != "nothing"
+    if chosen == "layers":
         student.compile_layers()
     with tempfile.TemporaryDirectory() as run:
         trainer = trainer_of(student.train(), stream, Path(run), settings, 0, None, None)
@@ -306,10 +308,16 @@ class Campaign:
                 told = " ".join(f"{name} {value:.3f}" for name, value in entry.items() if name in TOLD)
                 self.say(f"  {arm} step {entry['step']:.0f} {entry['tokens_per_s']:,.0f} tokens/s {told}")
 
-        compiled = False if options.no_compile else None
         reserve = 0.0 if suite is None else options.eval_s
         found = distill(
-            model, tokenizer, corpus, work, settings, compiled=compiled, report=report, budget=self.left - reserve
+            model,
+            tokenizer,
+            corpus,
+            work,
+            settings,
+            compiled=options.compile,
+            report=report,
+            budget=self.left - reserve,
         )
         if not found.finished:
             return False
@@ -333,12 +341,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=1e9)
     parser.add_argument("--eval-s", type=float, default=60.0, help="seconds to leave for measuring an arm")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--compile", choices=COMPILED)
     parser.add_argument("--lengths", type=lambda s: [int(x) for x in s.split(",")], default=[2048, 8192])
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--tasks", type=lambda s: s.split(","), default=["one_fact", "four_facts", "multi_key_needle"])
     parser.add_argument("--say-every", type=int, default=5, help="entries of the log for each that is printed")
-    for flag in ("no-eval", "no-generate", "no-compile", "quick", "list", "profile"):
+    for flag in ("no-eval", "no-generate", "quick", "list", "profile"):
         parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_args(arguments)
     if options.list:

@@ -32,7 +32,7 @@ SHORT = [
     "1",
     "--log-every",
     "1",
-    "--no-compile",
+    "--compile=nothing",
 ]
 
 

@@ -80,7 +80,12 @@ def distill(
         str, typer.Option(help="auto, float32 or bfloat16.", show_default="bfloat16 on a GPU, float32 on a CPU")
     ] = "auto",
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the layers.", show_default="on a GPU")
+        str | None,
+        typer.Option(
+            "--compile",
+            help="What is compiled: layers (and the loss), loss (a minute less before the first step), nothing.",
+            show_default="layers on a GPU, nothing on a CPU",
+        ),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     log_every: Annotated[int, typer.Option(help="Steps between entries of the log.")] = 10,
@@ -164,7 +169,7 @@ def report_corpus(corpus: Corpus, as_json: bool) -> None:
 
 
 def run(
-    source: loading.Source, corpus: Corpus, output: Path, settings: DistillSettings, dtype: str, compiled: bool | None,
+    source: loading.Source, corpus: Corpus, output: Path, settings: DistillSettings, dtype: str, compiled: str | None,
     budget: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Train, show how it goes, and save the hybrid."""

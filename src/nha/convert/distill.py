@@ -30,6 +30,7 @@ from nha.models.config import FULL, plan_windows
 from nha.models.registry import check_family, to_hybrid
 
 RUN = "run.json"
+COMPILED = ("layers", "loss", "nothing")
 SOFT_ALIGN_RATE, SHARP_ALIGN_RATE = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
 
 
@@ -248,7 +249,7 @@ def distill(
     run: Path | str,
     settings: DistillSettings | None = None,
     *,
-    compiled: bool | None = None,
+    compiled: str | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     budget: float | None = None,
@@ -270,7 +271,8 @@ def distill(
         corpus: from `nha.data.corpus.prepare` or `open_corpus`.
         run: the directory of the run.
         settings: default `DistillSettings()`.
-        compiled: compile the decoder layers and the loss, and on one GPU run passes as CUDA graphs; default: on CUDA.
+        compiled: "layers" compiles decoder layers and the loss, "loss" the loss alone, and both run passes as CUDA
+            graphs on one GPU; "nothing" does nothing of the kind. Default: "layers" on CUDA, "nothing" elsewhere.
         report: called with every entry of the log.
         progress: called with (layers done, layers in all) of stage 1.
         budget: seconds after which to stop, with a checkpoint.
@@ -286,6 +288,8 @@ def distill(
     settings = settings or DistillSettings()
     run = Path(run)
     settings.check()
+    if compiled is not None and compiled not in COMPILED:
+        raise ValueError(f"expected what is compiled to be one of {COMPILED}, got {compiled!r}")
     check_family(model.config)
     windows = plan_windows(model.config, _plain(settings.window_size), settings.full_layers)
     check_corpus(model, corpus, windows)
@@ -321,7 +325,9 @@ def distill(
         )  # fmt: skip
     if start < len(stream):
         model.train()
-        if next(model.parameters()).is_cuda if compiled is None else compiled:
+        chosen = compiled or ("layers" if next(model.parameters()).is_cuda else "nothing")
+        student.compiled = chosen != "nothing"
+        if chosen == "layers":
             student.compile_layers()
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

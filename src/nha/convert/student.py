@@ -129,7 +129,7 @@ class Distillation(nn.Module):
         Head.of(self.causal)
 
     def compile_layers(self, **options: Any) -> None:
-        """From now on run decoder layers and the loss compiled, for GPUs; `options` are those of `torch.compile`.
+        """From now on run decoder layers, like the loss, compiled, for GPUs; `options` are those of `torch.compile`.
 
         One graph serves all layers of a kind. Teacher and student, text and recall text, take one each.
         """
