@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
 from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode
+from nha.ops.autocast import in_region
 from nha.ops.banded import banded_attention
 from nha.ops.ring import MAX_NEW
 from nha.ops.segment import advance, align_left
@@ -24,7 +25,10 @@ Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], 
 
 @dataclass
 class Segment:
-    """One layer's inputs for T tokens, all laid out [B, T, heads, dim] as `nha_attention` takes them."""
+    """One layer's inputs for T tokens, all laid out [B, T, heads, dim] as `nha_attention` takes them.
+
+    In a region of autocast they take its dtype, so that what a state keeps of them has one dtype for the whole text.
+    """
 
     query: Tensor  # [B, T, HQ, D]
     key: Tensor  # [B, T, H, D]
@@ -34,6 +38,11 @@ class Segment:
     slot_key: Tensor | None  # [B, T, H, D]
     mask: Tensor | None  # [B, T] bool, False = padding
     cu_seqlens: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.query, self.key, self.value, self.slot_query, self.slot_key = in_region(
+            self.query, self.key, self.value, self.slot_query, self.slot_key
+        )
 
     @property
     def read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nha.ops.autocast import reads_in_region
 from nha.ops.chunked import chunked
 from nha.ops.limits import unsupported
 from nha.ops.reference import reference
@@ -18,7 +17,6 @@ from nha.ops.segment import check_mask, full_attention
 from nha.ops.state import NHAState, slot_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Function = TypeVar("Function", bound=Callable)
 
 
 class NHAOutput(NamedTuple):
@@ -73,31 +71,7 @@ def choose(impl: str, device: torch.device | str = "cpu") -> str:
     return impl
 
 
-def _autocasting(function: Function) -> Function:
-    """In a region of autocast, let a function read all but the log-gate in the region's dtype, as SDPA does."""
-
-    @wraps(function)
-    def call(q: Tensor, *args: Any, **options: Any) -> Any:
-        device = q.device.type if isinstance(q, Tensor) else "cpu"
-        if not torch.is_autocast_enabled(device):
-            return function(q, *args, **options)
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(x: Any) -> Any:
-            eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-            return x.to(dtype) if eligible else x
-
-        for name in options.keys() & {"k", "v", "q_slot", "k_slot"}:
-            options[name] = cast(options[name])
-        if isinstance(options.get("sink"), tuple):
-            options["sink"] = tuple(cast(x) for x in options["sink"])
-        with torch.autocast(device, enabled=False):
-            return function(cast(q), *(cast(x) for x in args[:2]), *args[2:], **options)
-
-    return call  # type: ignore[return-value]
-
-
-@_autocasting
+@reads_in_region
 def nha_attention(
     q: Tensor,
     k: Tensor,
@@ -226,7 +200,7 @@ def decodes(
     return unsupported(q, v, log_gate, softcap, decoding=True) is None
 
 
-@_autocasting
+@reads_in_region
 def nha_decode(
     q: Tensor,
     k: Tensor,
