@@ -209,10 +209,7 @@ def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 
     ids = stage_one_ids(corpus, settings, windows)
     hybridize(model, settings.num_slots, windows, init=settings.init, calibration=ids)  # type: ignore[arg-type]
     student = Distillation(model, trained=settings.trained, taught=settings.divergence > 0)
-    chosen = options.compile or ("layers" if cuda else "nothing")
-    student.compiled = chosen != "nothing"
-    if chosen == "layers":
-        student.compile_layers()
+    student.compile_parts(options.compile or ("layers" if cuda else "nothing"))
     with tempfile.TemporaryDirectory() as run:
         trainer = trainer_of(student.train(), stream, Path(run), settings, 0, None, None)
         optimizer = trainer.create_optimizer()
@@ -310,15 +307,9 @@ class Campaign:
 
         reserve = 0.0 if suite is None else options.eval_s
         found = distill(
-            model,
-            tokenizer,
-            corpus,
-            work,
-            settings,
-            compiled=options.compile,
-            report=report,
+            model, tokenizer, corpus, work, settings, compiled=options.compile, report=report,
             budget=self.left - reserve,
-        )
+        )  # fmt: skip
         if not found.finished:
             return False
         row = row_of(arm, seed, settings, found, found.model)

@@ -325,10 +325,7 @@ def distill(
         )  # fmt: skip
     if start < len(stream):
         model.train()
-        chosen = compiled or ("layers" if next(model.parameters()).is_cuda else "nothing")
-        student.compiled = chosen != "nothing"
-        if chosen == "layers":
-            student.compile_layers()
+        student.compile_parts(compiled or ("layers" if next(model.parameters()).is_cuda else "nothing"))
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step

@@ -128,6 +128,12 @@ class Distillation(nn.Module):
         self._no_split_modules = model._no_split_modules
         Head.of(self.causal)
 
+    def compile_parts(self, what: str) -> None:
+        """Compile "layers" and the loss, the "loss" alone, or "nothing"."""
+        self.compiled = what != "nothing"
+        if what == "layers":
+            self.compile_layers()
+
     def compile_layers(self, **options: Any) -> None:
         """From now on run decoder layers, like the loss, compiled, for GPUs; `options` are those of `torch.compile`.
 

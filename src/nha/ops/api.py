@@ -146,10 +146,11 @@ def nha_attention(
         check_mask(attention_mask)
     if log_gate is None:
         log_gate = k.new_zeros(*k.shape[:3], 0)
-    read = [q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *(() if state is None else state.tensors().values())]
-    short = window_size >= 0 and state is not None and q.shape[1] <= MAX_NEW and cu_seqlens is None
-    short = short and not _wants_gradients(read)
+    short = False
     if name == "triton" and window_size != -1:
+        if state is not None and q.shape[1] <= MAX_NEW and cu_seqlens is None:
+            read = [q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]
+            short = not _wants_gradients(read)
         name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fresh, shared = state is None, k_slot is None

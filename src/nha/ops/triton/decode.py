@@ -16,9 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nha.ops.ring import MAX_NEW
 from nha.ops.triton.common import LOG2_E, clamp_gate, load_rows, matmul, store_rows, taken
 
-NEW = tl.constexpr(16)  # the most tokens of a segment
+NEW = tl.constexpr(MAX_NEW)  # the most tokens of a segment
 LINES = tl.constexpr(16)  # queries that read a block of slots at a time
 PARTS = tl.constexpr(8)  # parts that are put together at a time
 

@@ -36,7 +36,8 @@ class Blocks(NamedTuple):
     gated: tl.dtype  # operands that carry gate factors of up to exp(40)
 
 
-def _width(size: int, least: int = 16) -> int:
+def width(size: int, least: int = 16) -> int:
+    """The power of two, at least `least`, that an axis of `size` is padded to."""
     return max(least, triton.next_power_of_2(size))
 
 
@@ -57,9 +58,9 @@ def blocks(
     # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
-    wide = max(_width(dim), _width(value_dim))
-    crowded = wide > 128 or _width(slots) > 64
-    large = _width(slots, row) * max(wide, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
+    wide = max(width(dim), width(value_dim))
+    crowded = wide > 128 or width(slots) > 64
+    large = width(slots, row) * max(wide, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
     compact = shared < SHARED // 2
     if exact:
         chunk, rows = 16 if wide > 64 else 32, 32 if compact else 64
@@ -68,10 +69,10 @@ def blocks(
     else:
         chunk = rows = 32 if large else 64
     return Blocks(
-        slots=_width(slots, row),
-        key=_width(dim, row),
-        value=_width(value_dim, row),
-        sinks=_width(sinks),
+        slots=width(slots, row),
+        key=width(dim, row),
+        value=width(value_dim, row),
+        sinks=width(sinks),
         chunk=chunk,
         heads=rows // chunk,
         block=16 if exact else 32,

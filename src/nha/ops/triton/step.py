@@ -11,11 +11,11 @@ from torch import Tensor
 from nha.ops.ring import RingState
 from nha.ops.segment import advance, align_left
 from nha.ops.state import NHAState
+from nha.ops.triton.common import LOG2_E
 from nha.ops.triton.decode import decode_kernel
 from nha.ops.triton.launcher import launch
-from nha.ops.triton.plan import DTYPES
+from nha.ops.triton.plan import DTYPES, width
 
-LOG2_E = 1.4426950408889634
 PROGRAMS = 132  # programs that read the window of a small batch: one for every multiprocessor
 TILE_BYTES = 2**14  # keys and values of a block of the window
 
@@ -35,10 +35,6 @@ class Sizes(NamedTuple):
     registers: int | None  # the most of a thread: 128 let four programs share a multiprocessor, 168 three
 
 
-def _width(size: int, least: int = 16) -> int:
-    return max(least, 1 << (size - 1).bit_length())
-
-
 def _fitting(size: int) -> int:
     """The largest power of two up to size, but at least 16 and at most 64."""
     return min(max(16, 1 << size.bit_length() - 1), 64)
@@ -50,14 +46,14 @@ def sizes(
 ) -> Sizes:  # fmt: skip
     """Sizes within the registers and shared memory of a current GPU, also of one with 100 KB."""
     exact, step = dtype == torch.float32, length == 1
-    key, value = (_width(d, 16 if exact else 64) for d in (dim, value_dim))  # see `plan.blocks`
+    key, value = (width(d, 16 if exact else 64) for d in (dim, value_dim))  # see `plan.blocks`
     wide, full = key + value, key == dim and value == value_dim
     registers = 128 if step and full and wide <= 256 else 168
     if exact or (not step and wide > 256):
         registers = None
     return Sizes(
-        slots=min(_fitting((8192 if step and not exact else 4096) // wide), _width(slots)),
-        key=key, value=value, sinks=_width(sinks), gates=_width(slots),
+        slots=min(_fitting((8192 if step and not exact else 4096) // wide), width(slots)),
+        key=key, value=value, sinks=width(sinks), gates=width(slots),
         rows=16 if exact or length * groups <= 16 else 32, block=_fitting(TILE_BYTES // (wide * dtype.itemsize)),
         together=min(512 // value, 4 if step else 16),
         warps=8 if exact else 4, registers=registers,
@@ -98,7 +94,7 @@ def _launch(
     launch(
         decode_kernel, (batch * heads * (slot_parts + shares * row_blocks),), kind,
         *pointers, partial, peaks, norms, out, mass, *(n for x in (*tokens, *near) for n in x.stride()[:3]),
-        scale * LOG2_E, length, window, shares, tiles, heads, groups,
+        scale * LOG2_E.value, length, window, shares, tiles, heads, groups,
         M=count, D=dim, DV=value_dim, S=sinks, SLOTS=size.slots, KEY=size.key, VALUE=size.value, SINKS=size.sinks,
         GATES=size.gates, ROWS=size.rows, BLOCK=size.block, TOGETHER=size.together, DTYPE=DTYPES[q.dtype],
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", WINDOWED=window > 0, RING=ring,
