@@ -14,12 +14,9 @@ of decoding T is how many tokens were seen, and "-graph" means replayed as a CUD
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -41,6 +38,7 @@ from benchmarks.measure import (
     median_ms,
     peak_bytes,
     stamp,
+    timing,
     write_json,
 )
 from benchmarks.roofline import share
@@ -208,7 +206,7 @@ def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
     return "\n".join(text)
 
 
-def run(wanted: list[Row], out: Path, deadline: float) -> int:
+def run(wanted: list[Row], out: Path, deadline: float, tiny: bool) -> int:
     """Measure rows until the time is up; the number of rows of this library that failed."""
     if find_spec("triton") is not None:
         import triton  # pyright: ignore[reportMissingImports]
@@ -248,25 +246,7 @@ def run(wanted: list[Row], out: Path, deadline: float) -> int:
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--budget-s", type=float, default=500)
-    parser.add_argument("--only", metavar="PATTERN")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args(given)
-    deadline = time.time() + options.budget_s
-    warnings.simplefilter("ignore")
-    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
-    if not wanted:
-        sys.exit(f"expected --only to name a row, got {options.only!r}")
-    if options.list:
-        print(*wanted, sep="\n")
-        return 0
-    if not CUDA and not options.tiny:
-        sys.exit("expected a CUDA device, or --tiny with TRITON_INTERPRET=1; found neither")
-    options.out.mkdir(parents=True, exist_ok=True)
-    return 1 if run(wanted, options.out, deadline) else 0
+    return timing(given, __doc__, rows, run, "--tiny with TRITON_INTERPRET=1")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
+import re
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -140,6 +144,36 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def timing(
+    given: list[str] | None, about: str | None, rows: Callable[[bool], list],
+    run: Callable[[list, Path, float, bool], int], instead: str,
+) -> int:  # fmt: skip
+    """The command line of a program that times rows: `run` those chosen, into a folder, until a deadline.
+
+    `rows` and `run` are told whether all is to be tiny; `instead` says what a machine without a GPU needs. 1 if a row
+    failed, else 0.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--budget-s", type=float, default=500)
+    parser.add_argument("--only", metavar="PATTERN")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args(given)
+    deadline = time.time() + options.budget_s
+    warnings.simplefilter("ignore")
+    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
+    if not wanted:
+        sys.exit(f"expected --only to name a row, got {options.only!r}")
+    if options.list:
+        print(*wanted, sep="\n")
+        return 0
+    if not CUDA and not options.tiny:
+        sys.exit(f"expected a CUDA device, or {instead}; found neither")
+    options.out.mkdir(parents=True, exist_ok=True)
+    return 1 if run(wanted, options.out, deadline, options.tiny) else 0
 
 
 class Table:

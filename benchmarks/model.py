@@ -18,12 +18,9 @@ throughput  one more token of as many texts of T tokens as fit into the memory; 
 
 from __future__ import annotations
 
-import argparse
 import gc
-import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import CUDA, DEVICE, Table, captured, median_ms, stamp, synchronize
+from benchmarks.measure import CUDA, DEVICE, Table, captured, median_ms, stamp, synchronize, timing
 
 COLUMNS = ("model", "task", "how", "B", "T", "ms", "tokens_s", "peak_gib", "gpu", "torch", "transformers", "triton",
            "date")  # fmt: skip
@@ -294,25 +291,7 @@ def verdicts(found: list[dict[str, Any]]) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--budget-s", type=float, default=500)
-    parser.add_argument("--only", metavar="PATTERN")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args(given)
-    deadline = time.time() + options.budget_s
-    warnings.simplefilter("ignore")
-    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
-    if not wanted:
-        sys.exit(f"expected --only to name a row, got {options.only!r}")
-    if options.list:
-        print(*wanted, sep="\n")
-        return 0
-    if not CUDA and not options.tiny:
-        sys.exit("expected a CUDA device, or --tiny; found neither")
-    options.out.mkdir(parents=True, exist_ok=True)
-    return 1 if run(wanted, options.out, deadline, options.tiny) else 0
+    return timing(given, __doc__, rows, run, "--tiny")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nha import NHAOutput, NHAState
+from nha import NHAState
 from nha.ops import RingState, nha_decode
 from nha.ops.state import slot_dtype
 from tests.builders import TOKENWISE, call, error, exponent_rounding, slice_tokens, terms_behind
@@ -213,20 +213,14 @@ def outputs(problem: Problem, flat: dict[str, Tensor], impl: str) -> dict[str, T
     state, parts = first_state(p, flat), []
     for start, stop in itertools.pairwise(_cuts(p, impl)):
         part = slice_tokens(inputs, start, stop)
-        parts.append(written(part, state) if isinstance(state, RingState) else call(part, state=state, **options))
+        ring = isinstance(state, RingState)
+        parts.append(call(part, nha_decode, state=state) if ring else call(part, state=state, **options))
         state = parts[-1].state
         if p.kind == "ring" and impl == "triton":
             state = state if isinstance(state, RingState) else RingState.of(state)
     found = {"out": torch.cat([x.out for x in parts], 1), "mass": torch.cat([x.slot_mass for x in parts], 1)}
     assert state is not None
     return found | {n: x for n, x in state.aligned().tensors().items() if x.is_floating_point()}
-
-
-def written(flat: dict[str, Tensor], state: RingState) -> NHAOutput:
-    """The next tokens of running texts, written into their state."""
-    flat = dict(flat)
-    sink = (flat.pop("sink_key"), flat.pop("sink_value")) if "sink_key" in flat else None
-    return nha_decode(**flat, sink=sink, state=state)  # type: ignore[arg-type]
 
 
 def results(problem: Problem, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,11 @@ def leaves(inputs: dict) -> dict[str, Tensor]:
     return {n: x.detach().clone().requires_grad_() for n, x in flat.items()}
 
 
-def call(flat: dict[str, Tensor], **options) -> NHAOutput:
-    """`nha_attention` on tensors from `leaves`."""
+def call(flat: dict[str, Tensor], function: Callable[..., NHAOutput] = nha_attention, **options) -> NHAOutput:
+    """`nha_attention`, or a function that takes the same, on tensors from `leaves`."""
     flat = dict(flat)
     sink = (flat.pop("sink_key"), flat.pop("sink_value")) if "sink_key" in flat else None
-    return nha_attention(**flat, sink=sink, **options)  # type: ignore[arg-type]
+    return function(**flat, sink=sink, **options)
 
 
 def random_loss(output: NHAOutput, seed: int = 1) -> Tensor:

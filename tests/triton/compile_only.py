@@ -99,21 +99,22 @@ def limit_shared_memory(limit):
             loaded.shared_memory = lambda device: limit
 
 
-def main():
+def report(launches_of):
+    """Compile the launches of every shape on the command line and print a JSON line for each."""
     for text in sys.argv[1:]:
         options = json.loads(text)
         capability = options.pop("capability", 90)
         limit_shared_memory(SHARED[capability])
-        for kernel, args, kwargs in launches(Problem(**options)):
+        for kernel, args, kwargs in launches_of(options):
             row = {"shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
             start = time.perf_counter()
             try:
                 row |= resources(compile_launch(kernel, args, kwargs, capability))
             except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}"
+                row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[-500:]}"
             row["seconds"] = round(time.perf_counter() - start, 1)
             print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    report(lambda options: launches(Problem(**options)))

@@ -3,10 +3,6 @@
 Prints a JSON line per shape, as `compile_only` does for the other kernels.
 """
 
-import json
-import sys
-import time
-
 import torch
 
 from tests.triton import compile_only
@@ -36,20 +32,5 @@ def call(
         step.decode(q, k, v, gate, *own, sink, state=state, keep=True, **options)
 
 
-def main():
-    for text in sys.argv[1:]:
-        options = json.loads(text)
-        capability = options.pop("capability", 90)
-        for kernel, args, kwargs in compile_only.record(lambda options=options: call(**options)):
-            row = {"shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
-            start = time.perf_counter()
-            try:
-                row |= compile_only.resources(compile_only.compile_launch(kernel, args, kwargs, capability))
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[-500:]}"
-            row["seconds"] = round(time.perf_counter() - start, 1)
-            print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    compile_only.report(lambda options: compile_only.record(lambda: call(**options)))
