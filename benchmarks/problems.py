@@ -256,6 +256,29 @@ def unit(problem: Problem, flat: dict[str, Tensor]) -> float:
     return max(exponent * torch.finfo(torch.float32).eps, torch.finfo(DTYPES[problem.dtype]).eps)
 
 
+KEYS = ("k", "k_slot", "tail_key", "tail_slot_key", "start_key", "sink_key")
+VALUES = ("v", "tail_value", "start_value", "sink_value")
+
+
+def _through_scores(
+    flat: dict[str, Tensor], exact: dict[str, Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
+    """The largest and the mean size of what gradients of queries and keys sum, however much of it cancels.
+
+    The gradient of a score is the inner product of a value with a random gradient, less that of `out` as rounded. It is
+    multiplied with keys for the queries, and with queries for the keys.
+    """
+    scale = flat["q"].shape[-1] ** -0.5
+    read = {n: x.detach().double() for n, x in flat.items() if x.numel()}
+    value = max(read[n].square().sum(-1).max() for n in VALUES if n in read) ** 0.5
+    key = max(read[n].abs().max() for n in KEYS if n in read)
+    largest = dict.fromkeys(("dq", "dq_slot"), (value * key).item() * scale)
+    out = rms(exact["out"].square().sum(-1).sqrt()) * scale
+    sizes = {n: rms(read[n]) for n in ("q", "k", "q_slot", "k_slot") if n in read}
+    queries, keys = (max(x for n, x in sizes.items() if n[0] == kind) for kind in "qk")
+    return largest, {"d" + n: out * (keys if n[0] == "q" else queries) for n in sizes}
+
+
 def bounds(
     problem: Problem, flat: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]
 ) -> dict[str, dict[str, float]]:
@@ -266,21 +289,28 @@ def bounds(
         behind = {n: x.item() for n, x in terms_behind({"log_gate": flat["log_gate"], **read}, exact).items()}
     else:
         behind = {}
-    for name, values in {"out": ("v", "tail_value", "start_value", "sink_value"),
+    for name, values in {"out": VALUES,
                          "slot_value": ("v", "tail_value", "start_value"),
                          "slot_key": ("k_slot" if problem.separate else "k", "tail_slot_key", "tail_key", "start_key"),
                          }.items():  # fmt: skip
         behind[name] = max(flat[n].detach().abs().max().item() for n in values if n in flat and flat[n].numel())
+    queries, keys = (flat[n].detach().double() for n in (("q_slot", "k_slot") if problem.separate else ("q", "k")))
+    score = (queries.square().sum(-1).sqrt().max() * rms(keys) * problem.dim**-0.5).item()
+    mass = exact["mass"]
+    behind["mass"] = (mass * (1 + (1 - mass) * score)).max().item()  # it moves with what scores are off
     means = {}
     if has_grads:
         pairs = [(x.double() * exact["d" + n]).square().sum(-1).mean().sqrt() for n, x in read.items()]
         means = {n: torch.stack(pairs).max().item() for n in ("dlog_gate", "dtail_log_gate")}
         behind["dtail_log_gate"] = behind["dlog_gate"]
+        largest, mean = _through_scores(flat, exact)
+        behind, means = behind | largest, means | mean
     for name in ("out", "slot_key", "slot_value"):
         means[name] = behind[name] / 3  # values are normal: the largest of many is some 3 deviations
     found: dict[str, dict[str, float]] = {"max": {}, "rms": {}}
     for name, x in exact.items():
-        terms = problem.length * problem.heads * problem.groups if name.startswith("d") else 1
+        of_queries = name in ("dq", "dq_slot")  # not summed over tokens
+        terms = problem.length * problem.heads * problem.groups if name.startswith("d") and not of_queries else 1
         size = max(x.abs().max().item() if x.numel() else 0.0, behind.get(name, 0.0))
         found["max"][name] = 2 * (error(rounded[name], x) + eps * terms**0.5 * size)
         size = max(rms(x), means.get(name, 0.0))

@@ -71,7 +71,9 @@ def chunk_loss(
         shares = wanted.exp()
         divergence = (shares * (wanted - found)).sum(-1)
         grad = (by_divergence + by_cross_entropy)[:, None] * probability - by_divergence[:, None] * shares
-    grad = grad.scatter_add(1, target[:, None], -by_cross_entropy[:, None])
+    # A comparison, where a scatter would keep the compiler from writing the gradient in the dtype of the product.
+    is_target = torch.arange(grad.shape[1], device=grad.device) == target[:, None]
+    grad = torch.where(is_target, grad - by_cross_entropy[:, None], grad)
     if slope is not None:
         grad = grad * slope
     return divergence, -own, hit, (grad * scale).to(student.dtype) @ weight

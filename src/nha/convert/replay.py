@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 Pass = tuple[Tensor, Tensor, list[Tensor | None]]
-Record = Callable[[Callable[[], Pass]], tuple[Pass, Callable[[], None]]]
 
 WARM = 2  # passes before one is recorded: they compile
 MOST = 8  # recordings, each with gradients of its own
@@ -31,21 +30,49 @@ def forward_backward(model: Any, parameters: list[nn.Parameter], batch: Batch, l
     return loss.detach(), sums, grads
 
 
+class Record(Protocol):
+    """Makes recordings."""
+
+    def __call__(self, name: str, run: Callable[[], Pass]) -> tuple[Pass, Callable[[], None]]:
+        """What `run` returns, of no value yet, and a function that begins to fill it in."""
+        ...
+
+    def join(self) -> None:
+        """What is done next comes after all replays that have begun."""
+
+
 class CudaGraphs:
-    """Records what a function does on the GPU; recordings share the memory of what none of them returns."""
+    """Records what a function does on the GPU.
+
+    Recordings of one name follow one another and share the memory of what none of them returns; those of different
+    names run side by side, the small ones where the large ones leave multiprocessors idle.
+    """
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.pools: dict[str, Any] = {}
+        self.streams: dict[str, torch.cuda.Stream] = {}
 
-    def __call__(self, run: Callable[[], Pass]) -> tuple[Pass, Callable[[], None]]:
-        """What `run` returns, of no value yet, and a function that fills it in."""
+    def __call__(self, name: str, run: Callable[[], Pass]) -> tuple[Pass, Callable[[], None]]:
+        """As `Record` says."""
         torch.cuda.empty_cache()  # the recording gets memory that earlier passes held
+        stream = self.streams.setdefault(name, torch.cuda.Stream())
         graph = torch.cuda.CUDAGraph()
         # Another thread may pin memory meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pools.get(name), capture_error_mode="thread_local"):
             found = run()
-        self.pool = graph.pool()
-        return found, graph.replay
+        self.pools[name] = graph.pool()
+
+        def replay() -> None:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+        return found, replay
+
+    def join(self) -> None:
+        """As `Record` says."""
+        for stream in self.streams.values():
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 @dataclass
@@ -71,8 +98,18 @@ class Recorder:
     seen: Counter = field(default_factory=Counter)
     recordings: dict[tuple, Recording] = field(default_factory=dict)
 
-    def __call__(self, name: str, batch: Batch, longest: int) -> Pass:
-        """The loss, detached, the sums and the gradients of the parameters; a tensor of the batch may be on the CPU."""
+    def __call__(self, batches: Sequence[tuple[str, Batch]], longest: int) -> list[Pass]:
+        """For batches of different names: the loss, detached, the sums and the gradients of the parameters.
+
+        A tensor of a batch may be on the CPU.
+        """
+        found = [self._pass(name, batch, longest) for name, batch in batches]
+        if self.record is not None:
+            self.record.join()
+        return [(loss, sums.clone(), grads) for loss, sums, grads in found]
+
+    def _pass(self, name: str, batch: Batch, longest: int) -> Pass:
+        """One pass, or what its replay, which has begun, will fill in."""
         key = (name, longest, *self.model.windows_in_use, *(x.shape for x in batch.values()))
         self.seen[key] += 1
         device = self.parameters[0].device
@@ -81,10 +118,13 @@ class Recorder:
             if self.record is None or self.seen[key] <= WARM or len(self.recordings) == MOST:
                 return forward_backward(self.model, self.parameters, batch, longest)
             inputs = {n: x.clone() for n, x in batch.items()}
+            self.record.join()
             try:
-                found, replay = self.record(lambda: forward_backward(self.model, self.parameters, inputs, longest))
+                found, replay = self.record(
+                    name, lambda: forward_backward(self.model, self.parameters, inputs, longest)
+                )
             except torch.OutOfMemoryError:
-                warnings.warn("no memory for another CUDA graph, running passes without", stacklevel=2)
+                warnings.warn("no memory for another CUDA graph, running passes without", stacklevel=3)
                 self.record = None
                 return forward_backward(self.model, self.parameters, batch, longest)
             self.recordings[key] = Recording(inputs, found, replay)
@@ -92,5 +132,4 @@ class Recorder:
         for n, x in recording.inputs.items():
             x.copy_(batch[n], non_blocking=True)
         recording.replay()
-        loss, sums, grads = recording.found
-        return loss, sums.clone(), grads
+        return recording.found

@@ -133,19 +133,24 @@ class DistillTrainer(Trainer):
         length = self.stream.mixture.shape(step)[1]
         apart = len({name for name, _ in inputs}) == len(inputs)
         with self.model.using([w // 4 if dropped and w > 0 else w for w in windows]):
-            for at, (name, batch) in enumerate(inputs):
-                if self.recorder is not None and apart:
-                    own, sums, parts[name] = self.recorder(name, batch, length)
-                else:
+            if self.recorder is not None and apart:
+                passes = self.recorder(inputs, length)
+                parts = {name: grads for (name, _), (_, _, grads) in zip(inputs, passes, strict=True)}
+                losses = [(own, sums) for own, sums, _ in passes]
+            else:
+                losses = []
+                for at, (name, batch) in enumerate(inputs):
                     batch = {key: x.to(device, non_blocking=True) for key, x in batch.items()}
                     own, sums = model(**batch, longest=length)
                     self.accelerator.backward(own)
+                    losses.append((own.detach(), sums))
                     if at + 1 == len(inputs) or inputs[at + 1][0] != name:
                         parts[name] = [p.grad for p in parameters]
                         for p in parameters:
                             p.grad = None
-                loss += own.detach()
-                self.sums = sums if self.sums is None else self.sums + sums
+        for own, sums in losses:
+            loss += own
+            self.sums = sums if self.sums is None else self.sums + sums
         self.norms = combine(parts, parameters, self.treatment, self.clip, self.stream.mixture.answers)
         return loss
 

@@ -17,6 +17,7 @@ from nha.ops.segment import check_mask, full_attention
 from nha.ops.state import NHAState, slot_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HAS_TRITON = find_spec("triton") is not None  # looked up once: torch.compile cannot trace it
 
 
 class NHAOutput(NamedTuple):
@@ -29,11 +30,13 @@ class NHAOutput(NamedTuple):
 
 def _triton_reason() -> str | None:
     """Why the GPU kernels cannot run on this machine, or None."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "not available: Triton is not installed, use impl='chunked'"
+    if torch.cuda.is_available():
+        return None
     import triton  # pyright: ignore[reportMissingImports]
 
-    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+    if not triton.knobs.runtime.interpret:
         return "not available: this machine has no CUDA device, use impl='chunked'"
     return None
 
