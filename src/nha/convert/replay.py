@@ -57,8 +57,9 @@ class CudaGraphs:
         torch.cuda.empty_cache()  # the recording gets memory that earlier passes held
         stream = self.streams.setdefault(name, torch.cuda.Stream())
         graph = torch.cuda.CUDAGraph()
-        # Another thread may pin memory meanwhile.
-        with torch.cuda.graph(graph, pool=self.pools.get(name), capture_error_mode="thread_local"):
+        # On the stream of its name: a stream has its own workspace for matrix products, with counters that two products
+        # at a time would spoil. Another thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, self.pools.get(name), stream, capture_error_mode="thread_local"):
             found = run()
         self.pools[name] = graph.pool()
 
