@@ -27,7 +27,9 @@ CONSUMER = [
 def compiled(shape):
     """What is known of every kernel of a problem."""
     kernels = elsewhere.compiled("compile_only", shape)
-    assert {"states_kernel", "forward_kernel", "slots_kernel", "reverse_kernel"} <= {row["kernel"] for row in kernels}
+    names = {row["kernel"] for row in kernels}
+    assert {"states_kernel", "forward_kernel", "slots_kernel", "reverse_kernel"} <= names
+    assert ("tables_kernel" in names) == (shape.get("kind") == "packed")
     return kernels
 
 

@@ -1,7 +1,20 @@
-"""The tables of packed rows name every piece of work once, in order, whatever the lengths."""
+"""How calls are cut: the tables of packed rows name every piece of work once, in order, whatever the lengths."""
+
+import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE, COLUMNS = 64, 6
+
+
+def packed(lengths, window, past):
+    from nha.ops.triton.plan import _make_packed_plan
+
+    cu = torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int32, device=DEVICE)
+    return _make_packed_plan(sum(lengths), past, window, SIZE, COLUMNS, cu)
 
 
 def pieces(counts, size):
@@ -15,19 +28,11 @@ def listed(table):
     return [None if sequence < 0 else (sequence, index) for sequence, index in table.tolist()]
 
 
-@pytest.mark.parametrize("lengths", [[150], [0, 64, 65, 0, 1], [1] * 9, [300, 0, 0], [63, 128, 5]])
-@pytest.mark.parametrize("window, past", [(0, 0), (64, 0), (64, 64), (5, 5), (512, 0)])
-def test_tables_name_all_work_once_and_in_order(lengths, window, past):
-    from nha.ops.triton.plan import _make_packed_plan
-
-    size, columns = 64, 6
-    cu = torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int32)
-    plan = _make_packed_plan(sum(lengths), past, window, size, columns, cu)
-
-    def cut(tokens, step=size):
+def assert_names_all_work(plan, lengths, window, past):
+    def cut(tokens, step=SIZE):
         return [-(-max(n, 0) // step) for n in tokens]
 
-    lead = (past - window) % size
+    lead = (past - window) % SIZE
     chunks = cut([n - (window - past) for n in lengths])
     blocks = [0 if n == 0 else c for n, c in zip(lengths, cut([n + lead for n in lengths]), strict=True)]
     segments = [max(c, 1) for c in cut(chunks, plan.segment_chunks)]
@@ -38,3 +43,46 @@ def test_tables_name_all_work_once_and_in_order(lengths, window, past):
     assert sum(chunks) <= plan.chunks
     for table in (plan.block_table, plan.segment_table, plan.key_table):
         assert table.is_contiguous() and table.storage_offset() * 4 % 16 == 0
+
+
+@pytest.mark.parametrize("lengths", [[150], [0], [0, 64, 65, 0, 1], [1] * 9, [300, 0, 0], [63, 128, 5]])
+@pytest.mark.parametrize("window, past", [(0, 0), (64, 0), (64, 64), (5, 5), (512, 0)])
+def test_tables_name_all_work_once_and_in_order(lengths, window, past):
+    assert_names_all_work(packed(lengths, window, past), lengths, window, past)
+
+
+@pytest.mark.parametrize("count, width", [(1, 16), (17, 16), (64, 16), (200, 64)])
+@pytest.mark.parametrize("window, past", [(64, 0), (5, 5)])
+def test_tables_of_random_lengths(count, width, window, past, monkeypatch):
+    from nha.ops.triton import plan
+
+    monkeypatch.setattr(plan, "TABLE_WIDTH", width)  # so that few sequences take several steps
+    draw = random.Random(count)
+    lengths = [draw.choice([0, 1, SIZE, draw.randrange(400), draw.randrange(3000)]) for _ in range(count)]
+    assert_names_all_work(packed(lengths, window, past), lengths, window, past)
+
+
+def test_tables_have_the_same_bits_on_every_run():
+    first, second = (packed([70, 0, 900, 3], 5, 0) for _ in range(2))
+    for name in ("chunk_base", "block_table", "segment_table", "key_table"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_a_packed_plan_is_one_launch_whatever_the_lengths(monkeypatch):
+    from nha.ops.triton import plan
+
+    launches, operators = [], set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operators.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(plan, "launch", lambda *args, **kwargs: launches.append((args, kwargs)))
+    boundaries = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 9], [0, 0, 5000])]
+    with Recorder():
+        for n, cu in enumerate(boundaries):
+            plan._make_packed_plan(9 if n == 0 else 5000, 0, 5, SIZE, COLUMNS, cu)
+    assert len(launches) == 2 and operators <= {"empty", "select", "slice"}
+    (one, constants), (two, same) = launches
+    assert one[0] is two[0] and one[2] == two[2] and constants == same  # nothing is compiled again

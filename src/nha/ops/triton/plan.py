@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nha.ops.triton.launcher import launch
+from nha.ops.triton.tables import KINDS, tables_kernel
+
 PROGRAMS = 256  # state programs that keep every multiprocessor busy
 MAX_SEGMENTS = 32
+TABLE_WIDTH = 1024  # sequences, or entries, that a program of the tables takes at a time
 SHARED = 227 << 10  # bytes of shared memory that a block may have on an H100
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -115,21 +119,6 @@ class Plan(NamedTuple):
         return self.segments > (self.sequences if self.cu is not None else 1)
 
 
-def _tables(counts: Tensor, size: int) -> Tensor:
-    """[K, size, 2] int32 of counts [K, N]: sequence and index of every program, -1 for the spare ones.
-
-    Without asking the device. `size` is rounded up, so that every table begins at a multiple of 16 bytes.
-    """
-    size = -(-size // 2) * 2
-    ends = counts.cumsum(1)
-    program = torch.arange(size, device=counts.device).expand(counts.shape[0], -1)
-    sequence = torch.searchsorted(ends, program.contiguous(), right=True)
-    spare = sequence >= counts.shape[1]
-    held = sequence.clamp_max(counts.shape[1] - 1)
-    index = program - (ends - counts).gather(1, held)
-    return torch.stack([sequence.masked_fill_(spare, -1), index], 2).to(torch.int32)
-
-
 def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None) -> Plan:
     """The plan of a call; `columns` is the number of state programs of one segment (KV heads times column blocks)."""
     size, offset = sizes.chunk, window - past
@@ -165,20 +154,21 @@ def _packed_plan(length: int, past: int, window: int, size: int, columns: int, c
 
 
 def _make_packed_plan(length: int, past: int, window: int, size: int, columns: int, cu: Tensor) -> Plan:
+    """The plan of packed rows, from bounds on what their lengths may be: those are never asked for."""
     offset, count = window - past, cu.shape[0] - 1
     chunks = -(-length // size) + count
     segment_chunks = max(-(-chunks // min(max(PROGRAMS // columns, 1), MAX_SEGMENTS)), 4)
     blocks, segments = -(-length // size) + 2 * count, -(-chunks // segment_chunks) + count
     key_blocks = -(-length // size) + (1 + -(-past // size)) * count
-    # Tokens that a sequence has for blocks, for slots and for keys; an empty one has no block, and no key but the past.
-    lengths = cu.diff().long()
-    tokens = torch.stack([lengths + (-offset % size), (lengths - offset).clamp_min(0), lengths + past])
-    tokens[0].masked_fill_(lengths == 0, 0)
-    counts = (tokens + (size - 1)) // size
-    per_chunk = counts[1].clone()
-    counts[1] = ((per_chunk + (segment_chunks - 1)) // segment_chunks).clamp_min(1)
-    tables = _tables(counts, max(blocks, segments, key_blocks))
+    entries = -(-max(blocks, segments, key_blocks) // 2) * 2  # so that every table begins at a multiple of 16 bytes
+    chunk_base = torch.empty(count, dtype=torch.int64, device=cu.device)
+    tables = torch.empty(3, entries, 2, dtype=torch.int32, device=cu.device)
+    launch(
+        tables_kernel, (count + 1, KINDS), (cu.device,),
+        cu, chunk_base, tables, count, entries, past, offset, -offset % size, segment_chunks,
+        CHUNK=size, WIDTH=TABLE_WIDTH, num_warps=4,
+    )  # fmt: skip
     return Plan(
         count, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks, cu,
-        per_chunk.cumsum(0) - per_chunk, tables[0, :blocks], tables[1, :segments], tables[2, :key_blocks],
+        chunk_base, tables[0, :blocks], tables[1, :segments], tables[2, :key_blocks],
     )  # fmt: skip
