@@ -86,3 +86,41 @@ def test_a_packed_plan_is_one_launch_whatever_the_lengths(monkeypatch):
     assert len(launches) == 2 and operators <= {"empty", "select", "slice"}
     (one, constants), (two, same) = launches
     assert one[0] is two[0] and one[2] == two[2] and constants == same  # nothing is compiled again
+
+
+@pytest.mark.parametrize(
+    "batch, length, columns, segments, segment_chunks",
+    [
+        (1, 32768, 16, 32, 16),  # a long text
+        (1, 32768, 2, 32, 16),  # never more segments than these
+        (8, 4096, 16, 4, 16),
+        (16, 4096, 16, 1, 64),  # enough programs as it is
+        (9, 4096, 16, 1, 64),
+        (1, 300, 16, 2, 4),  # too short for more
+    ],
+)
+def test_few_programs_are_cut_into_more(batch, length, columns, segments, segment_chunks):
+    from nha.ops.triton.plan import blocks, make_plan
+
+    sizes = blocks(torch.bfloat16, dim=128, value_dim=128, slots=64, sinks=0)
+    plan = make_plan(batch, length, 0, 0, sizes, columns, None)
+    assert (plan.segments, plan.segment_chunks) == (segments, segment_chunks)
+
+
+@pytest.mark.parametrize(
+    "count, length, columns, segment_chunks",
+    [
+        (14, 28672, 6, 8),
+        (1, 32768, 16, 17),  # 513 chunks at most
+        (1, 2048, 16, 4),
+        (2000, 28672, 6, 39),
+    ],
+)
+def test_packed_rows_are_cut_by_their_tokens_alone(count, length, columns, segment_chunks, monkeypatch):
+    from nha.ops.triton import plan
+
+    monkeypatch.setattr(plan, "launch", lambda *args, **kwargs: None)
+    cu = torch.zeros(count + 1, dtype=torch.int32, device=DEVICE)
+    found = plan._make_packed_plan(length, 0, 0, SIZE, columns, cu)
+    assert found.segment_chunks == segment_chunks
+    assert found.segments - count <= 64

@@ -13,8 +13,13 @@ from torch import Tensor
 from nha.ops.triton.launcher import launch
 from nha.ops.triton.tables import KINDS, tables_kernel
 
-PROGRAMS = 256  # state programs that keep every multiprocessor busy
-MAX_SEGMENTS = 32
+# The pass over tokens waits for memory at every chunk. Cutting sequences gives it more programs to wait side by side,
+# but reads every token twice and folds all earlier segments one after the other.
+UNCUT_PROGRAMS = 128  # more state programs than this take whole sequences
+CUT_PROGRAMS = 512  # about as many are wanted where sequences are cut
+MAX_SEGMENTS = 32  # of one sequence
+MAX_PACKED_SEGMENTS = 64  # of all packed sequences, beyond one for each: one of them may be as long as the row
+MIN_SEGMENT_CHUNKS = 4
 TABLE_WIDTH = 1024  # sequences, or entries, that a program of the tables takes at a time
 SHARED = 227 << 10  # bytes of shared memory that a block may have on an H100
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -125,8 +130,9 @@ def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, co
     lead = -offset % size  # queries that the first block lacks
     if cu is None:
         chunks = max(-(-(length - offset) // size), 0)
-        wanted = min(max(PROGRAMS // (batch * columns), 1), MAX_SEGMENTS)
-        segment_chunks = max(-(-chunks // wanted), 4)
+        whole = batch * columns
+        wanted = min(CUT_PROGRAMS // whole, MAX_SEGMENTS) if whole <= UNCUT_PROGRAMS else 1
+        segment_chunks = max(-(-chunks // wanted), MIN_SEGMENT_CHUNKS)
         segments = max(-(-chunks // segment_chunks), 1)
         blocks, key_blocks = -(-(length + lead) // size), -(-(length + past) // size)
         return Plan(batch, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks)
@@ -157,7 +163,9 @@ def _make_packed_plan(length: int, past: int, window: int, size: int, columns: i
     """The plan of packed rows, from bounds on what their lengths may be: those are never asked for."""
     offset, count = window - past, cu.shape[0] - 1
     chunks = -(-length // size) + count
-    segment_chunks = max(-(-chunks // min(max(PROGRAMS // columns, 1), MAX_SEGMENTS)), 4)
+    segment_chunks = max(
+        -(-chunks * columns // CUT_PROGRAMS), -(-chunks // MAX_PACKED_SEGMENTS), MIN_SEGMENT_CHUNKS
+    )  # fmt: skip
     blocks, segments = -(-length // size) + 2 * count, -(-chunks // segment_chunks) + count
     key_blocks = -(-length // size) + (1 + -(-past // size)) * count
     entries = -(-max(blocks, segments, key_blocks) // 2) * 2  # so that every table begins at a multiple of 16 bytes
