@@ -172,7 +172,7 @@ def _make_packed_plan(length: int, past: int, window: int, size: int, columns: i
     chunk_base = torch.empty(count, dtype=torch.int64, device=cu.device)
     tables = torch.empty(3, entries, 2, dtype=torch.int32, device=cu.device)
     launch(
-        tables_kernel, (count + 1, KINDS), (cu.device,),
+        tables_kernel, (count + 1, KINDS), (cu.device, cu.dtype),
         cu, chunk_base, tables, count, entries, past, offset, -offset % size, segment_chunks,
         CHUNK=size, WIDTH=TABLE_WIDTH, num_warps=4,
     )  # fmt: skip
