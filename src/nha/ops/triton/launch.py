@@ -237,6 +237,7 @@ def gradients(
             num_warps=sizes.slot_warps, num_stages=sizes.slot_stages, **slotted, **wide,
         )  # fmt: skip
 
+    del scores, sink_scores, rise_grads, borders  # their memory serves the next pass
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
     added, decay = _segment_sums(v, plan, heads, slots, (dim, value_dim))
     columns = _columns((dim, value_dim), SCAN_WIDTH)
