@@ -153,7 +153,7 @@ def nha_attention(
     if name == "triton" and window_size != -1:
         if state is not None and q.shape[1] <= MAX_NEW and cu_seqlens is None:
             read = [q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]
-            short = not _wants_gradients(read)
+            short = not _wants_gradients(read) and unsupported(q, v, log_gate, softcap, decoding=True) is None
         name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fresh, shared = state is None, k_slot is None

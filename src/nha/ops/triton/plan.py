@@ -71,7 +71,9 @@ def blocks(
     crowded = wide > 128 or width(slots) > 64
     large = width(slots, row) * max(wide, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
     compact = shared < SHARED // 2
-    if exact:
+    if exact and crowded:
+        chunk = rows = 16
+    elif exact:
         chunk, rows = 16 if wide > 64 else 32, 32 if compact else 64
     elif compact:
         chunk, rows = (16, 16) if large else (32, 64)
@@ -85,12 +87,12 @@ def blocks(
         chunk=chunk,
         heads=rows // chunk,
         block=16 if exact else 32,
-        warps=8 if crowded else rows // 16,
+        warps=4 if exact and crowded else 8 if crowded else rows // 16,
         slot_warps=4 if compact else 8,
         slot_stages=1 if compact else 3,
         key_warps=8 if (exact and wide > 64) or (crowded and chunk > 16) else 4,
         key_stages=1 if exact or crowded or compact else 3,
-        precision="tf32x3" if exact else "tf32",
+        precision=("ieee" if wide > 128 else "tf32x3") if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=gated,
     )
