@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nha.ops import nha_attention
-from nha.ops.banded import banded_attention
+from nha.ops import banded, nha_attention
 from tests.inputs import assert_close_to
 
 
@@ -23,8 +22,13 @@ def inputs(length: int, sinks: int, seed: int = 0):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize(
-    "window, bounds", [(1, [0, 5, 12]), (4, [0, 3, 4, 21]), (8, [0, 40, 40, 47, 64, 64]), (16, [0, 9])], ids=str
-)
+    "window, bounds",
+    [
+        (1, [0, 5, 37]), (4, [0, 3, 4, 21]), (8, [0, 40, 40, 47, 64, 64]), (16, [0, 9]), (17, [0, 50, 60]),
+        (200, [0, 270, 280]), (1000, [0, 100, 300]),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_equals_the_definition_without_slots(window, bounds, sinks, softcap):
     length = bounds[-1]
     q, k, v, q_slot, sink = inputs(length, sinks)
@@ -33,7 +37,7 @@ def test_equals_the_definition_without_slots(window, bounds, sinks, softcap):
     wanted = nha_attention(
         q, k, v, q.new_zeros(1, length, 2, 0), q_slot=q_slot, k_slot=k, sink=sink, impl="reference", **options
     ).out
-    found = banded_attention(q, k, v, q_slot, sink, **options)
+    found = banded.banded_attention(q, k, v, q_slot, sink, **options)
     assert_close_to(found, wanted)
     leaves = [q, k, v, *([q_slot, *sink] if sinks else [])]
     weight = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
@@ -44,3 +48,15 @@ def test_equals_the_definition_without_slots(window, bounds, sinks, softcap):
     ):
         if theirs is not None and ours is not None:
             assert_close_to(ours, theirs)
+
+
+def test_groups_of_blocks_give_what_one_group_gives(monkeypatch):
+    q, k, v, q_slot, sink = inputs(100, 2)
+    options = dict(window_size=9, cu_seqlens=torch.tensor([0, 43, 100], dtype=torch.int32), scale=0.3)
+    found = []
+    for most in (1 << 30, 1):
+        monkeypatch.setitem(banded.GROUP_SCORES, "cpu", most)
+        out = banded.banded_attention(q, k, v, q_slot, sink, **options)
+        found.append((out, *torch.autograd.grad(out.square().sum(), [q, k, v, q_slot, *sink])))
+    for one, many in zip(*found, strict=True):
+        assert_close_to(many, one)

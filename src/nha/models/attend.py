@@ -68,13 +68,10 @@ def attend(
     state = None if layer is None else layer.state
     if state is None and initial is not None:
         state = initial_state(segment, window_size, initial)
-    cu = segment.cu_seqlens
-    if cu is not None and not segment.log_gate.shape[3] and state is None and layer is None and see_mass is None:
-        slot_query = segment.query if segment.slot_query is None else segment.slot_query
-        return banded_attention(
-            segment.query, segment.key, segment.value, slot_query, sink, window_size=window_size, cu_seqlens=cu,
-            scale=segment.query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
-        )  # fmt: skip
+    if impl == "auto" and state is None and see_mass is None and banded(segment, window_size):
+        if layer is not None:
+            remember(segment, window_size, layer, softcap)
+        return without_slots(segment, window_size, scale, sink, softcap)
     before = () if state is None else state.tensors().values()
     in_place = layer is not None and decodes(*segment.read, *(sink or ()), *before, softcap=softcap, impl=impl)
     if layer is not None and in_place and state is not None and see_mass is None and segment.key.shape[1] <= MAX_NEW:
@@ -105,6 +102,28 @@ def attend(
     return result.out
 
 
+def banded(segment: Segment, window_size: int) -> bool:
+    """Whether `without_slots` reads a first segment: one without slots or padding that its window does not hold."""
+    if segment.log_gate.shape[3] or segment.mask is not None or window_size < 1:
+        return False
+    return segment.cu_seqlens is not None or window_size < segment.key.shape[1]
+
+
+def without_slots(
+    segment: Segment, window_size: int, scale: float | None, sink: tuple[Tensor, Tensor] | None, softcap: float | None
+) -> Tensor:
+    """Read window and sink for texts from their first token on, [B, T, HQ, Dv]: the rows as one packed row."""
+    batch, length = segment.key.shape[:2]
+    cu = segment.cu_seqlens
+    if cu is None:
+        cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=segment.key.device)
+    slot_query = segment.query if segment.slot_query is None else segment.slot_query
+    q, k, v, q_slot = (x.flatten(0, 1)[None] for x in (segment.query, segment.key, segment.value, slot_query))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    out = banded_attention(q, k, v, q_slot, sink, window_size=window_size, cu_seqlens=cu, scale=factor, softcap=softcap)
+    return out.view(batch, length, *out.shape[2:])
+
+
 def sink_mass(segment: Segment, sink: tuple[Tensor, Tensor] | None, options: dict[str, Any]) -> Tensor:
     """The sink's share [B, T, HQ] of the softmax: what is read where sinks hold ones and all else zeros."""
     value, state = torch.zeros_like(segment.value), options["state"]
@@ -120,7 +139,7 @@ def sink_mass(segment: Segment, sink: tuple[Tensor, Tensor] | None, options: dic
 
 
 def remember(segment: Segment, window_size: int, layer: NHACacheLayer, softcap: float | None = None) -> None:
-    """Leave a first segment that fits into the window in the cache layer: no token is committed."""
+    """Leave a first segment in the cache layer where no slot takes a token: it fits into the window, or M = 0."""
     key, value, gate = segment.key, segment.value, segment.log_gate
     slot_key = key if segment.slot_key is None else segment.slot_key
     state = NHAState.empty(window_size, key=key, value=value, log_gate=gate, shared=segment.slot_key is None)
