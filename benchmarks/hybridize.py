@@ -57,6 +57,7 @@ TOLD = ("loss", "divergence", "cross_entropy", "answer_loss", "answers_right", "
 TEACHER = "teacher"
 TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
+CLIP = {"gradients": "clip"}
 PAPER = {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0}
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER: {},
@@ -78,15 +79,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "answers0.1": {"answers": 0.1},
     "answers2": {"answers": 2.0},
     "together": {"gradients": "together"},
-    "normalise": {"gradients": "normalise"},
-    "normalise1e-3": {"gradients": "normalise", "rate": 1e-3, "gate_rate": 4e-3},
-    "normalise2e-3": {"gradients": "normalise", "rate": 2e-3, "gate_rate": 8e-3},
-    "normalise_layers": {"gradients": "normalise", "trained": "layers"},
-    "rate2e-4": {"rate": 2e-4, "gate_rate": 5e-4},
+    "clip": CLIP,
+    "clip5e-4": CLIP | {"rate": 5e-4, "gate_rate": 2e-3},
+    "clip5e-4_4": CLIP | {"rate": 5e-4, "gate_rate": 2e-3, "full": True},
+    "rate5e-4": {"rate": 5e-4, "gate_rate": 2e-3},
     "rate1e-3": {"rate": 1e-3, "gate_rate": 4e-3},
-    "rate2e-3": {"rate": 2e-3, "gate_rate": 8e-3},
-    "gates5e-4": {"gate_rate": 5e-4},
-    "gates8e-3": {"gate_rate": 8e-3},
+    "rate4e-3": {"rate": 4e-3, "gate_rate": 16e-3},
+    "gates2e-3": {"gate_rate": 2e-3},
+    "gates3e-2": {"gate_rate": 3e-2},
     "cross_entropy": {"cross_entropy": 0.5},
     "w32m96": {"window_size": 32, "num_slots": 96},
     "w96m32": {"window_size": 96, "num_slots": 32},
@@ -101,7 +101,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "window_dropout": {"window_dropout": 0.25},
     "grow": {"grow": 0.5},
     "few_facts": {"recall": RecallSettings(facts=(1, 4))},
-    "lora": {"trained": "lora", "rate": 2e-3},
+    "lora": {"trained": "lora"},
     "slots_alone": {"trained": "slots"},
     "all_weights": {"trained": "layers"},
     "long": {"long_share": 0.2},

@@ -187,7 +187,7 @@ def refused(given, run, message, chosen=None, model=None, corpus=None):
 def test_going_on_with_other_settings_is_refused_and_nothing_is_lost(given, whole_run, tmp_path):
     _, run = whole_run
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    refused(given, run, r"as it began, with rate = 0.0005, got 0.001", settings(rate=1e-3))
+    refused(given, run, r"as it began, with rate = None, got 0.001", settings(rate=1e-3))
     refused(given, run, r"as it began, with recall = .*digits", settings(recall=RecallSettings(digits=(2, 2))))
     other = tiny()
     with torch.no_grad():

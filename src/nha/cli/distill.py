@@ -64,8 +64,13 @@ def distill(
     align_steps: Annotated[int, typer.Option(help="Steps of aligning each layer first; 0: none.")] = 40,
     trained: Annotated[str, typer.Option(help="What is trained: attention, layers, lora or slots.")] = "attention",
     rank: Annotated[int, typer.Option(help="Rank of the adapters of lora.")] = 16,
-    rate: Annotated[float, typer.Option(help="Learning rate of weights.")] = 5e-4,
-    gate_rate: Annotated[float, typer.Option(help="Learning rate of gates.")] = 2e-3,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of weights.", show_default="2e-3, less for models wider than 576"),
+    ] = None,
+    gate_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of gates.", show_default="8e-3, less for wider models")
+    ] = None,
     divergence: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
     cross_entropy: Annotated[float, typer.Option(help="Weight of the cross-entropy of text.")] = 0.0,
     recall: Annotated[float, typer.Option(help="Share of rows that are recall text.")] = 0.125,
@@ -74,7 +79,7 @@ def distill(
     grow: Annotated[float, typer.Option(help="Share of the steps after which rows hold the most facts.")] = 0.0,
     gradients: Annotated[
         str, typer.Option(help="Gradients of text and recall text: clip or normalise each, or together.")
-    ] = "clip",
+    ] = "normalise",
     window_dropout: Annotated[float, typer.Option(help="Share of steps with a quarter of the windows.")] = 0.0,
     dtype: Annotated[
         str, typer.Option(help="auto, float32 or bfloat16.", show_default="bfloat16 on a GPU, float32 on a CPU")

@@ -1,0 +1,144 @@
+"""Tabulate and draw what `benchmarks/hybridize.py` measured; needs matplotlib and no GPU.
+
+    PYTHONPATH=src python3 -m benchmarks.quality results/hybridize
+
+Reads summary.json there, prints a table of all arms and writes table.md, recall.png (whole answers that are right, by
+distance) and perplexity.png (by position in the longest texts) beside it. Perplexities are compared on the texts that
+both models read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.hybridize import TEACHER, write
+from nha.report.curves import line_styles, recall_png
+from nha.report.plots import LIGHT, tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+SHOWN = ("one_fact", "four_facts")
+DPI = 160
+
+
+def name_of(row: Row) -> str:
+    """An arm, what it was trained on, and its seed where it is not the first.
+
+    >>> name_of({"arm": "hybrid4", "tokens": 11_993_088, "seed": 0})
+    'hybrid4, 12 M'
+    """
+    count = f", {row['tokens'] / 1e6:.0f} M" if row["tokens"] else ""
+    return row["arm"] + count + (f", seed {row['seed']}" if row["seed"] else "")
+
+
+def over_teacher(row: Row, teacher: Row, length: str = "2k") -> float | None:
+    """Perplexity over the teacher's on the texts that both read, which are the first of each."""
+    key = f"by_text_{length}"
+    if key not in row or key not in teacher:
+        return None
+    pairs = list(zip(row[key], teacher[key], strict=False))
+    return math.exp(sum(a - b for a, b in pairs) / len(pairs))
+
+
+def percent(scores: dict[str, Any], metric: str = "exact") -> str:
+    """Shares at every distance, nearest first, in percent."""
+    ordered = sorted(scores.items(), key=lambda pair: int(pair[0]))
+    return " ".join(f"{100 * found[metric]:.0f}" for _, found in ordered)
+
+
+def distances(rows: Sequence[Row]) -> list[int]:
+    """All distances that were measured."""
+    return sorted({int(d) for row in rows for task in SHOWN for d in row.get("recall", {}).get(task, {})})
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All arms in Markdown."""
+    teacher = next(row for row in rows if row["arm"] == TEACHER)
+    head = ["arm, tokens", "changed", "full layers", "2K", "8K", "slots off, 2K", *(f"{t}, %" for t in SHOWN)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        ratios = [over_teacher(row, teacher, length) for length in ("2k", "8k")]
+        off = row.get("slots_off") and over_teacher(row["slots_off"], teacher)
+        changed = {k: v for k, v in (row.get("settings") or {}).items()
+                   if k not in ("tokens", "save_every", "full_layers")}  # fmt: skip
+        full = [str(i) for i, w in enumerate(row["windows"]) if w == -1]
+        cells = [
+            name_of(row), ", ".join(f"{k} {v}" for k, v in changed.items()),
+            "all" if len(full) == len(row["windows"]) else ", ".join(full) or "none",
+            *("" if x is None else f"{x:.3f}" for x in (*ratios, off)),
+            *(percent(row.get("recall", {}).get(task, {})) for task in SHOWN),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    far = ", ".join(f"{d:,}" for d in distances(rows))
+    about = f"Perplexity over the teacher's ({teacher['ppl_2k']:.2f} at 2K tokens, {teacher['ppl_8k']:.2f} at 8K)."
+    return f"{about} Whole answers right at distances of {far} tokens.\n\n" + "\n".join(lines) + "\n"
+
+
+def by_position(rows: Sequence[Row]) -> Figure:
+    """Perplexity by position in texts of 8,192 tokens, a line for every row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.7, 3.9), layout="constrained", facecolor=LIGHT.background)
+    axes = figure.add_subplot()
+    for row, (colour, dash) in zip(rows, line_styles([row["arm"] for row in rows]).values(), strict=True):
+        edges = row["edges_8k"]
+        middles = [math.sqrt(max(a, 16) * b) for a, b in itertools.pairwise(edges)]
+        axes.plot(middles, row["by_position_8k"], color=colour, linestyle=dash, marker="o", markersize=3.5,
+                  linewidth=1.8, label=name_of(row))  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    shown = [edge for edge in rows[0]["edges_8k"] if edge]
+    axes.set_xticks(shown, [tokens(edge) for edge in shown])
+    axes.set_yticks([8, 10, 12, 14, 16, 20, 24, 32], ["8", "10", "12", "14", "16", "20", "24", "32"])
+    axes.minorticks_off()
+    axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("position in a held-out text, tokens")
+    axes.set_title("Perplexity by position", loc="left", fontsize=11, color=LIGHT.ink)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=LIGHT.ink)
+    return figure
+
+
+def save(path: Path, data: bytes) -> None:
+    """Replace a file by a whole new one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    print(path)
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args(given)
+    file = options.folder / "summary.json"
+    if not file.is_file():
+        parser.error(f"expected summary.json in {options.folder}, found none")
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    if TEACHER not in [row["arm"] for row in rows]:
+        parser.error(f"expected a row of the arm {TEACHER} in {file}, found {[row['arm'] for row in rows]}")
+    text = table(rows)
+    print(text)
+    write(options.folder / "table.md", text)
+    long = [row for row in rows if "by_position_8k" in row and not row["seed"]]
+    save(options.folder / "recall.png", recall_png({name_of(row): row["recall"] for row in long}, "exact"))
+    if long:
+        from io import BytesIO
+
+        buffer = BytesIO()
+        by_position(long).savefig(buffer, format="png", dpi=DPI)
+        save(options.folder / "perplexity.png", buffer.getvalue())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
