@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,24 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 SHOWN = ("one_fact", "four_facts")
+# What is drawn, where it was measured.
+PICTURED = {
+    TEACHER: "teacher", "hybrid4": "4 full layers", "hybrid": "no full layer", "paper": "the paper's recipe",
+    "clip5e-4": "no full layer, first recipe", "sink4": "4 full layers, window alone", "sink128": "window 128 alone",
+}  # fmt: skip
 DPI = 160
 
 
-def name_of(row: Row) -> str:
-    """An arm, what it was trained on, and its seed where it is not the first.
+def name_of(row: Row, pictured: bool = False) -> str:
+    """An arm, what it was trained on, and its seed where it is not the first; for pictures in words.
 
     >>> name_of({"arm": "hybrid4", "tokens": 11_993_088, "seed": 0})
     'hybrid4, 12 M'
+    >>> name_of({"arm": "hybrid4", "tokens": 11_993_088, "seed": 0}, pictured=True)
+    '4 full layers, 12 M'
     """
     count = f", {row['tokens'] / 1e6:.0f} M" if row["tokens"] else ""
-    return row["arm"] + count + (f", seed {row['seed']}" if row["seed"] else "")
+    return (PICTURED[row["arm"]] if pictured else row["arm"]) + count + (f", seed {row['seed']}" if row["seed"] else "")
 
 
 def over_teacher(row: Row, teacher: Row, length: str = "2k") -> float | None:
@@ -93,7 +101,7 @@ def by_position(rows: Sequence[Row]) -> Figure:
         edges = row["edges_8k"]
         middles = [math.sqrt(max(a, 16) * b) for a, b in itertools.pairwise(edges)]
         axes.plot(middles, row["by_position_8k"], color=colour, linestyle=dash, marker="o", markersize=3.5,
-                  linewidth=1.8, label=name_of(row))  # fmt: skip
+                  linewidth=1.8, label=name_of(row, pictured=True))  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     shown = [edge for edge in rows[0]["edges_8k"] if edge]
@@ -129,11 +137,11 @@ def main(given: list[str] | None = None) -> int:
     text = table(rows)
     print(text)
     write(options.folder / "table.md", text)
-    long = [row for row in rows if "by_position_8k" in row and not row["seed"]]
-    save(options.folder / "recall.png", recall_png({name_of(row): row["recall"] for row in long}, "exact"))
+    drawn = [row for arm in PICTURED for row in rows if row["arm"] == arm and not row["seed"] and "recall" in row]
+    recall = {name_of(row, pictured=True): row["recall"] for row in drawn}
+    save(options.folder / "recall.png", recall_png(recall, "exact"))
+    long = [row for row in drawn if "by_position_8k" in row]
     if long:
-        from io import BytesIO
-
         buffer = BytesIO()
         by_position(long).savefig(buffer, format="png", dpi=DPI)
         save(options.folder / "perplexity.png", buffer.getvalue())
