@@ -42,8 +42,8 @@ from benchmarks.proofs import Setting
 PROOFS: dict[str, Callable[[Setting], str]] = {
     "auto": proofs.automatic, "refusals": proofs.refusals, "operators": proofs.operators, "training": proofs.training,
     "decoding": proofs.decoding, "autocast": proofs.autocast, "graph": proofs.graph, "distilling": proofs.distilling,
-    "retuning": proofs.no_retuning, "many-rows": memory.many_rows, "long-row": memory.long_row,
-    "many-keys": memory.many_keys, "far-apart": memory.far_apart,
+    "full-decoding": proofs.full_decoding, "retuning": proofs.no_retuning, "many-rows": memory.many_rows,
+    "long-row": memory.long_row, "many-keys": memory.many_keys, "far-apart": memory.far_apart,
     "memcheck": memory.memcheck, "racecheck": memory.racecheck,
 }  # fmt: skip
 WORKER_GIB = 3  # memory of one process: its context, its problem
@@ -70,7 +70,10 @@ def jobs(tiny: bool) -> list[Job]:
         return [*laws, *(Job("proof", (name,)) for name in PROOFS)]
     early = [Job("proof", (name,)) for name in ("training", "racecheck", "decoding", "memcheck", "retuning")]
     large = [Job("proof", ("many-rows", "long-row", "many-keys", "far-apart"))]  # in turn, for their memory
-    others = [Job("proof", (name,)) for name in ("auto", "operators", "autocast", "graph", "distilling", "refusals")]
+    others = [
+        Job("proof", (name,))
+        for name in ("auto", "operators", "autocast", "graph", "full-decoding", "distilling", "refusals")
+    ]
     return laws[:10] + early + laws[10:24] + large + others + laws[24:]
 
 

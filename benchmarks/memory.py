@@ -21,6 +21,7 @@ import nha.ops.triton
 from benchmarks.problems import make, place, results, rms
 from benchmarks.proofs import ROOT, Setting, little, verdict
 from nha import nha_attention
+from nha.ops.triton.full_op import full_token
 
 GIB = 2**30
 BEYOND = 2**31  # elements that 32 bits cannot count
@@ -168,6 +169,11 @@ def one_pass(setting: Setting) -> str:
         for problem in problems:
             found = results(problem, place(make(problem, setting.seed), setting.device), "triton")
             bad += [f"{n} of {problem} is not finite" for n, x in found.items() if not x.isfinite().all()]
+        for length in (9, 1100):  # whole, and in parts
+            q, k = (torch.randn(2, n, t, 16, device=setting.device) for n, t in ((6, 1), (2, length)))
+            mask = torch.arange(length, device=q.device).expand(2, 1, 1, -1) < length - 3
+            if not full_token(q, k, k, mask, 0.25).isfinite().all():
+                bad.append(f"full attention of {length} keys is not finite")
     missing = sorted(kernels().keys() - names)
     return verdict(bad + [f"{name} was not launched" for name in missing], f"{len(names)} kernels")
 

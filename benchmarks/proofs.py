@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ from benchmarks.measure import captured
 from benchmarks.problems import Problem, make, place, results, rms
 from nha import nha_attention
 from nha.ops import RingState, choose, implementations, nha_decode
+from nha.ops.triton.full_op import full_token
 
 ROOT = Path(__file__).parent.parent
 
@@ -306,6 +308,41 @@ def graph(setting: Setting) -> str:
     off = rms(torch.cat(found, 1).double() - whole[:, start:].double())
     limit = 2 * torch.finfo(whole.dtype).eps * rms(flat["v"])
     return verdict([] if off <= limit else [f"rms difference {off:.2e} > {limit:.2e}"], f"off by {off:.1e} rms")
+
+
+def full_decoding(setting: Setting) -> str:
+    """One token under full attention equals the definition, masked or not, with few and many keys, as a CUDA graph."""
+    dtype = torch.float32 if setting.tiny else torch.bfloat16
+    shapes = [(2, 300, 2, 3, 16)] if setting.tiny else [
+        (1, 1, 8, 4, 128), (1, 131072, 8, 4, 128), (3, 5000, 8, 1, 64), (70, 1111, 4, 7, 80), (2, 4096, 4, 2, 256),
+    ]  # fmt: skip
+    bad, most, generator = [], 0.0, torch.Generator(setting.device).manual_seed(setting.seed)
+    for batch, length, heads, groups, dim in shapes:
+        sizes = (batch, heads * groups, 1, dim), *[(batch, heads, length, dim)] * 2
+        q, k, v = (torch.randn(n, generator=generator, device=setting.device).to(dtype) for n in sizes)
+        place, row = torch.arange(length, device=q.device), torch.arange(batch, device=q.device)[:, None]
+        prefix, padded = place <= length // 3 - row % 2, place >= length // 2 - row
+        for mask in (None, prefix | (place == 0), padded | (place == length - 1)):
+            mask = None if mask is None else mask.expand(batch, length)[:, None, None]
+            rows, mean = q.unflatten(1, (heads, groups))[:, :, :, 0], []
+            for i in range(batch):
+                score = rows[i].double() @ k[i].double().mT * dim**-0.5
+                score = score if mask is None else score.masked_fill(~mask[i], float("-inf"))
+                mean.append(score.softmax(-1) @ v[i].double())
+            exact, read = torch.stack(mean), [q]
+            other = rms(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).double() - exact)
+
+            def one(read: list[Tensor] = read, inputs: tuple = (q, k, v, mask, dim**-0.5)) -> None:
+                read[0] = full_token(*inputs)
+
+            with torch.no_grad():
+                replay = captured(one) if setting.device == "cuda" else one
+                replay()
+            off = rms(read[0].view_as(exact).double() - exact) / (other + torch.finfo(dtype).eps * rms(exact))
+            most = max(most, off)
+            if not off <= 2:
+                bad.append(f"{off:.1f} times as far off with {batch} x {length} keys {'un' * (mask is None)}masked")
+    return verdict(bad, f"at most {most:.2f} times as far off as SDPA and its rounding")
 
 
 def distilling(setting: Setting) -> str:

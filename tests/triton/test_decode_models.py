@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import nha.models.attend
 import nha.ops.api
 from nha import load_cache, save_cache
 from nha.models.cache import nha_layers
@@ -72,6 +74,40 @@ def test_logits_of_a_left_padded_batch(fused):
     fused()
     got = in_steps(model, ids, DynamicCache(config=model.config), mask=mask)
     assert_as_exact(got[mask.bool()], plain[mask.bool()], exact[mask.bool()])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_full_layers_generate_what_transformers_attention_does(static, fused, monkeypatch):
+    from nha.ops.triton import full_op
+
+    model, ids = build([-1, 8, -1]), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :9] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "output_logits": True,
+               "return_dict_in_generate": True, "cache_implementation": "static" if static else None}  # fmt: skip
+
+    def generate():
+        result: Any = model.generate(ids, disable_compile=True, **options)
+        return result.sequences, torch.stack(result.logits)
+
+    def before(query, key, value, mask, scale):
+        return sdpa_attention_forward(model.model.layers[0].self_attn, query, key, value, mask, scaling=scale)[0]
+
+    folded = generate()
+    launched, calls = full_op.launch, []
+    monkeypatch.setattr(full_op, "launch", lambda kernel, *rest, **named: calls.append(kernel)
+                        or launched(kernel, *rest, **named))  # fmt: skip
+    fused()
+    read_by_kernel = generate()
+    assert len(calls) == 2 * 7  # two layers, seven steps after the prefill
+    monkeypatch.setattr(nha.ops.api, "choose", lambda impl, device="cpu": "chunked")
+    monkeypatch.setattr(nha.models.attend, "token_attention", before)
+    wanted = generate()
+    model = model.double()
+    exact = generate()
+    for found in (folded, read_by_kernel):
+        assert torch.equal(found[0], wanted[0])
+        assert_as_exact(found[1], wanted[1], exact[1])
 
 
 def test_cropped_saved_and_reordered_rings(fused, tmp_path):

@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
-from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode
+from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode, token_attention
 from nha.ops.autocast import in_region
 from nha.ops.banded import banded_attention
 from nha.ops.ring import MAX_NEW
@@ -195,8 +195,12 @@ def own_attention(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention that the layer had before: SDPA, or the family's own code where scores are capped.
 
-    `query` [B, HQ, T, D], `key` and `value` [B, H, Tk, D]; `mask` [B, 1, T, Tk] bool or None for causal.
+    `query` [B, HQ, T, D], `key` and `value` [B, H, Tk, D]; `mask` [B, 1, T, Tk] bool or None for causal. transformers
+    copies a masked cache for every query head, and SDPA alone leaves a GPU idle where there are few texts: a single
+    token has an operator of its own.
     """
+    if softcap is None and query.shape[2] == 1 and not kwargs.get("dropout") and kwargs.get("position_bias") is None:
+        return token_attention(query, key, value, mask, kwargs.get("scaling")), None
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:

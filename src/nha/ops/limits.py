@@ -8,6 +8,7 @@ from torch import Tensor
 MAX_DIM, MAX_SLOTS = 256, 128
 # In float32 wide heads leave room for fewer slots, and the decoding kernel takes none.
 NARROW_DIM, WIDE_SLOTS = 128, 64
+MAX_GROUPS = 16  # query heads of a KV head that the kernel of one token under full attention takes
 
 
 def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, decoding: bool) -> str | None:
