@@ -3,9 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from nha import set_windows
-from nha.models.adapter import ablate, attention_layers, observe
+from nha.models.adapter import ablate, attention_layers, hybrid_mask, observe
+from nha.models.attend import LAST, own_attention
 from nha.models.config import FAMILIES
 from tests.models.families import hybrid, teacher, tokens
 
@@ -53,6 +55,28 @@ def test_any_split_into_segments_gives_the_same_logits(family, windows):
     model, ids = hybrid(family, windows), tokens(2, 40)
     whole = logits(model, ids, use_cache=False)
     close(in_pieces(model, ids, [3, 1, 20, 1, 1, 14]), whole)
+
+
+def test_only_padding_spare_room_and_sliding_windows_give_a_later_segment_a_mask():
+    """A mask of T x Tk, and the copies that come with it, is most of the memory of a long prompt's last segments."""
+    config = hybrid("llama", [WINDOW, -1, 0]).config
+    seen, padded = torch.ones(2, 10, dtype=torch.bool), torch.ones(2, 10, dtype=torch.bool)
+    padded[1, :2] = False
+    sliding = sliding_window_causal_mask_function(4)
+    assert hybrid_mask(2, 4, 10, 6, config=config).shape == LAST
+    assert hybrid_mask(2, 4, 10, 6, attention_mask=seen, config=config).shape == LAST
+    assert hybrid_mask(2, 4, 10, 6, attention_mask=padded, config=config).shape == (2, 1, 5, 10)
+    assert hybrid_mask(2, 4, 20, 6, config=config).shape == (2, 1, 5, 20)
+    assert hybrid_mask(2, 4, 10, 6, mask_function=sliding, local_size=4, config=config).shape == (2, 1, 5, 10)
+
+
+def test_a_later_segment_without_a_mask_of_its_own_sees_all_that_came_before():
+    module, generator = attention_layers(hybrid("llama", -1))[0], torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 8, generator=generator)
+    k, v = (torch.randn(2, 2, 12, 8, generator=generator) for _ in range(2))
+    mask = torch.ones(5, 12, dtype=torch.bool).tril(7)[None, None]
+    masked, free = (own_attention(module, q, k, v, m, softcap=None, scaling=0.3)[0] for m in (mask, torch.empty(LAST)))
+    close(free, masked)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from nha.layer import log_gate
 from nha.models.attend import (
+    LAST,
     Segment,
     attend,
     causal_mask,
@@ -122,6 +123,8 @@ def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor 
     """
     if mask is None or mask.shape == PACKED:
         return None, None
+    if mask.shape == LAST:
+        return mask, None
     if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == 1:
         if mask.shape[2] == 1 and mask.shape[3] == length:
             return None, mask[:, 0, 0]
@@ -243,11 +246,15 @@ def hybrid_mask(
 
     Returns None without padding, else [B, 1, 1, T]. A model with some unconverted layers gets transformers' own mask
     with one more row that holds the padding, [B, 1, T + 1, Tk]: where a token is in it depends on the kind of cache.
+    One of shape LAST stands for that of tokens that go on in a growing cache without padding.
     """
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     own = None
     if FULL in config.window_sizes:
         capped = getattr(config, "attn_logit_softcapping", None) is not None
+        plain = kwargs.get("mask_function") in (None, causal_mask_function) and kwargs.get("local_size") is None
+        if plain and not capped and allow_is_causal_skip and appends(q_length, kv_length, q_offset, padding):
+            return torch.empty(LAST, dtype=torch.bool, device=kwargs.get("device", "cpu"))
         own = sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
             allow_is_causal_skip=allow_is_causal_skip and not capped, **kwargs,
@@ -265,6 +272,13 @@ def hybrid_mask(
     if padding is not None:
         row[..., :q_length] = padding
     return torch.cat([own, row], 2)
+
+
+def appends(length: int, kv_length: int, offset: Any, padding: Tensor | None) -> bool:
+    """Whether several tokens come last in a cache that has room for no others, and nothing before is padding."""
+    if torch.compiler.is_compiling() or not isinstance(offset, int) or not 1 < length < kv_length == offset + length:
+        return False
+    return padding is None or bool(padding.all())
 
 
 AttentionInterface.register(NAME, hybrid_attention)

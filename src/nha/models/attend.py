@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,6 +22,7 @@ from nha.ops.banded import banded_attention
 from nha.ops.ring import MAX_NEW
 from nha.ops.segment import advance, align_left
 
+LAST = (1, 1, 0, 1)  # shape of the mask that stands for a causal one whose last query sees all keys
 Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
 
 
@@ -195,12 +198,19 @@ def own_attention(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention that the layer had before: SDPA, or the family's own code where scores are capped.
 
-    `query` [B, HQ, T, D], `key` and `value` [B, H, Tk, D]; `mask` [B, 1, T, Tk] bool or None for causal. transformers
-    copies a masked cache for every query head, and SDPA alone leaves a GPU idle where there are few texts: a single
-    token has an operator of its own.
+    `query` [B, HQ, T, D], `key` and `value` [B, H, Tk, D]; `mask` is bool [B, 1, T, Tk], None for causal, or of shape
+    LAST. With a mask transformers copies keys and values for every query head, and SDPA alone leaves a GPU idle where
+    there are few texts: a single token has an operator of its own.
     """
-    if softcap is None and query.shape[2] == 1 and not kwargs.get("dropout") and kwargs.get("position_bias") is None:
-        return token_attention(query, key, value, mask, kwargs.get("scaling")), None
+    length, seen, scale, dropped = query.shape[2], key.shape[2], kwargs.get("scaling"), kwargs.get("dropout") or 0.0
+    if softcap is None and length == 1 and not dropped and kwargs.get("position_bias") is None:
+        return token_attention(query, key, value, mask, scale), None
+    if mask is not None and mask.shape == LAST:
+        query, key, value = in_region(query, key, value)
+        grouped = query.shape[1] != key.shape[1]
+        bias: Any = causal_lower_right(length, seen)
+        out = F.scaled_dot_product_attention(query, key, value, bias, dropped, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2), None
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:
