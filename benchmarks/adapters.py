@@ -43,7 +43,7 @@ def phone_book(count: int, seed: int) -> list[tuple[str, str]]:
     """Different names and their numbers of four digits.
 
     >>> phone_book(2, 0)
-    [('Ada Lindholm', '6369'), ('Clara Tanaka', '5113')]
+    [('Farid Quill', '3428'), ('Greta Lindholm', '3770')]
     """
     generator = np.random.default_rng(seed)
     names = [f"{a} {b}" for a in FIRST for b in LAST]
