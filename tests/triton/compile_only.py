@@ -23,10 +23,10 @@ from triton.runtime.jit import JITFunction
 
 import nha.ops.triton
 from benchmarks.problems import Problem, make, place, results
+from tests.triton.elsewhere import SHARED
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 86: 99 << 10, 89: 99 << 10, 120: 99 << 10}  # of a block
 
 
 def compile_launch(kernel, args, kwargs, capability=90):

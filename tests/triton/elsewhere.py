@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 86: 99 << 10, 89: 99 << 10, 120: 99 << 10}  # of a block
+
 
 def compiled(program, *shapes):
     """What `tests.triton.<program>` says of every kernel of these shapes, none of which failed to compile."""

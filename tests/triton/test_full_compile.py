@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.triton.compile_only import SHARED
-from tests.triton.elsewhere import compiled
+from tests.triton.elsewhere import SHARED, compiled
 
 SHAPES = [
     {},
