@@ -209,17 +209,21 @@ def test_what_the_kernels_cannot_do_is_refused_in_one_line():
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("dtype", "dim", "slots"), [("float32", 128, 64), ("bfloat16", 256, 128)])
-def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, dim, slots):
+@pytest.mark.parametrize(
+    ("dtype", "decoding", "dim", "slots"),
+    [("float32", False, 256, 64), ("float32", True, 128, 128), ("bfloat16", False, 256, 128)],
+)
+def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, decoding, dim, slots):
     from nha.ops.limits import unsupported
 
     def reason(dim, slots):
         q = torch.empty(1, 1, 1, dim, dtype=getattr(torch, dtype))
-        return unsupported(q, q, torch.empty(1, 1, 1, slots), None, decoding=False)
+        return unsupported(q, q, torch.empty(1, 1, 1, slots), None, decoding=decoding)
 
-    assert reason(dim, slots) is None
+    beside = f" with head dims {dim} and {dim}" if slots < 128 else ""
+    assert reason(dim, slots) is None and reason(128, 128) is None
     assert reason(dim + 1, slots) == f"head dims {dim + 1} and {dim + 1} in torch.{dtype}: the kernels go up to {dim}"
-    assert reason(dim, slots + 1) == f"{slots + 1} slots in torch.{dtype}: the kernels take 1 to {slots}"
+    assert reason(dim, slots + 1) == f"{slots + 1} slots in torch.{dtype}{beside}: the kernels take 1 to {slots}"
 
 
 def test_the_operators_are_well_formed():

@@ -51,7 +51,7 @@ def test_tables_name_all_work_once_and_in_order(lengths, window, past):
     assert_names_all_work(packed(lengths, window, past), lengths, window, past)
 
 
-@pytest.mark.parametrize("count, width", [(1, 16), (17, 16), (64, 16), (200, 64)])
+@pytest.mark.parametrize("count, width", [(1, 16), (17, 16), (40, 16)])
 @pytest.mark.parametrize("window, past", [(64, 0), (5, 5)])
 def test_tables_of_random_lengths(count, width, window, past, monkeypatch):
     from nha.ops.triton import plan
