@@ -58,6 +58,7 @@ TEACHER = "teacher"
 TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
 CLIP = {"gradients": "clip"}
+SLOW = {"rate": 5e-4, "gate_rate": 2e-3}
 PAPER = {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0}
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER: {},
@@ -80,9 +81,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "answers2": {"answers": 2.0},
     "together": {"gradients": "together"},
     "clip": CLIP,
-    "clip5e-4": CLIP | {"rate": 5e-4, "gate_rate": 2e-3},
-    "clip5e-4_4": CLIP | {"rate": 5e-4, "gate_rate": 2e-3, "full": True},
-    "rate5e-4": {"rate": 5e-4, "gate_rate": 2e-3},
+    "clip5e-4": CLIP | SLOW,
+    "clip5e-4_4": CLIP | SLOW | {"full": True},
+    "rate5e-4": SLOW,
     "rate1e-3": {"rate": 1e-3, "gate_rate": 4e-3},
     "rate4e-3": {"rate": 4e-3, "gate_rate": 16e-3},
     "gates2e-3": {"gate_rate": 2e-3},
