@@ -88,7 +88,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate4e-3": {"rate": 4e-3, "gate_rate": 16e-3},
     "gates2e-3": {"gate_rate": 2e-3},
     "gates3e-2": {"gate_rate": 3e-2},
-    "cross_entropy": {"cross_entropy": 0.5},
+    "divergence": {"cross_entropy": 0.0},
+    "cross_entropy": {"divergence": 0.0, "cross_entropy": 1.0},
     "w32m96": {"window_size": 32, "num_slots": 96},
     "w96m32": {"window_size": 96, "num_slots": 32},
     "w64m32": {"num_slots": 32},
@@ -105,7 +106,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"trained": "lora"},
     "slots_alone": {"trained": "slots"},
     "all_weights": {"trained": "layers"},
-    "long": {"long_share": 0.2},
+    "long": {"long_share": 0.3},
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ window of 64 and 64 slots. Rows are written as soon as they are known. `task` an
 prefill     reading a prompt of T tokens into a cache: in one call, or in segments; ms and the peak of memory, weights
             included
 decode      one more token of one text after T: eager (a cache that grows), graph (a static cache, replayed as a CUDA
-            graph), compiled (torch.compile of the step)
+            graph), compiled (torch.compile of the step), both (a CUDA graph of the compiled step)
 throughput  one more token of as many texts of T tokens as fit into the memory; B is how many
 """
 
@@ -65,8 +65,8 @@ def rows(tiny: bool) -> list[Row]:
     found += [Row("full", "prefill", "one call", n) for n in lengths]
     found += [Row("full", "throughput", how, far) for how in ("eager", "graph")]
     found += [Row("full", "decode", "eager", n) for n in lengths[:2]] + [Row("full", "decode", "graph", far)]
-    found += [Row("full", "decode", "compiled", far), Row("hybrid", "decode", "compiled", far)]
-    return found
+    found += [Row("full", "decode", how, far) for how in ("compiled", "both")]
+    return found + [Row("hybrid", "decode", how, n) for how in ("compiled", "both") for n in (far, long)]
 
 
 def shape(tiny: bool) -> Any:
@@ -175,9 +175,9 @@ def step_of(model: Any, how: str, batch: int, length: int) -> Callable[[], objec
     cache = static_cache(model, batch, length)
     options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
     run = model
-    if how == "compiled":
-        chosen: dict[str, Any] = {"mode": "reduce-overhead"} if CUDA else {"backend": "aot_eager"}
-        run = torch.compile(model, fullgraph=True, **chosen)
+    if how in ("compiled", "both"):
+        chosen: dict[str, Any] = {"mode": "reduce-overhead" if how == "compiled" else "default"}
+        run = torch.compile(model, fullgraph=True, **chosen if CUDA else {"backend": "aot_eager"})
     counts = [x.length if hasattr(x, "state") else x.cumulative_length for x in cache.layers]
 
     def step() -> object:
@@ -185,7 +185,7 @@ def step_of(model: Any, how: str, batch: int, length: int) -> Callable[[], objec
             count.fill_(length)
         return run(token, **options).logits
 
-    if how == "graph":
+    if how in ("graph", "both"):
         return captured(step)
     for _ in range(3):
         step()

@@ -235,7 +235,7 @@ def test_a_corpus_that_does_not_fit_is_refused(given, tmp_path):
         ({"init": "random"}, "expected init to be one of"),
         ({"gradients": "sum"}, "expected gradients to be one of"),
         ({"clip": 0.0}, "expected clip above 0, got 0.0"),
-        ({"divergence": 0.0, "recall_share": 0.0}, "expected a loss"),
+        ({"divergence": 0.0, "cross_entropy": 0.0, "recall_share": 0.0}, "expected a loss"),
         ({"long_tokens": 1e9}, "expected long_tokens of at most tokens"),
     ],
     ids=str,

@@ -72,7 +72,7 @@ def distill(
         float | None, typer.Option(help="Learning rate of gates.", show_default="8e-3, less for wider models")
     ] = None,
     divergence: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
-    cross_entropy: Annotated[float, typer.Option(help="Weight of the cross-entropy of text.")] = 0.0,
+    cross_entropy: Annotated[float, typer.Option(help="Weight of the cross-entropy of text.")] = 0.5,
     recall: Annotated[float, typer.Option(help="Share of rows that are recall text.")] = 0.125,
     answers: Annotated[float, typer.Option(help="Weight of the cross-entropy of its answers.")] = 0.5,
     facts: Annotated[int, typer.Option(help="Most facts in a row of recall text.")] = 16,
@@ -89,7 +89,7 @@ def distill(
         typer.Option(
             "--compile",
             help="What is compiled: layers (and the loss), loss (a minute less before the first step), nothing.",
-            show_default="layers on a GPU, nothing on a CPU",
+            show_default="layers on a GPU, loss on several, nothing on a CPU",
         ),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,

@@ -84,7 +84,7 @@ class DistillSettings:
     trained: str = "attention"
     rank: int = 16
     divergence: float = 1.0
-    cross_entropy: float = 0.0
+    cross_entropy: float = 0.5
     recall_share: float = 0.125
     recall: RecallSettings = field(default_factory=RecallSettings)
     grow: float = 0.0
@@ -286,7 +286,8 @@ def distill(
         run: the directory of the run.
         settings: default `DistillSettings()`.
         compiled: "layers" compiles decoder layers and the loss, "loss" the loss alone, and both run passes as CUDA
-            graphs on one GPU; "nothing" does nothing of the kind. Default: "layers" on CUDA, "nothing" elsewhere.
+            graphs on one GPU; "nothing" does nothing of the kind. Default: "layers" on one GPU, "loss" on several,
+            "nothing" elsewhere.
         report: called with every entry of the log.
         progress: called with (layers done, layers in all) of stage 1.
         budget: seconds after which to stop, with a checkpoint.
@@ -339,7 +340,8 @@ def distill(
         )  # fmt: skip
     if start < len(stream):
         model.train()
-        student.compile_parts(compiled or ("layers" if next(model.parameters()).is_cuda else "nothing"))
+        cuda = next(model.parameters()).is_cuda
+        student.compile_parts(compiled or (("loss" if sharding(student) else "layers") if cuda else "nothing"))
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step
