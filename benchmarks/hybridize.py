@@ -8,7 +8,7 @@
     --seeds        0,1,2 for instance (default: 0)
     --set K=V      change a setting of every arm, such as rows=32 or rate=1e-3 (see DistillSettings); may be repeated
     --search       JSON of `nha search`: where the arms with full layers keep them (default: layers 3, 11, 18, 26)
-    --out          summary.json (one row an arm and seed, replaced if it is there) and logs.jsonl (what they logged)
+    --out          summary.json (one row an arm, seed and number of tokens) and logs.jsonl (what they logged)
     --tokens       of every arm (default: 20e6)
     --work         where runs keep checkpoints (default: a temporary directory); the same command goes on from there
     --budget-s N   stop after so long; arms that did not run are named
@@ -57,9 +57,9 @@ TOLD = ("loss", "divergence", "cross_entropy", "answer_loss", "answers_right", "
 TEACHER = "teacher"
 TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
-CLIP = {"gradients": "clip"}
 SLOW = {"rate": 5e-4, "gate_rate": 2e-3}
-PAPER = {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0}
+FIRST = SLOW | {"gradients": "clip", "cross_entropy": 0.0}  # the first recipe
+PAPER = SLOW | {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0}
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER: {},
     "teacher_tuned": TUNED,
@@ -80,9 +80,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "answers0.1": {"answers": 0.1},
     "answers2": {"answers": 2.0},
     "together": {"gradients": "together"},
-    "clip": CLIP,
-    "clip5e-4": CLIP | SLOW,
-    "clip5e-4_4": CLIP | SLOW | {"full": True},
+    "clip": {"gradients": "clip"},
+    "clip5e-4": FIRST,
+    "clip5e-4_4": FIRST | {"full": True},
+    "sink128_clip5e-4": SINK | FIRST | {"window_size": 128},
+    "text5e-4": SLOW | {"cross_entropy": 0.0, "recall_share": 0.0},
     "rate5e-4": SLOW,
     "rate1e-3": {"rate": 1e-3, "gate_rate": 4e-3},
     "rate4e-3": {"rate": 4e-3, "gate_rate": 16e-3},
@@ -255,6 +257,11 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def same_run(row: dict[str, Any], arm: str, seed: int, tokens: float) -> bool:
+    """Whether a row is of this arm and seed and of as many tokens, up to 5 %."""
+    return (row["arm"], row["seed"]) == (arm, seed) and abs(row["tokens"] - tokens) <= 0.05 * tokens
+
+
 class Campaign:
     """The rows so far, and the time left."""
 
@@ -275,17 +282,16 @@ class Campaign:
     def has(self, arm: str, seed: int) -> bool:
         """Whether a row of this arm, seed and (about) as many tokens has been measured."""
         wanted = 0 if arm == TEACHER else self.options.tokens
-        same = [row for row in self.rows if (row["arm"], row["seed"]) == (arm, seed)]
-        return any(abs(row["tokens"] - wanted) <= 0.05 * wanted and "recall" in row for row in same)
+        return any(same_run(row, arm, seed, wanted) and "recall" in row for row in self.rows)
 
     def keep(self, row: dict[str, Any], log: list[dict[str, float]]) -> None:
         """Write a row and its log."""
-        same = (row["arm"], row["seed"])
-        self.rows = [r for r in self.rows if (r["arm"], r["seed"]) != same] + [row]
+        about = {name: row[name] for name in ("arm", "seed", "tokens")}
+        self.rows = [r for r in self.rows if not same_run(r, **about)] + [row]
         write(self.file, to_json(self.rows))
         if log:
             with (self.out / "logs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"arm": row["arm"], "seed": row["seed"], "log": log}) + "\n")
+                file.write(json.dumps(about | {"log": log}) + "\n")
         parts = [f"{key} {row[key]:.3f}" for key in ("ppl_2k", "ppl_8k", "far_2k") if key in row]
         for task, found in row.get("recall", {}).items():
             parts.append(f"{task} " + " ".join(f"{d}:{s['digits']:.2f}/{s['exact']:.2f}" for d, s in found.items()))

@@ -3,8 +3,8 @@
     PYTHONPATH=src python3 -m benchmarks.quality results/hybridize
 
 Reads summary.json there, prints a table of all arms and writes table.md, recall.png (whole answers that are right, by
-distance) and perplexity.png (by position in the longest texts) beside it. Perplexities are compared on the texts that
-both models read.
+distance), perplexity.png (by position in the longest texts) and, from logs.jsonl, learning.png (the longest run) beside
+it. Perplexities are compared on the texts that both models read.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Row = dict[str, Any]
 SHOWN = ("one_fact", "four_facts")
 # What is drawn, where it was measured.
 PICTURED = {
-    TEACHER: "teacher", "hybrid4": "4 full layers", "hybrid": "no full layer", "paper": "the paper's recipe",
-    "clip5e-4": "no full layer, first recipe", "sink4": "4 full layers, window alone", "sink128": "window 128 alone",
+    TEACHER: "teacher", "hybrid4": "4 full layers", "hybrid": "no full layer",
+    "long": "no full layer, 8K rows", "sink128": "window 128 alone", "sink128_clip5e-4": "window 128 alone, first recipe",
 }  # fmt: skip
 DPI = 160
 
@@ -97,7 +97,8 @@ def by_position(rows: Sequence[Row]) -> Figure:
 
     figure = Figure(figsize=(7.7, 3.9), layout="constrained", facecolor=LIGHT.background)
     axes = figure.add_subplot()
-    for row, (colour, dash) in zip(rows, line_styles([row["arm"] for row in rows]).values(), strict=True):
+    names = [name_of(row, pictured=True) for row in rows]
+    for row, (colour, dash) in zip(rows, line_styles(names).values(), strict=True):
         edges = row["edges_8k"]
         middles = [math.sqrt(max(a, 16) * b) for a, b in itertools.pairwise(edges)]
         axes.plot(middles, row["by_position_8k"], color=colour, linestyle=dash, marker="o", markersize=3.5,
@@ -113,6 +114,33 @@ def by_position(rows: Sequence[Row]) -> Figure:
     axes.set_xlabel("position in a held-out text, tokens")
     axes.set_title("Perplexity by position", loc="left", fontsize=11, color=LIGHT.ink)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=LIGHT.ink)
+    return figure
+
+
+def learning(run: Row, points: int = 40) -> Figure:
+    """What a run learned, against the tokens it read: divergence from the teacher on text, answers that are right.
+
+    `run` is a line of logs.jsonl; entries of its log are averaged to about so many points.
+    """
+    from matplotlib.figure import Figure
+
+    log = run["log"]
+    size = max(1, len(log) // points)
+    groups = [log[at : at + size] for at in range(0, len(log), size)]
+    read = [group[-1]["tokens"] / 1e6 for group in groups]
+    figure = Figure(figsize=(7.7, 3.0), layout="constrained", facecolor=LIGHT.background)
+    left, right = figure.subplots(1, 2)
+    for axes, key, factor, title in (
+        (left, "divergence", 1, "Divergence from the teacher, nats a token"),
+        (right, "answers_right", 100, "Tokens of answers that are right, %"),
+    ):
+        axes.plot(read, [factor * sum(entry[key] for entry in group) / len(group) for group in groups],
+                  color=line_styles(["model"])["model"][0], linewidth=1.8)  # fmt: skip
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("million tokens")
+        axes.set_title(title, loc="left", fontsize=10, color=LIGHT.ink)
     return figure
 
 
@@ -138,13 +166,20 @@ def main(given: list[str] | None = None) -> int:
     print(text)
     write(options.folder / "table.md", text)
     drawn = [row for arm in PICTURED for row in rows if row["arm"] == arm and not row["seed"] and "recall" in row]
-    recall = {name_of(row, pictured=True): row["recall"] for row in drawn}
+    recall = {name_of(row, pictured=True): {task: row["recall"][task] for task in SHOWN} for row in drawn}
     save(options.folder / "recall.png", recall_png(recall, "exact"))
+    figures = {}
     long = [row for row in drawn if "by_position_8k" in row]
     if long:
+        figures["perplexity.png"] = by_position(long)
+    logs = options.folder / "logs.jsonl"
+    runs = [json.loads(line) for line in logs.read_text(encoding="utf-8").splitlines()] if logs.is_file() else []
+    if runs:
+        figures["learning.png"] = learning(max(runs, key=lambda run: run["tokens"]))
+    for name, figure in figures.items():
         buffer = BytesIO()
-        by_position(long).savefig(buffer, format="png", dpi=DPI)
-        save(options.folder / "perplexity.png", buffer.getvalue())
+        figure.savefig(buffer, format="png", dpi=DPI)
+        save(options.folder / name, buffer.getvalue())
     return 0
 
 

@@ -41,7 +41,13 @@ def test_pictures_are_drawn_and_a_folder_without_a_teacher_is_refused(rows, tmp_
     pytest.importorskip("matplotlib")
     (tmp_path / "summary.json").write_text(json.dumps(rows))
     assert quality.main([str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "table.md", "recall.png", "perplexity.png"}
+    drawn = {"summary.json", "table.md", "recall.png", "perplexity.png"}
+    assert {path.name for path in tmp_path.iterdir()} == drawn
+    entries = [{"tokens": 1e6 * n, "divergence": 1 / n, "answers_right": 0.5} for n in range(1, 100)]
+    runs = [{"arm": "mine", "seed": 0, "tokens": 6e6, "log": entries[:n]} for n in (3, 99)]
+    (tmp_path / "logs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    assert quality.main([str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*drawn, "logs.jsonl", "learning.png"}
     (tmp_path / "summary.json").write_text(json.dumps(rows[1:]))
     with pytest.raises(SystemExit):
         quality.main([str(tmp_path)])

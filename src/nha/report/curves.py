@@ -57,7 +57,8 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     tasks = list(dict.fromkeys(task for scores in forms.values() for task in scores))
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    lines = math.ceil(len(forms) / 6)
+    named = max(1, min(6, int(8.9 / (0.5 + 0.07 * max(map(len, forms))))))  # names side by side, in inches
+    lines = math.ceil(len(forms) / named)
     gap, head, foot = (0.42, 0.78), 0.56 + 0.2 * lines, 0.62
     panel = (8.3 / columns - gap[0], 1.55 if rows > 1 else 2.3)
     size = (8.92, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
@@ -90,7 +91,7 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     names = {"digits": "Tokens of the answer", "exact": "Whole answers", "generated": "Answers written"}
     _title(first, LIGHT, f"{names[metric]} that are right (%), bands: 95 % intervals")
     figure.legend(
-        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.24 / size[1]), ncols=6, frameon=False, fontsize=8.5,
+        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.24 / size[1]), ncols=named, frameon=False, fontsize=8.5,
         labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2, labelspacing=0.3,
     )  # fmt: skip
     return _png(figure)
