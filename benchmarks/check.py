@@ -42,9 +42,9 @@ from benchmarks.proofs import Setting
 PROOFS: dict[str, Callable[[Setting], str]] = {
     "auto": proofs.automatic, "refusals": proofs.refusals, "operators": proofs.operators, "training": proofs.training,
     "decoding": proofs.decoding, "autocast": proofs.autocast, "graph": proofs.graph, "distilling": proofs.distilling,
-    "full-decoding": proofs.full_decoding, "retuning": proofs.no_retuning, "many-rows": memory.many_rows,
-    "long-row": memory.long_row, "many-keys": memory.many_keys, "far-apart": memory.far_apart,
-    "memcheck": memory.memcheck, "racecheck": memory.racecheck,
+    "full-decoding": proofs.full_decoding, "slot-views": proofs.slot_views, "retuning": proofs.no_retuning,
+    "many-rows": memory.many_rows, "long-row": memory.long_row, "many-keys": memory.many_keys,
+    "far-apart": memory.far_apart, "memcheck": memory.memcheck, "racecheck": memory.racecheck,
 }  # fmt: skip
 WORKER_GIB = 3  # memory of one process: its context, its problem
 LEAST = 15  # seconds that must be left to begin something
@@ -69,7 +69,9 @@ def jobs(tiny: bool) -> list[Job]:
     if tiny:
         return [*laws, *(Job("proof", (name,)) for name in PROOFS)]
     early = [Job("proof", (name,)) for name in ("training", "racecheck", "decoding", "memcheck", "retuning")]
-    large = [Job("proof", ("many-rows", "long-row", "many-keys", "far-apart"))]  # in turn, for their memory
+    large = [
+        Job("proof", ("many-rows", "long-row", "many-keys", "far-apart", "slot-views"))
+    ]  # in turn, for their memory
     others = [
         Job("proof", (name,))
         for name in ("auto", "operators", "autocast", "graph", "full-decoding", "distilling", "refusals")

@@ -22,6 +22,7 @@ from benchmarks.problems import make, place, results, rms
 from benchmarks.proofs import ROOT, Setting, little, verdict
 from nha import nha_attention
 from nha.ops.triton.full_op import full_token
+from nha.ops.triton.rotary import slot_view
 
 GIB = 2**30
 BEYOND = 2**31  # elements that 32 bits cannot count
@@ -174,6 +175,11 @@ def one_pass(setting: Setting) -> str:
             mask = torch.arange(length, device=q.device).expand(2, 1, 1, -1) < length - 3
             if not full_token(q, k, k, mask, 0.25).isfinite().all():
                 bad.append(f"full attention of {length} keys is not finite")
+            tables = torch.ones(1, length, 12, device=q.device), torch.zeros(1, length, 12, device=q.device)
+            far = (x[:, :1] for x in tables)
+            view = slot_view(*(k.transpose(1, 2),) * 2, *tables, *far)[0]
+            if not torch.equal(view, k.transpose(1, 2)):
+                bad.append(f"what slots see of {length} keys is not what is there")
     missing = sorted(kernels().keys() - names)
     return verdict(bad + [f"{name} was not launched" for name in missing], f"{len(names)} kernels")
 

@@ -27,7 +27,9 @@ from benchmarks.measure import captured
 from benchmarks.problems import Problem, make, place, results, rms
 from nha import nha_attention
 from nha.ops import RingState, choose, implementations, nha_decode
+from nha.ops.rotary import slot_view
 from nha.ops.triton.full_op import full_token
+from nha.ops.triton.rotary import slot_view as view_kernel
 
 ROOT = Path(__file__).parent.parent
 
@@ -344,6 +346,33 @@ def full_decoding(setting: Setting) -> str:
             if not off <= 2:
                 bad.append(f"{off:.1f} times as far off with {batch} x {length} keys {'un' * (mask is None)}masked")
     return verdict(bad, f"at most {most:.2f} times as far off as SDPA and its rounding")
+
+
+def slot_views(setting: Setting) -> str:
+    """What slots see of rotated queries and keys is right up to rounding, for one token and for many."""
+    shapes = [(2, 20, 2, 2, 16, 12)] if setting.tiny else [
+        (1, 1, 8, 4, 128, 128), (64, 1, 3, 3, 64, 64), (3, 1000, 8, 1, 96, 48), (1, 600_000, 4, 8, 128, 128),
+    ]  # fmt: skip
+    bad, generator = [], torch.Generator(setting.device).manual_seed(setting.seed)
+    dtype = torch.float16 if setting.tiny else torch.bfloat16
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=setting.device)
+
+    for batch, length, heads, groups, dim, size in shapes:
+        q, k = (drawn(batch, n, length, dim).to(dtype).transpose(1, 2) for n in (heads * groups, heads))
+        near, far = (drawn(1, n, size // 2).repeat(1, 1, 2) for n in (length, 1))
+        tables, distance = ((x.cos().to(dtype), x.sin().to(dtype)) for x in (near, far))
+        found = view_kernel(q, k, *tables, *distance)
+        last = slice(max(0, length - 1000), None)  # whose offsets are the largest
+        exact = slot_view(
+            q[:, last].double(), k[:, last].double(), tuple(x[:, last] for x in tables), distance
+        )  # fmt: skip
+        for mine, wanted in zip(found, exact, strict=True):
+            off = rms(mine[:, last].double() - wanted) / (torch.finfo(dtype).eps * rms(wanted))
+            if not off <= 1:
+                bad.append(f"{off:.1e} times its rounding off for {batch} x {length} tokens, {mine.shape[2]} heads")
+    return verdict(bad)
 
 
 def distilling(setting: Setting) -> str:

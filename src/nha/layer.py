@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
+from nha.ops.rotary import rotate
 
 GATE_DIVISOR = 8.0
 
@@ -26,17 +27,6 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
     angle = positions[..., None].float() * theta**-exponent
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, T, heads, D] by tables [B, T, D], pairing dimension i with i + D / 2.
-
-    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)).flatten().tolist()
-    [0.0, 1.0]
-    """
-    first, second = x.chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
 
 
 def segment_positions(

@@ -58,19 +58,17 @@ def test_a_layer_reads_the_slots_from_its_first_token():
     attention.register_forward_hook(see, with_kwargs=True)
     logits(model, tokens(2, 5))  # shorter than the window
     from nha.layer import log_gate
-    from nha.models.adapter import rotate_heads, slot_view
+    from nha.ops.rotary import rotate, slot_view
 
     hidden = seen["hidden"]
-    q, k, v = (getattr(attention, f"{x}_proj")(hidden).unflatten(-1, (-1, 8)).transpose(1, 2) for x in "qkv")
-    q, k = rotate_heads(attention, q, *seen["tables"]), rotate_heads(attention, k, *seen["tables"])
-    slot_q, slot_k = slot_view(attention, q, k, seen["tables"])
+    q, k, v = (getattr(attention, f"{x}_proj")(hidden).unflatten(-1, (-1, 8)) for x in "qkv")
+    q, k = rotate(q, *seen["tables"]), rotate(k, *seen["tables"])
+    slot_q, slot_k = slot_view(q, k, seen["tables"], (attention.nha.slot_cos, attention.nha.slot_sin))
     gate = log_gate(attention.nha.g_proj(hidden), 2)
     initial = (x.double().expand(2, -1, -1, -1) for x in attention.nha.initial)
     state = NHAState.from_slots(*initial, 8, shared_keys=False)
-    views = [x.transpose(1, 2) for x in (q, k, v)]
     wanted = nha_attention(
-        *views, gate, window_size=8, q_slot=slot_q.transpose(1, 2), k_slot=slot_k.transpose(1, 2), state=state,
-        impl="reference",
+        q, k, v, gate, window_size=8, q_slot=slot_q, k_slot=slot_k, state=state, impl="reference"
     )  # fmt: skip
     assert_close_to(seen["out"], attention.o_proj(wanted.out.flatten(2)))
 

@@ -8,7 +8,6 @@ passes on what the slots need as well: the hidden states (for the gate), the rot
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from nha.models.attend import (
 )
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
-from nha.ops.state import slot_dtype
+from nha.ops.rotary import slot_view, unrotate
 
 NAME = "nha"
 ABLATIONS = (None, "slots_off", "window_off")
@@ -81,39 +80,6 @@ class Observation:
     slot_key: Tensor
     key: Tensor
     value: Tensor
-
-
-def rotate_heads(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, T, D] with the family's own rotary function and tables [B, T, R], in float32 or float64."""
-    apply = sys.modules[module.family.__module__].apply_rotary_pos_emb
-    x = x.to(slot_dtype(x.dtype))
-    return apply(x, x[:, :1], cos.to(x.dtype), sin.to(x.dtype))[0]
-
-
-def unrotate(module: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo the rotary positions of x [B, heads, T, D]: the family's rotation with -sin.
-
-    Families that scale their tables (YaRN, LongRoPE) keep that scale in x: only the rotation is undone.
-    """
-    cos, sin = (table.to(slot_dtype(table.dtype)) for table in (cos, sin))
-    norm = torch.rsqrt(cos.square() + sin.square())
-    return rotate_heads(module, x, cos * norm, -sin * norm)
-
-
-def slot_view(
-    module: Any, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Query and key [B, heads, T, D] as the slots see them: the key without position, the query at a fixed distance.
-
-    (None, None) for a layer without rotary positions, where slots and window see the same.
-    """
-    if tables is None:
-        return None, None
-    at = module.nha
-    cos, sin = (table.to(slot_dtype(table.dtype)) for table in (at.slot_cos, at.slot_sin))
-    norm = torch.rsqrt(cos.square() + sin.square())
-    q = rotate_heads(module, unrotate(module, query, *tables), cos * norm, sin * norm)
-    return q.to(query.dtype), unrotate(module, key, *tables).to(key.dtype)
 
 
 def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
@@ -192,8 +158,9 @@ def hybrid_attention(
     if nha_hidden is None:
         raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
     if module.observer is not None:
-        slot_key = key if nha_tables is None else unrotate(module, key, *nha_tables).to(key.dtype)
-        module.observer(Observation(nha_hidden, *(x.transpose(1, 2) for x in (slot_key, key, value))))
+        slot_key = key.transpose(1, 2)
+        slot_key = slot_key if nha_tables is None else unrotate(slot_key, *nha_tables)
+        module.observer(Observation(nha_hidden, slot_key, *(x.transpose(1, 2) for x in (key, value))))
     own_mask, padding = split_mask(attention_mask, query.shape[2])
     cu = kwargs.get("cu_seq_lens_q")
     if module.window_size == FULL and cu is not None:
@@ -217,11 +184,11 @@ def hybrid_attention(
     if parameters.sink_key.shape[1]:
         sink = (parameters.sink_key.to(key.dtype), parameters.sink_value.to(value.dtype))
         gate = spare_first_token(gate, padding, cu, state)
-    slot_query, slot_key = slot_view(module, query, key, nha_tables)
-    views: Any = (
-        x if x is None else x.transpose(1, 2) for x in (query, key, value, gate.transpose(1, 2), slot_query, slot_key)
-    )
-    segment = Segment(*views, mask=padding, cu_seqlens=cu)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    slot_query = slot_key = None  # without rotary positions slots and window see the same
+    if nha_tables is not None:
+        slot_query, slot_key = slot_view(q, k, nha_tables, (parameters.slot_cos, parameters.slot_sin))
+    segment = Segment(q, k, v, gate, slot_query, slot_key, mask=padding, cu_seqlens=cu)
     initial = parameters.initial
     if initial is None and module.config.slots_from_start:
         initial = zero_slots(segment)

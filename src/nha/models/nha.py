@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from nha.layer import NativeHybridAttention, log_gate, rotate
+from nha.layer import NativeHybridAttention, log_gate
 from nha.models.adapter import (
     NAME,
     HybridGenerationMixin,
@@ -22,6 +22,7 @@ from nha.models.adapter import (
 )
 from nha.models.attend import Segment, attend, own_attention, packed_own_attention
 from nha.models.config import FULL, NHAConfig
+from nha.ops.rotary import rotate
 
 
 class NHAAttention(NativeHybridAttention):

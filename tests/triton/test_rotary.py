@@ -1,0 +1,52 @@
+"""What slots see of rotated queries and keys: the kernel against the formula, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from nha.ops import rotary
+from nha.ops.triton.rotary import slot_view
+from tests.triton.elsewhere import compiled
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tables(batch, length, size, seed=0, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    angle = 100 * torch.rand(batch, length, size // 2, generator=generator).repeat(1, 1, 2)
+    return [(scale * f(angle)).to(DEVICE, dtype) for f in (torch.cos, torch.sin)]
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "dim", "size", "dtype"),
+    [(1, 2, 3, 16, 16, torch.float32), (37, 1, 2, 24, 24, torch.float16), (20, 2, 1, 16, 12, torch.float32)],
+    ids=["token", "odd", "part of the head"],
+)
+@pytest.mark.parametrize("alike", [True, False], ids=["one table", "a table for each row"])
+def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, size, dtype, alike):
+    generator = torch.Generator().manual_seed(1)
+    q, k = (
+        torch.randn(3, h, length, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+        for h in (heads * groups, heads)
+    )
+    near = tables(1 if alike else 3, length, size, scale=1.3)
+    far = tables(1, 1, size, seed=2)
+    found = slot_view(q, k, *near, *far)
+    exact = rotary.slot_view(q.double(), k.double(), near, far)
+    for mine, wanted, x in zip(found, exact, (q, k), strict=True):
+        assert mine.shape == x.shape and mine.dtype == dtype and mine.is_contiguous()
+        assert (mine.double() - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * x.abs().max()
+
+
+def test_the_kernel_is_taken_for_inference_alone(monkeypatch):
+    monkeypatch.setattr(rotary.api, "choose", lambda impl, device: "triton")
+    q = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
+    assert rotary._has_kernel(q, q)
+    assert not rotary._has_kernel(q.double(), q.double())
+    assert not rotary._has_kernel(q.clone().requires_grad_(), q)
+    with torch.no_grad():
+        assert rotary._has_kernel(q.clone().requires_grad_(), q)
+
+
+def test_the_kernel_compiles_without_spills():
+    shapes = [{}, {"length": 1}, {"dtype": "float32", "dim": 96, "size": 48}, {"dtype": "float16", "capability": 89}]
+    assert all(row["stack"] == 0 for row in compiled("rotary_only", *shapes))
