@@ -180,6 +180,8 @@ def spare_first_token(
     [-1.0, 0.0, -1.0]
     """
     length = log_gate.shape[1]
+    if length == 1 and cu_seqlens is None and state is not None:
+        return log_gate.masked_fill((state.seen == 0)[:, None, None, None], 0.0)
     place = torch.arange(length, device=log_gate.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1] if state is None else torch.where(state.seen > 0, length, cu_seqlens[:-1])
