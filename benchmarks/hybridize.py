@@ -98,6 +98,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "w64m128": {"num_slots": 128},
     "w128m64": {"window_size": 128},
     "gates_sharp": {"init": "kmeans", "gate_rate": 3e-2},
+    "gates_spread": {"init": "spread"},
     "gates_keys": {"init": "keys"},
     "no_align": {"align_steps": 0},
     "distance64": {"slot_distance": 64},

@@ -7,7 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nha import hybridize
-from nha.convert.calibrate import GATE_DEVIATION, WRITES_PER_TOKEN, key_map, kmeans
+from nha.convert.calibrate import (
+    GATE_DEVIATION,
+    SOFT_DEVIATION,
+    SOFT_MEAN,
+    SPREAD,
+    WRITES_PER_TOKEN,
+    key_map,
+    kmeans,
+)
 from nha.models.adapter import attention_layers, observe
 from nha.models.config import FAMILIES
 from tests.models.families import teacher, tokens
@@ -54,6 +62,20 @@ def test_the_planned_share_of_tokens_overwrites_each_slot(family):
     with observe(model, see), torch.no_grad():
         model(TEXT, use_cache=False)
     assert seen_layers == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("init", "rise"), [("soft", 0.0), ("spread", SPREAD)])
+def test_gates_to_be_trained_have_planned_means(init, rise):
+    model = convert("llama", init=init)
+    means = SOFT_MEAN + torch.linspace(0, rise, SLOTS)
+
+    def see(layer, seen):
+        logit = attention_layers(model)[layer].nha.g_proj(seen.hidden[:, 1:]).flatten(0, 1).unflatten(-1, (-1, SLOTS))
+        assert torch.allclose(logit.mean(0), means.expand(logit.shape[1:]), atol=1e-2)
+        assert torch.allclose(logit.std(0), torch.full(logit.shape[1:], SOFT_DEVIATION), rtol=1e-2)
+
+    with observe(model, see), torch.no_grad():
+        model(TEXT, use_cache=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,6 +14,7 @@ from nha.models.adapter import Observation, attention_layers, observe
 ROUNDS = 10
 GATE_DEVIATION = 100.0
 SOFT_MEAN = SOFT_DEVIATION = 6.0
+SPREAD = 12.0  # from the logits' mean of the slot that is written most to that of the slot written least
 WRITES_PER_TOKEN = 2.5
 SINK_TOKENS = 256
 
@@ -64,20 +65,24 @@ def key_map(module: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     return solved.T.float().view(heads, dim, -1)
 
 
-def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, soft: bool = False) -> None:
+def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, start: str = "sharp") -> None:
     """Make `g_proj` give -direction [H, M, hidden] . x, so scaled and shifted that few tokens overwrite a slot.
 
     Over hidden [N, hidden] every logit has deviation `GATE_DEVIATION`, and a share of `WRITES_PER_TOKEN` / M of the
-    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is. `soft` gates
+    tokens brings it below 0: those overwrite the slot, nearly all others leave it exactly as it is. "soft" gates
     have mean `SOFT_MEAN` and deviation `SOFT_DEVIATION` instead: worse before any training, but no gate is so far
-    from where it changes that it has no gradient.
+    from where it changes that it has no gradient. "spread" gates are soft with means that rise by `SPREAD` from a
+    head's first slot to its last, so that slots remember for tens to thousands of tokens from the start.
     """
     weight = -direction.flatten(0, 1)
     logits = hidden @ weight.T
     deviation = logits.std(0).clamp_min(1e-6)
-    if soft:
+    if start in ("soft", "spread"):
         scale = SOFT_DEVIATION / deviation
         bias = SOFT_MEAN - logits.mean(0) * scale
+        if start == "spread":
+            heads, slots = direction.shape[:2]
+            bias = bias + torch.linspace(0, SPREAD, slots, device=bias.device).repeat(heads)
     else:
         scale = GATE_DEVIATION / deviation
         share = min(0.5, WRITES_PER_TOKEN / direction.shape[1])
@@ -94,14 +99,15 @@ def calibrate_gates(
     ids: Tensor,
     *,
     seed: int = 0,
-    soft: bool = False,
+    start: str = "sharp",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Route every token to the slot whose centre its un-rotated key resembles, in every layer.
 
     Per KV head: the `num_slots` k-means centres C of the keys of ids [N, T] without their first tokens, and
     `g_proj = -(C - mean(k)) A` with A the map from hidden states to keys. One forward pass of the unconverted
-    model; each layer is done as soon as it has been read. Raises ValueError for fewer tokens than slots.
+    model; each layer is done as soon as it has been read. `start` is "sharp", "soft" or "spread" (`set_gate`).
+    Raises ValueError for fewer tokens than slots.
     """
     slots: int = model.config.num_slots  # type: ignore[assignment]
     count = ids.shape[0] * (ids.shape[1] - 1)
@@ -114,7 +120,7 @@ def calibrate_gates(
         keys = seen.slot_key[:, 1:].flatten(0, 1).transpose(0, 1).float()
         generator = torch.Generator().manual_seed(seed * 1000 + index)
         centres = kmeans(keys, slots, generator) - keys.mean(1, keepdim=True)
-        set_gate(modules[index].nha, centres @ key_map(modules[index], hidden, keys), hidden, soft)
+        set_gate(modules[index].nha, centres @ key_map(modules[index], hidden, keys), hidden, start)
         if progress is not None:
             progress(index + 1, len(modules))
 

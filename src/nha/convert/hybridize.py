@@ -16,7 +16,7 @@ from nha.models.registry import check_family, to_hybrid
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
-INITS = ("kmeans", "soft", "keys", "paper")
+INITS = ("kmeans", "soft", "spread", "keys", "paper")
 
 
 def calibration_ids(model: PreTrainedModel, calibration: Calibration, tokenizer: Any, slots: int) -> Tensor:
@@ -71,7 +71,7 @@ def hybridize(
     window_size: int | Sequence[int] = 64,
     full_layers: Sequence[int] = (),
     *,
-    init: Literal["kmeans", "soft", "keys", "paper"] = "kmeans",
+    init: Literal["kmeans", "soft", "spread", "keys", "paper"] = "kmeans",
     calibration: Calibration = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     slot_distance: int = 128,
@@ -91,7 +91,8 @@ def hybridize(
             (-1 leaves a layer as it is).
         full_layers: layers that keep full attention.
         init: "kmeans" routes tokens to slots by k-means of their keys and calibrates a sink; "soft" does so with gates
-            that have a gradient everywhere, as a start for training. For comparison, "keys" copies gates from
+            that have a gradient everywhere, as a start for training, and "spread" with such that are written ever more
+            rarely from a head's first slot to its last. For comparison, "keys" copies gates from
             `k_proj`, and "paper" is the authors' form: that, zero slots that take part from the first token, no sink,
             no positions.
         calibration: texts, or token ids [N, T]; default: a part of the Python language reference.
@@ -136,7 +137,8 @@ def hybridize(
     if init in ("keys", "paper"):
         copy_gates(model, ids)
     else:
-        calibrate_gates(model, ids, seed=seed, soft=init == "soft", progress=progress)
+        start = "sharp" if init == "kmeans" else init
+        calibrate_gates(model, ids, seed=seed, start=start, progress=progress)
     forget_gguf(model)
     return model.train(training)
 
