@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nha.ops import rotary
-from nha.ops.triton.rotary import slot_view
 from tests.triton.elsewhere import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +22,8 @@ def tables(batch, length, size, seed=0, scale=1.0, dtype=torch.float32):
 )
 @pytest.mark.parametrize("alike", [True, False], ids=["one table", "a table for each row"])
 def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, size, dtype, alike):
+    from nha.ops.triton.rotary import slot_view
+
     generator = torch.Generator().manual_seed(1)
     q, k = (
         torch.randn(3, h, length, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
