@@ -65,7 +65,7 @@ def key_map(module: Any, hidden: Tensor, keys: Tensor) -> Tensor:
     return solved.T.float().view(heads, dim, -1)
 
 
-def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, start: str = "sharp") -> None:
+def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, init: str = "kmeans") -> None:
     """Make `g_proj` give -direction [H, M, hidden] . x, so scaled and shifted that few tokens overwrite a slot.
 
     Over hidden [N, hidden] every logit has deviation `GATE_DEVIATION`, and a share of `WRITES_PER_TOKEN` / M of the
@@ -77,12 +77,11 @@ def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, start: str = "s
     weight = -direction.flatten(0, 1)
     logits = hidden @ weight.T
     deviation = logits.std(0).clamp_min(1e-6)
-    if start in ("soft", "spread"):
+    if init in ("soft", "spread"):
+        heads, slots = direction.shape[:2]
+        rise = torch.linspace(0, SPREAD if init == "spread" else 0, slots, device=hidden.device)
         scale = SOFT_DEVIATION / deviation
-        bias = SOFT_MEAN - logits.mean(0) * scale
-        if start == "spread":
-            heads, slots = direction.shape[:2]
-            bias = bias + torch.linspace(0, SPREAD, slots, device=bias.device).repeat(heads)
+        bias = SOFT_MEAN + rise.repeat(heads) - logits.mean(0) * scale
     else:
         scale = GATE_DEVIATION / deviation
         share = min(0.5, WRITES_PER_TOKEN / direction.shape[1])
@@ -99,14 +98,14 @@ def calibrate_gates(
     ids: Tensor,
     *,
     seed: int = 0,
-    start: str = "sharp",
+    init: str = "kmeans",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Route every token to the slot whose centre its un-rotated key resembles, in every layer.
 
     Per KV head: the `num_slots` k-means centres C of the keys of ids [N, T] without their first tokens, and
     `g_proj = -(C - mean(k)) A` with A the map from hidden states to keys. One forward pass of the unconverted
-    model; each layer is done as soon as it has been read. `start` is "sharp", "soft" or "spread" (`set_gate`).
+    model; each layer is done as soon as it has been read. `init` is "kmeans", "soft" or "spread" (`set_gate`).
     Raises ValueError for fewer tokens than slots.
     """
     slots: int = model.config.num_slots  # type: ignore[assignment]
@@ -120,7 +119,7 @@ def calibrate_gates(
         keys = seen.slot_key[:, 1:].flatten(0, 1).transpose(0, 1).float()
         generator = torch.Generator().manual_seed(seed * 1000 + index)
         centres = kmeans(keys, slots, generator) - keys.mean(1, keepdim=True)
-        set_gate(modules[index].nha, centres @ key_map(modules[index], hidden, keys), hidden, start)
+        set_gate(modules[index].nha, centres @ key_map(modules[index], hidden, keys), hidden, init)
         if progress is not None:
             progress(index + 1, len(modules))
 

@@ -137,8 +137,7 @@ def hybridize(
     if init in ("keys", "paper"):
         copy_gates(model, ids)
     else:
-        start = "sharp" if init == "kmeans" else init
-        calibrate_gates(model, ids, seed=seed, start=start, progress=progress)
+        calibrate_gates(model, ids, seed=seed, init=init, progress=progress)
     forget_gguf(model)
     return model.train(training)
 
