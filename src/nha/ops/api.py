@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -199,9 +200,7 @@ def decodes(
     >>> decodes(q, q, q, q)  # on a CPU
     False
     """
-    if choose(impl, q.device) != "triton" or _wants_gradients([q, k, v, log_gate, *more]):
-        return False
-    return unsupported(q, v, log_gate, softcap, decoding=True) is None
+    return infers([q, k, v, log_gate, *more], impl) and unsupported(q, v, log_gate, softcap, decoding=True) is None
 
 
 @reads_in_region
@@ -254,7 +253,13 @@ def nha_decode(
     return NHAOutput(out, state, mass)
 
 
-def _wants_gradients(tensors: list[Tensor | None]) -> bool:
+def infers(tensors: Sequence[Tensor | None], impl: str = "auto") -> bool:
+    """Whether `impl` is the kernels where the first tensor is, and no gradient is asked for: some of them have none."""
+    first = tensors[0]
+    return first is not None and choose(impl, first.device) == "triton" and not _wants_gradients(tensors)
+
+
+def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

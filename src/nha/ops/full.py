@@ -42,7 +42,7 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if api.choose("auto", q.device) != "triton" or api._wants_gradients([q, k, v]):
+    if not api.infers([q, k, v]):
         return False
     most = {torch.float32: NARROW_DIM, torch.bfloat16: MAX_DIM, torch.float16: MAX_DIM}.get(q.dtype, 0)
     known = q.dtype == k.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= most

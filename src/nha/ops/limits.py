@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM, MAX_SLOTS = 256, 128
 # In float32 wide heads leave room for fewer slots, and the decoding kernel takes none.
 NARROW_DIM, WIDE_SLOTS = 128, 64
@@ -20,7 +21,7 @@ def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, d
     """
     if softcap is not None:
         return f"softcap={softcap}: the kernels have none"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if q.dtype not in DTYPES:
         return f"dtype {q.dtype}: the kernels know float32, bfloat16 and float16"
     exact, width, slots = q.dtype == torch.float32, max(q.shape[-1], v.shape[-1]), log_gate.shape[-1]
     most = NARROW_DIM if exact and decoding else MAX_DIM

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nha.ops import api
+from nha.ops.limits import DTYPES
 from nha.ops.state import slot_dtype
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, T, R] or [1, T, R]
@@ -71,6 +72,4 @@ def slot_view(q: Tensor, k: Tensor, tables: Tables, distance: Tables) -> tuple[T
 
 
 def _has_kernel(q: Tensor, k: Tensor) -> bool:
-    if torch.compiler.is_compiling() or api.choose("auto", q.device) != "triton" or api._wants_gradients([q, k]):
-        return False
-    return q.dtype == k.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return not torch.compiler.is_compiling() and api.infers([q, k]) and q.dtype == k.dtype and q.dtype in DTYPES

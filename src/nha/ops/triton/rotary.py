@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nha.ops.triton.launcher import launch
+from nha.ops.triton.plan import width
 
 BLOCK = 16  # tokens of a program, where there are several
 
@@ -68,6 +69,6 @@ def slot_view(
         launch(
             slot_view_kernel, (-(-length // block), query_heads + heads, batch), kind,
             q, k, cos, sin, far_cos, far_sin, *outs, *strides, length, query_heads, heads,
-            D=dim, R=size, WIDTH=triton.next_power_of_2(dim), BLOCK=block, num_warps=4 if length > 1 else 1,
+            D=dim, R=size, WIDTH=width(dim), BLOCK=block, num_warps=4 if length > 1 else 1,
         )  # fmt: skip
     return outs[0], outs[1]
