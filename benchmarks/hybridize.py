@@ -251,10 +251,10 @@ def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, data: str | bytes) -> None:
     """Replace a file by a whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(temporary, path)
 
 

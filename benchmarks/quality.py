@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +23,7 @@ from nha.report.curves import line_styles, recall_png
 from nha.report.plots import LIGHT, tokens
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
@@ -92,6 +92,21 @@ def table(rows: Sequence[Row]) -> str:
     return f"{about} Whole answers right at distances of {far} tokens.\n\n" + "\n".join(lines) + "\n"
 
 
+def plain(axes: Axes, title: str, below: str) -> None:
+    """Axes with a title and a name below, thin lines across and no frame."""
+    axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(below)
+    axes.set_title(title, loc="left", fontsize=11, color=LIGHT.ink)
+
+
+def png(figure: Figure) -> bytes:
+    """A picture as a PNG file's bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
 def by_position(rows: Sequence[Row]) -> Figure:
     """Perplexity by position in texts of 8,192 tokens, a line for every row."""
     from matplotlib.figure import Figure
@@ -110,10 +125,7 @@ def by_position(rows: Sequence[Row]) -> Figure:
     axes.set_xticks(shown, [tokens(edge) for edge in shown])
     axes.set_yticks([8, 10, 12, 14, 16, 20, 24, 32], ["8", "10", "12", "14", "16", "20", "24", "32"])
     axes.minorticks_off()
-    axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("position in a held-out text, tokens")
-    axes.set_title("Perplexity by position", loc="left", fontsize=11, color=LIGHT.ink)
+    plain(axes, "Perplexity by position", "position in a held-out text, tokens")
     axes.legend(frameon=False, fontsize=8.5, labelcolor=LIGHT.ink)
     return figure
 
@@ -138,19 +150,8 @@ def learning(run: Row, points: int = 40) -> Figure:
         axes.plot(read, [factor * sum(entry[key] for entry in group) / len(group) for group in groups],
                   color=line_styles(["model"])["model"][0], linewidth=1.8)  # fmt: skip
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("million tokens")
-        axes.set_title(title, loc="left", fontsize=10, color=LIGHT.ink)
+        plain(axes, title, "million tokens")
     return figure
-
-
-def save(path: Path, data: bytes) -> None:
-    """Replace a file by a whole new one."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    print(path)
 
 
 def main(given: list[str] | None = None) -> int:
@@ -168,19 +169,17 @@ def main(given: list[str] | None = None) -> int:
     write(options.folder / "table.md", text)
     drawn = [row for arm in PICTURED for row in rows if row["arm"] == arm and not row["seed"] and "recall" in row]
     recall = {name_of(row, pictured=True): {task: row["recall"][task] for task in SHOWN} for row in drawn}
-    save(options.folder / "recall.png", recall_png(recall, "exact"))
-    figures = {}
+    pictures = {"recall.png": recall_png(recall, "exact")}
     long = [row for row in drawn if "by_position_8k" in row]
     if long:
-        figures["perplexity.png"] = by_position(long)
+        pictures["perplexity.png"] = png(by_position(long))
     logs = options.folder / "logs.jsonl"
     runs = [json.loads(line) for line in logs.read_text(encoding="utf-8").splitlines()] if logs.is_file() else []
     if runs:
-        figures["learning.png"] = learning(max(runs, key=lambda run: run["tokens"]))
-    for name, figure in figures.items():
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI)
-        save(options.folder / name, buffer.getvalue())
+        pictures["learning.png"] = png(learning(max(runs, key=lambda run: run["tokens"])))
+    for name, data in pictures.items():
+        write(options.folder / name, data)
+        print(options.folder / name)
     return 0
 
 
