@@ -69,9 +69,8 @@ def jobs(tiny: bool) -> list[Job]:
     if tiny:
         return [*laws, *(Job("proof", (name,)) for name in PROOFS)]
     early = [Job("proof", (name,)) for name in ("training", "racecheck", "decoding", "memcheck", "retuning")]
-    large = [
-        Job("proof", ("many-rows", "long-row", "many-keys", "far-apart", "slot-views"))
-    ]  # in turn, for their memory
+    in_turn = ("many-rows", "long-row", "many-keys", "far-apart", "slot-views")  # for their memory
+    large = [Job("proof", in_turn)]
     others = [
         Job("proof", (name,))
         for name in ("auto", "operators", "autocast", "graph", "full-decoding", "distilling", "refusals")

@@ -176,9 +176,8 @@ def one_pass(setting: Setting) -> str:
             if not full_token(q, k, k, mask, 0.25).isfinite().all():
                 bad.append(f"full attention of {length} keys is not finite")
             tables = torch.ones(1, length, 12, device=q.device), torch.zeros(1, length, 12, device=q.device)
-            far = (x[:, :1] for x in tables)
-            view = slot_view(*(k.transpose(1, 2),) * 2, *tables, *far)[0]
-            if not torch.equal(view, k.transpose(1, 2)):
+            keys = k.transpose(1, 2)
+            if not torch.equal(slot_view(keys, keys, *tables, *(x[:, :1] for x in tables))[1], keys):
                 bad.append(f"what slots see of {length} keys is not what is there")
     missing = sorted(kernels().keys() - names)
     return verdict(bad + [f"{name} was not launched" for name in missing], f"{len(names)} kernels")

@@ -356,11 +356,11 @@ def slot_views(setting: Setting) -> str:
     bad, generator = [], torch.Generator(setting.device).manual_seed(setting.seed)
     dtype = torch.float16 if setting.tiny else torch.bfloat16
 
-    def drawn(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=setting.device)
+    def drawn(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=setting.device, dtype=dtype)
 
     for batch, length, heads, groups, dim, size in shapes:
-        q, k = (drawn(batch, n, length, dim).to(dtype).transpose(1, 2) for n in (heads * groups, heads))
+        q, k = (drawn(batch, n, length, dim, dtype=dtype).transpose(1, 2) for n in (heads * groups, heads))
         near, far = (drawn(1, n, size // 2).repeat(1, 1, 2) for n in (length, 1))
         tables, distance = ((x.cos().to(dtype), x.sin().to(dtype)) for x in (near, far))
         found = view_kernel(q, k, *tables, *distance)

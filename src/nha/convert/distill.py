@@ -340,8 +340,8 @@ def distill(
         )  # fmt: skip
     if start < len(stream):
         model.train()
-        cuda = next(model.parameters()).is_cuda
-        student.compile_parts(compiled or (("loss" if sharding(student) else "layers") if cuda else "nothing"))
+        on_cpu = not next(model.parameters()).is_cuda
+        student.compile_parts(compiled or ("nothing" if on_cpu else "loss" if sharding(student) else "layers"))
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step
