@@ -54,26 +54,30 @@ def compare(part: Part, flat: dict[str, Tensor], window: int, grad: Tensor) -> l
     return bad
 
 
-def drawn(setting: Setting, batch: int, length: int, groups: int, heads: int, slots: int, dim: int) -> Any:
-    """Random inputs by name and a gradient of the outputs, made on the device."""
+def drawn(
+    setting: Setting, batch: int, length: int, groups: int, heads: int, slots: int, dim: int, heads_first: bool = False
+) -> Any:
+    """Random inputs by name and a gradient of the outputs, made on the device; in memory heads may come first."""
     generator = torch.Generator(setting.device).manual_seed(setting.seed)
     dtype = torch.float32 if setting.tiny else torch.bfloat16
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=setting.device, dtype=dtype)
+    def normal(batch: int, length: int, heads: int, dim: int) -> Tensor:
+        shape = (batch, heads, length, dim) if heads_first else (batch, length, heads, dim)
+        x = torch.randn(shape, generator=generator, device=setting.device, dtype=dtype)
+        return x.transpose(1, 2) if heads_first else x
 
     flat = {"q": normal(batch, length, heads * groups, dim), "k": normal(batch, length, heads, dim)}
     flat |= {"v": normal(batch, length, heads, dim), "log_gate": normal(batch, length, heads, slots).abs_().neg_()}
     return flat, normal(batch, length, heads * groups, dim)
 
 
-def large(setting: Setting, of: str, need: int, part: Part, **sizes: int) -> str:
+def large(setting: Setting, of: str, need: int, part: Part, heads_first: bool = False, **sizes: int) -> str:
     """A call in which `of` has more than 2^31 elements, compared in one part; `need` is the memory in GiB."""
     if setting.tiny:
         sizes = {"batch": 2, "length": 20, "groups": 2, "heads": 2, "slots": 5, "dim": 8}
     elif torch.cuda.mem_get_info()[0] < need * GIB:
         return f"skip needs {need} GiB of free memory, has {torch.cuda.mem_get_info()[0] // GIB}"
-    flat, grad = drawn(setting, **sizes)
+    flat, grad = drawn(setting, **sizes, heads_first=heads_first)
     count = flat[of].numel()
     bad = compare(part, flat, 5 if setting.tiny else 64, grad)
     if count <= BEYOND and not setting.tiny:
@@ -97,10 +101,10 @@ def long_row(setting: Setting) -> str:
 
 
 def many_keys(setting: Setting) -> str:
-    """The same where keys, values and their gradients are as large as queries."""
+    """The same where keys, values and their gradients are as large as queries, and in memory heads come first."""
     heads = 2 if setting.tiny else 64
     return large(setting, "k", 50, lambda x: x[:, :, -(x.shape[2] // heads) :],
-                 batch=1, length=262240, groups=1, heads=heads, slots=16, dim=128)  # fmt: skip
+                 heads_first=True, batch=1, length=262240, groups=1, heads=heads, slots=16, dim=128)  # fmt: skip
 
 
 def far_apart(setting: Setting) -> str:

@@ -49,7 +49,7 @@ def forward_kernel(
     sequence, block = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
-    head, query_heads = tl.program_id(1), heads * groups
+    head, query_heads = tl.program_id(1).to(tl.int64), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK

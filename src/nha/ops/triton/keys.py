@@ -42,7 +42,7 @@ def key_kernel(
     sequence, chunk = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
     committed = count - offset

@@ -20,7 +20,7 @@ def slot_view_kernel(
     D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out_q [B, T, HQ, D], out_k [B, T, H, D] of one head of a block of tokens; programs (block, HQ + H, B)."""
-    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     token0, near = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     there = (token0 + near < length)[:, None]
     column = tl.arange(0, WIDTH)

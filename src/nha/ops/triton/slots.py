@@ -46,7 +46,7 @@ def slots_kernel(
         return
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK
-    head, query_heads = tl.program_id(1), heads * groups
+    head, query_heads = tl.program_id(1).to(tl.int64), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     u0 = chunk * CHUNK
     committed = count - offset - u0

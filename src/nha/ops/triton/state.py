@@ -49,7 +49,7 @@ def states_kernel(
     earlier segments into the start. Programs: (segment, head, columns of the key and then of the value).
     """
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     sequence, index = locate(program, table, segments, PACKED)
     if sequence < 0:
@@ -128,7 +128,7 @@ def reverse_kernel(
     `states_kernel`.
     """
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     sequence, index = locate(program, table, segments, PACKED)
     if sequence < 0:
