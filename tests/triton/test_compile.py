@@ -13,6 +13,9 @@ H100 = [
     {"start": "filled", "dim": 64, "value_dim": 96, "length": 140},
     {"slots": 16, "window": 5, "groups": 9, "heads": 1, "kind": "packed"},
     {"window": 0, "length": 700},
+    {"window": 512, "length": 700},
+    {"window": 300, "length": 700, "dim": 64, "value_dim": 64, "groups": 3, "start": "filled", "kind": "packed"},
+    {"window": 512, "length": 700, "dtype": "fp16"},
 ]
 LARGEST = {"dim": 256, "value_dim": 256, "slots": 128, "sinks": 1}
 CONSUMER = [

@@ -49,13 +49,13 @@ def double(flat):
 
 
 def bounds(flat, case, exact, reference):
-    """Twice the error of the reference in float32 and its rounding band, as for every implementation."""
+    """Twice the error of the reference in the inputs' precision and its rounding band, as for every implementation."""
     sizes = terms_behind(flat, exact)
     found = {}
     for name, value in exact.items():
         terms = case.length * case.query_heads if name.startswith("d") else 1
         size = torch.maximum(sizes[name], value.abs().max()) if name in sizes else value
-        band = exponent_rounding(flat["log_gate"]) * terms**0.5 * rounding(size, torch.float32)
+        band = exponent_rounding(flat["log_gate"]) * terms**0.5 * rounding(size, flat["q"].dtype)
         found[name] = 2 * (error(reference[name], value) + band)
     return found
 

@@ -61,11 +61,18 @@ def bounds(sequence, cu, chunk_base, length, past, chunks, PACKED: tl.constexpr)
 def load_rows(base, offset, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Rows at `base + offset` as [len(offset), WIDTH]; zero where not `inside` and in columns beyond DIM.
 
+    `inside` is None where all rows are.
+
     Offsets are relative to a base of the program's own, so 32 bits suffice for them, not for the base.
     """
     column = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
-    return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
+    if inside is not None:
+        mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
+        return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
+    elif DIM < WIDTH:
+        return tl.load(base + offset[:, None] + column[None, :], mask=(column < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(base + offset[:, None] + column[None, :])
 
 
 @triton.jit
@@ -74,6 +81,18 @@ def store_rows(base, offset, inside, value, DIM: tl.constexpr, WIDTH: tl.constex
     column = tl.arange(0, WIDTH)
     mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
     tl.store(base + offset[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def whole_blocks(first, stop, BLOCK: tl.constexpr):
+    """How many tokens from `first` on are in whole blocks before `stop`."""
+    return tl.maximum(stop - first, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def around(at, first, inner):
+    """The token that `at` counts where `inner` tokens from `first` on are left out."""
+    return at + tl.where(at < first, 0, inner)
 
 
 @triton.jit

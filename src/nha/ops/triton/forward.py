@@ -11,6 +11,7 @@ import triton.language as tl
 
 from nha.ops.triton.common import (
     PART,
+    around,
     border_of,
     bounds,
     in_pass,
@@ -25,7 +26,37 @@ from nha.ops.triton.common import (
     share_of,
     store_rows,
     taken,
+    whole_blocks,
 )
+
+
+@triton.jit
+def attend(
+    query, near_key, near_value, k_t, v_t, key_start, step, high, u, window, scale, top, norm, old, acc,
+    D: tl.constexpr, DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(top, norm, old, acc) of the online softmax after the BLOCK window keys from token `step` on.
+
+    MASKED: only those below `high` are there, and each query sees those of its own window.
+    """
+    near = tl.arange(0, BLOCK)
+    there = step + near < high if MASKED else None
+    other = load_rows(near_key + (key_start + step) * k_t, near * k_t, there, D, KEY)
+    score = matmul(query, tl.trans(other), DTYPE, PRECISION) * scale
+    if MASKED:
+        # One unsigned comparison for 0 < step + near - u <= window.
+        inside = ((step + near)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+        score = tl.where(inside, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+    shrink = tl.exp2(top - safe)
+    weight = tl.exp2(score - safe[:, None])
+    norm = norm * shrink + tl.sum(weight, 1)
+    old *= shrink
+    other = load_rows(near_value + (key_start + step) * v_t, near * v_t, there, DV, VALUE)
+    acc = acc * shrink[:, None] + matmul(weight, other, DTYPE, PRECISION)
+    return higher, norm, old, acc
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks"])
@@ -36,14 +67,16 @@ def forward_kernel(
     scale, length, past, window, chunks, blocks, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     LATE: tl.constexpr, LIVE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [T, HQ, DV], mass [T, HQ], lse [T, HQ] (base 2) of one block; programs (block, KV head).
 
     `scale` includes log2(e). LATE: keys before `first` are blank, and queries before it see no slots unless they are
-    LIVE. SEPARATE: q_slot is not q.
+    LIVE. SEPARATE: q_slot is not q. WIDE: window keys that all queries of the block see have a loop without masks.
+    STAGES: loads of window keys under way.
     """
     rows: tl.constexpr = HEADS * CHUNK
     sequence, block = locate(tl.program_id(0), table, blocks, PACKED)
@@ -122,24 +155,23 @@ def forward_kernel(
                 if SEPARATE:
                     query_at = q + row * q_b + query0 * q_t + query_head * q_h
                     query = load_rows(query_at, line * q_t + member * q_h, shown, D, KEY)
-                near = tl.arange(0, BLOCK)
                 high = tl.minimum(u0 + CHUNK + window, past + count)
-                for step in range(tl.maximum(u0 + 1, begin), high, BLOCK):
-                    there = step + near < high
-                    other = load_rows(near_key + (key_start + step) * k_t, near * k_t, there, D, KEY)
-                    score = matmul(query, tl.trans(other), DTYPE, PRECISION) * scale
-                    # One unsigned comparison for 0 < step + near - u <= window.
-                    inside = ((step + near)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
-                    score = tl.where(inside, score, float("-inf"))
-                    higher = tl.maximum(top, tl.max(score, 1))
-                    safe = tl.where(higher == float("-inf"), 0.0, higher)
-                    shrink = tl.exp2(top - safe)
-                    weight = tl.exp2(score - safe[:, None])
-                    norm = norm * shrink + tl.sum(weight, 1)
-                    old *= shrink
-                    other = load_rows(near_value + (key_start + step) * v_t, near * v_t, there, DV, VALUE)
-                    acc = acc * shrink[:, None] + matmul(weight, other, DTYPE, PRECISION)
-                    top = higher
+                low = tl.maximum(u0 + 1, begin)
+                inner = 0
+                if WIDE:
+                    # Between the first CHUNK keys and those beyond the first query's window all queries see all.
+                    inner = whole_blocks(low + CHUNK, u0 + 1 + window, BLOCK)
+                    for step in tl.range(low + CHUNK, low + CHUNK + inner, BLOCK, num_stages=STAGES):
+                        top, norm, old, acc = attend(
+                            query, near_key, near_value, k_t, v_t, key_start, step, high, u, window, scale,
+                            top, norm, old, acc, D, DV, KEY, VALUE, BLOCK, DTYPE, PRECISION, MASKED=False,
+                        )  # fmt: skip
+                for at in tl.range(low, high - inner, BLOCK, num_stages=STAGES):
+                    step = around(at, low + CHUNK, inner) if WIDE else at
+                    top, norm, old, acc = attend(
+                        query, near_key, near_value, k_t, v_t, key_start, step, high, u, window, scale,
+                        top, norm, old, acc, D, DV, KEY, VALUE, BLOCK, DTYPE, PRECISION, MASKED=True,
+                    )  # fmt: skip
             to = (row * length + query0) * query_heads + query_head
             to_line = line * query_heads + member
             norm = tl.where(norm > 0, norm, 1.0)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from nha.ops.triton.common import (
     LOG2_E,
+    around,
     bounds,
     clamp_gate,
     left_at_end,
@@ -18,7 +19,42 @@ from nha.ops.triton.common import (
     store_rows,
     sum_earlier,
     taken,
+    whole_blocks,
 )
+
+
+@triton.jit
+def receive(
+    keys, values, dkeys, dvalues, q, grad_out, lse, delta, q_b, q_t, q_h,
+    row, start, length, offset, count, u0, near, query_head, query_heads, shown, window, scale,
+    D: tl.constexpr, DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(dkeys, dvalues) with what the queries `u0 + near` of one head add to them.
+
+    MASKED: only those that there are, each to the keys of its own window, whose tokens are `shown`.
+    """
+    query0 = start + u0 + offset
+    real = u0 + near < count - offset if MASKED else None
+    query_at = q + row * q_b + query0 * q_t + query_head * q_h
+    query = load_rows(query_at, near * q_t, real, D, KEY)
+    place = (row * length + query0) * query_heads + query_head
+    grad = load_rows(grad_out + place * DV, near * (query_heads * DV), real, DV, VALUE)
+    if MASKED:
+        total = tl.load(lse + place + near * query_heads, mask=real, other=float("inf"))
+        taken_off = tl.load(delta + place + near * query_heads, mask=real, other=0.0)
+    else:
+        total = tl.load(lse + place + near * query_heads)
+        taken_off = tl.load(delta + place + near * query_heads)
+    score = matmul(keys, tl.trans(query), DTYPE, PRECISION) * (scale * LOG2_E) - total[None, :]
+    if MASKED:
+        inside = (shown[:, None] - (u0 + 1 + near)[None, :]).to(tl.uint32) < window.to(tl.uint32)
+        score = tl.where(inside, score, float("-inf"))
+    weight = tl.exp2(score)
+    dvalues += matmul(weight, grad, DTYPE, PRECISION)
+    dscore = weight * (matmul(values, tl.trans(grad), DTYPE, PRECISION) - taken_off[None, :])
+    dkeys += matmul(dscore, query, DTYPE, PRECISION)
+    return dkeys, dvalues
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "key_length"])
@@ -30,14 +66,14 @@ def key_kernel(
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, LATE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr,
+    PACKED: tl.constexpr, LATE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk of keys; programs (chunk, KV head).
 
     Adds up what the keys receive from all queries whose window holds them, what `slots_kernel` left in dk_slot, dv and
     dgate, and what comes through the slots after the chunk, whose gradients are `dslot_*` and whose inner products with
     the slots that decay into them are `dend` [chunks, H, parts, M]. SEPARATE: the slots' part of the keys stays in
-    dk_slot.
+    dk_slot. WIDE: queries whose windows hold the whole chunk have a loop without masks.
     """
     sequence, chunk = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
@@ -64,25 +100,31 @@ def key_kernel(
         # Tokens before `begin` are seen by nobody: they lie outside every window that is moved up to it.
         shown = tl.where(token >= begin, token, -window - CHUNK) if LATE else token
         first_u, stop_u = tl.maximum(j0 - window, -offset), tl.minimum(j0 + CHUNK - 1, count - offset)
-        steps = tl.maximum(stop_u - first_u + BLOCK - 1, 0) // BLOCK
+        inner = 0
+        if WIDE:
+            # The windows of these queries hold all keys of the chunk, none of which must then lie before `begin`.
+            stop_inner = tl.minimum(j0, count - offset)
+            if LATE:
+                stop_inner = tl.where(j0 < begin, first_u, stop_inner)
+            inner = whole_blocks(first_u + CHUNK, stop_inner, BLOCK)
+        steps = tl.maximum(stop_u - inner - first_u + BLOCK - 1, 0) // BLOCK
         near = tl.arange(0, BLOCK)
+        if WIDE:
+            for step in range(0, inner // BLOCK * groups):
+                u0 = first_u + CHUNK + step // groups * BLOCK
+                dkeys, dvalues = receive(
+                    keys, values, dkeys, dvalues, q, grad_out, lse, delta, q_b, q_t, q_h,
+                    row, start, length, offset, count, u0, near, head * groups + step % groups, query_heads,
+                    shown, window, scale, D, DV, KEY, VALUE, DTYPE, PRECISION, MASKED=False,
+                )  # fmt: skip
         for step in range(0, steps * groups):
-            u0 = first_u + step // groups * BLOCK
-            query_head = head * groups + step % groups
-            query0 = start + u0 + offset
-            real = u0 + near < count - offset
-            query_at = q + row * q_b + query0 * q_t + query_head * q_h
-            query = load_rows(query_at, near * q_t, real, D, KEY)
-            place = (row * length + query0) * query_heads + query_head
-            grad = load_rows(grad_out + place * DV, near * (query_heads * DV), real, DV, VALUE)
-            total = tl.load(lse + place + near * query_heads, mask=real, other=float("inf"))
-            taken_off = tl.load(delta + place + near * query_heads, mask=real, other=0.0)
-            score = matmul(keys, tl.trans(query), DTYPE, PRECISION) * (scale * LOG2_E) - total[None, :]
-            inside = (shown[:, None] - (u0 + 1 + near)[None, :]).to(tl.uint32) < window.to(tl.uint32)
-            weight = tl.exp2(tl.where(inside, score, float("-inf")))
-            dvalues += matmul(weight, grad, DTYPE, PRECISION)
-            dscore = weight * (matmul(values, tl.trans(grad), DTYPE, PRECISION) - taken_off[None, :])
-            dkeys += matmul(dscore, query, DTYPE, PRECISION)
+            at = first_u + step // groups * BLOCK
+            u0 = around(at, first_u + CHUNK, inner) if WIDE else at
+            dkeys, dvalues = receive(
+                keys, values, dkeys, dvalues, q, grad_out, lse, delta, q_b, q_t, q_h,
+                row, start, length, offset, count, u0, near, head * groups + step % groups, query_heads,
+                shown, window, scale, D, DV, KEY, VALUE, DTYPE, PRECISION, MASKED=True,
+            )  # fmt: skip
         dkeys *= scale
     if SEPARATE and WINDOWED:
         store_rows(dk + to * D, to_line * D, there, dkeys, D, KEY)

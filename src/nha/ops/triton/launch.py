@@ -79,9 +79,12 @@ class Inputs(NamedTuple):
 
     def plan(self) -> tuple[Plan, Blocks]:
         """Programs and block sizes of this call."""
-        batch, length, _, dim = self.q.shape
+        batch, length, query_heads, dim = self.q.shape
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
-        sizes = blocks(self.q.dtype, dim, value_dim, slots, self.sinks, shared_memory(self.q.device))
+        sizes = blocks(
+            self.q.dtype, dim, value_dim, slots, self.sinks, shared_memory(self.q.device),
+            self.window, query_heads // heads,
+        )  # fmt: skip
         columns = heads * _columns((dim, value_dim), STATE_WIDTH)
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
 
@@ -154,9 +157,10 @@ def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[
         out, mass, lse, *strides(q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate),
         inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.blocks, heads, groups,
         **inputs.sizes, S=inputs.sinks, SLOTS=sizes.slots, KEY=sizes.key, VALUE=sizes.value, SINKS=sizes.sinks,
-        CHUNK=sizes.chunk, HEADS=sizes.heads, BLOCK=sizes.block,
+        CHUNK=sizes.chunk, HEADS=sizes.heads, BLOCK=sizes.block, STAGES=sizes.stages,
         DTYPE=sizes.dtype, GATED=sizes.gated, PRECISION=sizes.precision, PACKED=plan.cu is not None,
         LATE=inputs.first is not None, LIVE=inputs.live, WINDOWED=plan.window > 0, SEPARATE=inputs.q_slot is not None,
+        WIDE=sizes.wide,
         num_warps=sizes.warps, num_stages=1,
     )  # fmt: skip
     return out, mass, lse
@@ -225,8 +229,9 @@ def gradients(
             inputs.sink_key, inputs.sink_value, inputs.first, *tables,
             out, mass, lse, grad_out, grad_mass, delta, dq, dq_slot, *scores, rise_grads, *sink_scores, borders,
             *strides(q, k, v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
-            HEADS=sizes.heads, BLOCK=sizes.block, GATED=sizes.gated, LATE=late, LIVE=inputs.live, WINDOWED=windowed,
-            SEPARATE=inputs.q_slot is not None, WEIGHED=grad_mass is not None,
+            HEADS=sizes.heads, BLOCK=sizes.back_block, STAGES=sizes.stages, GATED=sizes.gated,
+            LATE=late, LIVE=inputs.live, WINDOWED=windowed, SEPARATE=inputs.q_slot is not None,
+            WEIGHED=grad_mass is not None, WIDE=sizes.wide,
             num_warps=sizes.warps, num_stages=1, **slotted, **wide,
         )  # fmt: skip
         launch(
@@ -257,7 +262,8 @@ def gradients(
         inputs.first, plan.cu, plan.chunk_base, plan.key_table, dk, dk_slot, dv, dgate,
         *strides(q, k, v, token_key, gate),
         inputs.scale, length, plan.past, plan.window, plan.chunks, plan.key_blocks, key_length, heads, groups, columns,
-        M=slots, SLOTS=sizes.slots, BLOCK=sizes.block, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
+        M=slots, SLOTS=sizes.slots, BLOCK=sizes.back_block, LATE=late, WINDOWED=windowed, SEPARATE=own_keys,
+        WIDE=sizes.wide,
         num_warps=sizes.key_warps, num_stages=sizes.key_stages, **shared, **wide,
     )  # fmt: skip
     return Gradients(

@@ -21,6 +21,7 @@ MAX_SEGMENTS = 32  # of one sequence
 MAX_PACKED_SEGMENTS = 64  # of all packed sequences, beyond one for each: one of them may be as long as the row
 MIN_SEGMENT_CHUNKS = 4
 TABLE_WIDTH = 1024  # sequences, or entries, that a program of the tables takes at a time
+WIDE_WINDOW = 256  # from here on most keys of a window are keys of all queries of a block
 SHARED = 227 << 10  # bytes of shared memory that a block may have on an H100
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -34,7 +35,10 @@ class Blocks(NamedTuple):
     sinks: int
     chunk: int  # tokens between two kept slot states, keys of one program of the backward pass
     heads: int  # query heads of one step
-    block: int  # window keys of one step of a block of queries, and the other way round
+    wide: bool  # whether keys that all queries of a block see are read without masks, and queries of keys alike
+    block: int  # window keys of one step of a block of queries
+    back_block: int  # the same in the backward pass, and queries of one step of a chunk of keys
+    stages: int  # loads of such keys under way
     warps: int
     slot_warps: int
     slot_stages: int  # loads under way in the loop of `slots_kernel`
@@ -59,26 +63,33 @@ def shared_memory(device: torch.device) -> int:
 
 
 def blocks(
-    dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, shared: int = SHARED
+    dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, shared: int = SHARED,
+    window: int = 0, groups: int = 1,
 ) -> Blocks:  # fmt: skip
-    """Block sizes for a GPU whose blocks may have so many bytes of shared memory."""
+    """Block sizes for a window, query heads per KV head and a GPU whose blocks may have so much shared memory."""
     exact = dtype == torch.float32
     gated = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
     # results and an illegal access on an H200 (Triton 3.6).
     row = 16 if exact else 64
-    wide = max(width(dim), width(value_dim))
-    crowded = wide > 128 or width(slots) > 64
-    large = width(slots, row) * max(wide, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
+    widest = max(width(dim), width(value_dim))
+    crowded = widest > 128 or width(slots) > 64
+    large = width(slots, row) * max(widest, row) * gated.primitive_bitwidth > 256 << 10  # bits of a head's slots
     compact = shared < SHARED // 2
     if exact and crowded:
         chunk = rows = 16
     elif exact:
-        chunk, rows = 16 if wide > 64 else 32, 32 if compact else 64
+        chunk, rows = 16 if widest > 64 else 32, 32 if compact else 64
     elif compact:
         chunk, rows = (16, 16) if large else (32, 64)
     else:
         chunk = rows = 32 if large else 64
+    wide = window >= WIDE_WINDOW and not (exact or crowded or compact)
+    roomy = wide and gated == tl.bfloat16 and shared >= SHARED  # larger steps leave no room for float32 gate factors
+    # Two heads read a window's keys together, unless too often one of two would be missing.
+    if roomy and (groups % 2 == 0 or groups > 4):
+        rows = 2 * chunk
+    staged = roomy and (rows > chunk or widest <= 64)  # one head of 128 leaves no memory for it beside a second block
     return Blocks(
         slots=width(slots, row),
         key=width(dim, row),
@@ -86,13 +97,16 @@ def blocks(
         sinks=width(sinks),
         chunk=chunk,
         heads=rows // chunk,
-        block=16 if exact else 32,
+        wide=wide,
+        block=16 if exact else 64 if roomy else 32,
+        back_block=16 if exact else 32,
+        stages=3 if staged else 1,
         warps=4 if exact and crowded else 8 if crowded else rows // 16,
         slot_warps=4 if compact else 8,
         slot_stages=1 if compact else 3,
-        key_warps=8 if (exact and wide > 64) or (crowded and chunk > 16) else 4,
+        key_warps=8 if (exact and widest > 64) or (crowded and chunk > 16) else 4,
         key_stages=1 if exact or crowded or compact else 3,
-        precision=("ieee" if wide > 128 else "tf32x3") if exact else "tf32",
+        precision=("ieee" if widest > 128 else "tf32x3") if exact else "tf32",
         dtype=DTYPES[dtype],
         gated=gated,
     )

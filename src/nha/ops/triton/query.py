@@ -8,6 +8,7 @@ import triton.language as tl
 from nha.ops.triton.common import (
     LOG2_E,
     PART,
+    around,
     border_of,
     bounds,
     in_pass,
@@ -22,7 +23,28 @@ from nha.ops.triton.common import (
     share_of,
     store_rows,
     taken,
+    whole_blocks,
 )
+
+
+@triton.jit
+def attended(
+    query, grad, near_key, near_value, k_t, v_t, key_start, step, high, u, window, scale, total, taken_off,
+    D: tl.constexpr, DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What the queries' gradients gain from the BLOCK window keys from token `step` on; MASKED as in `attend`."""
+    near = tl.arange(0, BLOCK)
+    there = step + near < high if MASKED else None
+    keys = load_rows(near_key + (key_start + step) * k_t, near * k_t, there, D, KEY)
+    values = load_rows(near_value + (key_start + step) * v_t, near * v_t, there, DV, VALUE)
+    score = matmul(query, tl.trans(keys), DTYPE, PRECISION) * (scale * LOG2_E) - total[:, None]
+    if MASKED:
+        inside = ((step + near)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+        score = tl.where(inside, score, float("-inf"))
+    weight = tl.exp2(score)
+    dscore = matmul(grad, tl.trans(values), DTYPE, PRECISION) - taken_off[:, None]
+    return matmul(weight * (dscore * scale), keys, DTYPE, PRECISION)
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block"])
@@ -34,9 +56,10 @@ def query_kernel(
     scale, length, past, window, chunks, blocks, first_block, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
     SLOTS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SINKS: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     LATE: tl.constexpr, LIVE: tl.constexpr, WINDOWED: tl.constexpr, SEPARATE: tl.constexpr, WEIGHED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """dq [T, HQ, D] and delta [T, HQ] of one block; programs and options as in `forward_kernel`.
 
@@ -152,15 +175,21 @@ def query_kernel(
                 query_at = q + row * q_b + query0 * q_t + query_head * q_h
                 query = load_rows(query_at, line * q_t + member * q_h, shown, D, KEY)
             if WINDOWED:
-                near = tl.arange(0, BLOCK)
                 high = tl.minimum(u0 + CHUNK + window, past + count)
-                for step in range(tl.maximum(u0 + 1, begin), high, BLOCK):
-                    there = step + near < high
-                    keys = load_rows(near_key + (key_start + step) * k_t, near * k_t, there, D, KEY)
-                    values = load_rows(near_value + (key_start + step) * v_t, near * v_t, there, DV, VALUE)
-                    score = matmul(query, tl.trans(keys), DTYPE, PRECISION) * (scale * LOG2_E) - total[:, None]
-                    inside = ((step + near)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
-                    weight = tl.exp2(tl.where(inside, score, float("-inf")))
-                    dscore = matmul(grad, tl.trans(values), DTYPE, PRECISION) - taken_off[:, None]
-                    acc += matmul(weight * (dscore * scale), keys, DTYPE, PRECISION)
+                low = tl.maximum(u0 + 1, begin)
+                inner = 0
+                if WIDE:
+                    # Between the first CHUNK keys and those beyond the first query's window all queries see all.
+                    inner = whole_blocks(low + CHUNK, u0 + 1 + window, BLOCK)
+                    for step in tl.range(low + CHUNK, low + CHUNK + inner, BLOCK, num_stages=STAGES):
+                        acc += attended(
+                            query, grad, near_key, near_value, k_t, v_t, key_start, step, high, u, window, scale,
+                            total, taken_off, D, DV, KEY, VALUE, BLOCK, DTYPE, PRECISION, MASKED=False,
+                        )  # fmt: skip
+                for at in tl.range(low, high - inner, BLOCK, num_stages=STAGES):
+                    step = around(at, low + CHUNK, inner) if WIDE else at
+                    acc += attended(
+                        query, grad, near_key, near_value, k_t, v_t, key_start, step, high, u, window, scale,
+                        total, taken_off, D, DV, KEY, VALUE, BLOCK, DTYPE, PRECISION, MASKED=True,
+                    )  # fmt: skip
             store_rows(dq + to * D, to_line * D, shown, acc, D, KEY)

@@ -1,0 +1,110 @@
+"""Wide windows, most of whose keys are read without masks.
+
+The kernels do so for 16-bit dtypes, where the interpreter gets the gates' gradients and bfloat16 wrong; so most tests
+make them do the same in float32, with blocks that are smaller and so are the windows.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.builders import TOKENWISE, Case, call, gradients, leaves, make, random_loss
+from tests.triton.test_laws import DEVICE, assert_within, bounds, double, inputs, results
+
+ODD = Case(batch=1, length=187, query_heads=3, heads=1, window=77, sinks=1)
+EVEN = Case(batch=2, length=150, query_heads=2, heads=1, window=96, separate=False)
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """A function that has calls made with some block sizes changed."""
+    from nha.ops.triton import launch
+
+    sizes_of = launch.blocks
+
+    def change(**sizes):
+        monkeypatch.setattr(launch, "blocks", lambda *args: sizes_of(*args)._replace(**sizes))
+
+    return change
+
+
+@pytest.fixture
+def wide(changed):
+    changed(wide=True, warps=4, stages=3, heads=2, block=32)
+
+
+def assert_within_twice_the_error_of_the_reference(flat, case, **options):
+    exact = results(double(flat), case.window, "reference", **options)
+    bound = bounds(flat, case, exact, results(flat, case.window, "reference", **options))
+    got = results(flat, case.window, "triton", **options)
+    assert_within(got, exact, bound)
+    return got
+
+
+@pytest.mark.parametrize("case", [ODD, EVEN], ids=["odd sizes", "one pair of queries and keys"])
+@pytest.mark.parametrize("sizes", [{"heads": 1}, {"heads": 2, "block": 32}], ids=["one head", "two heads"])
+def test_texts_beyond_the_window(case, sizes, changed):
+    changed(wide=True, warps=4, stages=3, **sizes)
+    assert_within_twice_the_error_of_the_reference(inputs(case), case)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows(side):
+    mask = torch.ones(2, EVEN.length, dtype=torch.bool, device=DEVICE)
+    mask[1, slice(0, 31) if side == "left" else slice(119, None)] = False
+    got = assert_within_twice_the_error_of_the_reference(inputs(EVEN), EVEN, attention_mask=mask)
+    assert not got["out"][~mask].any()
+
+
+@pytest.mark.usefixtures("wide")
+def test_packed_sequences():
+    cu = torch.tensor([0, 3, 3, 140, 187], dtype=torch.int32, device=DEVICE)
+    assert_within_twice_the_error_of_the_reference(inputs(ODD), ODD, cu_seqlens=cu)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("cuts, packed", [([0, 20, 187], False), ([0, 101, 104, 187], True)], ids=str)
+def test_segments_go_on_from_a_tail_whether_full_or_not(cuts, packed):
+    def split(flat, cuts, impl):
+        outs, state = [], None
+        for start, stop in itertools.pairwise(cuts):
+            part = {n: x[:, start:stop] if n in TOKENWISE else x for n, x in flat.items()}
+            cu = torch.tensor([0, stop - start], dtype=torch.int32, device=DEVICE) if packed else None
+            options = {"state": state, "cu_seqlens": cu, "return_state": True, "return_slot_mass": True, "impl": impl}
+            outs.append(call(part, window_size=ODD.window, **options))
+            state = outs[-1].state
+        whole = outs[-1]._replace(
+            out=torch.cat([o.out for o in outs], 1), slot_mass=torch.cat([o.slot_mass for o in outs], 1)
+        )
+        found = {"out": whole.out, "mass": whole.slot_mass, **whole.state.tensors()}
+        return found | {"d" + n: g for n, g in gradients(flat, random_loss(whole)).items()}
+
+    flat = inputs(ODD)
+    exact = split(double(flat), [0, ODD.length], "reference")
+    bound = bounds(flat, ODD, exact, split(flat, [0, ODD.length], "reference"))
+    assert_within(split(flat, cuts, "triton"), exact, bound)
+
+
+def test_float16_as_it_is():
+    case = Case(batch=1, length=389, query_heads=1, heads=1, window=260)
+    flat = {n: x.detach().to(DEVICE, torch.float16).requires_grad_() for n, x in leaves(make(case)).items()}
+    exact = results(double(flat), case.window, "reference")
+    bound = bounds(flat, case, exact, results(flat, case.window, "reference"))
+    del exact["dlog_gate"]
+    assert_within(results(flat, case.window, "triton"), exact, bound)
+
+
+def test_windows_are_wide_in_16_bits_from_256_on():
+    from nha.ops.triton.plan import SHARED, blocks
+
+    def sizes(window, dtype=torch.bfloat16, groups=4, dim=128):
+        return blocks(dtype, dim, dim, 64, 0, SHARED, window, groups)
+
+    assert sizes(256).wide and not sizes(255).wide and sizes(512, torch.float16).wide
+    assert not sizes(512, torch.float32).wide and not sizes(512, dim=256).wide
+    assert [sizes(512, groups=n).heads for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 1, 2, 2, 2]
+    assert sizes(255) == blocks(torch.bfloat16, 128, 128, 64, 0)
+    for made in (sizes(512), sizes(512, torch.float16)):
+        assert made.chunk % made.block == 0 and made.chunk % made.back_block == 0
