@@ -58,8 +58,12 @@ TEACHER = "teacher"
 TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
 SLOW = {"rate": 5e-4, "gate_rate": 2e-3}
-FIRST = SLOW | {"gradients": "clip", "cross_entropy": 0.0}  # the first recipe
-PAPER = SLOW | {"init": "paper", "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together", "align_steps": 0}
+SOFT = {"init": "soft"}
+FIRST = SOFT | SLOW | {"gradients": "clip", "cross_entropy": 0.0}  # the first recipe
+PAPER = {
+    "init": "paper", "align_steps": 0, "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together",
+    "rate": 2e-4, "gate_rate": 5e-4,
+}  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER: {},
     "teacher_tuned": TUNED,
@@ -78,6 +82,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "recall25": {"recall_share": 0.25},
     "recall50": {"recall_share": 0.5},
     "answers0.1": {"answers": 0.1},
+    "answers0.25": {"answers": 0.25},
     "answers2": {"answers": 2.0},
     "together": {"gradients": "together"},
     "clip": {"gradients": "clip"},
@@ -98,7 +103,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "w64m128": {"num_slots": 128},
     "w128m64": {"window_size": 128},
     "gates_sharp": {"init": "kmeans", "gate_rate": 3e-2},
-    "gates_spread": {"init": "spread"},
+    "gates_soft": SOFT,
     "gates_keys": {"init": "keys"},
     "no_align": {"align_steps": 0},
     "distance64": {"slot_distance": 64},
@@ -109,7 +114,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"trained": "lora"},
     "slots_alone": {"trained": "slots"},
     "all_weights": {"trained": "layers"},
-    "long": {"long_share": 0.3},
+    "long": {"long_share": 0.5},
 }  # fmt: skip
 
 

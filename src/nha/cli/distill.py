@@ -49,7 +49,7 @@ def distill(
     full_layers: Annotated[
         str, typer.Option(help="Layers that keep full attention, such as 3,11,18,26.", show_default=False)
     ] = "",
-    init: Annotated[str, typer.Option(help="How gates start: soft, spread, kmeans or paper.")] = "soft",
+    init: Annotated[str, typer.Option(help="How gates start: spread, soft, kmeans or paper.")] = "spread",
     sinks: Annotated[int, typer.Option(help="Constant keys that stand in for a text's first tokens.")] = 1,
     slot_distance: Annotated[int, typer.Option(help="How many tokens back a query sees the slots.")] = 128,
     tokens: Annotated[float, typer.Option(help="Tokens to train on, such as 20e6.")] = 20e6,

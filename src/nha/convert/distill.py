@@ -67,7 +67,7 @@ class DistillSettings:
     window_size: int | tuple[int, ...] = 64
     num_slots: int = 64
     full_layers: tuple[int, ...] = ()
-    init: str = "soft"
+    init: str = "spread"
     num_sinks: int = 1
     slot_distance: int = 128
     tokens: float = 20e6
