@@ -31,7 +31,8 @@ SHOWN = ("one_fact", "four_facts")
 # What is drawn, where it was measured.
 PICTURED = {
     TEACHER: "teacher", "hybrid4": "4 full layers", "hybrid": "no full layer",
-    "long": "no full layer, 8K rows", "sink128": "window 128 alone",
+    "gates_soft": "no full layer, soft gates", "long": "no full layer, 8K rows",
+    "long_soft": "no full layer, soft gates, 8K rows", "sink128": "window 128 alone",
     "sink128_clip5e-4": "window 128 alone, first recipe",
 }  # fmt: skip
 DPI = 160
