@@ -76,7 +76,8 @@ def test_a_run_trains_attention_and_gates_and_leaves_the_rest(whole_run):
 
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(given, whole_run, tmp_path):
     place, run = given[0].path.parent, tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-c", WORKER, str(place), str(run)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stdout:
