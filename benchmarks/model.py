@@ -59,14 +59,15 @@ def rows(tiny: bool) -> list[Row]:
     lengths = [n * scale for n in ((2, 8, 32, 128, 64) if not tiny else (20, 30))]
     far, long = (32 * scale, 128 * scale) if not tiny else (20, 30)
     found = [Row("hybrid", "prefill", "one call", n) for n in lengths] + [Row("hybrid", "prefill", "segments", long)]
-    found += [Row("hybrid", "decode", "graph", n) for n in (far, long)]
+    found += [Row("hybrid", "decode", "graph", n) for n in (far, long)] + [Row("hybrid", "decode", "both", far)]
     found += [Row("hybrid", "throughput", how, far) for how in ("graph", "eager")]
     found += [Row("hybrid", "decode", "eager", lengths[0])]
     found += [Row("full", "prefill", "one call", n) for n in lengths]
     found += [Row("full", "throughput", how, far) for how in ("eager", "graph")]
-    found += [Row("full", "decode", "eager", n) for n in lengths[:2]] + [Row("full", "decode", "graph", far)]
-    found += [Row("full", "decode", how, far) for how in ("compiled", "both")]
-    return found + [Row("hybrid", "decode", how, n) for how in ("compiled", "both") for n in (far, long)]
+    found += [Row("full", "decode", "eager", n) for n in lengths[:2]]
+    found += [Row("full", "decode", how, far) for how in ("graph", "both", "compiled")]
+    last = (("compiled", far), ("both", long), ("compiled", long))
+    return found + [Row("hybrid", "decode", how, n) for how, n in last]
 
 
 def shape(tiny: bool) -> Any:
