@@ -125,6 +125,10 @@ def long() -> list[Problem]:
         Problem(length=20011, heads=1, window=0, dim=64, value_dim=64, dtype="fp32", gates="mixed"),
         Problem(length=4400, heads=1, groups=2, window=4096, dim=64, value_dim=64),
         Problem(length=5000, heads=2, groups=2, window=512, kind="packed", start="filled"),
+        Problem(length=900, heads=1, batch=2, groups=3, window=300, kind="left", sinks=1),
+        Problem(length=1100, heads=1, groups=2, window=260, dim=64, value_dim=64, dtype="fp16", separate=True),
+        Problem(length=1500, heads=1, groups=4, window=512, kind="segments", start="filled"),
+        Problem(length=700, groups=3, dim=64, value_dim=64, kind="packed", start="slots", separate=True),
         Problem(length=3000, heads=1, batch=3, slots=128, dim=256, value_dim=256, dtype="fp16", kind="left"),
     ]
 
