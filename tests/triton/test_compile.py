@@ -10,11 +10,10 @@ H100 = [
     {"dim": 64, "value_dim": 64, "separate": True},
     {"dtype": "fp16"},
     {"dtype": "fp32", "dim": 64, "value_dim": 64},
-    {"start": "filled", "dim": 64, "value_dim": 96, "length": 140},
     {"slots": 16, "window": 5, "groups": 9, "heads": 1, "kind": "packed"},
     {"window": 0, "length": 700},
     {"window": 512, "length": 700},
-    {"window": 300, "length": 700, "dim": 64, "value_dim": 64, "groups": 3, "start": "filled", "kind": "packed"},
+    {"window": 300, "length": 700, "dim": 64, "value_dim": 96, "groups": 3, "start": "filled", "kind": "packed"},
     {"window": 512, "length": 700, "dtype": "fp16"},
 ]
 LARGEST = {"dim": 256, "value_dim": 256, "slots": 128, "sinks": 1}
@@ -22,7 +21,6 @@ CONSUMER = [
     {"capability": 89, "sinks": 1},
     {"capability": 120, "dim": 64, "value_dim": 64, "separate": True},
     {"capability": 89, "dtype": "fp16", **LARGEST},
-    {"capability": 89, "dtype": "bf16", **LARGEST, "slots": 64},
     {"capability": 89, "dtype": "fp32", "sinks": 1},
 ]
 
@@ -43,9 +41,8 @@ def test_every_kernel_fits_an_h100(shape):
         assert row["stack"] <= SPILLED[shape.get("dtype", "bf16")], row
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_largest_shapes_fit_an_h100(dtype):
-    for row in compiled({"dtype": dtype, **LARGEST}):
+def test_the_largest_shape_fits_an_h100():
+    for row in compiled({"dtype": "fp16", **LARGEST}):
         assert row["shared"] <= 227 << 10, row
 
 

@@ -40,6 +40,12 @@ def locate(program, table, per_sequence, PACKED: tl.constexpr):
 
 
 @triton.jit
+def far(index, stride):
+    """Where the `index`-th of what lies `stride` elements apart begins, in 64 bits."""
+    return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
 def bounds(sequence, cu, chunk_base, length, past, chunks, PACKED: tl.constexpr):
     """(batch row, first query, first key, number of queries, first chunk) of a sequence."""
     if PACKED:

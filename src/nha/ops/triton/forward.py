@@ -14,6 +14,7 @@ from nha.ops.triton.common import (
     around,
     border_of,
     bounds,
+    far,
     in_pass,
     is_harsh,
     load_gates,
@@ -82,7 +83,7 @@ def forward_kernel(
     sequence, block = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
-    head, query_heads = tl.program_id(1).to(tl.int64), heads * groups
+    head, query_heads = tl.program_id(1), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK
@@ -100,9 +101,9 @@ def forward_kernel(
     committed = here & (u0 + token < count - offset)
     place = (base + chunk) * heads + head
     token0, query0 = key_start + u0, start + u0 + offset
-    near_key, near_value = k + row * k_b + head * k_h, v + row * v_b + head * v_h
-    gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, token * g_t, committed, M, SLOTS)
-    keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, token * ks_t, committed, D, KEY)
+    near_key, near_value = k + row * k_b + far(head, k_h), v + row * v_b + far(head, v_h)
+    gate = load_gates(log_gate + row * g_b + token0 * g_t + far(head, g_h), token * g_t, committed, M, SLOTS)
+    keys = load_rows(k_slot + row * ks_b + token0 * ks_t + far(head, ks_h), token * ks_t, committed, D, KEY)
     values = load_rows(near_value + token0 * v_t, token * v_t, committed, DV, VALUE)
     seen = token[None, :] <= line[:, None]
     harsh = is_harsh(decay + place * M, here, M, SLOTS)
@@ -116,7 +117,7 @@ def forward_kernel(
         for group in tl.range(0, groups, HEADS, disable_licm=True):
             shown = mine & (group + member < groups)
             query_head = head * groups + group
-            query_at = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
+            query_at = q_slot + row * qs_b + query0 * qs_t + far(query_head, qs_h)
             query = load_rows(query_at, line * qs_t + member * qs_h, shown, D, KEY)
             top = tl.full([rows], float("-inf"), tl.float32)
             norm = tl.zeros([rows], tl.float32)
@@ -153,7 +154,7 @@ def forward_kernel(
                 acc += matmul(read, values, DTYPE, PRECISION)
             if WINDOWED:
                 if SEPARATE:
-                    query_at = q + row * q_b + query0 * q_t + query_head * q_h
+                    query_at = q + row * q_b + query0 * q_t + far(query_head, q_h)
                     query = load_rows(query_at, line * q_t + member * q_h, shown, D, KEY)
                 high = tl.minimum(u0 + CHUNK + window, past + count)
                 low = tl.maximum(u0 + 1, begin)

@@ -10,6 +10,7 @@ from nha.ops.triton.common import (
     around,
     bounds,
     clamp_gate,
+    far,
     left_at_end,
     load_gates,
     load_rows,
@@ -36,7 +37,7 @@ def receive(
     """
     query0 = start + u0 + offset
     real = u0 + near < count - offset if MASKED else None
-    query_at = q + row * q_b + query0 * q_t + query_head * q_h
+    query_at = q + row * q_b + query0 * q_t + far(query_head, q_h)
     query = load_rows(query_at, near * q_t, real, D, KEY)
     place = (row * length + query0) * query_heads + query_head
     grad = load_rows(grad_out + place * DV, near * (query_heads * DV), real, DV, VALUE)
@@ -78,7 +79,7 @@ def key_kernel(
     sequence, chunk = locate(tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
     committed = count - offset
@@ -90,13 +91,13 @@ def key_kernel(
     token = j0 + line
     there = token < past + count
     token0, query_heads = key_start + j0, heads * groups
-    values = load_rows(v + row * v_b + token0 * v_t + head * v_h, line * v_t, there, DV, VALUE)
+    values = load_rows(v + row * v_b + token0 * v_t + far(head, v_h), line * v_t, there, DV, VALUE)
     to = (row * key_length + token0) * heads + head
     to_line = line * heads
     dkeys = tl.zeros([CHUNK, KEY], tl.float32)
     dvalues = tl.zeros([CHUNK, VALUE], tl.float32)
     if WINDOWED:
-        keys = load_rows(k + row * k_b + token0 * k_t + head * k_h, line * k_t, there, D, KEY)
+        keys = load_rows(k + row * k_b + token0 * k_t + far(head, k_h), line * k_t, there, D, KEY)
         # Tokens before `begin` are seen by nobody: they lie outside every window that is moved up to it.
         shown = tl.where(token >= begin, token, -window - CHUNK) if LATE else token
         first_u, stop_u = tl.maximum(j0 - window, -offset), tl.minimum(j0 + CHUNK - 1, count - offset)
@@ -132,7 +133,7 @@ def key_kernel(
     change = tl.zeros([CHUNK, SLOTS], tl.float32)
     if j0 < committed:
         taken_in = token < committed
-        gate_at = log_gate + row * g_b + token0 * g_t + head * g_h
+        gate_at = log_gate + row * g_b + token0 * g_t + far(head, g_h)
         place = (base + chunk) * heads + head
         gate = load_gates(gate_at, line * g_t, taken_in, M, SLOTS)
         weight = (left_at_end(gate, CHUNK) * taken(gate, DTYPE)).to(DTYPE)
@@ -145,7 +146,7 @@ def key_kernel(
         dkeys += load_rows(dk_slot + to * D, to_line * D, taken_in, D, KEY).to(tl.float32)
         dkeys += matmul(weight, grad, DTYPE, PRECISION)
         store_rows(dk_slot + to * D, to_line * D, there, dkeys, D, KEY)
-        keys = load_rows(k_slot + row * ks_b + token0 * ks_t + head * ks_h, line * ks_t, taken_in, D, KEY)
+        keys = load_rows(k_slot + row * ks_b + token0 * ks_t + far(head, ks_h), line * ks_t, taken_in, D, KEY)
         dweight += matmul(keys, tl.trans(grad), DTYPE, PRECISION)
 
         # The sum over the chunk gains weight * dweight of every token; each token's own running sum loses it again.

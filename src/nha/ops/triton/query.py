@@ -11,6 +11,7 @@ from nha.ops.triton.common import (
     around,
     border_of,
     bounds,
+    far,
     in_pass,
     is_harsh,
     load_gates,
@@ -75,7 +76,7 @@ def query_kernel(
     sequence, block = locate(first_block + tl.program_id(0), table, blocks, PACKED)
     if sequence < 0:
         return
-    head, query_heads = tl.program_id(1).to(tl.int64), heads * groups
+    head, query_heads = tl.program_id(1), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK
@@ -91,10 +92,10 @@ def query_kernel(
         if not LIVE:
             live_from = begin
     token0, query0 = key_start + u0, start + u0 + offset
-    near_key, near_value = k + row * k_b + head * k_h, v + row * v_b + head * v_h
+    near_key, near_value = k + row * k_b + far(head, k_h), v + row * v_b + far(head, v_h)
     place, block_head = (base + chunk) * heads + head, tl.program_id(0).to(tl.int64) * heads + head
     committed = here & (u0 + token < count - offset)
-    gate_at = log_gate + row * g_b + token0 * g_t + head * g_h
+    gate_at = log_gate + row * g_b + token0 * g_t + far(head, g_h)
     seen = token[None, :] <= line[:, None]
     harsh = is_harsh(decay + place * M, here, M, SLOTS)
     for part in tl.range(0, 1 + harsh * (CHUNK // PART - 1), disable_licm=True):
@@ -122,13 +123,13 @@ def query_kernel(
                 off_slots = taken_off - off_mass
             tl.store(delta + to + to_line, taken_off, mask=shown)
             total = tl.load(lse + to + to_line, mask=shown, other=float("inf"))
-            query_at = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
+            query_at = q_slot + row * qs_b + query0 * qs_t + far(query_head, qs_h)
             query = load_rows(query_at, line * qs_t + member * qs_h, shown, D, KEY)
             acc = tl.zeros([rows, KEY], tl.float32)
             if here:
                 saved = (block_head * groups + group) * CHUNK
                 kept_line = tl.arange(0, rows)
-                key_at = k_slot + row * ks_b + token0 * ks_t + head * ks_h
+                key_at = k_slot + row * ks_b + token0 * ks_t + far(head, ks_h)
                 keys = load_rows(key_at, token * ks_t, committed, D, KEY)
                 dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
                 score = matmul(query, tl.trans(held_key), GATED, PRECISION) + matmul(dots, fall, GATED, PRECISION)
@@ -172,7 +173,7 @@ def query_kernel(
             if SEPARATE:
                 store_rows(dq_slot + to * D, to_line * D, shown, acc, D, KEY)
                 acc = tl.zeros([rows, KEY], tl.float32)
-                query_at = q + row * q_b + query0 * q_t + query_head * q_h
+                query_at = q + row * q_b + query0 * q_t + far(query_head, q_h)
                 query = load_rows(query_at, line * q_t + member * q_h, shown, D, KEY)
             if WINDOWED:
                 high = tl.minimum(u0 + CHUNK + window, past + count)

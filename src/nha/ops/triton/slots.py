@@ -9,6 +9,7 @@ from nha.ops.triton.common import (
     LOG2_E,
     PART,
     bounds,
+    far,
     in_pass,
     is_harsh,
     load_gates,
@@ -46,7 +47,7 @@ def slots_kernel(
         return
     offset = window - past
     chunk = block - (offset + CHUNK - 1) // CHUNK
-    head, query_heads = tl.program_id(1).to(tl.int64), heads * groups
+    head, query_heads = tl.program_id(1), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     u0 = chunk * CHUNK
     committed = count - offset - u0
@@ -57,9 +58,9 @@ def slots_kernel(
     token0, query0 = key_start + u0, start + u0 + offset
     place, block_head = (base + chunk) * heads + head, tl.program_id(0).to(tl.int64) * heads + head
     to, query_head = (row * key_length + token0) * heads + head, head * groups
-    keys = k_slot + row * ks_b + token0 * ks_t + head * ks_h
-    values = v + row * v_b + token0 * v_t + head * v_h
-    queries = q_slot + row * qs_b + query0 * qs_t + query_head * qs_h
+    keys = k_slot + row * ks_b + token0 * ks_t + far(head, ks_h)
+    values = v + row * v_b + token0 * v_t + far(head, v_h)
+    queries = q_slot + row * qs_b + query0 * qs_t + far(query_head, qs_h)
     grads = grad_out + ((row * length + query0) * query_heads + query_head) * DV
     saved = block_head * groups * CHUNK
     harsh = is_harsh(decay + place * M, True, M, SLOTS)
@@ -76,7 +77,7 @@ def slots_kernel(
             border, dv + to * DV, dslot_value + place * M * DV, dsink_value + place * S * DV, mine, there, part, heads,
             groups, dfall, M, DV, S, SLOTS, VALUE, SINKS, CHUNK, DTYPE, GATED, PRECISION,
         )  # fmt: skip
-        gate = load_gates(log_gate + row * g_b + token0 * g_t + head * g_h, line * g_t, there, M, SLOTS)
+        gate = load_gates(log_gate + row * g_b + token0 * g_t + far(head, g_h), line * g_t, there, M, SLOTS)
         dshare = dfall * share_of(gate, part, harsh, CHUNK)
         change = -taken(gate, DTYPE) * dshare
         for group in range(0, groups):
@@ -108,7 +109,7 @@ def _collect(
     dslots = tl.zeros([SLOTS, WIDTH], tl.float32)
     dsinks = tl.zeros([SINKS, WIDTH], tl.float32)
     for group in range(0, groups):
-        rows = load_rows(x + group * x_h, line * x_t, mine, DIM, WIDTH)
+        rows = load_rows(x + far(group, x_h), line * x_t, mine, DIM, WIDTH)
         kept, at = scores + group * (CHUNK * (CHUNK + SLOTS)), line * (CHUNK + SLOTS)
         back = load_rows(kept, at, mine, CHUNK, CHUNK)
         score = load_rows(kept + CHUNK, at, mine, SLOTS, SLOTS)

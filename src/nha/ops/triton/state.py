@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nha.ops.triton.common import LOG2_E, bounds, left_at_end, load_gates, locate, matmul, taken
+from nha.ops.triton.common import (
+    LOG2_E,
+    bounds,
+    far,
+    left_at_end,
+    load_gates,
+    locate,
+    matmul,
+    taken,
+)
 
 
 @triton.jit
@@ -49,7 +58,7 @@ def states_kernel(
     earlier segments into the start. Programs: (segment, head, columns of the key and then of the value).
     """
     program = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     block = tl.program_id(2)
     sequence, index = locate(program, table, segments, PACKED)
     if sequence < 0:
@@ -60,15 +69,15 @@ def states_kernel(
     is_key = block < key_blocks
     dim = tl.where(is_key, D, DV)
     if is_key:
-        tokens = k_slot + row * k_b + head * k_h
+        tokens = k_slot + row * k_b + far(head, k_h)
         stride = k_t
         start, added, out, last, first_column = start_key, added_key, out_key, last_key, block * WIDTH
     else:
-        tokens = v + row * v_b + head * v_h
+        tokens = v + row * v_b + far(head, v_h)
         stride = v_t
         start, added, out, last = start_value, added_value, out_value, last_value
         first_column = (block - key_blocks) * WIDTH
-    gate_at = log_gate + row * g_b + head * g_h
+    gate_at = log_gate + row * g_b + far(head, g_h)
     column = first_column + tl.arange(0, WIDTH)
     slot = tl.arange(0, SLOTS)
     line = tl.arange(0, CHUNK)
@@ -128,7 +137,7 @@ def reverse_kernel(
     `states_kernel`.
     """
     program = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     block = tl.program_id(2)
     sequence, index = locate(program, table, segments, PACKED)
     if sequence < 0:
