@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import captured
 from benchmarks.problems import Problem, make, place, results, rms
 from nha import nha_attention
+from nha.models.attend import Segment, attend
 from nha.ops import RingState, choose, implementations, nha_decode
 from nha.ops.rotary import slot_view
 from nha.ops.triton.full_op import full_token
@@ -216,6 +217,35 @@ def training(setting: Setting) -> str:
     found = step(compiled(model, setting), ids)
     seconds = time.perf_counter() - start
     return verdict(no_worse(found, eager, exact, torch.finfo(dtype).eps), f"compiled in {seconds:.0f} s")
+
+
+def packed(setting: Setting) -> str:
+    """Packed texts get compiled what they get eager: slots that are live from the start, and window and sink alone."""
+    lengths, window, dim = ((5, 12, 3), 4, 16) if setting.tiny else ((150, 700, 30, 400), 64, 64)
+    total, dtype = sum(lengths), torch.float32 if setting.tiny else torch.bfloat16
+    generator = torch.Generator(setting.device).manual_seed(setting.seed)
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=setting.device).to(dtype)
+
+    cu = torch.tensor([0, *lengths, 0], dtype=torch.int32, device=setting.device).cumsum(0, dtype=torch.int32)
+    given = [drawn(1, total, heads, dim) for heads in (6, 2, 2, 6, 2)]
+    sink, start = (drawn(2, 1, dim), drawn(2, 1, dim)), (drawn(2, 16, dim), drawn(2, 16, dim))
+    bad = []
+    for name, slots, initial in (("live slots", 16, start), ("no slots", 0, None)):
+        gate = -drawn(1, total, 2, slots).abs()
+
+        def read(
+            q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, k_slot: Tensor, cu: Tensor,
+            gate: Tensor = gate, initial: Any = initial,
+        ) -> Tensor:  # fmt: skip
+            segment = Segment(q, k, v, gate, q_slot, k_slot, mask=None, cu_seqlens=cu)
+            return attend(segment, window_size=window, scale=None, sink=sink, layer=None, initial=initial)
+
+        off = rms((compiled(read, setting, dynamic=False)(*given, cu) - read(*given, cu)).double())
+        if not off <= 2 * torch.finfo(dtype).eps * rms(read(*given, cu).double()):
+            bad.append(f"{name}: off by {off:.1e} rms")
+    return verdict(bad)
 
 
 def decoding(setting: Setting) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
 from nha.ops.rotary import rotate
+from nha.ops.segment import sequence_of
 
 GATE_DIVISOR = 8.0
 
@@ -43,7 +44,7 @@ def segment_positions(
     else:
         positions = torch.arange(length, device=device).expand(batch, -1)
     if cu is not None:
-        row = torch.searchsorted(cu, positions[0].to(cu.dtype), right=True) - 1
+        row = sequence_of(cu, positions[0])
         positions = positions - cu[row]
         return positions if state is None else positions + state.seen[row]
     return positions if state is None else positions + state.seen[:, None]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nha.ops.segment import sequence_of
 from nha.ops.state import slot_dtype
 
 LEAST_BLOCK, MOST_BLOCK = 16, 128  # queries of one matrix product, however short or long the window
@@ -45,7 +46,7 @@ def banded_attention(
 
     # What lies behind the row is a text of its own, so that every query sees a key.
     token = torch.arange(count * block, device=device)
-    text = torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)
+    text = sequence_of(cu_seqlens, token)
     position = token - F.pad(cu_seqlens, (0, 1), value=length)[text]
     others = F.pad(text, (before, 0), value=-1).unfold(0, width, block)
     distance = token[:block, None] + before - torch.arange(width, device=device)

@@ -26,6 +26,17 @@ def check_mask(attention_mask: Tensor) -> None:
         )
 
 
+def sequence_of(cu_seqlens: Tensor, token: Tensor) -> Tensor:
+    """Which packed sequence each token [T] is in; the number of sequences behind the last.
+
+    Looks into all of `cu_seqlens`: compiled for a GPU by PyTorch 2.11, a search in a slice begins before the slice.
+
+    >>> sequence_of(torch.tensor([0, 3, 3, 5], dtype=torch.int32), torch.arange(6)).tolist()
+    [0, 0, 0, 2, 2, 3]
+    """
+    return torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
+
+
 def align_left(attention_mask: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Move the real tokens of every row [B, T, ...] to its start; what follows them is arbitrary but finite."""
     length = attention_mask.shape[1]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nha.ops.segment import advance, align_left, restore
+from nha.ops.segment import advance, align_left, restore, sequence_of
 from nha.ops.state import NHAState
 from nha.ops.triton import launch
 from nha.ops.triton.launch import Inputs
@@ -102,7 +102,7 @@ def _pack(cu_seqlens: Tensor, window: int, tails: list[Tensor], new: list[Tensor
     count, length = cu_seqlens.shape[0] - 1, new[0].shape[1]
     device = cu_seqlens.device
     token = torch.arange(length, device=device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp_max(count - 1)
+    sequence = sequence_of(cu_seqlens, token).clamp_max(count - 1)
     row = torch.arange(count, device=device)[:, None]
     tail_place = cu_seqlens[:-1, None] + row * window + torch.arange(window, device=device)
     place = torch.cat([tail_place.flatten(), token + (sequence + 1) * window])
