@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
     wide: bool  # whether keys that all queries of a block see are read without masks, and queries of keys alike
     block: int  # window keys of one step of a block of queries
     back_block: int  # the same in the backward pass, and queries of one step of a chunk of keys
-    stages: int  # loads of such keys under way
+    stages: int  # loads of window keys under way, in both passes
     warps: int
     slot_warps: int
     slot_stages: int  # loads under way in the loop of `slots_kernel`
