@@ -61,6 +61,8 @@ def test_names_of_tasks():
     assert task_names("standard, nha_cloze") == [*STANDARD, "nha_cloze"]
     with pytest.raises(ValueError, match="expected names of tasks separated by commas, got ','"):
         task_names(",")
+    with pytest.raises(ValueError, match="expected tasks that lm-eval knows, or offline or standard, got riddle"):
+        known_tasks(["nha_cloze", "riddle"])
 
 
 def test_offline_documents_are_fixed_and_have_their_answers():
