@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
         heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
         sizes = blocks(
             self.q.dtype, dim, value_dim, slots, self.sinks, shared_memory(self.q.device),
-            self.window, query_heads // heads,
+            self.window, query_heads // heads, self.log_gate.dtype,
         )  # fmt: skip
         columns = heads * _columns((dim, value_dim), STATE_WIDTH)
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes

@@ -64,9 +64,12 @@ def shared_memory(device: torch.device) -> int:
 
 def blocks(
     dtype: torch.dtype, dim: int, value_dim: int, slots: int, sinks: int, shared: int = SHARED,
-    window: int = 0, groups: int = 1,
+    window: int = 0, groups: int = 1, gate_dtype: torch.dtype | None = None,
 ) -> Blocks:  # fmt: skip
-    """Block sizes for a window, query heads per KV head and a GPU whose blocks may have so much shared memory."""
+    """Block sizes for a window, query heads per KV head and a GPU whose blocks may have so much shared memory.
+
+    `dtype` is that of queries, keys and values, and of the log-gates if they have none of their own.
+    """
     exact = dtype == torch.float32
     gated = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     # 16-bit operands are padded to rows of 128 bytes: bfloat16 gate factors in narrower rows compile, but gave wrong
@@ -90,6 +93,7 @@ def blocks(
     if roomy and (groups % 2 == 0 or groups > 4):
         rows = 2 * chunk
     staged = roomy and (rows > chunk or widest <= 64)  # one head of 128 leaves no memory for it beside a second block
+    full = gate_dtype == torch.float32 and widest > 64  # such gates of a chunk take what a third load would
     return Blocks(
         slots=width(slots, row),
         key=width(dim, row),
@@ -100,7 +104,7 @@ def blocks(
         wide=wide,
         block=16 if exact else 64 if roomy else 32,
         back_block=16 if exact else 32,
-        stages=3 if staged else 1,
+        stages=(2 if full else 3) if staged else 1,
         warps=4 if exact and crowded else 8 if crowded else rows // 16,
         slot_warps=4 if compact else 8,
         slot_stages=1 if compact else 3,
