@@ -22,11 +22,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from benchmarks.hybridize import write
 from nha import hybridize
 from nha.data.smollm2 import load_smollm2
 from nha.data.text import blocks, evaluation_documents
 from nha.evaluate.perplexity import perplexity
+from nha.files import write_whole
 from nha.models.slots import SlotsConfig
 from nha.report.results import to_json
 
@@ -150,7 +150,7 @@ def main(given: list[str] | None = None) -> int:
         print(kind, flush=True)
         found.append(measure(kind, options.rate or KINDS[kind][1], rows, text, options.steps))
         print({name: value for name, value in found[-1].items() if name != "losses"}, flush=True)
-    write(options.out / "adapters.json", to_json(found))
+    write_whole(options.out / "adapters.json", to_json(found))
     return 0
 
 

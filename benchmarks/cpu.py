@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from nha import nha_attention
+from nha.files import whole_file
 
 COLUMNS = ("impl", "pass", "B", "T", "HQ", "H", "D", "M", "W", "dtype", "ms", "ns_per_token", "threads", "machine",
            "torch", "date")  # fmt: skip
@@ -101,12 +102,10 @@ def main() -> None:
                 row = {"impl": name, "pass": kind, **shape, "dtype": "fp32", "ms": round(ms, 2)}
                 rows.append(row | {"ns_per_token": round(1e6 * ms / length)} | stamp)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with whole_file(arguments.out) as work, work.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(arguments.out)
     print(f"written: {arguments.out}")
 
 

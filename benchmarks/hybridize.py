@@ -48,6 +48,7 @@ from nha.data.recall import RecallSettings
 from nha.data.stream import Stream
 from nha.evaluate.forms import as_form
 from nha.evaluate.measure import Suite, measure_form, measure_texts, standard_suite
+from nha.files import write_whole
 from nha.models.config import plan_windows
 from nha.report.results import to_json
 
@@ -256,13 +257,6 @@ def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
 
 
-def write(path: Path, data: str | bytes) -> None:
-    """Replace a file by a whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
-
-
 def same_run(row: dict[str, Any], arm: str, seed: int, tokens: float) -> bool:
     """Whether a row is of this arm and seed and of as many tokens, up to 5 %."""
     return (row["arm"], row["seed"]) == (arm, seed) and abs(row["tokens"] - tokens) <= 0.05 * tokens
@@ -294,7 +288,7 @@ class Campaign:
         """Write a row and its log."""
         about = {name: row[name] for name in ("arm", "seed", "tokens")}
         self.rows = [r for r in self.rows if not same_run(r, **about)] + [row]
-        write(self.file, to_json(self.rows))
+        write_whole(self.file, to_json(self.rows))
         if log:
             with (self.out / "logs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(about | {"log": log}) + "\n")

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from nha.files import write_whole
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FLUSH = 256 << 20  # bytes that push everything else out of the L2 cache
@@ -141,9 +143,7 @@ def ceilings() -> dict[str, float]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def timing(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import read_table
 from benchmarks.roofline import share
+from nha.files import whole_file
 from nha.report.plots import LIGHT, spread, tokens
 
 if TYPE_CHECKING:
@@ -385,9 +386,8 @@ def main(given: list[str] | None = None) -> int:
         if figure is None:
             print(f"{name}: not enough rows")
             continue
-        temporary = options.out / f".{name}"
-        figure.savefig(temporary, format="png")
-        temporary.replace(options.out / name)
+        with whole_file(options.out / name) as work:
+            figure.savefig(work, format="png")
         print(options.out / name)
     return 0
 

@@ -18,7 +18,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.hybridize import TEACHER, write
+from benchmarks.hybridize import TEACHER
+from nha.files import write_whole
 from nha.report.curves import line_styles, recall_png
 from nha.report.plots import LIGHT, tokens
 
@@ -167,7 +168,7 @@ def main(given: list[str] | None = None) -> int:
         parser.error(f"expected a row of the arm {TEACHER} in {file}, found {[row['arm'] for row in rows]}")
     text = table(rows)
     print(text)
-    write(options.folder / "table.md", text)
+    write_whole(options.folder / "table.md", text)
     drawn = [row for arm in PICTURED for row in rows if row["arm"] == arm and not row["seed"] and "recall" in row]
     recall = {name_of(row, pictured=True): {task: row["recall"][task] for task in SHOWN} for row in drawn}
     pictures = {"recall.png": recall_png(recall, "exact")}
@@ -179,7 +180,7 @@ def main(given: list[str] | None = None) -> int:
     if runs:
         pictures["learning.png"] = png(learning(max(runs, key=lambda run: run["tokens"])))
     for name, data in pictures.items():
-        write(options.folder / name, data)
+        write_whole(options.folder / name, data)
         print(options.folder / name)
     return 0
 

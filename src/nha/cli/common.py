@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,30 +142,6 @@ def check_new_directory(path: Path, *, replaceable: Callable[[Path], bool] | Non
         raise BadInput(f"expected {path} to be a new directory, it is a file")
     if any(path.iterdir()) and not (replaceable and replaceable(path)):
         raise BadInput(f"expected {path} to be new or empty, it already holds files")
-
-
-@contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place when the block ends without an error."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    old = work.with_name(work.name + ".old")
-    try:
-        yield work
-        # mkdtemp makes it private; a finished output has the usual rights.
-        mask = os.umask(0)
-        os.umask(mask)
-        work.chmod(0o777 & ~mask)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(work, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def progress_bar() -> Progress:

@@ -11,6 +11,7 @@ import typer
 from nha.cli import common, loading
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, searched_windows
+from nha.files import whole_directory
 
 if TYPE_CHECKING:
     from nha.convert.distill import DistillSettings
@@ -214,7 +215,7 @@ def run(
         "last": last, "hybrid": None, "settings": dataclasses.asdict(settings),
     }  # fmt: skip
     if found.finished:
-        with err.status("writing the hybrid"), common.whole_directory(output / "hybrid") as work:
+        with err.status("writing the hybrid"), whole_directory(output / "hybrid") as work:
             saved_hybrid(found, tokenizer, work, source.label, corpus, settings)
         result["hybrid"] = str(output / "hybrid")
     if as_json:

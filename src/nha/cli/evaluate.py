@@ -15,6 +15,7 @@ from rich.table import Table
 
 from nha.cli import common, loading
 from nha.cli.common import BadInput, command, err, out, print_json
+from nha.files import whole_directory
 
 MODEL = typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")
 TEXT = typer.Option(help="A text file; may be given several times.", show_default="the Python language reference")
@@ -142,7 +143,7 @@ def save(output: Path, name: str, results: dict[str, Any], metric: str) -> None:
     """Write results as JSON, and recall as a picture, into a directory that appears only when it is whole."""
     from nha.report.results import to_json
 
-    with common.whole_directory(output) as work:
+    with whole_directory(output) as work:
         (work / name).write_text(to_json(results), encoding="utf-8")
         recall = {form: row["recall"] for form, row in results["results"].items() if row.get("recall")}
         if recall:

@@ -10,6 +10,7 @@ import typer
 
 from nha.cli import common, loading
 from nha.cli.common import BadInput, command, err, out, print_json
+from nha.files import whole_directory
 
 
 @command
@@ -160,7 +161,7 @@ def save(model: Any, tokenizer: Any, output: Path, base: str, forms: dict[str, A
     """Write model, tokenizer and model card into a directory that appears only when it is whole."""
     from nha.convert.card import model_card, write_card
 
-    with common.whole_directory(output) as work:
+    with whole_directory(output) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         write_card(work, model_card(model.config, base, forms, "the Python language reference"))

@@ -13,6 +13,7 @@ from rich.text import Text
 from nha.cli import common, loading
 from nha.cli.common import FAILED_CHECK, BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, check_settings
+from nha.files import whole_directory
 from nha.report.results import FORMAT, FORMS, Results
 from nha.report.words import megabytes, number, verdict
 
@@ -49,7 +50,7 @@ def quickstart(
     settings = Settings(windows, slots, layers, seed, quick=quick, tune=tune)
     from nha.report import write_report
 
-    with common.whole_directory(output) as work, common.progress_bar() as bar:
+    with whole_directory(output) as work, common.progress_bar() as bar:
         saved = work / "hybrid" if save else None
         results = run(source, settings, bar, saved)
         results.saved_to = str(output / "hybrid") if save else None

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nha.cli import common, loading
 from nha.cli.common import BadInput, command, err, human_bytes, out, print_json
+from nha.files import write_whole
 
 if TYPE_CHECKING:
     from nha.convert.search import SearchResult
@@ -164,9 +165,7 @@ def draw(result: SearchResult, picture: Path) -> None:
     """Write the picture, whole or not at all."""
     from nha.report.curves import front_png
 
-    temporary = picture.with_name(f".{picture.name}.tmp")
-    temporary.write_bytes(front_png(result.to_dict()))
-    temporary.replace(picture)
+    write_whole(picture, front_png(result.to_dict()))
 
 
 def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | None) -> None:

@@ -24,6 +24,7 @@ from nha.convert.trainer import GRADIENTS, DistillTrainer, Journal, latest_check
 from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
 from nha.data.stream import Mixture, Stream
+from nha.files import write_whole
 from nha.models.adapter import attention_layers
 from nha.models.cache import fingerprint
 from nha.models.config import FULL, plan_windows
@@ -182,9 +183,7 @@ def check_run(run: Path, wanted: dict[str, Any]) -> None:
         if run.exists() and any(run.iterdir()):
             raise ValueError(f"expected {run} to be new, empty or a run to go on with, it holds other files")
         run.mkdir(parents=True, exist_ok=True)
-        temporary = run / (RUN + ".tmp")
-        temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        write_whole(file, json.dumps(wanted, indent=1) + "\n")
         return
     try:
         begun = json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nha.data.recall import RecallSettings, training_row
 from nha.data.text import blocks, calibration_text
 from nha.evaluate.perplexity import batch_tokens
+from nha.files import write_whole
 from nha.models.adapter import attention_layers, decoder, hybrid_layers, temporary_windows
 from nha.models.config import FULL, check_windows, sliding_layers
 from nha.models.head import hidden_states, token_losses
@@ -414,12 +414,7 @@ def count_for_bytes(model: PreTrainedModel, windows: Sequence[int], wide: int, m
 
 def save_search(result: SearchResult, path: Path) -> None:
     """Write a result as JSON; an existing file is replaced only by a whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 def load_search(path: str | Path, settings: dict[str, Any] | None = None) -> SearchResult:

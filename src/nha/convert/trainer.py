@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from nha.convert.replay import Recorder
 from nha.convert.student import SUMS, Distillation, whole
 from nha.data.stream import FromStep, Stream
+from nha.files import write_whole
 
 WEIGHTS = "trained.safetensors"
 LOG = "log.jsonl"
@@ -277,9 +278,7 @@ class Journal(TrainerCallback):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        temporary = self.path.with_name(LOG + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append an entry."""

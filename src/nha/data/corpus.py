@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nha.data.sources import check_sources, documents, fingerprint
+from nha.files import whole_directory
 
 FORMAT = "nha-corpus-v1"
 BLOCK = 1 << 24  # bytes of tokens that share one checksum
@@ -299,16 +298,8 @@ def prepare(
             )
         with contextlib.suppress(ValueError):  # a damaged one is made anew
             return open_corpus(path, tokenizer)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    try:
+    with whole_directory(path) as work:
         _write(work, documents(sources, field), tokenizer, made_from, progress)
-        work.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return open_corpus(path, tokenizer)
 
 

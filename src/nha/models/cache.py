@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
+from nha.files import whole_file
 from nha.models.config import FULL
 from nha.ops import NHAState, RingState, nha_attention
 
@@ -301,11 +301,9 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
         else:
             raise ValueError(f"expected a dynamic cache, got {type(layer).__name__} in layer {index}")
         tensors |= {f"{index}.{name}": x.detach().cpu().contiguous() for name, x in parts.items()}
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     meta = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
-    save_file(tensors, temporary, metadata=meta)
-    os.replace(temporary, path)
+    with whole_file(path) as work:
+        save_file(tensors, work, metadata=meta)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nha.files import whole_file
 
 FORMAT = "nha-state-v1"
 
@@ -160,15 +161,13 @@ class NHAState:
         """Write the state as one safetensors file; an existing file is replaced only by a whole new one."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
         meta = {
             "format": FORMAT,
             "window_size": str(self.window_size),
             "slots_live": str(int(self.slots_live)),
         }
-        save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, temporary, metadata=meta)
-        os.replace(temporary, path)
+        with whole_file(path) as work:
+            save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, work, metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> NHAState:

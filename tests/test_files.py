@@ -1,0 +1,27 @@
+"""Files and directories are replaced by whole new ones or not at all."""
+
+import pytest
+
+from nha.files import whole_directory, whole_file, write_whole
+
+
+def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "notes.txt"
+    write_whole(path, "old, é")
+    with pytest.raises(OSError, match="full"), whole_file(path) as work:
+        work.write_text("half of")
+        raise OSError("full")
+    assert path.read_text(encoding="utf-8") == "old, é"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_directory(tmp_path):
+    path = tmp_path / "made"
+    for text in ("old", "new"):
+        with whole_directory(path) as work:
+            (work / text).write_text(text)
+        assert [file.name for file in path.iterdir()] == [text]
+    with pytest.raises(OSError, match="full"), whole_directory(path) as work:
+        (work / "half").write_text("")
+        raise OSError("full")
+    assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
