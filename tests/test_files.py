@@ -5,12 +5,17 @@ import pytest
 from nha.files import whole_directory, whole_file, write_whole
 
 
+def write_half(output, inside=""):
+    with output as work:
+        (work / inside).write_text("half of")
+        raise OSError("full")
+
+
 def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "notes.txt"
     write_whole(path, "old, é")
-    with pytest.raises(OSError, match="full"), whole_file(path) as work:
-        work.write_text("half of")
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        write_half(whole_file(path))
     assert path.read_text(encoding="utf-8") == "old, é"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -21,7 +26,6 @@ def test_an_error_leaves_the_old_directory(tmp_path):
         with whole_directory(path) as work:
             (work / text).write_text(text)
         assert [file.name for file in path.iterdir()] == [text]
-    with pytest.raises(OSError, match="full"), whole_directory(path) as work:
-        (work / "half").write_text("")
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        write_half(whole_directory(path), "half")
     assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
