@@ -111,11 +111,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "distance256": {"slot_distance": 256},
     "window_dropout": {"window_dropout": 0.25},
     "grow": {"grow": 0.5},
+    "far": {"recall": RecallSettings(far=0.5)},
     "few_facts": {"recall": RecallSettings(facts=(1, 4))},
     "lora": {"trained": "lora"},
     "slots_alone": {"trained": "slots"},
     "all_weights": {"trained": "layers"},
     "long": {"long_share": 0.5},
+    "long_far": {"long_share": 0.5, "recall": RecallSettings(far=0.5), "recall_share": 0.25},
 }  # fmt: skip
 
 

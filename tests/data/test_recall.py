@@ -106,10 +106,10 @@ def keys(wording, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(seed=st.integers(0, 10_000), scattered=st.sampled_from([0.0, 1.0]))
+@given(seed=st.integers(0, 10_000), scattered=st.sampled_from([0.0, 1.0]), far=st.sampled_from([0.0, 1.0]))
 @settings(max_examples=30, deadline=None)
-def test_every_answer_in_a_training_row_was_stated_at_least_the_least_distance_before(kind, seed, scattered):
-    options = RecallSettings(distances=(100, 10_000), scattered=scattered)
+def test_every_answer_in_a_training_row_was_stated_at_least_the_least_distance_before(kind, seed, scattered, far):
+    options = RecallSettings(distances=(100, 10_000), far=far, scattered=scattered)
     ids, answers = training_row(np.random.default_rng(seed), small_tokenizer(kind), FILLER, LENGTH, options)
     assert ids.shape == answers.shape == (LENGTH,)
     assert answers.any()
@@ -117,10 +117,10 @@ def test_every_answer_in_a_training_row_was_stated_at_least_the_least_distance_b
         assert occurs(ids[start:end], ids[: end - 100])
 
 
-@given(seed=st.integers(0, 10_000), extra=st.integers(0, 40))
+@given(seed=st.integers(0, 10_000), extra=st.integers(0, 40), far=st.sampled_from([0.0, 1.0]))
 @settings(max_examples=60, deadline=None)
-def test_a_row_that_has_room_for_one_fact_has_an_answer(seed, extra):
-    tokenizer, options = small_tokenizer("merges"), RecallSettings(facts=(1, 3), tasks=("pairs",))
+def test_a_row_that_has_room_for_one_fact_has_an_answer(seed, extra, far):
+    tokenizer, options = small_tokenizer("merges"), RecallSettings(facts=(1, 3), tasks=("pairs",), far=far)
     least = 72 + 60
     ids, answers = training_row(np.random.default_rng(seed), tokenizer, FILLER, least + extra, options)
     assert len(ids) == least + extra and answers.any()
@@ -181,6 +181,24 @@ def test_pieces_are_read_once_and_forgotten_with_their_tokenizer():
     assert alive() is None
 
 
+@pytest.mark.parametrize("scattered", [0.0, 1.0])
+def test_rows_that_ask_from_far_do_so_at_all_distances(scattered):
+    tokenizer, generator = small_tokenizer("merges"), np.random.default_rng(0)
+
+    def share_from_half_a_row(far):
+        """Of answers to one fact whose digits stand nowhere else."""
+        options = RecallSettings(tasks=("passkey",), facts=(1, 1), digits=(7, 7), far=far, scattered=scattered)
+        distances = []
+        for _ in range(100):
+            ids, answers = training_row(generator, tokenizer, np.zeros(5000, np.int64), 4000, options)
+            [(start, end)] = runs(answers)
+            windows = np.lib.stride_tricks.sliding_window_view(ids, end - start)
+            distances.append(start - np.flatnonzero((windows == ids[start:end]).all(1))[0])
+        return np.mean(np.array(distances) > 2000)
+
+    assert 0.3 < share_from_half_a_row(1.0) < 0.7 and share_from_half_a_row(0.0) < 0.2
+
+
 @pytest.mark.parametrize("low, high", [(1, 2), (9, 16)])
 def test_the_number_of_facts_is_drawn_from_its_range(low, high):
     tokenizer, generator = small_tokenizer("merges"), np.random.default_rng(0)
@@ -207,6 +225,7 @@ def test_filler_is_drawn_from_ids_or_asked_of_a_function():
         ({"tasks": ()}, "expected tasks out of"),
         ({"facts": (0, 3)}, "expected facts to be two ints"),
         ({"distances": (9, 3)}, "expected distances to be two ints"),
+        ({"far": -0.5}, "expected far to be a share from 0 to 1"),
         ({"scattered": 1.5}, "expected scattered to be a share from 0 to 1"),
     ],
 )

@@ -77,6 +77,7 @@ def distill(
     recall: Annotated[float, typer.Option(help="Share of rows that are recall text.")] = 0.125,
     answers: Annotated[float, typer.Option(help="Weight of the cross-entropy of its answers.")] = 0.5,
     facts: Annotated[int, typer.Option(help="Most facts in a row of recall text.")] = 16,
+    far: Annotated[float, typer.Option(help="Share of that text that asks from far, up to the whole row.")] = 0.0,
     grow: Annotated[float, typer.Option(help="Share of the steps after which rows hold the most facts.")] = 0.0,
     gradients: Annotated[
         str, typer.Option(help="Gradients of text and recall text: clip or normalise each, or together.")
@@ -122,7 +123,7 @@ def distill(
         init=init, num_sinks=sinks, slot_distance=slot_distance, tokens=tokens, long_tokens=long_tokens, rows=rows,
         length=length, long_length=long_length, align_steps=align_steps, rate=rate, gate_rate=gate_rate,
         trained=trained, rank=rank, divergence=divergence, cross_entropy=cross_entropy, recall_share=recall,
-        recall=RecallSettings(facts=(1, facts)), grow=grow, answers=answers, gradients=gradients,
+        recall=RecallSettings(facts=(1, facts), far=far), grow=grow, answers=answers, gradients=gradients,
         window_dropout=window_dropout, micro_rows=micro_rows, checkpointing=checkpointing, save_every=save_every,
         log_every=log_every, seed=seed,
     )  # fmt: skip

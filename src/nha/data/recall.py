@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
@@ -32,6 +33,8 @@ class RecallSettings:
         facts: fewest and most facts in a row, drawn log-uniformly; raise the second over training for harder rows.
         distances: fewest and most tokens between a value and its answer, drawn log-uniformly. The first is always
             kept, the second is what is aimed at where questions crowd.
+        far: share of rows whose distances are drawn uniformly instead. Half of their questions are asked more than
+            half a row later; of the others 3 % in rows of 8,192 tokens, and 7 % in rows of 2,048.
         scattered: share of rows whose facts and questions are scattered; the others have one block of facts.
         exam: share of the rows with a block whose questions come all at once.
         digits: fewest and most digits of a number.
@@ -41,6 +44,7 @@ class RecallSettings:
     tasks: tuple[str, ...] = TASKS
     facts: tuple[int, int] = (1, 16)
     distances: tuple[int, int] = (72, 1 << 20)
+    far: float = 0.0
     scattered: float = 0.5
     exam: float = 0.3
     digits: tuple[int, int] = (3, 7)
@@ -54,7 +58,7 @@ class RecallSettings:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(f"expected {name} to be two ints, 1 <= fewest <= most, got {(low, high)}")
-        for name in ("scattered", "exam"):
+        for name in ("far", "scattered", "exam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} to be a share from 0 to 1, got {getattr(self, name)}")
 
@@ -322,6 +326,7 @@ def _plan(
 ) -> list[tuple[int, Fact, bool]]:
     """Where each statement (False) and question (True) starts, in order and without overlap, within `room` tokens."""
     least, most = settings.distances
+    far = settings.far > 0 and generator.random() < settings.far
     wanted: list[tuple[float, Fact, bool]] = []
 
     def state_and_ask(fact: Fact, start: float, distance: float) -> None:
@@ -330,16 +335,20 @@ def _plan(
 
     if scattered:
         for fact in facts:
-            start = generator.uniform(0, max(1, room - _least_room(fact, settings)))
-            state_and_ask(fact, start, _log_uniform(generator, least, min(most, room - start)))
+            spare = max(1, room - _least_room(fact, settings))
+            distance = generator.uniform(least, min(most, least + spare)) if far else least
+            start = generator.uniform(0, max(1, spare - (distance - least)))
+            state_and_ask(fact, start, distance if far else _log_uniform(generator, least, min(most, room - start)))
     else:
         said, asked = sum(len(fact.say) for fact in facts), sum(fact.asked for fact in facts)
-        start = generator.uniform(0, max(1, 0.9 * (room - said - asked - least)))
+        spare = max(1, 0.9 * (room - said - asked - least))
+        start = generator.uniform(0, max(1, 0.1 * spare if far else spare))
         end = start + said
         exam = generator.random() < settings.exam
-        together = _log_uniform(generator, least, min(most, room - end - asked))
+        draw = generator.uniform if far else partial(_log_uniform, generator)
+        together = draw(least, max(least, min(most, room - end - asked)))
         for fact in facts:
-            alone = _log_uniform(generator, least, min(most, room - end))
+            alone = draw(least, max(least, min(most, room - end)))
             state_and_ask(fact, start, end - start - fact.at + together if exam else alone)
             start += len(fact.say)
     events = _settle(sorted(wanted, key=lambda event: event[0]), least, room)
