@@ -14,6 +14,7 @@ of decoding T is how many tokens were seen, and "-graph" means replayed as a CUD
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -39,9 +40,9 @@ from benchmarks.measure import (
     peak_bytes,
     stamp,
     timing,
-    write_json,
 )
 from benchmarks.roofline import share
+from nha.files import write_whole
 
 COLUMNS = ("impl", "pass", "B", "T", "HQ", "H", "D", "M", "W", "dtype", "ms", "extra_bytes", "first_call_s", "gpu",
            "torch", "triton", "date")  # fmt: skip
@@ -215,7 +216,7 @@ def run(wanted: list[Row], out: Path, deadline: float, tiny: bool) -> int:
         triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")
     torch._dynamo.config.recompile_limit = 256  # a peer that compiles does so for every shape
     limits, about = ceilings(), stamp("torch", "triton")
-    write_json(out / "ceilings.json", limits | about)
+    write_whole(out / "ceilings.json", json.dumps(limits | about, indent=1) + "\n")
     print(
         f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {limits['operations_per_s'] / 1e12:.0f} TFLOP/s"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import re
 import statistics
@@ -18,8 +17,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-
-from nha.files import write_whole
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -139,11 +136,6 @@ def ceilings() -> dict[str, float]:
     if CUDA:
         torch.cuda.empty_cache()
     return {"bytes_per_s": copy, "operations_per_s": product}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def timing(

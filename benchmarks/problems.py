@@ -274,9 +274,12 @@ def _through_scores(
     key = max(read[n].abs().max() for n in KEYS if n in read)
     largest = dict.fromkeys(("dq", "dq_slot"), (value * key).item() * scale)
     out = rms(exact["out"].square().sum(-1).sqrt()) * scale
-    sizes = {n: rms(read[n]) for n in ("q", "q_slot", "k", "k_slot", "tail_key", "tail_slot_key") if n in read}
-    queries, keys = (max(x for n, x in sizes.items() if (n[0] == "q") == asked) for asked in (True, False))
-    return largest, {"d" + n: out * (keys if n[0] == "q" else queries) for n in sizes}
+    queries, keys = (
+        {n: rms(read[n]) for n in names if n in read}
+        for names in (("q", "q_slot"), ("k", "k_slot", "tail_key", "tail_slot_key"))
+    )
+    mean = {"d" + n: out * max(keys.values()) for n in queries} | {"d" + n: out * max(queries.values()) for n in keys}
+    return largest, mean
 
 
 def bounds(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
@@ -214,7 +213,7 @@ def _pick(generator: np.random.Generator, items: Sequence[Any]) -> Any:
 
 
 def _log_uniform(generator: np.random.Generator, low: float, high: float) -> float:
-    return float(np.exp(generator.uniform(np.log(low), np.log(max(low, high)))))
+    return float(np.exp(generator.uniform(np.log(low), np.log(high))))
 
 
 def draw_facts(
@@ -326,8 +325,12 @@ def _plan(
 ) -> list[tuple[int, Fact, bool]]:
     """Where each statement (False) and question (True) starts, in order and without overlap, within `room` tokens."""
     least, most = settings.distances
-    far = settings.far > 0 and generator.random() < settings.far
+    far = settings.far > 0 and generator.random() < settings.far  # without a share nothing is drawn
     wanted: list[tuple[float, Fact, bool]] = []
+
+    def distance(longest: float) -> float:
+        longest = max(least, min(most, longest))
+        return generator.uniform(least, longest) if far else _log_uniform(generator, least, longest)
 
     def state_and_ask(fact: Fact, start: float, distance: float) -> None:
         wanted.append((start, fact, False))
@@ -336,19 +339,22 @@ def _plan(
     if scattered:
         for fact in facts:
             spare = max(1, room - _least_room(fact, settings))
-            distance = generator.uniform(least, min(most, least + spare)) if far else least
-            start = generator.uniform(0, max(1, spare - (distance - least)))
-            state_and_ask(fact, start, distance if far else _log_uniform(generator, least, min(most, room - start)))
+            if far:
+                apart = distance(least + spare)
+                start = generator.uniform(0, max(1, spare - (apart - least)))
+            else:
+                start = generator.uniform(0, spare)
+                apart = distance(room - start)
+            state_and_ask(fact, start, apart)
     else:
         said, asked = sum(len(fact.say) for fact in facts), sum(fact.asked for fact in facts)
         spare = max(1, 0.9 * (room - said - asked - least))
-        start = generator.uniform(0, max(1, 0.1 * spare if far else spare))
+        start = generator.uniform(0, max(1, 0.1 * spare) if far else spare)
         end = start + said
         exam = generator.random() < settings.exam
-        draw = generator.uniform if far else partial(_log_uniform, generator)
-        together = draw(least, max(least, min(most, room - end - asked)))
+        together = distance(room - end - asked)
         for fact in facts:
-            alone = draw(least, max(least, min(most, room - end)))
+            alone = distance(room - end)
             state_and_ask(fact, start, end - start - fact.at + together if exam else alone)
             start += len(fact.say)
     events = _settle(sorted(wanted, key=lambda event: event[0]), least, room)
