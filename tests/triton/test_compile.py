@@ -30,7 +30,8 @@ def compiled(shape):
     """What is known of every kernel of a problem."""
     kernels = elsewhere.compiled("compile_only", shape)
     names = {row["kernel"] for row in kernels}
-    assert {"states_kernel", "forward_kernel", "slots_kernel", "reverse_kernel"} <= names
+    assert {"forward_kernel", "slots_kernel", "reverse_kernel"} <= names
+    assert ("states_kernel" in names) != ({"shares_kernel", "scan_kernel"} <= names)
     assert ("tables_kernel" in names) == (shape.get("kind") == "packed")
     return kernels
 

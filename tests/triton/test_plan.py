@@ -7,14 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE, COLUMNS = 64, 6
+SIZE = 64
 
 
 def packed(lengths, window, past):
     from nha.ops.triton.plan import _make_packed_plan
 
     cu = torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int32, device=DEVICE)
-    return _make_packed_plan(sum(lengths), past, window, SIZE, COLUMNS, cu)
+    return _make_packed_plan(sum(lengths), past, window, SIZE, cu)
 
 
 def pieces(counts, size):
@@ -35,13 +35,11 @@ def assert_names_all_work(plan, lengths, window, past):
     lead = (past - window) % SIZE
     chunks = cut([n - (window - past) for n in lengths])
     blocks = [0 if n == 0 else c for n, c in zip(lengths, cut([n + lead for n in lengths]), strict=True)]
-    segments = [max(c, 1) for c in cut(chunks, plan.segment_chunks)]
     assert listed(plan.block_table) == pieces(blocks, plan.blocks)
-    assert listed(plan.segment_table) == pieces(segments, plan.segments)
     assert listed(plan.key_table) == pieces(cut([n + past for n in lengths]), plan.key_blocks)
     assert plan.chunk_base.tolist() == [sum(chunks[:n]) for n in range(len(chunks))]
     assert sum(chunks) <= plan.chunks
-    for table in (plan.block_table, plan.segment_table, plan.key_table):
+    for table in (plan.block_table, plan.key_table):
         assert table.is_contiguous() and table.storage_offset() * 4 % 16 == 0
 
 
@@ -64,7 +62,7 @@ def test_tables_of_random_lengths(count, width, window, past, monkeypatch):
 
 def test_tables_have_the_same_bits_on_every_run():
     first, second = (packed([70, 0, 900, 3], 5, 0) for _ in range(2))
-    for name in ("chunk_base", "block_table", "segment_table", "key_table"):
+    for name in ("chunk_base", "block_table", "key_table"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
@@ -82,45 +80,24 @@ def test_a_packed_plan_is_one_launch_whatever_the_lengths(monkeypatch):
     boundaries = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 9], [0, 0, 5000])]
     with Recorder():
         for n, cu in enumerate(boundaries):
-            plan._make_packed_plan(9 if n == 0 else 5000, 0, 5, SIZE, COLUMNS, cu)
+            plan._make_packed_plan(9 if n == 0 else 5000, 0, 5, SIZE, cu)
     assert len(launches) == 2 and operators <= {"empty", "select", "slice"}
     (one, constants), (two, same) = launches
     assert one[0] is two[0] and one[2] == two[2] and constants == same  # nothing is compiled again
 
 
 @pytest.mark.parametrize(
-    "batch, length, columns, segments, segment_chunks",
+    "batch, length, columns, scanned",
     [
-        (1, 32768, 16, 32, 16),  # a long text
-        (1, 32768, 2, 32, 16),  # never more segments than these
-        (8, 4096, 16, 4, 16),
-        (16, 4096, 16, 1, 64),  # enough programs as it is
-        (9, 4096, 16, 1, 64),
-        (1, 300, 16, 2, 4),  # too short for more
+        (1, 32768, 16, True),  # a long text
+        (8, 4096, 16, True),
+        (9, 4096, 16, False),  # enough programs as it is
+        (1, 320, 16, True),
+        (1, 256, 16, False),  # too short
     ],
 )
-def test_few_programs_are_cut_into_more(batch, length, columns, segments, segment_chunks):
+def test_chunks_are_scanned_where_sequences_are_few(batch, length, columns, scanned):
     from nha.ops.triton.plan import blocks, make_plan
 
     sizes = blocks(torch.bfloat16, dim=128, value_dim=128, slots=64, sinks=0)
-    plan = make_plan(batch, length, 0, 0, sizes, columns, None)
-    assert (plan.segments, plan.segment_chunks) == (segments, segment_chunks)
-
-
-@pytest.mark.parametrize(
-    "count, length, columns, segment_chunks",
-    [
-        (14, 28672, 6, 8),
-        (1, 32768, 16, 17),  # 513 chunks at most
-        (1, 2048, 16, 4),
-        (2000, 28672, 6, 39),
-    ],
-)
-def test_packed_rows_are_cut_by_their_tokens_alone(count, length, columns, segment_chunks, monkeypatch):
-    from nha.ops.triton import plan
-
-    monkeypatch.setattr(plan, "launch", lambda *args, **kwargs: None)
-    cu = torch.zeros(count + 1, dtype=torch.int32, device=DEVICE)
-    found = plan._make_packed_plan(length, 0, 0, SIZE, columns, cu)
-    assert found.segment_chunks == segment_chunks
-    assert found.segments - count <= 64
+    assert make_plan(batch, length, 0, 0, sizes, columns, None).scanned == scanned

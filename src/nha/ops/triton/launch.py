@@ -15,11 +15,11 @@ from nha.ops.triton.launcher import launch
 from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan, shared_memory
 from nha.ops.triton.query import query_kernel
 from nha.ops.triton.slots import slots_kernel
-from nha.ops.triton.state import reverse_kernel, states_kernel
+from nha.ops.triton.state import reverse_kernel, scan_kernel, shares_kernel, states_kernel
 
 LOG2_E = 1.4426950408889634
 STATE_WIDTH = 128  # columns of the slots that one program of the pass over tokens holds
-SCAN_WIDTH = 64  # the same for the pass over gradients
+SCAN = {"ROWS": 16, "WIDTH": 64, "STAGES": 8}  # slots and columns that one program of a scan holds, loads under way
 SLAB = 528  # programs of the backward pass whose scores are kept at a time
 
 
@@ -109,37 +109,42 @@ def _columns(dims: tuple[int, int], width: int) -> int:
     return sum(-(-dim // width) for dim in dims)
 
 
-def _segment_sums(v: Tensor, plan: Plan, heads: int, slots: int, dims: tuple[int, int]) -> tuple[list, Tensor | None]:
-    """Room for what every segment adds to keys and values of slots, and for its log decay, where there are several."""
-    if not plan.split:
-        return [None, None], None
-    segments = plan.programs(plan.segments)
-    added = [v.new_empty(segments, heads, slots, d, dtype=torch.float32) for d in dims]
-    return added, v.new_empty(segments, heads, slots, dtype=torch.float32)
+def _tiles(dims: tuple[int, int], slots: int) -> int:
+    """Programs of a scan for the slots of one sequence and head."""
+    return _columns(dims, SCAN["WIDTH"]) * -(-slots // SCAN["ROWS"])
 
 
 def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
-    """One pass over the tokens, or two where a sequence is cut into segments."""
-    v, gate, heads = inputs.v, inputs.log_gate, inputs.k.shape[2]
+    """One pass over the tokens, or what every chunk adds and a scan of that."""
+    key, v, gate, heads = inputs.token_key, inputs.v, inputs.log_gate, inputs.k.shape[2]
     slots, dims = gate.shape[3], (inputs.q.shape[3], v.shape[3])
     total = plan.programs(plan.chunks)
     out = [v.new_empty(total, heads, slots, d) for d in dims]
-    chunk_decay = v.new_empty(total, heads, slots, dtype=torch.float32)
+    decay = v.new_empty(total, heads, slots, dtype=torch.float32)
     last = [v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims]
-    added, decay = _segment_sums(v, plan, heads, slots, dims)
-    for adding in (True, False) if plan.split else (False,):
+    started = inputs.slot_key is not None
+    place = (plan.length, plan.past, plan.window, plan.chunks)
+    product = {"SLOTS": sizes.slots, "DTYPE": sizes.dtype, "PRECISION": sizes.precision}
+    sized, cut = {**inputs.sizes, "CHUNK": sizes.chunk}, {"PACKED": plan.cu is not None}
+    if plan.scanned:
         launch(
-            states_kernel, (plan.programs(plan.segments), heads, _columns(dims, STATE_WIDTH)), inputs.kind,
-            inputs.token_key, v, gate, inputs.slot_key, inputs.slot_value, *added, decay, *out, chunk_decay, *last,
-            plan.cu, plan.chunk_base, plan.segment_table,
-            *strides(inputs.token_key, v, gate),
-            plan.length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
-            **inputs.sizes, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=STATE_WIDTH,
-            DTYPE=sizes.dtype, PRECISION=sizes.precision, PACKED=plan.cu is not None,
-            STARTED=inputs.slot_key is not None, ADDING=adding, FOLDED=plan.split and not adding,
-            num_warps=4, num_stages=3,
+            shares_kernel, (plan.programs(plan.blocks), heads), inputs.kind,
+            key, v, gate, *out, decay, plan.cu, plan.chunk_base, plan.block_table, *strides(key, v, gate),
+            *place, plan.blocks, heads, KEY=sizes.key, VALUE=sizes.value, **sized, **product, **cut,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
-    return States(*out, chunk_decay, *last)
+        launch(
+            scan_kernel, (plan.sequences, heads, _tiles(dims, slots)), inputs.kind,
+            *out, decay, inputs.slot_key, inputs.slot_value, *last, plan.cu, plan.chunk_base, *place, heads,
+            STARTED=started, **sized, **SCAN, **cut, num_warps=4,
+        )  # fmt: skip
+    else:
+        launch(
+            states_kernel, (plan.sequences, heads, _columns(dims, STATE_WIDTH)), inputs.kind,
+            key, v, gate, inputs.slot_key, inputs.slot_value, *out, decay, *last, *strides(key, v, gate),
+            *place, heads, WIDTH=STATE_WIDTH, STARTED=started, **sized, **product, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return States(*out, decay, *last)
 
 
 def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,18 +249,14 @@ def gradients(
 
     del scores, sink_scores, rise_grads, borders  # their memory serves the next pass
     first = [torch.empty_like(x, dtype=torch.float32) for x in (grad_slot_key, grad_slot_value)]
-    added, decay = _segment_sums(v, plan, heads, slots, (dim, value_dim))
-    columns = _columns((dim, value_dim), SCAN_WIDTH)
+    columns = _columns((dim, value_dim), SCAN["WIDTH"])
     dend = v.new_empty(total, heads, columns, slots, dtype=torch.float32)
-    for adding in (True, False) if plan.split else (False,):
-        launch(
-            reverse_kernel, (plan.programs(plan.segments), heads, columns), inputs.kind,
-            states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *added, decay, *dslots, *first,
-            dend, plan.cu, plan.chunk_base, plan.segment_table,
-            length, plan.past, plan.window, plan.chunks, plan.segments, plan.segment_chunks, heads,
-            M=slots, D=dim, DV=value_dim, SLOTS=sizes.slots, CHUNK=sizes.chunk, WIDTH=SCAN_WIDTH,
-            PACKED=packed, ADDING=adding, FOLDED=plan.split and not adding, num_warps=4, num_stages=2,
-        )  # fmt: skip
+    launch(
+        reverse_kernel, (plan.sequences, heads, _tiles((dim, value_dim), slots)), inputs.kind,
+        states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *dslots, *first, dend,
+        plan.cu, plan.chunk_base, length, plan.past, plan.window, plan.chunks, heads,
+        M=slots, D=dim, DV=value_dim, CHUNK=sizes.chunk, PACKED=packed, **SCAN, num_warps=4,
+    )  # fmt: skip
     launch(
         key_kernel, (plan.programs(plan.key_blocks), heads), inputs.kind,
         q, k, v, token_key, gate, *dslots, dend, grad_out, lse, delta,

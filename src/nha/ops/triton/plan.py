@@ -13,13 +13,10 @@ from torch import Tensor
 from nha.ops.triton.launcher import launch
 from nha.ops.triton.tables import KINDS, tables_kernel
 
-# The pass over tokens waits for memory at every chunk. Cutting sequences gives it more programs to wait side by side,
-# but reads every token twice and folds all earlier segments one after the other.
-UNCUT_PROGRAMS = 128  # more state programs than this take whole sequences
-CUT_PROGRAMS = 512  # about as many are wanted where sequences are cut
-MAX_SEGMENTS = 32  # of one sequence
-MAX_PACKED_SEGMENTS = 64  # of all packed sequences, beyond one for each: one of them may be as long as the row
-MIN_SEGMENT_CHUNKS = 4
+# A pass over tokens waits for memory at every chunk, so that it takes many programs to fill a GPU. Where there are
+# fewer, chunks find what they add to the slots side by side, and a scan adds that up: more traffic, no waiting.
+FULL_PROGRAMS = 128  # more state programs than this take whole sequences, one chunk after the other
+FEW_CHUNKS = 4  # as do sequences of no more chunks
 TABLE_WIDTH = 1024  # sequences, or entries, that a program of the tables takes at a time
 WIDE_WINDOW = 256  # from here on most keys of a window are keys of all queries of a block
 SHARED = 227 << 10  # bytes of shared memory that a block may have on an H100
@@ -125,44 +122,33 @@ class Plan(NamedTuple):
     window: int
     chunks: int  # kept slot states per sequence, or of all packed sequences
     blocks: int  # chunks' worth of queries; those of a sequence begin below the first token that enters the slots
-    segments: int
-    segment_chunks: int
     key_blocks: int  # chunks' worth of keys
+    scanned: bool  # whether chunks find what they add to the slots side by side
     cu: Tensor | None = None
     chunk_base: Tensor | None = None
     block_table: Tensor | None = None
-    segment_table: Tensor | None = None
     key_table: Tensor | None = None
 
     def programs(self, per_sequence: int) -> int:
         """Programs of a launch that has this many per sequence (batched) or in all (packed)."""
         return per_sequence if self.cu is not None else per_sequence * self.sequences
 
-    @property
-    def split(self) -> bool:
-        """Whether some sequence is cut into more than one segment."""
-        return self.segments > (self.sequences if self.cu is not None else 1)
-
 
 def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None) -> Plan:
-    """The plan of a call; `columns` is the number of state programs of one segment (KV heads times column blocks)."""
+    """The plan of a call; `columns` is the number of state programs of one sequence (KV heads times column blocks)."""
     size, offset = sizes.chunk, window - past
-    lead = -offset % size  # queries that the first block lacks
     if cu is None:
         chunks = max(-(-(length - offset) // size), 0)
-        whole = batch * columns
-        wanted = min(CUT_PROGRAMS // whole, MAX_SEGMENTS) if whole <= UNCUT_PROGRAMS else 1
-        segment_chunks = max(-(-chunks // wanted), MIN_SEGMENT_CHUNKS)
-        segments = max(-(-chunks // segment_chunks), 1)
-        blocks, key_blocks = -(-(length + lead) // size), -(-(length + past) // size)
-        return Plan(batch, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks)
-    return _packed_plan(length, past, window, size, columns, cu)
+        blocks, key_blocks = -(-(length + -offset % size) // size), -(-(length + past) // size)
+        scanned = batch * columns <= FULL_PROGRAMS and chunks > FEW_CHUNKS
+        return Plan(batch, length, past, window, chunks, blocks, key_blocks, scanned)
+    return _packed_plan(length, past, window, size, cu)
 
 
 _latest: tuple[tuple, Tensor, Plan] | None = None
 
 
-def _packed_plan(length: int, past: int, window: int, size: int, columns: int, cu: Tensor) -> Plan:
+def _packed_plan(length: int, past: int, window: int, size: int, cu: Tensor) -> Plan:
     """The plan of packed rows; the latest one is kept, since all layers of a model ask for the same.
 
     It is kept with its boundaries, whose memory therefore cannot come to hold others unnoticed. A CUDA graph gets a
@@ -170,33 +156,30 @@ def _packed_plan(length: int, past: int, window: int, size: int, columns: int, c
     """
     global _latest
     if cu.is_inference() or (cu.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _make_packed_plan(length, past, window, size, columns, cu)
+        return _make_packed_plan(length, past, window, size, cu)
     stream = torch.cuda.current_stream(cu.device).cuda_stream if cu.is_cuda else 0
-    key = (cu.data_ptr(), cu._version, cu.shape, cu.device, stream, length, past, window, size, columns)
+    key = (cu.data_ptr(), cu._version, cu.shape, cu.device, stream, length, past, window, size)
     latest = _latest
     if latest is None or latest[0] != key:
-        _latest = latest = (key, cu, _make_packed_plan(length, past, window, size, columns, cu))
+        _latest = latest = (key, cu, _make_packed_plan(length, past, window, size, cu))
     return latest[2]
 
 
-def _make_packed_plan(length: int, past: int, window: int, size: int, columns: int, cu: Tensor) -> Plan:
+def _make_packed_plan(length: int, past: int, window: int, size: int, cu: Tensor) -> Plan:
     """The plan of packed rows, from bounds on what their lengths may be: those are never asked for."""
     offset, count = window - past, cu.shape[0] - 1
     chunks = -(-length // size) + count
-    segment_chunks = max(
-        -(-chunks * columns // CUT_PROGRAMS), -(-chunks // MAX_PACKED_SEGMENTS), MIN_SEGMENT_CHUNKS
-    )  # fmt: skip
-    blocks, segments = -(-length // size) + 2 * count, -(-chunks // segment_chunks) + count
+    blocks = -(-length // size) + 2 * count
     key_blocks = -(-length // size) + (1 + -(-past // size)) * count
-    entries = -(-max(blocks, segments, key_blocks) // 2) * 2  # so that every table begins at a multiple of 16 bytes
+    entries = -(-max(blocks, key_blocks) // 2) * 2  # so that every table begins at a multiple of 16 bytes
     chunk_base = torch.empty(count, dtype=torch.int64, device=cu.device)
-    tables = torch.empty(3, entries, 2, dtype=torch.int32, device=cu.device)
+    tables = torch.empty(2, entries, 2, dtype=torch.int32, device=cu.device)
     launch(
         tables_kernel, (count + 1, KINDS), (cu.device, cu.dtype),
-        cu, chunk_base, tables, count, entries, past, offset, -offset % size, segment_chunks,
+        cu, chunk_base, tables, count, entries, past, offset, -offset % size,
         CHUNK=size, WIDTH=TABLE_WIDTH, num_warps=4,
     )  # fmt: skip
     return Plan(
-        count, length, past, window, chunks, blocks, segments, segment_chunks, key_blocks, cu,
-        chunk_base, tables[0, :blocks], tables[1, :segments], tables[2, :key_blocks],
+        count, length, past, window, chunks, blocks, key_blocks, True, cu,
+        chunk_base, tables[0, :blocks], tables[1, :key_blocks],
     )  # fmt: skip

@@ -5,32 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What is counted: the programs that the three tables name, in their order, and chunks of tokens that enter the slots.
+# What is counted: the programs that the two tables name, in their order, and chunks of tokens that enter the slots.
 BLOCKS = tl.constexpr(0)
-SEGMENTS = tl.constexpr(1)
-KEY_BLOCKS = tl.constexpr(2)
-CHUNKS = tl.constexpr(3)
-KINDS = 4
+KEY_BLOCKS = tl.constexpr(1)
+CHUNKS = tl.constexpr(2)
+KINDS = 3
 
 
 @triton.jit
-def pieces(count, kind, past, offset, lead, segment_chunks, CHUNK: tl.constexpr):
+def pieces(count, kind, past, offset, lead, CHUNK: tl.constexpr):
     """Pieces of sequences with `count` tokens; an empty one has no block, and no key but the past."""
     chunks = (tl.maximum(count - offset, 0) + CHUNK - 1) // CHUNK
-    segments = tl.maximum((chunks + segment_chunks - 1) // segment_chunks, 1)
     blocks = tl.where(count > 0, count + lead + CHUNK - 1, 0) // CHUNK
     key_blocks = (count + past + CHUNK - 1) // CHUNK
-    named = tl.where(kind == BLOCKS, blocks, tl.where(kind == SEGMENTS, segments, key_blocks))
-    return tl.where(kind == CHUNKS, chunks, named)
+    return tl.where(kind == CHUNKS, chunks, tl.where(kind == BLOCKS, blocks, key_blocks))
 
 
-@triton.jit(do_not_specialize=["sequences", "size", "past", "offset", "lead", "segment_chunks"])
+@triton.jit(do_not_specialize=["sequences", "size", "past", "offset", "lead"])
 def tables_kernel(
     cu, chunk_base, tables,
-    sequences, size, past, offset, lead, segment_chunks,
+    sequences, size, past, offset, lead,
     CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(sequence, index) of every program -> tables [3, size, 2], with sequence -1 for spare ones at the end; the
+    """(sequence, index) of every program -> tables [2, size, 2], with sequence -1 for spare ones at the end; the
     number of chunks before every sequence -> chunk_base [sequences].
 
     A sequence's first `offset` tokens do not enter the slots; `lead` is what its first block lacks of a chunk.
@@ -46,7 +43,7 @@ def tables_kernel(
         inside = other < sequence
         begin = tl.load(cu + other, mask=inside, other=0)
         count = tl.load(cu + other + 1, mask=inside, other=0) - begin
-        before += tl.where(inside, pieces(count, kind, past, offset, lead, segment_chunks, CHUNK), 0)
+        before += tl.where(inside, pieces(count, kind, past, offset, lead, CHUNK), 0)
     start = tl.sum(before, 0)
     if kind == CHUNKS:
         tl.store(chunk_base + sequence, start.to(tl.int64), mask=sequence < sequences)
@@ -54,7 +51,7 @@ def tables_kernel(
     here = sequence < sequences
     begin = tl.load(cu + sequence)
     count = tl.load(cu + sequence + 1, mask=here, other=0) - begin
-    own = tl.where(here, pieces(count, kind, past, offset, lead, segment_chunks, CHUNK), size - start)
+    own = tl.where(here, pieces(count, kind, past, offset, lead, CHUNK), size - start)
     named = tl.where(here, sequence, -1)
     for first in range(0, own, WIDTH):
         index = first + lane
