@@ -211,7 +211,7 @@ def gradients(
 
     total = plan.programs(plan.chunks)
     dslots = [v.new_empty(total, heads, slots, d) for d in (dim, value_dim)]
-    dsinks = [v.new_zeros(total, heads, sinks, d, dtype=torch.float32) for d in (dim, value_dim)]
+    dsinks = v.new_zeros(total, heads, sinks * (dim + value_dim), dtype=torch.float32)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
     blocks = plan.programs(plan.blocks)
     slab = min(max(1, SLAB // heads), max(blocks, 1))
@@ -242,7 +242,7 @@ def gradients(
         launch(
             slots_kernel, (count, heads), inputs.kind,
             v, slot_query, token_key, gate, states.decay, grad_out, *scores, rise_grads, *sink_scores, borders, *tables,
-            dk_slot, dv, *dslots, *dsinks, dgate, *strides(v, slot_query, token_key, gate),
+            dk_slot, dv, *dslots, dsinks, dgate, *strides(v, slot_query, token_key, gate),
             *place, key_length, heads, groups, GATED=sizes.gated,
             num_warps=sizes.slot_warps, num_stages=sizes.slot_stages, **slotted, **wide,
         )  # fmt: skip
@@ -269,9 +269,18 @@ def gradients(
     )  # fmt: skip
     return Gradients(
         dq, dk, dv, None if inputs.q_slot is None else dq_slot, dk_slot if own_keys else None, dgate, *first,
-        None if inputs.sink_key is None else dsinks[0].sum(0).to(inputs.sink_key.dtype),
-        None if inputs.sink_value is None else dsinks[1].sum(0).to(inputs.sink_value.dtype),
+        *_sink_gradients(inputs, dsinks),
     )  # fmt: skip
+
+
+def _sink_gradients(inputs: Inputs, of_chunks: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the sinks' keys and values from those of every chunk [chunks, H, S D + S DV]."""
+    if inputs.sink_key is None or inputs.sink_value is None:
+        return None, None
+    key, value = inputs.sink_key, inputs.sink_value
+    parts = of_chunks.sum(0).split([key[0].numel(), value[0].numel()], -1)
+    dkey, dvalue = (x.reshape(y.shape).to(y.dtype, copy=True) for x, y in zip(parts, (key, value), strict=True))
+    return dkey, dvalue
 
 
 def every_kernel(inputs: Inputs) -> None:

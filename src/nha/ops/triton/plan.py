@@ -89,7 +89,9 @@ def blocks(
     # Two heads read a window's keys together, unless too often one of two would be missing.
     if roomy and (groups % 2 == 0 or groups > 4):
         rows = 2 * chunk
-    staged = roomy and (rows > chunk or widest <= 64)  # one head of 128 leaves no memory for it beside a second block
+    # Loads ahead where there is shared memory for them beside another block: not for one head of 128.
+    small = widest <= 64 and gated == tl.bfloat16 and shared >= SHARED and not crowded
+    staged = small or (roomy and rows > chunk)
     full = gate_dtype == torch.float32 and widest > 64  # such gates of a chunk take what a third load would
     return Blocks(
         slots=width(slots, row),
@@ -103,7 +105,7 @@ def blocks(
         back_block=16 if exact else 32,
         stages=(2 if full else 3) if staged else 1,
         warps=4 if exact and crowded else 8 if crowded else rows // 16,
-        slot_warps=4 if compact else 8,
+        slot_warps=4 if compact or small else 8,
         slot_stages=1 if compact else 3,
         key_warps=8 if (exact and widest > 64) or (crowded and chunk > 16) else 4,
         key_stages=1 if exact or crowded or compact else 3,

@@ -28,7 +28,7 @@ from nha.ops.triton.common import (
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block", "key_length"])
 def slots_kernel(
     v, q_slot, k_slot, log_gate, decay, grad_out, key_scores, value_scores, rise_grads, sink_scores, sink_weights,
-    borders, cu, chunk_base, table, dk_slot, dv, dslot_key, dslot_value, dsink_key, dsink_value, dgate,
+    borders, cu, chunk_base, table, dk_slot, dv, dslot_key, dslot_value, dsinks, dgate,
     v_b, v_t, v_h, qs_b, qs_t, qs_h, ks_b, ks_t, ks_h, g_b, g_t, g_h,
     length, past, window, chunks, blocks, first_block, key_length, heads, groups,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, S: tl.constexpr,
@@ -36,8 +36,8 @@ def slots_kernel(
     DTYPE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of
-    the slots before it and dsink_* [chunks, H, S, ...] float32, from what `query_kernel` left. Programs: (block, KV
-    head).
+    the slots before it and dsinks [chunks, H, S D + S DV] float32, keys before values, from what `query_kernel` left.
+    Programs: (block, KV head).
 
     A log-gate reaches the scores through running sums: of the queries (`rise`) and of the tokens (`fall`). A sum over
     later tokens of the chunk turns their gradients into that of the gates.
@@ -69,13 +69,13 @@ def slots_kernel(
         border = tl.load(borders + (block_head * (CHUNK // PART) + part) * SLOTS + tl.arange(0, SLOTS))
         dfall = _collect(
             queries, qs_t, qs_h, keys, ks_t, key_scores + saved * (CHUNK + SLOTS), sink_scores + saved * S, border,
-            dk_slot + to * D, dslot_key + place * M * D, dsink_key + place * S * D, mine, there, part, heads, groups,
-            tl.zeros([CHUNK, SLOTS], tl.float32), M, D, S, SLOTS, KEY, SINKS, CHUNK, DTYPE, GATED, PRECISION,
+            dk_slot + to * D, dslot_key + place * M * D, dsinks + place * S * (D + DV), mine, there, part, heads,
+            groups, tl.zeros([CHUNK, SLOTS], tl.float32), M, D, S, SLOTS, KEY, SINKS, CHUNK, DTYPE, GATED, PRECISION,
         )  # fmt: skip
         dfall = _collect(
             grads, query_heads * DV, DV, values, v_t, value_scores + saved * (CHUNK + SLOTS), sink_weights + saved * S,
-            border, dv + to * DV, dslot_value + place * M * DV, dsink_value + place * S * DV, mine, there, part, heads,
-            groups, dfall, M, DV, S, SLOTS, VALUE, SINKS, CHUNK, DTYPE, GATED, PRECISION,
+            border, dv + to * DV, dslot_value + place * M * DV, dsinks + place * S * (D + DV) + S * D, mine, there,
+            part, heads, groups, dfall, M, DV, S, SLOTS, VALUE, SINKS, CHUNK, DTYPE, GATED, PRECISION,
         )  # fmt: skip
         gate = load_gates(log_gate + row * g_b + token0 * g_t + far(head, g_h), line * g_t, there, M, SLOTS)
         dshare = dfall * share_of(gate, part, harsh, CHUNK)

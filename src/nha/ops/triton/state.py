@@ -171,7 +171,8 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks"])
 def reverse_kernel(
-    decay, slot_key, slot_value, last_key, last_value, read_key, read_value, first_key, first_value, dend, cu, chunk_base,
+    decay, slot_key, slot_value, last_key, last_value, read_key, read_value, first_key, first_value, dend,
+    cu, chunk_base,
     length, past, window, chunks, heads,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr,
