@@ -12,7 +12,7 @@ from torch import Tensor
 from nha.ops.triton.forward import forward_kernel
 from nha.ops.triton.keys import key_kernel
 from nha.ops.triton.launcher import launch
-from nha.ops.triton.plan import Blocks, Plan, blocks, make_plan, shared_memory
+from nha.ops.triton.plan import Blocks, Plan, blocks, chunks_of, make_plan, shared_memory
 from nha.ops.triton.query import query_kernel
 from nha.ops.triton.slots import slots_kernel
 from nha.ops.triton.state import reverse_kernel, scan_kernel, shares_kernel, states_kernel
@@ -21,6 +21,14 @@ LOG2_E = 1.4426950408889634
 STATE_WIDTH = 128  # columns of the slots that one program of the pass over tokens holds
 SCAN = {"ROWS": 16, "WIDTH": 64, "STAGES": 8}  # slots and columns that one program of a scan holds, loads under way
 SLAB = 528  # programs of the backward pass whose scores are kept at a time
+
+
+class Kept(NamedTuple):
+    """Slots before every chunk, in the dtype of `v` [chunks, H, M, ...], and its log decay, float32 [chunks, H, M]."""
+
+    key: Tensor
+    value: Tensor
+    decay: Tensor
 
 
 class Inputs(NamedTuple):
@@ -77,31 +85,36 @@ class Inputs(NamedTuple):
     def sizes(self) -> dict[str, int]:
         return {"M": self.log_gate.shape[3], "D": self.q.shape[3], "DV": self.v.shape[3]}
 
+    def blocks(self) -> Blocks:
+        """Block sizes of this call."""
+        sizes = (*self.sizes.values(), self.sinks, self.q.shape[2] // self.k.shape[2])
+        slots, dim, value_dim, sinks, groups = (int(size) for size in sizes)
+        return blocks(
+            self.q.dtype, dim, value_dim, slots, sinks, shared_memory(self.q.device),
+            self.window, groups, self.log_gate.dtype,
+        )  # fmt: skip
+
     def plan(self) -> tuple[Plan, Blocks]:
         """Programs and block sizes of this call."""
-        batch, length, query_heads, dim = self.q.shape
-        heads, value_dim, slots = self.k.shape[2], self.v.shape[3], self.log_gate.shape[3]
-        sizes = blocks(
-            self.q.dtype, dim, value_dim, slots, self.sinks, shared_memory(self.q.device),
-            self.window, query_heads // heads, self.log_gate.dtype,
-        )  # fmt: skip
-        columns = heads * _columns((dim, value_dim), STATE_WIDTH)
+        sizes = self.blocks()
+        columns = self.k.shape[2] * _columns((self.q.shape[3], self.v.shape[3]), STATE_WIDTH)
+        batch, length = self.q.shape[:2]
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
+
+    def kept(self) -> Kept:
+        """Room for the slots before every chunk."""
+        batch, length = self.q.shape[:2]
+        packed = None if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        total = chunks_of(length, self.past, self.window, self.blocks().chunk, packed)
+        shape = (total * batch if packed is None else total, self.k.shape[2], self.log_gate.shape[3])
+        dims = (self.q.shape[3], self.v.shape[3])
+        key, value = (self.v.new_empty(*shape, dim) for dim in dims)
+        return Kept(key, value, self.v.new_empty(shape, dtype=torch.float32))
 
 
 def strides(*tensors: Tensor) -> list[int]:
     """(batch, token, head) strides of tensors [B, T, heads, dim]."""
     return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-class States(NamedTuple):
-    """Slots before every chunk, in the dtype of `v`, and after the sequence, float32; the log decay of every chunk."""
-
-    key: Tensor
-    value: Tensor
-    decay: Tensor
-    last_key: Tensor
-    last_value: Tensor
 
 
 def _columns(dims: tuple[int, int], width: int) -> int:
@@ -114,14 +127,14 @@ def _tiles(dims: tuple[int, int], slots: int) -> int:
     return _columns(dims, SCAN["WIDTH"]) * -(-slots // SCAN["ROWS"])
 
 
-def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
-    """One pass over the tokens, or what every chunk adds and a scan of that."""
+def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> tuple[Kept, tuple[Tensor, Tensor]]:
+    """Slots before every chunk and, float32, after every sequence [N, H, M, ...]: by one pass over the tokens, or from
+    what every chunk adds and a scan of that.
+    """
     key, v, gate, heads = inputs.token_key, inputs.v, inputs.log_gate, inputs.k.shape[2]
     slots, dims = gate.shape[3], (inputs.q.shape[3], v.shape[3])
-    total = plan.programs(plan.chunks)
-    out = [v.new_empty(total, heads, slots, d) for d in dims]
-    decay = v.new_empty(total, heads, slots, dtype=torch.float32)
-    last = [v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims]
+    kept = inputs.kept()
+    last_key, last_value = (v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims)
     started = inputs.slot_key is not None
     place = (plan.length, plan.past, plan.window, plan.chunks)
     product = {"SLOTS": sizes.slots, "DTYPE": sizes.dtype, "PRECISION": sizes.precision}
@@ -129,25 +142,25 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> States:
     if plan.scanned:
         launch(
             shares_kernel, (plan.programs(plan.blocks), heads), inputs.kind,
-            key, v, gate, *out, decay, plan.cu, plan.chunk_base, plan.block_table, *strides(key, v, gate),
+            key, v, gate, *kept, plan.cu, plan.chunk_base, plan.block_table, *strides(key, v, gate),
             *place, plan.blocks, heads, KEY=sizes.key, VALUE=sizes.value, **sized, **product, **cut,
             num_warps=4, num_stages=1,
         )  # fmt: skip
         launch(
             scan_kernel, (plan.sequences, heads, _tiles(dims, slots)), inputs.kind,
-            *out, decay, inputs.slot_key, inputs.slot_value, *last, plan.cu, plan.chunk_base, *place, heads,
+            *kept, inputs.slot_key, inputs.slot_value, last_key, last_value, plan.cu, plan.chunk_base, *place, heads,
             STARTED=started, **sized, **SCAN, **cut, num_warps=4,
         )  # fmt: skip
     else:
         launch(
             states_kernel, (plan.sequences, heads, _columns(dims, STATE_WIDTH)), inputs.kind,
-            key, v, gate, inputs.slot_key, inputs.slot_value, *out, decay, *last, *strides(key, v, gate),
+            key, v, gate, inputs.slot_key, inputs.slot_value, *kept, last_key, last_value, *strides(key, v, gate),
             *place, heads, WIDTH=STATE_WIDTH, STARTED=started, **sized, **product, num_warps=4, num_stages=3,
         )  # fmt: skip
-    return States(*out, decay, *last)
+    return kept, (last_key, last_value)
 
 
-def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ] float32."""
     q, k, v = inputs.q, inputs.k, inputs.v
     batch, length, query_heads, _ = q.shape
@@ -157,7 +170,7 @@ def outputs(inputs: Inputs, plan: Plan, sizes: Blocks, states: States) -> tuple[
     groups = query_heads // heads
     launch(
         forward_kernel, (plan.programs(plan.blocks), heads), inputs.kind,
-        q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, states.key, states.value, states.decay,
+        q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate, *kept,
         inputs.sink_key, inputs.sink_value, inputs.first, plan.cu, plan.chunk_base, plan.block_table,
         out, mass, lse, *strides(q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate),
         inputs.scale * LOG2_E, plan.length, plan.past, plan.window, plan.chunks, plan.blocks, heads, groups,
@@ -187,7 +200,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    inputs: Inputs, out: Tensor, mass: Tensor, lse: Tensor, grad_out: Tensor, grad_mass: Tensor | None,
+    inputs: Inputs, kept: Kept, out: Tensor, mass: Tensor, lse: Tensor, grad_out: Tensor, grad_mass: Tensor | None,
     grad_slot_key: Tensor, grad_slot_value: Tensor,
 ) -> Gradients:  # fmt: skip
     """Gradients of all inputs. `grad_out` and `grad_mass` are contiguous, `grad_slot_*` those of the final slots."""
@@ -199,7 +212,6 @@ def gradients(
     groups, late = query_heads // heads, inputs.first is not None
     slot_query, token_key = inputs.slot_query, inputs.token_key
     own_keys = inputs.k_slot is not None
-    states = slot_states(inputs, plan, sizes)
 
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     dv = v.new_empty(batch, key_length, heads, value_dim)
@@ -209,17 +221,17 @@ def gradients(
         dk.zero_()  # nothing reads these keys
     delta = torch.empty_like(lse)
 
-    total = plan.programs(plan.chunks)
-    dslots = [v.new_empty(total, heads, slots, d) for d in (dim, value_dim)]
+    total = kept.key.shape[0]
+    dslots = [torch.empty_like(x) for x in kept[:2]]
     dsinks = v.new_zeros(total, heads, sinks * (dim + value_dim), dtype=torch.float32)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=q.device)
     blocks = plan.programs(plan.blocks)
     slab = min(max(1, SLAB // heads), max(blocks, 1))
-    kept = torch.bfloat16 if sizes.gated == tl.bfloat16 else torch.float32
+    gated = torch.bfloat16 if sizes.gated == tl.bfloat16 else torch.float32
     width = sizes.chunk + sizes.slots
-    scores = [v.new_empty(slab, query_heads, sizes.chunk, width, dtype=kept) for _ in range(2)]
+    scores = [v.new_empty(slab, query_heads, sizes.chunk, width, dtype=gated) for _ in range(2)]
     sink_scores = [v.new_empty(slab, query_heads, sizes.chunk, sinks, dtype=torch.float32) for _ in range(2)]
-    rise_grads = v.new_empty(slab, query_heads, sizes.chunk, sizes.slots, dtype=kept)
+    rise_grads = v.new_empty(slab, query_heads, sizes.chunk, sizes.slots, dtype=gated)
     borders = v.new_empty(slab, heads, sizes.chunk // 16, sizes.slots, dtype=torch.float32)
     shared = {"CHUNK": sizes.chunk, "DTYPE": sizes.dtype, "PRECISION": sizes.precision, "PACKED": packed}
     slotted = {"M": slots, "S": sinks, "SLOTS": sizes.slots, "SINKS": sizes.sinks, **shared}
@@ -230,7 +242,7 @@ def gradients(
         place = (length, plan.past, plan.window, plan.chunks, plan.blocks, start)
         launch(
             query_kernel, (count, heads), inputs.kind,
-            q, k, v, slot_query, token_key, gate, states.key, states.value, states.decay,
+            q, k, v, slot_query, token_key, gate, *kept,
             inputs.sink_key, inputs.sink_value, inputs.first, *tables,
             out, mass, lse, grad_out, grad_mass, delta, dq, dq_slot, *scores, rise_grads, *sink_scores, borders,
             *strides(q, k, v, slot_query, token_key, gate), inputs.scale, *place, heads, groups,
@@ -241,7 +253,7 @@ def gradients(
         )  # fmt: skip
         launch(
             slots_kernel, (count, heads), inputs.kind,
-            v, slot_query, token_key, gate, states.decay, grad_out, *scores, rise_grads, *sink_scores, borders, *tables,
+            v, slot_query, token_key, gate, kept.decay, grad_out, *scores, rise_grads, *sink_scores, borders, *tables,
             dk_slot, dv, *dslots, dsinks, dgate, *strides(v, slot_query, token_key, gate),
             *place, key_length, heads, groups, GATED=sizes.gated,
             num_warps=sizes.slot_warps, num_stages=sizes.slot_stages, **slotted, **wide,
@@ -253,7 +265,7 @@ def gradients(
     dend = v.new_empty(total, heads, columns, slots, dtype=torch.float32)
     launch(
         reverse_kernel, (plan.sequences, heads, _tiles((dim, value_dim), slots)), inputs.kind,
-        states.decay, states.key, states.value, grad_slot_key, grad_slot_value, *dslots, *first, dend,
+        kept.decay, kept.key, kept.value, grad_slot_key, grad_slot_value, *dslots, *first, dend,
         plan.cu, plan.chunk_base, length, plan.past, plan.window, plan.chunks, heads,
         M=slots, D=dim, DV=value_dim, CHUNK=sizes.chunk, PACKED=packed, **SCAN, num_warps=4,
     )  # fmt: skip
@@ -287,6 +299,6 @@ def every_kernel(inputs: Inputs) -> None:
     """Launch the kernels of one forward and backward pass (used to compile them ahead of time)."""
     inputs = inputs.shaped()
     plan, sizes = inputs.plan()
-    states = slot_states(inputs, plan, sizes)
-    out, mass, lse = outputs(inputs, plan, sizes, states)
-    gradients(inputs, out, mass, lse, out, None, states.last_key, states.last_value)
+    kept, last = slot_states(inputs, plan, sizes)
+    out, mass, lse = outputs(inputs, plan, sizes, kept)
+    gradients(inputs, kept, out, mass, lse, out, None, *last)

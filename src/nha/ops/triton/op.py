@@ -10,7 +10,7 @@ from torch import Tensor
 from nha.ops.segment import advance, align_left, restore, sequence_of
 from nha.ops.state import NHAState
 from nha.ops.triton import launch
-from nha.ops.triton.launch import Inputs
+from nha.ops.triton.launch import Inputs, Kept
 
 
 @torch.library.custom_op("nha::triton", mutates_args=())
@@ -18,19 +18,23 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor | None, k_slot: Tensor | None, log_gate: Tensor,
     slot_key: Tensor | None, slot_value: Tensor | None, sink_key: Tensor | None, sink_value: Tensor | None,
     first: Tensor | None, cu_seqlens: Tensor | None, window: int, past: int, scale: float, live: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ], final slots [N, H, M, ...]; inputs as `launch.Inputs`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ], final slots [N, H, M, ...] and, for the backward pass, what
+    `launch.Kept` holds; inputs as `launch.Inputs`.
+    """
     inputs = Inputs(
         q, k, v, q_slot, k_slot, log_gate, slot_key, slot_value, sink_key, sink_value, first, cu_seqlens,
         window, past, scale, live,
     ).shaped()  # fmt: skip
     plan, sizes = inputs.plan()
-    states = launch.slot_states(inputs, plan, sizes)
-    return *launch.outputs(inputs, plan, sizes, states), states.last_key, states.last_value
+    kept, last = launch.slot_states(inputs, plan, sizes)
+    return *launch.outputs(inputs, plan, sizes, kept), *last, kept.key, kept.value, kept.decay
 
 
 @_forward.register_fake
-def _(q, k, v, q_slot, k_slot, log_gate, slot_key, slot_value, sink_key, sink_value, first, cu_seqlens, *_):
+def _(*given):
+    inputs = Inputs(*given)
+    q, k, v, log_gate, cu_seqlens = inputs.q, inputs.k, inputs.v, inputs.log_gate, inputs.cu_seqlens
     batch, length, query_heads, dim = q.shape
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (rows, k.shape[2], log_gate.shape[3])
@@ -41,13 +45,14 @@ def _(q, k, v, q_slot, k_slot, log_gate, slot_key, slot_value, sink_key, sink_va
         q.new_empty(per_query, dtype=torch.float32),
         q.new_empty(*state, dim, dtype=torch.float32),
         q.new_empty(*state, v.shape[3], dtype=torch.float32),
+        *inputs.kept(),
     )
 
 
 @torch.library.custom_op("nha::triton_backward", mutates_args=())
 def _backward(
     grad_out: Tensor | None, grad_mass: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None,
-    out: Tensor, mass: Tensor, lse: Tensor,
+    out: Tensor, mass: Tensor, lse: Tensor, kept_key: Tensor, kept_value: Tensor, kept_decay: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor | None, k_slot: Tensor | None, log_gate: Tensor,
     slot_key: Tensor | None, slot_value: Tensor | None, sink_key: Tensor | None, sink_value: Tensor | None,
     first: Tensor | None, cu_seqlens: Tensor | None, window: int, past: int, scale: float, live: bool,
@@ -64,7 +69,7 @@ def _backward(
         return q.new_zeros(shape, dtype=torch.float32) if grad is None else grad.contiguous()
 
     grads = launch.gradients(
-        inputs, out, mass, lse,
+        inputs, Kept(kept_key, kept_value, kept_decay), out, mass, lse,
         torch.zeros_like(out) if grad_out is None else grad_out.contiguous(),
         None if grad_mass is None else grad_mass.contiguous(),
         given(grad_key, *state, q.shape[3]), given(grad_value, *state, v.shape[3]),
@@ -74,23 +79,23 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_out, grad_mass, grad_key, grad_value, out, mass, lse, *inputs):
+def _(grad_out, grad_mass, grad_key, grad_value, out, mass, lse, kept_key, kept_value, kept_decay, *inputs):
     like = inputs[:10]
     nothing = inputs[0].new_empty
     return tuple(nothing(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
 
 
 def _save(ctx, inputs, output) -> None:
-    out, mass, lse, _, _ = output
-    ctx.save_for_backward(out, mass, lse, *inputs[:12])
+    out, mass, lse, _, _, *kept = output
+    ctx.save_for_backward(out, mass, lse, *kept, *inputs[:12])
     ctx.options = inputs[12:]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_out, grad_mass, _, grad_key, grad_value):
+def _differentiate(ctx, grad_out, grad_mass, _, grad_key, grad_value, *__):
     saved = ctx.saved_tensors
     grads = _backward(grad_out, grad_mass, grad_key, grad_value, *saved, *ctx.options)
-    given = saved[3:13]
+    given = saved[6:16]
     return *(None if x is None else g for x, g in zip(given, grads, strict=True)), *[None] * 6
 
 
@@ -160,7 +165,7 @@ def triton_attention(
         token = torch.arange(gates.shape[1], device=q.device)
         gates = torch.where((token < (count + past - window)[:, None])[..., None, None], gates, 0)
     sink_key, sink_value = (None, None) if sink is None else sink
-    out, mass, _, slot_key, slot_value = _forward(
+    out, mass, _, slot_key, slot_value, *_ = _forward(
         q, keys, values, None if shared_query else q_slot, None if shared_key else token_keys, gates,
         None if before is None else before.slot_key, None if before is None else before.slot_value,
         sink_key, sink_value, first, cu_seqlens, window, past, scale, before is not None and before.slots_live,

@@ -136,11 +136,18 @@ class Plan(NamedTuple):
         return per_sequence if self.cu is not None else per_sequence * self.sequences
 
 
+def chunks_of(length: int, past: int, window: int, size: int, packed: int | None) -> int:
+    """Slot states kept for one sequence of a batch, or for all of so many packed ones, whatever their lengths."""
+    if packed is None:
+        return max(-(-(length + past - window) // size), 0)
+    return -(-length // size) + packed
+
+
 def make_plan(batch: int, length: int, past: int, window: int, sizes: Blocks, columns: int, cu: Tensor | None) -> Plan:
     """The plan of a call; `columns` is the number of state programs of one sequence (KV heads times column blocks)."""
     size, offset = sizes.chunk, window - past
     if cu is None:
-        chunks = max(-(-(length - offset) // size), 0)
+        chunks = chunks_of(length, past, window, size, None)
         blocks, key_blocks = -(-(length + -offset % size) // size), -(-(length + past) // size)
         scanned = batch * columns <= FULL_PROGRAMS and chunks > FEW_CHUNKS
         return Plan(batch, length, past, window, chunks, blocks, key_blocks, scanned)
@@ -170,7 +177,7 @@ def _packed_plan(length: int, past: int, window: int, size: int, cu: Tensor) -> 
 def _make_packed_plan(length: int, past: int, window: int, size: int, cu: Tensor) -> Plan:
     """The plan of packed rows, from bounds on what their lengths may be: those are never asked for."""
     offset, count = window - past, cu.shape[0] - 1
-    chunks = -(-length // size) + count
+    chunks = chunks_of(length, past, window, size, count)
     blocks = -(-length // size) + 2 * count
     key_blocks = -(-length // size) + (1 + -(-past // size)) * count
     entries = -(-max(blocks, key_blocks) // 2) * 2  # so that every table begins at a multiple of 16 bytes
