@@ -35,7 +35,7 @@ COLUMNS = ("model", "task", "how", "B", "T", "ms", "tokens_s", "peak_gib", "gpu"
            "date")  # fmt: skip
 FULL_LAYERS = (3, 11, 19, 27)
 WINDOW, SLOTS = 64, 64
-SEGMENT = 8192
+SEGMENT = 16384
 GIB = 2**30
 SPARE = 3  # GiB that throughput leaves free for activations
 

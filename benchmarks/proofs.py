@@ -27,7 +27,7 @@ from benchmarks.measure import captured
 from benchmarks.problems import Problem, make, place, results, rms
 from nha import nha_attention
 from nha.models.attend import Segment, attend
-from nha.ops import RingState, choose, implementations, nha_decode
+from nha.ops import RingState, choose, implementations, nha_decode, segment_attention
 from nha.ops.rotary import slot_view
 from nha.ops.triton.full_op import full_token
 from nha.ops.triton.rotary import slot_view as view_kernel
@@ -377,6 +377,29 @@ def full_decoding(setting: Setting) -> str:
             most = max(most, off)
             if not off <= 2:
                 bad.append(f"{off:.1f} times as far off with {batch} x {length} keys {'un' * (mask is None)}masked")
+    return verdict(bad, f"at most {most:.2f} times as far off as SDPA and its rounding")
+
+
+def full_segments(setting: Setting) -> str:
+    """A later segment under full attention, read in parts, is as close to the definition as attention with a mask."""
+    dtype = torch.float32 if setting.tiny else torch.bfloat16
+    shapes = [(2, 5, 17, 2, 3, 16)] if setting.tiny else [
+        (1, 1024, 4096, 8, 4, 128), (1, 512, 2000, 8, 4, 128), (2, 300, 333, 4, 7, 64), (1, 100, 1000, 2, 1, 80),
+    ]  # fmt: skip
+    bad, most, generator = [], 0.0, torch.Generator(setting.device).manual_seed(setting.seed)
+    for batch, length, seen, heads, groups, dim in shapes:
+        sizes = (batch, heads * groups, length, dim), *[(batch, heads, seen, dim)] * 2
+        q, k, v = (torch.randn(n, generator=generator, device=setting.device).to(dtype) for n in sizes)
+        mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+        keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
+        score = (q.double() @ keys.double().mT * dim**-0.5).masked_fill(~mask, float("-inf"))
+        exact = (score.softmax(-1) @ values.double()).transpose(1, 2)
+        other = rms(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2).double() - exact)
+        with torch.no_grad():
+            off = rms(segment_attention(q, k, v).double() - exact) / (other + torch.finfo(dtype).eps * rms(exact))
+        most = max(most, off)
+        if not off <= 2:
+            bad.append(f"{off:.1f} times as far off with the last {length} of {seen} tokens")
     return verdict(bad, f"at most {most:.2f} times as far off as SDPA and its rounding")
 
 

@@ -43,7 +43,10 @@ def test_what_did_not_run_fails(tmp_path):
     assert (tmp_path / "checks.txt").read_text().splitlines()[1] == "UNRUN no time left | proof: far-apart"
 
 
-@pytest.mark.parametrize("proof", ["refusals", "far-apart", "many-keys", "full-decoding", "slot-views", "packed"])
+PROVED = ["refusals", "far-apart", "many-keys", "full-decoding", "full-segments", "slot-views", "packed"]
+
+
+@pytest.mark.parametrize("proof", PROVED)
 def test_proofs_hold(tmp_path, proof):
     done = run(tmp_path, "--only", f"proof: {proof}")
     assert done.returncode == 0, done.stdout

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
-from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode, token_attention
+from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode, segment_attention, token_attention
 from nha.ops.autocast import in_region
 from nha.ops.banded import banded_attention
 from nha.ops.ring import MAX_NEW
@@ -204,15 +202,11 @@ def own_attention(
     LAST. With a mask transformers copies keys and values for every query head, and SDPA alone leaves a GPU idle where
     there are few texts: a single token has an operator of its own.
     """
-    length, seen, scale, dropped = query.shape[2], key.shape[2], kwargs.get("scaling"), kwargs.get("dropout") or 0.0
+    length, scale, dropped = query.shape[2], kwargs.get("scaling"), kwargs.get("dropout") or 0.0
     if softcap is None and length == 1 and not dropped and kwargs.get("position_bias") is None:
         return token_attention(query, key, value, mask, scale), None
     if mask is not None and mask.shape == LAST:
-        query, key, value = in_region(query, key, value)
-        grouped = query.shape[1] != key.shape[1]
-        bias: Any = causal_lower_right(length, seen)
-        out = F.scaled_dot_product_attention(query, key, value, bias, dropped, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2), None
+        return segment_attention(query, key, value, scale, dropped), None
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:

@@ -154,7 +154,7 @@ def nha_attention(
     if name == "triton" and window_size != -1:
         if state is not None and q.shape[1] <= MAX_NEW and cu_seqlens is None:
             read = [q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]
-            short = not _wants_gradients(read) and unsupported(q, v, log_gate, softcap, decoding=True) is None
+            short = not wants_gradients(read) and unsupported(q, v, log_gate, softcap, decoding=True) is None
         name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fresh, shared = state is None, k_slot is None
@@ -238,7 +238,7 @@ def nha_decode(
     _check(q, k, v, log_gate, state.window_size, q_slot, k_slot, sink, state, attention_mask, None)
     if q.shape[1] > MAX_NEW:
         raise ValueError(f"expected at most {MAX_NEW} new tokens, got {q.shape[1]}")
-    if _wants_gradients([q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]):
+    if wants_gradients([q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]):
         raise ValueError("expected inputs that need no gradients, got some that do; decode under torch.no_grad()")
     choose("triton", q.device)
     if attention_mask is not None:
@@ -256,10 +256,11 @@ def nha_decode(
 def infers(tensors: Sequence[Tensor | None], impl: str = "auto") -> bool:
     """Whether `impl` is the kernels where the first tensor is, and no gradient is asked for: some of them have none."""
     first = tensors[0]
-    return first is not None and choose(impl, first.device) == "triton" and not _wants_gradients(tensors)
+    return first is not None and choose(impl, first.device) == "triton" and not wants_gradients(tensors)
 
 
-def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
+def wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether gradients of some of the tensors may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

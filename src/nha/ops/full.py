@@ -1,10 +1,13 @@
-"""Full attention of one token per text, the step of layers that keep every token."""
+"""Full attention of the last tokens of a text, one or a segment, for layers that keep every token."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from nha.ops import api
 from nha.ops.autocast import in_region
@@ -47,3 +50,65 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     most = {torch.float32: NARROW_DIM, torch.bfloat16: MAX_DIM, torch.float16: MAX_DIM}.get(q.dtype, 0)
     known = q.dtype == k.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= most
     return known and q.shape[1] // k.shape[1] <= MAX_GROUPS and k.shape[2] > 0
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+    """Causal attention of the last T of Tk tokens, [B, T, HQ, Dv], without a mask of T x Tk.
+
+    PyTorch has one kernel for that, FlashAttention-2. cuDNN's is faster, but knows squares and their lower triangles
+    alone: without gradients it reads the tokens T at a time, and the parts are merged by their log-sum-exps.
+
+    Args:
+        q: [B, HQ, T, D]; query head h reads KV head h // (HQ / H).
+        k: [B, H, Tk, D].
+        v: [B, H, Tk, Dv].
+        scale: of the scores, by default D ** -0.5.
+        dropout: of the weights.
+
+    >>> q, k = torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 3, 8)
+    >>> segment_attention(q, k, torch.arange(3.0).view(1, 1, 3, 1)).flatten().tolist()
+    [0.5, 0.5, 1.0, 1.0]
+    """
+    q, k, v = in_region(q, k, v)
+    length, seen = q.shape[2], k.shape[2]
+    read = None if dropout or length == seen else _square_kernel(q, k, v)
+    if read is None:
+        bias: Tensor = causal_lower_right(length, seen)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    own = seen - length
+    out, total = read(q, k[:, :, own:], v[:, :, own:], True, scale)
+    for start in range(0, own, length):
+        stop = min(start + length, own)
+        part, lse = read(q, k[:, :, start:stop], v[:, :, start:stop], False, scale)
+        out = torch.lerp(out, part, torch.sigmoid(lse - total))
+        total = torch.logaddexp(total, lse)
+    return out.to(q.dtype).transpose(1, 2)
+
+
+Read = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], tuple[Tensor, Tensor]]
+
+
+def _square_kernel(q: Tensor, k: Tensor, v: Tensor) -> Read | None:
+    """A kernel that gives, in float32, outputs [B, HQ, T, D] and their log-sum-exps [B, HQ, T, 1], causal or not."""
+    if api.wants_gradients([q, k, v]) or q.shape[3] != v.shape[3]:
+        return None
+    if q.device.type == "cpu":
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+        def read(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+            out, lse = operator(q, k, v, 0.0, causal, scale=scale)
+            return out.to(lse.dtype), lse[..., None]
+
+        return read
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type != "cuda" or not torch.backends.cuda.can_use_cudnn_attention(
+        torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, grouped)
+    ):
+        return None
+
+    def read_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        return found[0].float(), found[1].reshape(*q.shape[:3], 1)
+
+    return read_cudnn
