@@ -105,6 +105,8 @@ class Distillation(nn.Module):
             raise ValueError(f"expected what is trained to be one of {TRAINED}, got {trained!r}")
         self.mode = Mode()
         self.taught, self.compiled = taught, False
+        self.beside = False  # whether the teacher's pass may run at the same time as the student's, on a GPU
+        self.sides: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
         hybrid_layers(model)
         self.windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
         model.requires_grad_(False)
@@ -189,6 +191,15 @@ class Distillation(nn.Module):
             for module, window in zip(modules, before, strict=True):
                 module.window_size = window
 
+    def side(self) -> torch.cuda.Stream | None:
+        """The stream for the teacher's pass, which belongs to the current one and waits for it; None for the same."""
+        if not (self.beside and self.taught):
+            return None
+        current = torch.cuda.current_stream()
+        side = self.sides.setdefault(current, torch.cuda.Stream())
+        side.wait_stream(current)
+        return side
+
     def hidden(self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         """What the decoder hands to the head [N, hidden] for texts packed into one row, ids and positions [1, N]."""
         found = self.causal.get_decoder()(
@@ -212,11 +223,13 @@ class Distillation(nn.Module):
             by_divergence, by_cross_entropy: weights [N].
             longest: at least as long as any text.
         """
-        taught = None
+        taught, side = None, self.side()
         if self.taught:
-            with self.teacher():
+            with self.teacher(), torch.cuda.stream(side):
                 taught = self.hidden(ids, position_ids, cu_seqlens, longest)
         student = self.hidden(ids, position_ids, cu_seqlens, longest)
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
         options: dict[str, Any] = {"compiled": self.compiled}
         head = Head.of(self.causal)  # asked for anew: sharding replaces parameters
         found = head_loss(student, taught, head, target, by_divergence, by_cross_entropy, **options)

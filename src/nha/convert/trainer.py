@@ -127,6 +127,7 @@ class DistillTrainer(Trainer):
             self.marked = (time.perf_counter(), step)
             self.parameters = [p for p in model.parameters() if p.requires_grad]
             self.recorder = Recorder(self.model, self.parameters) if self.recorded else None
+            self.model.beside = self.recorded
         parameters, windows = self.parameters, self.model.windows
         parts: dict[str, list[Tensor | None]] = {}
         loss = torch.zeros((), device=device)
