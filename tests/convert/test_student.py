@@ -178,6 +178,7 @@ def test_compiled_layers_compute_the_same_and_are_released(monkeypatch):
     student, plain = student_of(), student_of()
     given = batch()
     torch._dynamo.reset()
+    student.join_layers()
     student.compile_layers(backend="aot_eager")
     losses = []
     for one in (student, plain):

@@ -340,7 +340,8 @@ def distill(
     if start < len(stream):
         model.train()
         on_cpu = not next(model.parameters()).is_cuda
-        student.compile_parts(compiled or ("nothing" if on_cpu else "loss" if sharding(student) else "layers"))
+        spread = bool(sharding(student))
+        student.compile_parts(compiled or ("nothing" if on_cpu else "loss" if spread else "layers"), joint=not spread)
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step

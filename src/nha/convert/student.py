@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nha.convert.joint import SAME_INPUT, FrozenLinear, Joint, Pair, join_frozen, part, share
 from nha.convert.losses import Head, head_loss
 from nha.models.adapter import attention_layers, hybrid_layers
 from nha.models.config import FULL
@@ -42,12 +43,23 @@ class TaughtLinear(nn.Linear):
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
         self.own = nn.ParameterList([p.requires_grad_(False) for p in layer.parameters()] if taught else [])
         self.mode = mode
+        self.joint: Joint | None = None
+        self.place = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.mode.teaching and len(self.own):
-            return F.linear(input, self.own[0], self.own[1] if len(self.own) > 1 else None)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        if self.joint is not None:
+            return self.joint.read(self.place, input)
+        own = self.own_pair
+        return F.linear(input, *(own if own is not None and self.mode.teaching else self.pair(input.dtype)))
+
+    @property
+    def own_pair(self) -> Pair | None:
+        """What the teacher computes with."""
+        return (self.own[0], self.own[1] if len(self.own) > 1 else None) if len(self.own) else None
+
+    def pair(self, dtype: torch.dtype) -> Pair:
+        """What the student computes with in a dtype."""
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def released(self) -> nn.Linear:
         """A plain layer with the student's weights, in the dtype that the layer had."""
@@ -130,10 +142,15 @@ class Distillation(nn.Module):
         self._no_split_modules = model._no_split_modules
         Head.of(self.causal)
 
-    def compile_parts(self, what: str) -> None:
-        """Compile "layers" and the loss, the "loss" alone, or "nothing"."""
+    def compile_parts(self, what: str, joint: bool = True) -> None:
+        """Compile "layers" and the loss, the "loss" alone, or "nothing".
+
+        Compiled layers are `joint` as well (see `join_layers`), which weights spread over devices cannot be.
+        """
         self.compiled = what != "nothing"
         if what == "layers":
+            if joint:
+                self.join_layers()
             self.compile_layers()
 
     def compile_layers(self, **options: Any) -> None:
@@ -145,6 +162,26 @@ class Distillation(nn.Module):
         for layer in self.causal.get_decoder().layers:
             layer.compile(dynamic=False, **options)
         self.compiled = True
+
+    def join_layers(self) -> None:
+        """Compute linear layers that read the same input as one product, teacher's and student's."""
+        hybrids = [m for m, w in zip(attention_layers(self.causal), self.windows, strict=True) if w != FULL]
+        for module in self.causal.get_decoder().modules():
+            for names in SAME_INPUT:
+                layers: list[Any] = [getattr(module, name, None) for name in names]
+                kinds = {type(layer) for layer in layers}
+                if kinds == {nn.Linear}:
+                    join_frozen(layers)
+                elif kinds == {TaughtLinear}:
+                    layers += [module.nha.g_proj] if module in hybrids else []
+                    self.join_taught(layers)
+
+    def join_taught(self, layers: list[TaughtLinear]) -> None:
+        """The same for layers in training; gates have no teacher."""
+        joint = Joint(layers, [layer.own_pair for layer in layers], lambda: self.mode.teaching)
+        share(joint, [list(layer.own) for layer in layers])
+        for place, layer in enumerate(layers):
+            layer.joint, layer.place = joint, place
 
     @property
     def config(self) -> Any:
@@ -256,6 +293,8 @@ class Distillation(nn.Module):
         for name, module in list(self.causal.named_modules()):
             if isinstance(module, TaughtLinear):
                 _replace(self.causal, name, module.released())
+            elif isinstance(module, FrozenLinear):
+                part(module)
         for module in attention_layers(self.causal):
             for sink in ("sink_key", "sink_value"):
                 value = getattr(module.nha, sink)
