@@ -226,12 +226,14 @@ def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, decoding, d
     assert reason(dim, slots + 1) == f"{slots + 1} slots in torch.{dtype}{beside}: the kernels take 1 to {slots}"
 
 
-def test_the_operators_are_well_formed():
+@pytest.mark.parametrize("packed", [None, [0, 3, 17, 17, 20]])
+def test_the_operators_are_well_formed(packed):
     case = Case(batch=1, length=20, query_heads=2, heads=1, slots=2)
+    boundaries = None if packed is None else torch.tensor(packed, dtype=torch.int32)
     flat = {n: x.detach() for n, x in inputs(case).items()}
     call(flat, window_size=3, impl="triton")  # registers the operators
     args = (
-        flat["q"], flat["k"], flat["v"], flat["q_slot"], None, flat["log_gate"], None, None, None, None, None, None,
-        3, 0, 0.5, False,
+        flat["q"], flat["k"], flat["v"], flat["q_slot"], None, flat["log_gate"], None, None, None, None, None,
+        boundaries, 3, 0, 0.5, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.nha.triton.default, args)

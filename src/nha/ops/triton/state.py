@@ -140,12 +140,12 @@ def scan_kernel(
     STAGES: tl.constexpr, PACKED: tl.constexpr, STARTED: tl.constexpr,
 ):  # fmt: skip
     """Replaces what every chunk adds to the slots (out) by the slots before it; those after the sequence -> last.
-    Programs: (sequence, head, tile)."""
+    Zeros fill chunks that no packed sequence has. Programs: (sequence, head, tile)."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     _, _, _, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     total = tl.maximum(count + past - window, 0)
-    slot, is_key, column, _ = tile_of(tl.program_id(2), M, D, DV, ROWS, WIDTH)
+    slot, is_key, column, block = tile_of(tl.program_id(2), M, D, DV, ROWS, WIDTH)
     dim = tl.where(is_key, D, DV)
     if is_key:
         start, out, last = start_key, out_key, last_key
@@ -167,6 +167,15 @@ def scan_kernel(
         tl.store(at, before.to(out.dtype.element_ty), mask=inside)  # after the load of this place, which is ahead
     last_at, inside = slots_at(last + whole, slot, column, dim, M)
     tl.store(last_at, slots, mask=inside)
+    if PACKED:
+        sequences = tl.num_programs(0)
+        _, _, _, count, base = bounds(sequences - 1, cu, chunk_base, length, past, chunks, PACKED)
+        used = base + (tl.maximum(count + past - window, 0) + CHUNK - 1) // CHUNK
+        for spare in range(used + sequence, chunks, sequences):
+            at, inside = slots_at(out + (spare * heads + head) * size, slot, column, dim, M)
+            tl.store(at, tl.zeros([ROWS, WIDTH], out.dtype.element_ty), mask=inside)
+            to = decay + (spare * heads + head) * M + slot
+            tl.store(to, tl.zeros([ROWS], tl.float32), mask=(slot < M) & (block == 0))
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks"])
