@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from nha.ops.ring import MAX_NEW
 from nha.ops.segment import advance, align_left
 
 LAST = (1, 1, 0, 1)  # shape of the mask that stands for a causal one whose last query sees all keys
+# That several query heads read one KV head has to be said from torch 2.12 on; before, it was understood.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
 
 
@@ -228,11 +231,11 @@ def packed_own_attention(
     """
     length = query.shape[2]
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
-        groups = query.shape[1] // key.shape[1]
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         most, left = longest or length, -1 if sliding_window is None else sliding_window - 1
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, scale=scaling, window_size=(left, 0))
+        out = varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, most, most, scale=scaling, window_size=(left, 0), **GROUPED
+        )  # fmt: skip
         assert isinstance(out, Tensor)
         return out[None], None
     outs = []
