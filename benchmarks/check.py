@@ -42,7 +42,7 @@ from benchmarks.proofs import Setting
 PROOFS: dict[str, Callable[[Setting], str]] = {
     "auto": proofs.automatic, "refusals": proofs.refusals, "operators": proofs.operators, "training": proofs.training,
     "packed": proofs.packed, "decoding": proofs.decoding, "autocast": proofs.autocast, "graph": proofs.graph,
-    "distilling": proofs.distilling, "full-decoding": proofs.full_decoding,
+    "losses": proofs.losses, "distilling": proofs.distilling, "full-decoding": proofs.full_decoding,
     "full-segments": proofs.full_segments, "slot-views": proofs.slot_views, "retuning": proofs.no_retuning,
     "many-rows": memory.many_rows, "long-row": memory.long_row, "many-keys": memory.many_keys,
     "far-apart": memory.far_apart, "memcheck": memory.memcheck, "racecheck": memory.racecheck,
@@ -73,7 +73,7 @@ def jobs(tiny: bool) -> list[Job]:
     in_turn = ("many-rows", "long-row", "many-keys", "far-apart", "slot-views")  # for their memory
     large = [Job("proof", in_turn)]
     alone = ("auto", "packed", "operators", "autocast", "graph", "full-decoding", "full-segments", "distilling")
-    others = [Job("proof", (name,)) for name in (*alone, "refusals")]
+    others = [Job("proof", (name,)) for name in (*alone, "losses", "refusals")]
     return laws[:10] + early + laws[10:24] + large + others + laws[24:]
 
 

@@ -14,7 +14,7 @@
     --budget-s N   stop after so long; arms that did not run are named
     --no-eval      train only, for speed; --quick measures less
     --profile      time steps of the first arm one by one and show where the time goes, instead of all this
-    --compile      layers (default on a GPU), loss or nothing
+    --compile      layers (default on a GPU) or nothing
 
 A row is written as soon as it is known. Exit status: 0 if every arm ran, 3 if time was up, 1 if an arm failed.
 """
@@ -225,7 +225,9 @@ def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 
     ids = stage_one_ids(corpus, settings, windows)
     hybridize(model, settings.num_slots, windows, init=settings.init, calibration=ids)  # type: ignore[arg-type]
     student = Distillation(model, trained=settings.trained, taught=settings.divergence > 0)
-    student.compile_parts(options.compile or ("layers" if cuda else "nothing"))
+    if (options.compile or ("layers" if cuda else "nothing")) == "layers":
+        student.join_layers()
+        student.compile_layers()
     with tempfile.TemporaryDirectory() as run:
         trainer = trainer_of(student.train(), stream, Path(run), settings, 0, None, None)
         optimizer = trainer.create_optimizer()

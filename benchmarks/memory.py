@@ -22,6 +22,7 @@ from benchmarks.problems import make, place, results, rms
 from benchmarks.proofs import ROOT, Setting, little, verdict
 from nha import nha_attention
 from nha.ops.triton.full_op import full_token
+from nha.ops.triton.loss import chunk_loss
 from nha.ops.triton.rotary import slot_view
 
 GIB = 2**30
@@ -183,6 +184,10 @@ def one_pass(setting: Setting) -> str:
             keys = k.transpose(1, 2)
             if not torch.equal(slot_view(keys, keys, *tables, *(x[:, :1] for x in tables))[1], keys):
                 bad.append(f"what slots see of {length} keys is not what is there")
+        hidden, by = torch.randn(5, 16, device=setting.device), torch.ones(5, device=setting.device)
+        grad = chunk_loss(hidden, hidden, hidden, torch.arange(5, device=by.device), by, by, 1.0, None)[3]
+        if not grad.isfinite().all():
+            bad.append("a gradient of the loss is not finite")
     missing = sorted(kernels().keys() - names)
     return verdict(bad + [f"{name} was not launched" for name in missing], f"{len(names)} kernels")
 

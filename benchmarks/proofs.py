@@ -30,6 +30,7 @@ from nha.models.attend import Segment, attend
 from nha.ops import RingState, choose, implementations, nha_decode, segment_attention
 from nha.ops.rotary import slot_view
 from nha.ops.triton.full_op import full_token
+from nha.ops.triton.loss import chunk_loss as loss_kernel
 from nha.ops.triton.rotary import slot_view as view_kernel
 
 ROOT = Path(__file__).parent.parent
@@ -427,6 +428,36 @@ def slot_views(setting: Setting) -> str:
             off = rms(mine[:, last].double() - wanted) / (torch.finfo(dtype).eps * rms(wanted))
             if not off <= 1:
                 bad.append(f"{off:.1e} times its rounding off for {batch} x {length} tokens, {mine.shape[2]} heads")
+    return verdict(bad)
+
+
+def losses(setting: Setting) -> str:
+    """Divergence, cross-entropy and gradient from logits in 16 bits are those of float64 up to rounding."""
+    shapes = [(5, 16, 40, None)] if setting.tiny else [(700, 576, 49_152, None), (200, 512, 151_665, 30.0)]
+    bad, generator = [], torch.Generator(setting.device).manual_seed(setting.seed)
+    dtype = torch.float16 if setting.tiny else torch.bfloat16
+    for count, hidden, vocabulary, cap in shapes:
+        own, more, weight = (
+            torch.randn(n, hidden, generator=generator, device=setting.device) for n in (count, count, vocabulary)
+        )
+        student, teacher, weight = (x.to(dtype) for x in (own, own + 0.3 * more, 0.2 * weight))
+        target = torch.randint(vocabulary, (count,), generator=generator, device=setting.device)
+        by = torch.rand(2, count, generator=generator, device=setting.device)
+        found = loss_kernel(student, teacher, weight, target, *by, 1.0, cap)
+        # From the very logits: a step in them is not the kernel's.
+        raw = (student @ weight.T).double().requires_grad_()
+        logits, wanted = (x if cap is None else cap * torch.tanh(x / cap) for x in (raw, (teacher @ weight.T).double()))
+        logs, shares = logits.log_softmax(-1), wanted.softmax(-1)
+        divergence = (shares * (wanted.log_softmax(-1) - logs)).sum(-1)
+        cross = -logs.gather(1, target[:, None])[:, 0]
+        (grad,) = torch.autograd.grad((by[0] * divergence + by[1] * cross).sum(), raw)
+        largest = torch.finfo(torch.float32).eps * max(x.abs().max().item() for x in (logits, wanted))
+        for name, mine, exact, limit in (
+            ("divergence", found[0], divergence, 16 * largest), ("cross-entropy", found[1], cross, 16 * largest),
+            ("gradient", found[3], grad @ weight.double(), torch.finfo(dtype).eps * rms(found[3])),
+        ):  # fmt: skip
+            off = rms(mine.double() - exact.detach())
+            bad += [] if off <= limit else [f"{name} of {vocabulary} words is off by {off:.1e} > {limit:.1e}"]
     return verdict(bad)
 
 

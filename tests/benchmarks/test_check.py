@@ -43,7 +43,7 @@ def test_what_did_not_run_fails(tmp_path):
     assert (tmp_path / "checks.txt").read_text().splitlines()[1] == "UNRUN no time left | proof: far-apart"
 
 
-PROVED = ["refusals", "far-apart", "many-keys", "full-decoding", "full-segments", "slot-views", "packed"]
+PROVED = ["refusals", "far-apart", "many-keys", "full-decoding", "full-segments", "slot-views", "packed", "losses"]
 
 
 @pytest.mark.parametrize("proof", PROVED)

@@ -252,16 +252,6 @@ def test_an_unknown_choice_of_what_to_compile_is_refused(given, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_its_loss_compiled_learns_the_same(given, whole_run, tmp_path, monkeypatch):
-    from nha.convert import losses
-
-    plain, used = losses.chunk_loss, []
-    monkeypatch.setattr(losses, "_compiled", lambda: lambda *arguments: used.append(1) or plain(*arguments))
-    found = distill(tiny(), given[1], given[0], tmp_path / "run", settings(), compiled="loss")
-    assert used
-    assert_same_bits(weights(found.model), weights(whole_run[0].model))
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(given, tmp_path):
     model = tiny()
     with torch.no_grad():

@@ -26,7 +26,10 @@ from benchmarks.problems import Problem, make, place, results
 from tests.triton.elsewhere import SHARED
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "u1",
+}  # fmt: skip
 
 
 def compile_launch(kernel, args, kwargs, capability=90):

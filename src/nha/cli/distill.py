@@ -90,8 +90,8 @@ def distill(
         str | None,
         typer.Option(
             "--compile",
-            help="What is compiled: layers (and the loss), loss (a minute less before the first step), nothing.",
-            show_default="layers on a GPU, loss on several, nothing on a CPU",
+            help="What is compiled: layers, or nothing (a minute less before the first step).",
+            show_default="layers on one GPU, else nothing",
         ),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,

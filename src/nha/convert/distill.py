@@ -31,7 +31,7 @@ from nha.models.config import FULL, plan_windows
 from nha.models.registry import check_family, to_hybrid
 
 RUN = "run.json"
-COMPILED = ("layers", "loss", "nothing")
+COMPILED = ("layers", "nothing")
 RATE, GATE_RATE, TUNED_WIDTH = 2e-3, 8e-3, 576
 SOFT_ALIGN_RATE, SHARP_ALIGN_RATE = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
 
@@ -237,7 +237,7 @@ def trainer_of(
         student, stream, arguments, rates=settings.rates(student.config.get_text_config().hidden_size),
         warmup=settings.warmup, treatment=settings.gradients, clip=settings.clip,
         window_dropout=settings.window_dropout, callbacks=callbacks,
-        recorded=cuda and student.compiled and not settings.checkpointing and not sharding(student),
+        recorded=cuda and not settings.checkpointing and not sharding(student),
     )  # fmt: skip
     from transformers.trainer_callback import PrinterCallback
 
@@ -284,9 +284,7 @@ def distill(
         corpus: from `nha.data.corpus.prepare` or `open_corpus`.
         run: the directory of the run.
         settings: default `DistillSettings()`.
-        compiled: "layers" compiles decoder layers and the loss, "loss" the loss alone, and both run passes as CUDA
-            graphs on one GPU; "nothing" does nothing of the kind. Default: "layers" on one GPU, "loss" on several,
-            "nothing" elsewhere.
+        compiled: "layers" compiles decoder layers, "nothing" nothing. Default: "layers" on one GPU, else "nothing".
         report: called with every entry of the log.
         progress: called with (layers done, layers in all) of stage 1.
         budget: seconds after which to stop, with a checkpoint.
@@ -341,7 +339,10 @@ def distill(
         model.train()
         on_cpu = not next(model.parameters()).is_cuda
         spread = bool(sharding(student))
-        student.compile_parts(compiled or ("nothing" if on_cpu else "loss" if spread else "layers"), joint=not spread)
+        if (compiled or ("nothing" if on_cpu or spread else "layers")) == "layers":
+            if not spread:  # weights spread over devices are no views of a joint one
+                student.join_layers()
+            student.compile_layers()
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step

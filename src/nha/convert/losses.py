@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache as memoize
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from nha.ops import choose
 
 LOGITS = 1 << 28  # in one chunk
 
@@ -71,17 +73,19 @@ def chunk_loss(
         shares = wanted.exp()
         divergence = (shares * (wanted - found)).sum(-1)
         grad = (by_divergence + by_cross_entropy)[:, None] * probability - by_divergence[:, None] * shares
-    # A comparison, where a scatter would keep the compiler from writing the gradient in the dtype of the product.
-    is_target = torch.arange(grad.shape[1], device=grad.device) == target[:, None]
-    grad = torch.where(is_target, grad - by_cross_entropy[:, None], grad)
+    grad.scatter_add_(1, target[:, None], -by_cross_entropy[:, None])
     if slope is not None:
         grad = grad * slope
     return divergence, -own, hit, (grad * scale).to(student.dtype) @ weight
 
 
-@memoize
-def _compiled() -> Any:
-    return torch.compile(chunk_loss, dynamic=False)
+def best_for(hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`chunk_loss`, or the kernel that does the same on a GPU."""
+    if hidden.dtype == torch.float64 or choose("auto", hidden.device) != "triton":
+        return chunk_loss
+    from nha.ops.triton.loss import chunk_loss as kernel
+
+    return kernel
 
 
 class _Loss(torch.autograd.Function):
@@ -109,7 +113,7 @@ class _Loss(torch.autograd.Function):
 
 def head_loss(
     student: Tensor, teacher: Tensor | None, head: Head, target: Tensor, by_divergence: Tensor,
-    by_cross_entropy: Tensor, *, chunk: int | None = None, compiled: bool = False,
+    by_cross_entropy: Tensor, *, chunk: int | None = None,
 ) -> HeadLoss:  # fmt: skip
     """sum_n by_divergence[n] KL(teacher_n || student_n) - by_cross_entropy[n] log student_n(target_n), in nats.
 
@@ -122,7 +126,6 @@ def head_loss(
         target: [N] int64, the token that follows each.
         by_divergence, by_cross_entropy: weights [N], 0 for tokens that do not count.
         chunk: tokens at a time.
-        compiled: compile the work on a chunk (for GPUs).
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -141,7 +144,6 @@ def head_loss(
     if teacher is not None and teacher.shape != student.shape:
         raise ValueError(f"expected the teacher's hidden states {list(student.shape)}, got {list(teacher.shape)}")
     size = chunk or max(64, 1 << max(0, (LOGITS // head.weight.shape[0]).bit_length() - 1))
-    function = _compiled() if compiled else chunk_loss
-    options = (head.scale, head.cap, size, function)
+    options = (head.scale, head.cap, size, best_for(student))
     weight = head.weight.detach()
     return HeadLoss(*_Loss.apply(student, teacher, weight, target, by_divergence, by_cross_entropy, *options))  # type: ignore[misc]

@@ -70,6 +70,14 @@ class TaughtLinear(nn.Linear):
         return layer
 
 
+def inductor_options() -> dict[str, int]:
+    """Gradients of three or more joint layers are each written to their place by a kernel that reads nothing else."""
+    from torch._inductor import config
+
+    wanted = {"max_pointwise_cat_inputs": 2, "max_complex_pointwise_cat_inputs": 2}
+    return {name: value for name, value in wanted.items() if hasattr(config, name)}
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A parameter or gradient that may be spread over devices, as one plain tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,7 +124,7 @@ class Distillation(nn.Module):
         if trained not in TRAINED:
             raise ValueError(f"expected what is trained to be one of {TRAINED}, got {trained!r}")
         self.mode = Mode()
-        self.taught, self.compiled = taught, False
+        self.taught = taught
         self.beside = False  # whether the teacher's pass may run at the same time as the student's, on a GPU
         self.sides: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
         hybrid_layers(model)
@@ -142,26 +150,15 @@ class Distillation(nn.Module):
         self._no_split_modules = model._no_split_modules
         Head.of(self.causal)
 
-    def compile_parts(self, what: str, joint: bool = True) -> None:
-        """Compile "layers" and the loss, the "loss" alone, or "nothing".
-
-        Compiled layers are `joint` as well (see `join_layers`), which weights spread over devices cannot be.
-        """
-        self.compiled = what != "nothing"
-        if what == "layers":
-            if joint:
-                self.join_layers()
-            self.compile_layers()
-
     def compile_layers(self, **options: Any) -> None:
-        """From now on run decoder layers, like the loss, compiled, for GPUs; `options` are those of `torch.compile`.
+        """From now on run decoder layers compiled, for GPUs; `options` are those of `torch.compile`.
 
         One graph serves all layers of a kind. Teacher and student, text and recall text, take one each.
         """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        options = options or {"options": inductor_options()}
         for layer in self.causal.get_decoder().layers:
             layer.compile(dynamic=False, **options)
-        self.compiled = True
 
     def join_layers(self) -> None:
         """Compute linear layers that read the same input as one product, teacher's and student's."""
@@ -267,9 +264,8 @@ class Distillation(nn.Module):
         student = self.hidden(ids, position_ids, cu_seqlens, longest)
         if side is not None:
             torch.cuda.current_stream().wait_stream(side)
-        options: dict[str, Any] = {"compiled": self.compiled}
         head = Head.of(self.causal)  # asked for anew: sharding replaces parameters
-        found = head_loss(student, taught, head, target, by_divergence, by_cross_entropy, **options)
+        found = head_loss(student, taught, head, target, by_divergence, by_cross_entropy)
         plain = follows * (1 - answers)
         sums = [
             (found.divergence * plain).sum(), (found.cross_entropy * plain).sum(), plain.sum(),
