@@ -10,6 +10,7 @@ it. Perplexities are compared on the texts that both models read.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.hybridize import TEACHER
+from nha.convert.distill import DistillSettings
 from nha.files import write_whole
 from nha.report.curves import line_styles, recall_png
 from nha.report.plots import LIGHT, tokens
+from nha.report.results import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,10 +34,8 @@ Row = dict[str, Any]
 SHOWN = ("one_fact", "four_facts")
 # What is drawn, where it was measured.
 PICTURED = {
-    TEACHER: "teacher", "hybrid4": "4 full layers", "hybrid": "no full layer",
-    "gates_soft": "no full layer, soft gates", "long": "no full layer, 8K rows",
-    "long_soft": "no full layer, soft gates, 8K rows", "sink128": "window 128 alone",
-    "sink128_clip5e-4": "window 128 alone, first recipe",
+    TEACHER: "teacher", "hybrid4": "4 full layers", "long_far": "no full layer, 8K rows, asked from far",
+    "long": "no full layer, 8K rows", "hybrid": "no full layer", "sink128": "window 128 alone",
 }  # fmt: skip
 DPI = 160
 
@@ -71,19 +72,33 @@ def distances(rows: Sequence[Row]) -> list[int]:
     return sorted({int(d) for row in rows for task in SHOWN for d in row.get("recall", {}).get(task, {})})
 
 
+def changed(settings: Row, plain: Row) -> list[str]:
+    """Settings that differ from the plain ones, those of a group one by one.
+
+    >>> changed({"tokens": 1e6, "seed": 1, "recall": {"far": 0.5, "exam": 0.3}}, {"recall": {"far": 0.0, "exam": 0.3}})
+    ['seed 1', 'far 0.5']
+    """
+    found = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found += changed({k: v for k, v in value.items() if v != plain[name][k]}, {})
+        elif name not in ("tokens", "save_every", "full_layers"):
+            found.append(f"{name} {value}")
+    return found
+
+
 def table(rows: Sequence[Row]) -> str:
     """All arms in Markdown."""
     teacher = next(row for row in rows if row["arm"] == TEACHER)
+    plain_settings = json.loads(to_json(dataclasses.asdict(DistillSettings())))
     head = ["arm, tokens", "changed", "full layers", "2K", "8K", "slots off, 2K", *(f"{t}, %" for t in SHOWN)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         ratios = [over_teacher(row, teacher, length) for length in ("2k", "8k")]
         off = row.get("slots_off") and over_teacher(row["slots_off"], teacher)
-        changed = {k: v for k, v in (row.get("settings") or {}).items()
-                   if k not in ("tokens", "save_every", "full_layers")}  # fmt: skip
         full = [str(i) for i, w in enumerate(row["windows"]) if w == -1]
         cells = [
-            name_of(row), ", ".join(f"{k} {v}" for k, v in changed.items()),
+            name_of(row), ", ".join(changed(row.get("settings") or {}, plain_settings)),
             "all" if len(full) == len(row["windows"]) else ", ".join(full) or "none",
             *("" if x is None else f"{x:.3f}" for x in (*ratios, off)),
             *(percent(row.get("recall", {}).get(task, {})) for task in SHOWN),
