@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cache as memoize
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,16 +43,21 @@ def check_harness() -> None:
         raise ImportError("expected the package lm-eval to run tasks, got none: pip install 'nha[eval]'")
 
 
+@memoize
+def _index(offline: bool, metadata: str) -> Any:
+    """The harness's index, which takes seconds to read, for metadata in JSON."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(FOLDER), include_defaults=not offline, metadata=json.loads(metadata))
+
+
 def known_tasks(names: Sequence[str], metadata: dict[str, Any] | None = None) -> Any:
     """The harness's index of tasks that has these names; its own tasks are looked up only if asked for.
 
     `metadata` is for tasks that make their own texts. Raises ValueError for a task that there is not.
     """
     check_harness()
-    from lm_eval.tasks import TaskManager
-
-    offline = set(names) <= set(OFFLINE)
-    manager = TaskManager(include_path=str(FOLDER), include_defaults=not offline, metadata=metadata)
+    manager = _index(set(names) <= set(OFFLINE), json.dumps(metadata))
     known = {*manager.all_tasks}
     unknown = [name for name in names if name not in known]
     if unknown:
