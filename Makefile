@@ -25,9 +25,9 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/nha quickstart
 
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 -m "not real" tests/models
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 tests/triton tests/benchmarks/test_check.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 --dist worksteal -m "not real" tests/models
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 --dist worksteal tests/triton tests/benchmarks/test_check.py
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
