@@ -40,6 +40,18 @@ def locate(program, table, per_sequence, PACKED: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(block, offset, CHUNK: tl.constexpr):
+    """The chunk of tokens that a block of queries commits; below 0 for one whose queries commit none."""
+    return block - (offset + CHUNK - 1) // CHUNK
+
+
+@triton.jit
+def chunks_in(count, offset, CHUNK: tl.constexpr):
+    """Chunks of tokens that enter the slots, of a sequence with `count` queries whose first `offset` commit none."""
+    return (tl.maximum(count - offset, 0) + CHUNK - 1) // CHUNK
+
+
+@triton.jit
 def far(index, stride):
     """Where the `index`-th of what lies `stride` elements apart begins, in 64 bits."""
     return tl.cast(index, tl.int64) * stride

@@ -14,6 +14,7 @@ from nha.ops.triton.common import (
     around,
     border_of,
     bounds,
+    chunk_of,
     far,
     in_pass,
     is_harsh,
@@ -86,7 +87,7 @@ def forward_kernel(
     head, query_heads = tl.program_id(1), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
-    chunk = block - (offset + CHUNK - 1) // CHUNK
+    chunk = chunk_of(block, offset, CHUNK)
     here = chunk >= 0
     u0 = chunk * CHUNK
     token, line = tl.arange(0, CHUNK), tl.arange(0, rows) % CHUNK

@@ -101,11 +101,11 @@ class Inputs(NamedTuple):
         batch, length = self.q.shape[:2]
         return make_plan(batch, length, self.past, self.window, sizes, columns, self.cu_seqlens), sizes
 
-    def kept(self) -> Kept:
+    def kept(self, sizes: Blocks) -> Kept:
         """Room for the slots before every chunk."""
         batch, length = self.q.shape[:2]
         packed = None if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        total = chunks_of(length, self.past, self.window, self.blocks().chunk, packed)
+        total = chunks_of(length, self.past, self.window, sizes.chunk, packed)
         shape = (total * batch if packed is None else total, self.k.shape[2], self.log_gate.shape[3])
         dims = (self.q.shape[3], self.v.shape[3])
         key, value = (self.v.new_empty(*shape, dim) for dim in dims)
@@ -133,7 +133,7 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> tuple[Kept, tuple[
     """
     key, v, gate, heads = inputs.token_key, inputs.v, inputs.log_gate, inputs.k.shape[2]
     slots, dims = gate.shape[3], (inputs.q.shape[3], v.shape[3])
-    kept = inputs.kept()
+    kept = inputs.kept(sizes)
     last_key, last_value = (v.new_empty(plan.sequences, heads, slots, d, dtype=torch.float32) for d in dims)
     started = inputs.slot_key is not None
     place = (plan.length, plan.past, plan.window, plan.chunks)

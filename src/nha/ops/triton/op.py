@@ -45,7 +45,7 @@ def _(*given):
         q.new_empty(per_query, dtype=torch.float32),
         q.new_empty(*state, dim, dtype=torch.float32),
         q.new_empty(*state, v.shape[3], dtype=torch.float32),
-        *inputs.kept(),
+        *inputs.kept(inputs.blocks()),
     )
 
 

@@ -9,6 +9,7 @@ from nha.ops.triton.common import (
     LOG2_E,
     PART,
     bounds,
+    chunk_of,
     far,
     in_pass,
     is_harsh,
@@ -46,7 +47,7 @@ def slots_kernel(
     if sequence < 0:
         return
     offset = window - past
-    chunk = block - (offset + CHUNK - 1) // CHUNK
+    chunk = chunk_of(block, offset, CHUNK)
     head, query_heads = tl.program_id(1), heads * groups
     row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     u0 = chunk * CHUNK

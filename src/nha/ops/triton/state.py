@@ -13,6 +13,8 @@ import triton.language as tl
 from nha.ops.triton.common import (
     LOG2_E,
     bounds,
+    chunk_of,
+    chunks_in,
     far,
     left_at_end,
     load_gates,
@@ -114,7 +116,7 @@ def shares_kernel(
     head = tl.program_id(1)
     row, _, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
     offset = window - past
-    chunk = block - (offset + CHUNK - 1) // CHUNK
+    chunk = chunk_of(block, offset, CHUNK)
     u0 = chunk * CHUNK
     committed = count - offset - u0
     if (chunk < 0) | (committed <= 0):
@@ -144,7 +146,7 @@ def scan_kernel(
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     _, _, _, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
-    total = tl.maximum(count + past - window, 0)
+    offset = window - past
     slot, is_key, column, block = tile_of(tl.program_id(2), M, D, DV, ROWS, WIDTH)
     dim = tl.where(is_key, D, DV)
     if is_key:
@@ -157,7 +159,7 @@ def scan_kernel(
     if STARTED:
         start_at, inside = slots_at(start + whole, slot, column, dim, M)
         slots = tl.load(start_at, mask=inside, other=0.0).to(tl.float32)
-    for chunk in tl.range(0, (total + CHUNK - 1) // CHUNK, num_stages=STAGES):
+    for chunk in tl.range(0, chunks_in(count, offset, CHUNK), num_stages=STAGES):
         place = (base + chunk) * heads + head
         at, inside = slots_at(out + place * size, slot, column, dim, M)
         added = tl.load(at, mask=inside, other=0.0)
@@ -170,8 +172,7 @@ def scan_kernel(
     if PACKED:
         sequences = tl.num_programs(0)
         _, _, _, count, base = bounds(sequences - 1, cu, chunk_base, length, past, chunks, PACKED)
-        used = base + (tl.maximum(count + past - window, 0) + CHUNK - 1) // CHUNK
-        for spare in range(used + sequence, chunks, sequences):
+        for spare in range(base + chunks_in(count, offset, CHUNK) + sequence, chunks, sequences):
             at, inside = slots_at(out + (spare * heads + head) * size, slot, column, dim, M)
             tl.store(at, tl.zeros([ROWS, WIDTH], out.dtype.element_ty), mask=inside)
             to = decay + (spare * heads + head) * M + slot
@@ -195,7 +196,6 @@ def reverse_kernel(
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     _, _, _, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
-    total = tl.maximum(count + past - window, 0)
     slot, is_key, column, block = tile_of(tl.program_id(2), M, D, DV, ROWS, WIDTH)
     blocks: tl.constexpr = (D + WIDTH - 1) // WIDTH + (DV + WIDTH - 1) // WIDTH
     dim = tl.where(is_key, D, DV)
@@ -207,7 +207,7 @@ def reverse_kernel(
     whole = (sequence.to(tl.int64) * heads + head) * size
     last_at, inside = slots_at(last + whole, slot, column, dim, M)
     slots = tl.load(last_at, mask=inside, other=0.0).to(tl.float32)
-    all_chunks = (total + CHUNK - 1) // CHUNK
+    all_chunks = chunks_in(count, window - past, CHUNK)
     for back in tl.range(0, all_chunks, num_stages=STAGES):
         place = (base + all_chunks - 1 - back) * heads + head
         at, inside = slots_at(read + place * size, slot, column, dim, M)

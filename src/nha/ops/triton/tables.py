@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nha.ops.triton.common import chunks_in
+
 # What is counted: the programs that the two tables name, in their order, and chunks of tokens that enter the slots.
 BLOCKS = tl.constexpr(0)
 KEY_BLOCKS = tl.constexpr(1)
@@ -15,7 +17,7 @@ KINDS = 3
 @triton.jit
 def pieces(count, kind, past, offset, lead, CHUNK: tl.constexpr):
     """Pieces of sequences with `count` tokens; an empty one has no block, and no key but the past."""
-    chunks = (tl.maximum(count - offset, 0) + CHUNK - 1) // CHUNK
+    chunks = chunks_in(count, offset, CHUNK)
     blocks = tl.where(count > 0, count + lead + CHUNK - 1, 0) // CHUNK
     key_blocks = (count + past + CHUNK - 1) // CHUNK
     return tl.where(kind == CHUNKS, chunks, tl.where(kind == BLOCKS, blocks, key_blocks))
