@@ -39,7 +39,15 @@ from typing import Any
 import torch
 
 from nha.cli import loading
-from nha.convert.distill import COMPILED, Distilled, DistillSettings, distill, stage_one_ids, trainer_of
+from nha.convert.distill import (
+    COMPILED,
+    Distilled,
+    DistillSettings,
+    compile_student,
+    distill,
+    stage_one_ids,
+    trainer_of,
+)
 from nha.convert.hybridize import hybridize
 from nha.convert.search import windows_from_search
 from nha.convert.student import Distillation
@@ -225,9 +233,7 @@ def profile(arm: str, corpus: Corpus, options: argparse.Namespace, steps: int = 
     ids = stage_one_ids(corpus, settings, windows)
     hybridize(model, settings.num_slots, windows, init=settings.init, calibration=ids)  # type: ignore[arg-type]
     student = Distillation(model, trained=settings.trained, taught=settings.divergence > 0)
-    if (options.compile or ("layers" if cuda else "nothing")) == "layers":
-        student.join_layers()
-        student.compile_layers()
+    compile_student(student, options.compile)
     with tempfile.TemporaryDirectory() as run:
         trainer = trainer_of(student.train(), stream, Path(run), settings, 0, None, None)
         optimizer = trainer.create_optimizer()

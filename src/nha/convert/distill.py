@@ -255,6 +255,16 @@ def sharding(student: Distillation) -> dict[str, Any]:
     return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
 
 
+def compile_student(student: Distillation, compiled: str | None = None) -> None:
+    """Compile what `compiled` names, one of COMPILED; None stands for what is fastest where the student is."""
+    spread = bool(sharding(student))
+    on_cpu = not next(student.parameters()).is_cuda
+    if (compiled or ("nothing" if on_cpu or spread else "layers")) == "layers":
+        if not spread:  # weights spread over devices are no views of a joint one
+            student.join_layers()
+        student.compile_layers()
+
+
 def distill(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -337,12 +347,7 @@ def distill(
         )  # fmt: skip
     if start < len(stream):
         model.train()
-        on_cpu = not next(model.parameters()).is_cuda
-        spread = bool(sharding(student))
-        if (compiled or ("nothing" if on_cpu or spread else "layers")) == "layers":
-            if not spread:  # weights spread over devices are no views of a joint one
-                student.join_layers()
-            student.compile_layers()
+        compile_student(student, compiled)
         trainer = trainer_of(student, stream, run, settings, start, report, budget)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         start = trainer.state.global_step

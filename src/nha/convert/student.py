@@ -70,14 +70,6 @@ class TaughtLinear(nn.Linear):
         return layer
 
 
-def inductor_options() -> dict[str, int]:
-    """Gradients of three or more joint layers are each written to their place by a kernel that reads nothing else."""
-    from torch._inductor import config
-
-    wanted = {"max_pointwise_cat_inputs": 2, "max_complex_pointwise_cat_inputs": 2}
-    return {name: value for name, value in wanted.items() if hasattr(config, name)}
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A parameter or gradient that may be spread over devices, as one plain tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -156,7 +148,6 @@ class Distillation(nn.Module):
         One graph serves all layers of a kind. Teacher and student, text and recall text, take one each.
         """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        options = options or {"options": inductor_options()}
         for layer in self.causal.get_decoder().layers:
             layer.compile(dynamic=False, **options)
 
