@@ -346,6 +346,11 @@ def graph(setting: Setting) -> str:
     return verdict([] if off <= limit else [f"rms difference {off:.2e} > {limit:.2e}"], f"off by {off:.1e} rms")
 
 
+def times_as_far(found: Tensor, sdpa: Tensor, exact: Tensor) -> float:
+    """How many times as far from the truth a result is as SDPA's and the rounding of one of its dtype together."""
+    return rms(found.double() - exact) / (rms(sdpa.double() - exact) + torch.finfo(found.dtype).eps * rms(exact))
+
+
 def full_decoding(setting: Setting) -> str:
     """One token under full attention equals the definition, masked or not, with few and many keys, as a CUDA graph."""
     dtype = torch.float32 if setting.tiny else torch.bfloat16
@@ -366,7 +371,7 @@ def full_decoding(setting: Setting) -> str:
                 score = score if mask is None else score.masked_fill(~mask[i], float("-inf"))
                 mean.append(score.softmax(-1) @ v[i].double())
             exact, read = torch.stack(mean), [q]
-            other = rms(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).double() - exact)
+            other = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
             def one(read: list[Tensor] = read, inputs: tuple = (q, k, v, mask, dim**-0.5)) -> None:
                 read[0] = full_token(*inputs)
@@ -374,7 +379,7 @@ def full_decoding(setting: Setting) -> str:
             with torch.no_grad():
                 replay = captured(one) if setting.device == "cuda" else one
                 replay()
-            off = rms(read[0].view_as(exact).double() - exact) / (other + torch.finfo(dtype).eps * rms(exact))
+            off = times_as_far(read[0].view_as(exact), other, exact)
             most = max(most, off)
             if not off <= 2:
                 bad.append(f"{off:.1f} times as far off with {batch} x {length} keys {'un' * (mask is None)}masked")
@@ -395,9 +400,9 @@ def full_segments(setting: Setting) -> str:
         keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
         score = (q.double() @ keys.double().mT * dim**-0.5).masked_fill(~mask, float("-inf"))
         exact = (score.softmax(-1) @ values.double()).transpose(1, 2)
-        other = rms(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2).double() - exact)
+        other = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)
         with torch.no_grad():
-            off = rms(segment_attention(q, k, v).double() - exact) / (other + torch.finfo(dtype).eps * rms(exact))
+            off = times_as_far(segment_attention(q, k, v), other, exact)
         most = max(most, off)
         if not off <= 2:
             bad.append(f"{off:.1f} times as far off with the last {length} of {seen} tokens")
