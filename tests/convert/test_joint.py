@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nha.convert.joint import FrozenLinear
+from nha.convert.joint import FrozenLinear, join_frozen
 from nha.convert.student import TaughtLinear
 from tests.convert.test_student import batch, student_of
 from tests.models.families import teacher
@@ -48,6 +48,15 @@ def test_joint_layers_are_called_once_for_each_input(monkeypatch):
     wide = sum(layer.out_features for layer in layers)
     widths = [wide + attention.nha.g_proj.out_features] * 2 + [wide]
     assert [shape[0] for shape in shapes if shape[0] >= wide][:3] == widths
+
+
+def test_a_bias_counts_for_its_own_layer_alone():
+    layers = [nn.Linear(4, 3), nn.Linear(4, 2, bias=False)]
+    x = torch.randn(2, 4)
+    wanted = [layer(x) for layer in layers]
+    join_frozen(layers)
+    for layer, plain in zip(layers, wanted, strict=True):
+        torch.testing.assert_close(layer(x), plain)
 
 
 def test_released_layers_are_plain_and_share_no_memory():

@@ -38,14 +38,35 @@ def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, siz
         assert (mine.double() - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * x.abs().max()
 
 
-def test_the_kernel_is_taken_for_inference_alone(monkeypatch):
+@pytest.mark.parametrize("size", [16, 12], ids=["whole", "part of the head"])
+def test_gradients_are_those_of_the_formula(size):
+    from nha.ops.triton.rotary import slot_view
+
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 9, 4, 16), (2, 9, 2, 16))
+    pair, grads = ([torch.randn(*s, generator=generator).to(DEVICE) for s in shapes] for _ in range(2))
+    near, far = tables(1, 9, size, scale=1.3), tables(1, 1, size, seed=2)
+    found = []
+    for view, dtype in ((lambda q, k: slot_view(q, k, *near, *far), torch.float32),
+                        (lambda q, k: rotary.slot_view(q, k, near, far), torch.float64)):  # fmt: skip
+        leaves = [x.to(dtype).requires_grad_() for x in pair]
+        found.append(torch.autograd.grad(view(*leaves), leaves, [g.to(dtype) for g in grads]))
+    for mine, wanted in zip(*found, strict=True):
+        assert (mine.double() - wanted).abs().max() <= 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
+
+
+def test_the_operator_passes_opcheck():
+    from nha.ops.triton.rotary import slot_view
+
+    q, k = (torch.randn(1, 5, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2))
+    torch.library.opcheck(slot_view, (q, k, *tables(1, 5, 16), *tables(1, 1, 16, seed=2)))
+
+
+def test_the_kernel_is_taken_on_a_gpu(monkeypatch):
     monkeypatch.setattr(rotary.api, "choose", lambda impl, device: "triton")
     q = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
-    assert rotary._has_kernel(q, q)
-    assert not rotary._has_kernel(q.double(), q.double())
-    assert not rotary._has_kernel(q.clone().requires_grad_(), q)
-    with torch.no_grad():
-        assert rotary._has_kernel(q.clone().requires_grad_(), q)
+    assert rotary._has_kernel(q, q) and rotary._has_kernel(q.clone().requires_grad_(), q)
+    assert not rotary._has_kernel(q.double(), q.double()) and not rotary._has_kernel(q.float(), q)
 
 
 def test_the_kernel_compiles_without_spills():

@@ -167,7 +167,7 @@ class Distillation(nn.Module):
     def join_taught(self, layers: list[TaughtLinear]) -> None:
         """The same for layers in training; gates have no teacher."""
         joint = Joint(layers, [layer.own_pair for layer in layers], lambda: self.mode.teaching)
-        share(joint, [list(layer.own) for layer in layers])
+        share(joint, [layer.own[0] for layer in layers if len(layer.own)])
         for place, layer in enumerate(layers):
             layer.joint, layer.place = joint, place
 

@@ -186,7 +186,8 @@ def spare_first_token(
     place = torch.arange(length, device=log_gate.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1] if state is None else torch.where(state.seen > 0, length, cu_seqlens[:-1])
-        first = (place[:, None] == starts).any(1)[None]
+        beyond = torch.zeros(length + 1, dtype=torch.bool, device=log_gate.device)  # empty texts may start at the end
+        first = beyond.index_fill(0, starts.long(), True)[None, :length]
     else:
         start = 0 if mask is None else mask.int().argmax(1, keepdim=True)
         first = (place == start)[None] if mask is None else place == start

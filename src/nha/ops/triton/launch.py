@@ -19,7 +19,7 @@ from nha.ops.triton.state import reverse_kernel, scan_kernel, shares_kernel, sta
 
 LOG2_E = 1.4426950408889634
 STATE_WIDTH = 128  # columns of the slots that one program of the pass over tokens holds
-SCAN = {"ROWS": 16, "WIDTH": 64, "STAGES": 8}  # slots and columns that one program of a scan holds, loads under way
+SCAN = {"ROWS": 16, "WIDTH": 64}  # slots and columns that one program of a scan holds
 SLAB = 528  # programs of the backward pass whose scores are kept at a time
 
 
@@ -149,7 +149,7 @@ def slot_states(inputs: Inputs, plan: Plan, sizes: Blocks) -> tuple[Kept, tuple[
         launch(
             scan_kernel, (plan.sequences, heads, _tiles(dims, slots)), inputs.kind,
             *kept, inputs.slot_key, inputs.slot_value, last_key, last_value, plan.cu, plan.chunk_base, *place, heads,
-            STARTED=started, **sized, **SCAN, **cut, num_warps=4,
+            STARTED=started, STAGES=sizes.scan_stages, **sized, **SCAN, **cut, num_warps=4,
         )  # fmt: skip
     else:
         launch(
@@ -267,7 +267,7 @@ def gradients(
         reverse_kernel, (plan.sequences, heads, _tiles((dim, value_dim), slots)), inputs.kind,
         kept.decay, kept.key, kept.value, grad_slot_key, grad_slot_value, *dslots, *first, dend,
         plan.cu, plan.chunk_base, length, plan.past, plan.window, plan.chunks, heads,
-        M=slots, D=dim, DV=value_dim, CHUNK=sizes.chunk, PACKED=packed, **SCAN, num_warps=4,
+        M=slots, D=dim, DV=value_dim, CHUNK=sizes.chunk, PACKED=packed, STAGES=sizes.scan_stages, **SCAN, num_warps=4,
     )  # fmt: skip
     launch(
         key_kernel, (plan.programs(plan.key_blocks), heads), inputs.kind,

@@ -39,6 +39,7 @@ class Blocks(NamedTuple):
     warps: int
     slot_warps: int
     slot_stages: int  # loads under way in the loop of `slots_kernel`
+    scan_stages: int  # loads under way in a scan, which does nothing but wait for them
     key_warps: int
     key_stages: int
     precision: str
@@ -107,6 +108,7 @@ def blocks(
         warps=4 if exact and crowded else 8 if crowded else rows // 16,
         slot_warps=4 if compact or small else 8,
         slot_stages=1 if compact else 3,
+        scan_stages=8 if exact or compact else 16,
         key_warps=8 if (exact and widest > 64) or (crowded and chunk > 16) else 4,
         key_stages=1 if exact or crowded or compact else 3,
         precision=("ieee" if widest > 128 else "tf32x3") if exact else "tf32",

@@ -1,4 +1,4 @@
-"""What slots see of rotated queries and keys, in one launch."""
+"""What slots see of rotated queries and keys, in one launch; and as a PyTorch operator with gradients."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ BLOCK = 16  # tokens of a program, where there are several
 def slot_view_kernel(
     q, k, cos, sin, far_cos, far_sin, out_q, out_k,
     q_b, q_t, q_h, k_b, k_t, k_h, c_b, c_t, s_b, s_t, length, query_heads, heads,
-    D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """out_q [B, T, HQ, D], out_k [B, T, H, D] of one head of a block of tokens; programs (block, HQ + H, B)."""
+    """out_q [B, T, HQ, D], out_k [B, T, H, D] of one head of a block of tokens; programs (block, HQ + H, B).
+
+    BACK turns the other way: that is the gradient, since a rotation's inverse is its transpose.
+    """
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     token0, near = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     there = (token0 + near < length)[:, None]
@@ -48,14 +51,16 @@ def slot_view_kernel(
     own = tl.load(x + at + column[None, :], inside, 0.0).to(tl.float32)
     turned = tl.load(x + at + other[None, :], there & turning, 0.0).to(tl.float32)
     turned = tl.where((column < R // 2)[None, :], -turned, turned)
-    value = (own * (far_c * c + far_s * s) + turned * (far_s * c - far_c * s)) * scale
+    sine = far_s * c - far_c * s
+    value = (own * (far_c * c + far_s * s) + turned * (-sine if BACK else sine)) * scale
     tl.store(to + near[:, None] * to_t + column[None, :], value.to(out_q.dtype.element_ty), inside)
 
 
+@torch.library.custom_op("nha::slot_view", mutates_args=())
 def slot_view(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, far_cos: Tensor, far_sin: Tensor
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, far_cos: Tensor, far_sin: Tensor, back: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As `nha.ops.rotary.slot_view`."""
+    """As `nha.ops.rotary.slot_view`; `back` gives its gradients instead, from those of what it returns."""
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     far_cos, far_sin = far_cos.contiguous(), far_sin.contiguous()
     batch, length, query_heads, dim = q.shape
@@ -69,6 +74,23 @@ def slot_view(
         launch(
             slot_view_kernel, (-(-length // block), query_heads + heads, batch), kind,
             q, k, cos, sin, far_cos, far_sin, *outs, *strides, length, query_heads, heads,
-            D=dim, R=size, WIDTH=width(dim), BLOCK=block, num_warps=4 if length > 1 else 1,
+            D=dim, R=size, WIDTH=width(dim), BLOCK=block, BACK=back, num_warps=4 if length > 1 else 1,
         )  # fmt: skip
     return outs[0], outs[1]
+
+
+@slot_view.register_fake
+def _(q, k, cos, sin, far_cos, far_sin, back=False):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[2:6])
+    ctx.back = inputs[6]
+
+
+def _backward(ctx, grad_q, grad_k):
+    return *slot_view(grad_q, grad_k, *ctx.saved_tensors, not ctx.back), None, None, None, None, None
+
+
+slot_view.register_autograd(_backward, setup_context=_setup)
