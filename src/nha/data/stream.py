@@ -26,8 +26,8 @@ class Mixture:
         steps: optimizer steps in all; the last `long_steps` of them have fewer, longer rows, of `long_length` tokens.
         rows, length: rows of a step (on each device) and tokens of a row.
         share: of the rows that are recall text.
-        recall: what recall text is made of. `grow` is the share of the steps after which a row holds the most facts
-            that it allows; before, they are fewer (0: from the start).
+        recall: what recall text is made of; longer rows hold more facts in proportion. `grow` is the share of the
+            steps after which a row holds the most facts that it allows; before, they are fewer (0: from the start).
         divergence, cross_entropy, answers: weights of the losses: divergence and cross-entropy are means over all
             tokens, `answers` is the weight of the mean cross-entropy of answers.
         apart: recall text makes a batch of its own, so that its gradient can be treated by itself.
@@ -66,12 +66,15 @@ class Mixture:
         return math.floor((step + 1) * rows * self.share) - math.floor(step * rows * self.share)
 
     def recall_at(self, step: int) -> RecallSettings:
-        """The settings of recall text in a step: more facts later, if they are to grow."""
+        """The settings of recall text in a step: more facts later, if they are to grow, and in longer rows.
+
+        >>> [Mixture(4, long_steps=1).recall_at(step).facts for step in (2, 3)]
+        [(1, 16), (1, 64)]
+        """
         least, most = self.recall.facts
-        if not self.grow:
-            return self.recall
-        done = min(1.0, step / (self.grow * self.steps))
-        return replace(self.recall, facts=(least, round(least * (most / least) ** done)))
+        done = min(1.0, step / (self.grow * self.steps)) if self.grow else 1.0
+        share = max(1.0, self.shape(step)[1] / self.length)  # as many questions among as many tokens
+        return replace(self.recall, facts=(least, round(share * least * (most / least) ** done)))
 
 
 def pack(
