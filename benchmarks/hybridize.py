@@ -130,11 +130,11 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(arm: str, seed: int, tokens: float, full: tuple[int, ...], given: dict[str, Any]) -> DistillSettings:
-    """The settings of an arm."""
+    """The settings of an arm; what is given by hand goes before what the arm says."""
     changes = dict(ARMS[arm])
     changes |= {"full_layers": full} if changes.pop("full", False) else {}
     changes |= {"long_tokens": tokens * changes.pop("long_share")} if "long_share" in changes else {}
-    return DistillSettings(**({"tokens": tokens, "seed": seed, "save_every": 10_000} | given | changes))
+    return DistillSettings(**({"tokens": tokens, "seed": seed, "save_every": 10_000} | changes | given))
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
