@@ -78,11 +78,8 @@ class Joint:
         sizes = [len(weight) for weight, _ in called]
         split = _Split.apply(whole, *sizes) if len(sizes) > 2 and not idle else whole.split(sizes, -1)
         pieces = iter(split)  # pyright: ignore[reportArgumentType]
-        outs = [None if pair is None else next(pieces) for pair in pairs]
-        return [
-            out if out is None or pair is None or pair[1] is None else out + pair[1]
-            for out, pair in zip(outs, pairs, strict=True)
-        ]
+        biased = (next(pieces) if bias is None else next(pieces) + bias for _, bias in called)
+        return [None if pair is None else next(biased) for pair in pairs]
 
 
 class FrozenLinear(nn.Linear):
