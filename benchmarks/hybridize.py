@@ -126,6 +126,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "all_weights": {"trained": "layers"},
     "long": {"long_share": 0.5},
     "long_far": {"long_share": 0.5, "recall": RecallSettings(far=0.5), "recall_share": 0.25},
+    "long_recall": {"long_share": 5 / 7, "recall": RecallSettings(far=0.5), "recall_share": 0.5},
 }  # fmt: skip
 
 

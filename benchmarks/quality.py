@@ -3,8 +3,8 @@
     PYTHONPATH=src python3 -m benchmarks.quality results/hybridize
 
 Reads summary.json there, prints a table of all arms and writes table.md, recall.png (whole answers that are right, by
-distance), perplexity.png (by position in the longest texts) and, from logs.jsonl, learning.png (the longest run) beside
-it. Perplexities are compared on the texts that both models read.
+distance), perplexity.png (by position in the longest texts) and, from logs.jsonl, learning.png (the longest run, or
+the last of them) beside it. Perplexities are compared on the texts that both models read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 SHOWN = ("one_fact", "four_facts")
 # What is drawn, where it was measured.
 PICTURED = {
-    TEACHER: "teacher", "hybrid4": "4 full layers", "long_far": "no full layer, 8K rows, asked from far",
+    TEACHER: "teacher", "hybrid4": "4 full layers", "long_recall": "no full layer, 8K rows, asked from far",
     "long": "no full layer, 8K rows", "hybrid": "no full layer", "sink128": "window 128 alone",
 }  # fmt: skip
 DPI = 160
@@ -193,7 +193,7 @@ def main(given: list[str] | None = None) -> int:
     logs = options.folder / "logs.jsonl"
     runs = [json.loads(line) for line in logs.read_text(encoding="utf-8").splitlines()] if logs.is_file() else []
     if runs:
-        pictures["learning.png"] = png(learning(max(runs, key=lambda run: run["tokens"])))
+        pictures["learning.png"] = png(learning(max(reversed(runs), key=lambda run: run["tokens"])))
     for name, data in pictures.items():
         write_whole(options.folder / name, data)
         print(options.folder / name)
