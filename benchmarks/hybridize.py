@@ -68,6 +68,7 @@ TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
 SLOW = {"rate": 5e-4, "gate_rate": 2e-3}
 SOFT = {"init": "soft"}
+FAR = {"recall": RecallSettings(far=0.5)}
 FIRST = SOFT | SLOW | {"gradients": "clip", "cross_entropy": 0.0}  # the first recipe
 PAPER = {
     "init": "paper", "align_steps": 0, "divergence": 0.0, "cross_entropy": 1.0, "gradients": "together",
@@ -119,14 +120,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "distance256": {"slot_distance": 256},
     "window_dropout": {"window_dropout": 0.25},
     "grow": {"grow": 0.5},
-    "far": {"recall": RecallSettings(far=0.5)},
+    "far": FAR,
     "few_facts": {"recall": RecallSettings(facts=(1, 4))},
     "lora": {"trained": "lora"},
     "slots_alone": {"trained": "slots"},
     "all_weights": {"trained": "layers"},
     "long": {"long_share": 0.5},
-    "long_far": {"long_share": 0.5, "recall": RecallSettings(far=0.5), "recall_share": 0.25},
-    "long_recall": {"long_share": 5 / 7, "recall": RecallSettings(far=0.5), "recall_share": 0.5},
+    "long_far": FAR | {"long_share": 0.5, "recall_share": 0.25},
+    "long_recall": FAR | {"long_share": 5 / 7, "recall_share": 0.5},
 }  # fmt: skip
 
 
