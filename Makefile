@@ -27,7 +27,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 --dist worksteal -m "not real" tests/models
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 --dist worksteal tests/triton tests/benchmarks/test_check.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 --dist worksteal tests/triton tests/gpu/test_check.py
 
 $(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
@@ -64,14 +64,14 @@ GPU := PYTHONPATH=src python3 -m
 .PHONY: test-gpu bench-gpu bench-model plots
 
 test-gpu:
-	$(GPU) benchmarks.check --out $(GPU_OUT) --budget-s $(GPU_BUDGET)
+	$(GPU) tests.gpu.check --out $(GPU_OUT) --budget-s $(GPU_BUDGET)
 
 bench-gpu:
-	$(GPU) benchmarks.bench --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+	$(GPU) nha.bench.op --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
 
 bench-model:
-	$(GPU) benchmarks.model --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+	$(GPU) nha.bench.model --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
 
 # The pictures of what was measured; needs matplotlib and no GPU.
 plots:
-	PYTHONPATH=src $(PYTHON) -m benchmarks.plots --results $(BENCH_OUT)
+	PYTHONPATH=src $(PYTHON) -m nha.bench.plots --results $(BENCH_OUT)

@@ -51,6 +51,16 @@ def assert_close_to(actual: Tensor, exact: Tensor, what: str = "", ulps: float =
 
 
 __all__ = [
-    "TOKENWISE", "Case", "assert_close_to", "call", "cases", "error", "gradients", "leaves", "make", "random_loss",
-    "rounding", "slice_tokens",
-]  # fmt: skip
+    "TOKENWISE",
+    "Case",
+    "assert_close_to",
+    "call",
+    "cases",
+    "error",
+    "gradients",
+    "leaves",
+    "make",
+    "random_loss",
+    "rounding",
+    "slice_tokens",
+]

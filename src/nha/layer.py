@@ -46,8 +46,8 @@ def segment_positions(
     if cu is not None:
         row = sequence_of(cu, positions[0])
         positions = positions - cu[row]
-        return positions if state is None else positions + state.seen[row]
-    return positions if state is None else positions + state.seen[:, None]
+        return positions if state is None else positions + state.num_tokens[row]
+    return positions if state is None else positions + state.num_tokens[:, None]
 
 
 class NativeHybridAttention(nn.Module):
@@ -145,8 +145,18 @@ class NativeHybridAttention(nn.Module):
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
             q_rope, k_rope = rotate(q, cos, sin), rotate(k, cos, sin)
         result = nha_attention(
-            q_rope, k_rope, v, log_gate(self.g_proj(x), self.num_kv_heads), window_size=self.window_size,
-            q_slot=q, k_slot=k, sink=self.sink, state=state, return_state=return_state,
-            attention_mask=attention_mask, cu_seqlens=cu_seqlens, impl=impl,
-        )  # fmt: skip
+            q_rope,
+            k_rope,
+            v,
+            log_gate(self.g_proj(x), self.num_kv_heads),
+            window_size=self.window_size,
+            q_slot=q,
+            k_slot=k,
+            sink=self.sink,
+            state=state,
+            return_state=return_state,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            impl=impl,
+        )
         return self.o_proj(result.out.flatten(2)), result.state

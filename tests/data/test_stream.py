@@ -77,7 +77,7 @@ def test_recall_rows_differ_between_steps_and_ranks_and_have_answers(material):
 
 
 def test_weights_are_means_over_the_step(material):
-    mixture = Mixture(2, rows=4, length=384, share=0.25, answers=0.7, cross_entropy=0.2, micro_rows=2)
+    mixture = Mixture(2, rows=4, length=384, share=0.25, answers=0.7, cross_entropy=0.2, micro_batch_size=2)
     batches = Stream(*material, mixture)[0]
     assert [name for name, _ in batches] == [TEXT, TEXT, RECALL]
     total = sum(float(batch["by_divergence"].sum()) for _, batch in batches)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from nha.evaluate.forms import FORMS
 from nha.evaluate.mass import slot_mass
 from nha.evaluate.measure import Suite, cut, measure_all, standard_suite
 from nha.evaluate.perplexity import far_repeats, perplexity
+from nha.evaluate.variants import VARIANTS
 from nha.report.results import to_json
 from tests.data.tokenizers import small_tokenizer
 from tests.models.families import hybrid, teacher
@@ -64,8 +64,8 @@ def test_a_tokenizers_first_token_begins_every_text_and_is_nowhere_else():
 
 def test_every_form_is_measured_and_the_data_are_plain(suite):
     model, seen = hybrid("llama", [8, -1, 4], vocab_size=900), []
-    found = measure_all(model, suite, forms=list(FORMS), progress=lambda *x: seen.append(x))
-    assert set(found) == set(FORMS)
+    found = measure_all(model, suite, forms=list(VARIANTS), progress=lambda *x: seen.append(x))
+    assert set(found) == set(VARIANTS)
     assert json.loads(to_json(found))["hybrid"]["recall"]["one_fact"]
     for form, data in found.items():
         assert set(data["recall"]) == {"one_fact", "mqar"}
@@ -79,7 +79,7 @@ def test_every_form_is_measured_and_the_data_are_plain(suite):
     assert found["hybrid"]["ppl_512"] == pytest.approx(whole.value)
     assert found["hybrid"]["far_512"] == pytest.approx(whole.where(far_repeats(suite.texts[512].numpy())), nan_ok=True)
     assert found["hybrid"]["slot_mass"]["slots"] == pytest.approx(slot_mass(model, suite.texts[256]).slots)
-    teachers = measure_all(teacher(vocab_size=900), suite, forms=list(FORMS))
+    teachers = measure_all(teacher(vocab_size=900), suite, forms=list(VARIANTS))
     assert set(teachers) == {"model"} and "slot_mass" not in teachers["model"]
     assert teachers["model"]["ppl_512"] == pytest.approx(found["full_attention"]["ppl_512"])
     assert seen[-1][0] == "recall" and seen[-1][1] == seen[-1][2]

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from nha.evaluate.forms import as_form
 from nha.evaluate.harness.offline import cloze_rows, passages, recall_rows
 from nha.evaluate.tasks import OFFLINE, STANDARD, known_tasks, run_tasks, task_names
+from nha.evaluate.variants import use_variant
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.tokenizers import small_tokenizer
 from tests.models.families import hybrid, teacher
@@ -43,7 +43,7 @@ def test_a_hybrid_with_full_attention_scores_as_the_original():
     names = ["nha_cloze", "nha_choice"]
     manager = known_tasks(names)
     scores = run_tasks(teacher(vocab_size=900), tokenizer, names, limit=6, manager=manager)
-    with as_form(model, "full_attention"):
+    with use_variant(model, "full_attention"):
         same = run_tasks(model, tokenizer, names, limit=6, manager=manager)
     assert same["nha_choice"] == scores["nha_choice"]
     assert same["nha_cloze"]["perplexity"]["value"] == pytest.approx(scores["nha_cloze"]["perplexity"]["value"])

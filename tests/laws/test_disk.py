@@ -14,7 +14,7 @@ def test_a_saved_state_goes_on_with_the_same_bits(tmp_path, dtype, separate):
     state = call(flat, window_size=7, return_state=True).state
     state.save(tmp_path / "state.safetensors")
     loaded = NHAState.load(tmp_path / "state.safetensors")
-    assert loaded.window_size == 7 and loaded.slots_live == state.slots_live
+    assert loaded.window_size == 7 and loaded.slots_active == state.slots_active
     for name, tensor in state.tensors().items():
         assert torch.equal(tensor, loaded.tensors()[name]), name
     ours, theirs = (call(flat, window_size=7, state=s).out for s in (loaded, state))

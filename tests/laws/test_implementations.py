@@ -87,9 +87,19 @@ def test_chunked_operators_are_well_formed():
     state = call(flat, window_size=3, return_state=True).state
     assert state is not None
     args = (
-        flat["q"], torch.cat([state.key, flat["k"]], 1), torch.cat([state.value, flat["v"]], 1), flat["q_slot"],
-        flat["k_slot"], flat["log_gate"], torch.cat([state.slot_key, state.slot_value], -1),
-        flat["k"].new_zeros(1, 0, 3), flat["v"].new_zeros(1, 0, 2), torch.zeros(1, dtype=torch.int64), 3, 0.5, 0.0,
+        flat["q"],
+        torch.cat([state.key, flat["k"]], 1),
+        torch.cat([state.value, flat["v"]], 1),
+        flat["q_slot"],
+        flat["k_slot"],
+        flat["log_gate"],
+        torch.cat([state.slot_key, state.slot_value], -1),
+        flat["k"].new_zeros(1, 0, 3),
+        flat["v"].new_zeros(1, 0, 2),
+        torch.zeros(1, dtype=torch.int64),
+        3,
+        0.5,
+        0.0,
         False,
-    )  # fmt: skip
+    )
     torch.library.opcheck(torch.ops.nha.chunked.default, [a.detach() if torch.is_tensor(a) else a for a in args])

@@ -27,7 +27,7 @@ def test_packed_sequences_equal_the_sequences_alone(impl, case, data):
         output = call(alone, impl="reference", **options)
         outs.append(output.out)
         masses.append(output.slot_mass)
-        assert packed.state.seen[row] == stop - start
+        assert packed.state.num_tokens[row] == stop - start
         for name in ("slot_key", "slot_value"):
             assert_close_to(packed.state.tensors()[name][row : row + 1], output.state.tensors()[name], name)
     exact = packed._replace(out=torch.cat(outs, 1), slot_mass=torch.cat(masses, 1), state=None)

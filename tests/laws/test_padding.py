@@ -32,7 +32,7 @@ def test_padded_rows_equal_the_rows_alone(impl, case, data):
         exact_out[row, span], exact_mass[row, span] = output.out[0], output.slot_mass[0]
         for name, tensor in output.state.tensors().items():
             got = padded.state.tensors()[name][row : row + 1]
-            if window == -1 and name in ("key", "value", "tail_slot_key", "tail_log_gate"):
+            if window == -1 and name in ("key", "value", "window_slot_key", "window_log_gate"):
                 got = got[:, got.shape[1] - counts[row] :]
             assert_close_to(got, tensor, name)
     assert_close_to(padded.out, exact_out)

@@ -9,30 +9,40 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nha.models.auto import to_hybrid
 from nha.models.config import FAMILIES
-from nha.models.registry import to_hybrid
 
 VOCAB = 97
 COMMON: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
-    pad_token_id=0, attention_dropout=0.0,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+    max_position_embeddings=4096,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    attention_dropout=0.0,
+)
 OWN: dict[str, dict[str, Any]] = {
     "mistral": dict(sliding_window=None),
     "qwen3": dict(head_dim=12),
-    "qwen3_moe": dict(
-        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0]
-    ),
+    "qwen3_moe": dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0]),
     "smollm3": dict(no_rope_layers=[1, 0, 1]),
     "gemma2": dict(
-        head_dim=8, sliding_window=64, query_pre_attn_scalar=4, attn_logit_softcapping=5.0,
+        head_dim=8,
+        sliding_window=64,
+        query_pre_attn_scalar=4,
+        attn_logit_softcapping=5.0,
         layer_types=["full_attention"] * 3,
     ),
     "gemma3_text": dict(head_dim=8, sliding_window=64, query_pre_attn_scalar=4, layer_types=["full_attention"] * 3),
     "phi3": dict(partial_rotary_factor=0.5, sliding_window=None),
     "granite": dict(attention_multiplier=0.3, embedding_multiplier=2.0, residual_multiplier=0.7, logits_scaling=2.0),
-}  # fmt: skip
+}
 
 
 @cache

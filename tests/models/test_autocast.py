@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nha.models.slots import SlotsConfig
+from nha.models.peft_slots import SlotsConfig
 from tests.models.families import FAMILIES, hybrid, tokens
 
 PROMPTS = [5, 30]  # shorter and longer than the window

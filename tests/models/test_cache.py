@@ -186,7 +186,7 @@ def test_a_cache_whose_tensors_do_not_fit_its_description_is_refused(tmp_path):
     with safe_open(path, framework="pt") as file:
         meta = file.metadata()
     tensors = load_file(path)
-    for name in ("0.slot_value", "2.seen"):
+    for name in ("0.slot_value", "2.num_tokens"):
         save_file({n: x for n, x in tensors.items() if n != name}, path, metadata=meta)
         assert_refused(lambda: load_cache(path, model), *name.split("."))
     save_file(tensors | {"1.key": tensors["1.key"][:, 1:].contiguous()}, path, metadata=meta)

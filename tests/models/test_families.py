@@ -7,7 +7,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from nha import set_windows
 from nha.models.adapter import ablate, attention_layers, hybrid_mask, observe
-from nha.models.attend import LAST, own_attention
+from nha.models.attend import LAST, base_attention
 from nha.models.config import FAMILIES
 from tests.models.families import hybrid, teacher, tokens
 
@@ -75,7 +75,7 @@ def test_a_later_segment_without_a_mask_of_its_own_sees_all_that_came_before():
     q = torch.randn(2, 4, 5, 8, generator=generator)
     k, v = (torch.randn(2, 2, 12, 8, generator=generator) for _ in range(2))
     mask = torch.ones(5, 12, dtype=torch.bool).tril(7)[None, None]
-    masked, free = (own_attention(module, q, k, v, m, softcap=None, scaling=0.3)[0] for m in (mask, torch.empty(LAST)))
+    masked, free = (base_attention(module, q, k, v, m, softcap=None, scaling=0.3)[0] for m in (mask, torch.empty(LAST)))
     close(free, masked)
 
 

@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from nha import NHAConfig, NHAForCausalLM, set_windows
 from nha.models.adapter import ablate, attention_layers
+from nha.models.auto import to_hybrid
 from nha.models.cache import nha_layers
-from nha.models.registry import to_hybrid
 from tests.inputs import assert_close_to
 from tests.models.families import tokens
 

@@ -11,9 +11,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nha import NHAConfig, NHAForCausalLM, hybridize, set_windows
 from nha.models.adapter import attention_layers
+from nha.models.auto import REFUSED, check_family, to_hybrid
 from nha.models.cache import nha_layers
 from nha.models.config import FAMILIES, check_windows, hybrid_config_class, plan_windows
-from nha.models.registry import REFUSED, check_family, to_hybrid
 from tests.models.families import COMMON, hybrid, sliding, teacher, tokens
 
 BAD_WINDOWS = [[8, 8], [8, 8, 8, 8], [], -2, [8, -2, 8], True, [8, False, 8], 8.0, [8, 8.0, 8], "8", ["8", 8, 8], None]
@@ -55,12 +55,19 @@ def test_a_family_that_cannot_work_is_named_with_the_reason(family):
 def test_nothing_of_such_a_model_changes(family):
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
     sizes |= {
-        "deepseek_v3": {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8,
-                        "n_routed_experts": 8, "moe_intermediate_size": 8, "q_lora_rank": 8, "kv_lora_rank": 8},
+        "deepseek_v3": {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 8,
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 8,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+        },
         "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
         "gpt2": {"n_head": 2},
         "bloom": {"n_head": 2},
-    }[family]  # fmt: skip
+    }[family]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     before = fingerprint(model)
     reason = REFUSED.get(family, "it has not been tried")

@@ -163,9 +163,18 @@ class Repeats(Dataset):
 def test_trainer_lowers_the_loss_and_resumes_where_it_stopped(family, windows, changes, tmp_path):
     def trainer(model):
         arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=6, save_steps=3, logging_steps=1, per_device_train_batch_size=4,
-            learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=6,
+            save_steps=3,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+        )
         return Trainer(model=model, args=arguments, train_dataset=Repeats())
 
     first = trainer(build(family, windows, **changes))

@@ -21,15 +21,15 @@ each_window = pytest.mark.parametrize("window", [1, 7, LENGTH, LENGTH + 40])
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """How often `banded_attention` ran, one entry each."""
+    """How often `sliding_window_attention` ran, one entry each."""
     calls = []
 
     def spy(*args, **options):
         calls.append(options["window_size"])
         return original(*args, **options)
 
-    original = attending.banded_attention
-    monkeypatch.setattr(attending, "banded_attention", spy)
+    original = attending.sliding_window_attention
+    monkeypatch.setattr(attending, "sliding_window_attention", spy)
     return calls
 
 
@@ -89,7 +89,7 @@ def test_a_prefill_leaves_the_state_that_chunks_leave(window, separate, blocks):
     (first, state, then, layer), (wanted_first, wanted_state, wanted_then, wanted_layer) = found
     assert_close_to(first, wanted_first)
     assert_close_to(then, wanted_then)
-    assert type(state) is type(wanted_state) and state.slots_live == wanted_state.slots_live
+    assert type(state) is type(wanted_state) and state.slots_active == wanted_state.slots_active
     assert state.window_size == wanted_state.window_size
     assert state.tensors().keys() == wanted_state.tensors().keys()
     for name, tensor in wanted_state.tensors().items():

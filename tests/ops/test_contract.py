@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nha import NHAState, nha_attention
-from nha.ops import choose, implementations
+from nha.ops import implementations, resolve_impl
 from tests.inputs import Case, make
 
 CASE = Case(batch=2, length=6, query_heads=4, heads=2, dim=8, value_dim=6, slots=5, window=3)
@@ -175,7 +175,7 @@ def test_an_implementation_asked_for_by_name_never_falls_back():
     if status != "available":
         with pytest.raises(NotImplementedError, match="triton.*use impl='chunked'"):
             nha_attention(**make(CASE), window_size=3, impl="triton")
-    assert choose("reference") == "reference"
+    assert resolve_impl("reference") == "reference"
     assert set(implementations()) == {"reference", "chunked", "triton"}
 
 

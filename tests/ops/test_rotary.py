@@ -7,7 +7,7 @@ import torch
 
 from nha.models.adapter import attention_layers
 from nha.models.config import FAMILIES
-from nha.ops.rotary import rotate, slot_view, unrotate
+from nha.ops.rotary import rotate, unrotate, unrotate_for_slots
 from tests.models.families import hybrid, tokens
 
 
@@ -24,7 +24,7 @@ def rows(*shape, seed=0):
 def test_slots_see_keys_without_position_and_queries_at_a_distance(size):
     q, k, angle = rows(2, 5, 4, 8), rows(2, 5, 2, 8, seed=1), rows(2, 5, size // 2, seed=2)
     near, far = tables(angle, scale=1.5), tables(rows(1, 1, size // 2, seed=3))
-    slot_q, slot_k = slot_view(rotate(q, *near), rotate(k, *near), near, far)
+    slot_q, slot_k = unrotate_for_slots(rotate(q, *near), rotate(k, *near), near, far)
     times = torch.ones(8, dtype=torch.float64)
     times[:size] = 1.5  # the scale of the tables stays
     assert torch.allclose(slot_k, k * times)

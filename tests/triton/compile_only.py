@@ -1,7 +1,7 @@
 """Compile every kernel of a call for a GPU that is not there and report its registers, spills and shared memory.
 
 Run as a program: `python -m tests.triton.compile_only '{"dtype": "bf16", "capability": 90}' ...` prints a JSON line per
-kernel of each problem (see `benchmarks.problems.Problem`). A launch is recorded instead of run; the tensors stay on the
+kernel of each problem (see `tests.gpu.cases.Problem`). A launch is recorded instead of run; the tensors stay on the
 CPU and are never touched by a kernel.
 """
 
@@ -22,14 +22,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import nha.ops.triton
-from benchmarks.problems import Problem, make, place, results
+from tests.gpu.cases import Problem, make, place, results
 from tests.triton.elsewhere import SHARED
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "u1",
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "u1",
+}
 
 
 def compile_launch(kernel, args, kwargs, capability=90):

@@ -9,7 +9,7 @@ import torch
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import os
 
-    if "nha.ops.triton.common" not in sys.modules:
+    if "nha.ops.triton.primitives" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
 

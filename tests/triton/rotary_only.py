@@ -7,11 +7,11 @@ from tests.triton import compile_only
 
 def call(dtype="bfloat16", batch=1, length=4096, dim=128, size=128):
     """The launch of one shape, without running anything."""
-    from nha.ops.triton.rotary import slot_view
+    from nha.ops.triton.unrotate import unrotate_for_slots
 
     q, k = (torch.empty(batch, length, heads, dim, dtype=getattr(torch, dtype)) for heads in (32, 8))
     tables, distance = (torch.empty(1, n, size, dtype=q.dtype) for n in (length, 1))
-    slot_view(q, k, tables, tables, distance, distance)
+    unrotate_for_slots(q, k, tables, tables, distance, distance)
 
 
 if __name__ == "__main__":

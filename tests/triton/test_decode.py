@@ -52,13 +52,23 @@ def part(flat, start, stop):
 def decode(flat, state, **options):
     """One step of the fused kernel, into a ring where the state is one."""
     if not isinstance(state, RingState):
-        return call(flat, window_size=state.window_size, state=state, impl="triton", return_state=True,
-                    return_slot_mass=True, **options)  # fmt: skip
+        return call(
+            flat,
+            window_size=state.window_size,
+            state=state,
+            impl="triton",
+            return_state=True,
+            return_slot_mass=True,
+            **options,
+        )
     sink = (flat["sink_key"], flat["sink_value"]) if "sink_key" in flat else None
     return nha_decode(
-        **{n: x for n, x in flat.items() if n in TOKENWISE}, sink=sink, state=state,
-        scale=options.get("scale"), attention_mask=options.get("attention_mask"),
-    )  # fmt: skip
+        **{n: x for n, x in flat.items() if n in TOKENWISE},
+        sink=sink,
+        state=state,
+        scale=options.get("scale"),
+        attention_mask=options.get("attention_mask"),
+    )
 
 
 def whole(flat, window, state=None, **options):
@@ -76,7 +86,7 @@ def steps(flat, state, cuts, first=None, masks=None):
         outputs.append(decode(part(flat, start, stop), state, **options))
         state = outputs[-1].state
     if isinstance(state, RingState):
-        assert not state.tickets.any()
+        assert not state.arrival_counter.any()
     found = {"out": torch.cat([o.out for o in outputs], 1), "mass": torch.cat([o.slot_mass for o in outputs], 1)}
     return found | state.aligned().tensors()
 
@@ -137,8 +147,9 @@ def test_padded_rows_equal_the_rows_alone(window, in_place):
         state, outputs = None, []
         for start, stop in itertools.pairwise([0, *cuts]):
             options = {"state": state, "attention_mask": mask[:, start:stop], "impl": "reference"}
-            outputs.append(call(part(flat, start, stop), window_size=window, return_state=True,
-                                return_slot_mass=True, **options))  # fmt: skip
+            outputs.append(
+                call(part(flat, start, stop), window_size=window, return_state=True, return_slot_mass=True, **options)
+            )
             state = outputs[-1].state
         found = {"out": torch.cat([o.out for o in outputs], 1), "mass": torch.cat([o.slot_mass for o in outputs], 1)}
         return found | state.tensors(), outputs[0]
@@ -289,10 +300,15 @@ def test_the_operators_are_well_formed(separate, masked):
 
     def held(state):
         return (
-            state.slot_key, state.slot_value, state.key, state.value, state.tail_slot_key, state.tail_log_gate,
-            state.seen,
-        )  # fmt: skip
+            state.slot_key,
+            state.slot_value,
+            state.key,
+            state.value,
+            state.window_slot_key,
+            state.window_log_gate,
+            state.num_tokens,
+        )
 
     for keep in (True, False):
         torch.library.opcheck(torch.ops.nha.decode.default, (*tokens, *held(state), *last, keep))
-    torch.library.opcheck(torch.ops.nha.decode_in_place.default, (*tokens, *held(ring), ring.tickets, *last))
+    torch.library.opcheck(torch.ops.nha.decode_in_place.default, (*tokens, *held(ring), ring.arrival_counter, *last))

@@ -24,7 +24,7 @@ CUTS = [0, 14, 15, 16, 20, 28]
 @pytest.fixture
 def fused(monkeypatch):
     """A switch that lets "auto" choose the kernels, as it does on a GPU."""
-    return lambda: monkeypatch.setattr(nha.ops.api, "choose", lambda impl, device="cpu": "triton")
+    return lambda: monkeypatch.setattr(nha.ops.api, "resolve_impl", lambda impl, device="cpu": "triton")
 
 
 def build(windows: Any = WINDOWS, dtype=torch.float32, **changes):
@@ -78,13 +78,19 @@ def test_logits_of_a_left_padded_batch(fused):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_full_layers_generate_what_transformers_attention_does(static, fused, monkeypatch):
-    from nha.ops.triton import full_op
+    from nha.ops.triton import full_decode as full_op
 
     model, ids = build([-1, 8, -1]), tokens(2, 20)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, :9] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "output_logits": True,
-               "return_dict_in_generate": True, "cache_implementation": "static" if static else None}  # fmt: skip
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "cache_implementation": "static" if static else None,
+    }
 
     def generate():
         result: Any = model.generate(ids, disable_compile=True, **options)
@@ -95,13 +101,14 @@ def test_full_layers_generate_what_transformers_attention_does(static, fused, mo
 
     folded = generate()
     launched, calls = full_op.launch, []
-    monkeypatch.setattr(full_op, "launch", lambda kernel, *rest, **named: calls.append(kernel)
-                        or launched(kernel, *rest, **named))  # fmt: skip
+    monkeypatch.setattr(
+        full_op, "launch", lambda kernel, *rest, **named: calls.append(kernel) or launched(kernel, *rest, **named)
+    )
     fused()
     read_by_kernel = generate()
     assert len(calls) == 2 * 7  # two layers, seven steps after the prefill
-    monkeypatch.setattr(nha.ops.api, "choose", lambda impl, device="cpu": "chunked")
-    monkeypatch.setattr(nha.models.attend, "token_attention", before)
+    monkeypatch.setattr(nha.ops.api, "resolve_impl", lambda impl, device="cpu": "chunked")
+    monkeypatch.setattr(nha.models.attend, "full_decode", before)
     wanted = generate()
     model = model.double()
     exact = generate()

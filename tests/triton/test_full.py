@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import torch.utils.deterministic
 
 import nha.ops.api
-from nha.ops import token_attention
-from nha.ops.limits import MAX_GROUPS
+from nha.ops import full_decode
+from nha.ops.validation import MAX_GROUPS
 from tests.inputs import error, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ MASKS = ["none", "left padding", "static cache", "scattered", "one key"]
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch):
     """ "auto" is the kernel, and memory that no kernel wrote is NaN."""
-    monkeypatch.setattr(nha.ops.api, "choose", lambda impl, device="cpu": "triton")
+    monkeypatch.setattr(nha.ops.api, "resolve_impl", lambda impl, device="cpu": "triton")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -72,7 +72,7 @@ def low(q, k, v, mask):
 def assert_right(q, k, v, mask):
     """Twice the error of the definition in the low precision, and its rounding, judged by float64."""
     exact = definition(*(x.double() for x in (q, k, v)), mask)
-    found = token_attention(q, k, v, mask)
+    found = full_decode(q, k, v, mask)
     assert found.shape == exact.shape and found.dtype == v.dtype and found.is_contiguous()
     assert error(found, exact) <= 2 * (error(low(q, k, v, mask), exact) + rounding(v, q.dtype))
 
@@ -92,7 +92,7 @@ def test_any_head_size(dim, value_dim):
 @pytest.mark.parametrize("programs, least, parts", [(1, 1, 1), (12, 1, 3), (528, 1, 35), (528, 4, 8)])
 @pytest.mark.parametrize("mask", ["none", "static cache"])
 def test_any_number_of_parts(programs, least, parts, mask, monkeypatch):
-    from nha.ops.triton import full_op
+    from nha.ops.triton import full_decode as full_op
 
     monkeypatch.setattr(full_op, "PROGRAMS", programs)
     monkeypatch.setattr(full_op, "LEAST_BLOCKS", least)
@@ -102,7 +102,7 @@ def test_any_number_of_parts(programs, least, parts, mask, monkeypatch):
 
 
 def test_few_texts_fill_a_gpu_and_many_are_not_cut():
-    from nha.ops.triton.full_op import parts_of
+    from nha.ops.triton.full_decode import parts_of
 
     assert [parts_of(n, 8, 64) for n in (1, 448, 512, 4096, 2**15, 2**17)] == [1, 1, 2, 16, 66, 66]
     assert [parts_of(2**15, pairs, 64) for pairs in (64, 264, 265, 5280)] == [8, 2, 1, 1]
@@ -111,25 +111,25 @@ def test_few_texts_fill_a_gpu_and_many_are_not_cut():
 def test_offsets_beyond_32_bits(monkeypatch):
     """Keys whose heads, and values whose tokens, lie more than 2^31 numbers apart, in memory that is never touched."""
     q, k, v = make(300, 2, batch=1, dtype=torch.float16)
-    wanted = token_attention(q, k, v, None)
+    wanted = full_decode(q, k, v, None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     far_key = q.new_empty(2**31 + 2**16).as_strided(k.shape, (0, 2**31, 16, 1))
     far_value = q.new_empty(300 * 2**23).as_strided(v.shape, (0, 16, 2**23, 1))
-    assert torch.equal(token_attention(q, far_key.copy_(k), far_value.copy_(v), None), wanted)
+    assert torch.equal(full_decode(q, far_key.copy_(k), far_value.copy_(v), None), wanted)
 
 
 @pytest.mark.parametrize("length", [70, 1100])
 def test_what_is_masked_is_not_read(length):
     q, k, v = make(length, 3)
     mask = mask_of("scattered", length)
-    wanted = token_attention(q, k, v, mask)
+    wanted = full_decode(q, k, v, mask)
     hidden = ~mask[:, 0, 0, None, :].expand(-1, k.shape[1], -1)
     for x in (k, v):
         x[hidden] = math.nan
-    assert torch.equal(token_attention(q, k, v, mask), wanted)
+    assert torch.equal(full_decode(q, k, v, mask), wanted)
     hidden[:] = False
     k[0, 0, length // 2], mask[0, ..., length // 2] = math.nan, True
-    assert token_attention(q, k, v, mask)[0, 0, :3].isnan().all()  # what is seen is not hidden
+    assert full_decode(q, k, v, mask)[0, 0, :3].isnan().all()  # what is seen is not hidden
 
 
 @pytest.mark.parametrize("length", [70, 1100])
@@ -137,9 +137,9 @@ def test_a_text_that_sees_nothing_reads_zeros(length):
     q, k, v = make(length, 2)
     mask = mask_of("left padding", length)
     mask[1] = False
-    found = token_attention(q, k, v, mask)
+    found = full_decode(q, k, v, mask)
     assert not found[1].any()
-    assert torch.equal(found[:1], token_attention(q[:1], k[:1], v[:1], mask[:1]))
+    assert torch.equal(found[:1], full_decode(q[:1], k[:1], v[:1], mask[:1]))
 
 
 def test_parts_without_a_key_weigh_nothing():
@@ -148,13 +148,13 @@ def test_parts_without_a_key_weigh_nothing():
     q, k = 60 * q.abs(), -k.abs()
     mask = mask_of("one key", 2048)
     wanted = torch.stack([v[i, :, 2047 - i].repeat_interleave(2, 0)[None] for i in range(2)])
-    assert error(token_attention(q, k, v, mask), wanted) <= rounding(wanted, torch.float32)
+    assert error(full_decode(q, k, v, mask), wanted) <= rounding(wanted, torch.float32)
 
 
 def test_views_of_caches_and_masks_are_read_where_they_are():
     q, k, v = make(1000, 4)
     mask = mask_of("left padding", 1000)
-    wanted = token_attention(q, k, v, mask)
+    wanted = full_decode(q, k, v, mask)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((2, 3, 1100, 40), math.nan, device=DEVICE)
@@ -162,12 +162,12 @@ def test_views_of_caches_and_masks_are_read_where_they_are():
     view.copy_(v)
     rows = torch.zeros(2, 1, 5, 1200, dtype=torch.bool, device=DEVICE)
     rows[:, :, 3:4, 7:1007] = mask
-    assert torch.equal(token_attention(q, k, view, rows[:, :, 3:4, 7:1007]), wanted)
-    assert torch.equal(token_attention(q, k, view, mask[:1]), token_attention(q, k, v, mask[:1].expand(2, -1, -1, -1)))
+    assert torch.equal(full_decode(q, k, view, rows[:, :, 3:4, 7:1007]), wanted)
+    assert torch.equal(full_decode(q, k, view, mask[:1]), full_decode(q, k, v, mask[:1].expand(2, -1, -1, -1)))
 
 
 def test_the_operator_passes_opcheck():
-    from nha.ops.triton.full_op import full_token
+    from nha.ops.triton.full_decode import full_token
 
     for mask in (None, mask_of("scattered", 300)):
         torch.library.opcheck(full_token, (*make(300, 2), mask, 0.25))
@@ -179,7 +179,7 @@ def test_what_the_kernel_does_not_know_goes_through_sdpa(groups, dtype):
     mask = mask_of("left padding", 40)
     exact = definition(*(x.double() for x in (q, k, v)), mask)
     bound = 2 * (error(definition(q, k, v, mask), exact) + rounding(v, dtype))
-    assert error(token_attention(q, k, v, mask), exact) <= bound
+    assert error(full_decode(q, k, v, mask), exact) <= bound
 
 
 def test_gradients_go_through_sdpa():
@@ -194,7 +194,7 @@ def test_gradients_go_through_sdpa():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    every = (gradients(f, x) for f, x in ((token_attention, inputs), (separate, inputs), (definition, wide)))
+    every = (gradients(f, x) for f, x in ((full_decode, inputs), (separate, inputs), (definition, wide)))
     for found, other, exact in zip(*every, strict=True):
         assert error(found, exact) <= 2 * (error(other, exact) + rounding(exact, torch.float32))
 
@@ -202,5 +202,5 @@ def test_gradients_go_through_sdpa():
 def test_a_region_of_autocast():
     q, k, v = make(100, 2)
     with torch.autocast(DEVICE, torch.float16):
-        found = token_attention(q, k, v, None)
-    assert torch.equal(found, token_attention(q.half(), k.half(), v.half(), None))
+        found = full_decode(q, k, v, None)
+    assert torch.equal(found, full_decode(q.half(), k.half(), v.half(), None))

@@ -77,7 +77,7 @@ def test_kernels_err_at_most_twice_as_much_as_the_reference(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 16, 32, 33])
 def test_sixteen_bit_operands_fill_rows_of_128_bytes(dtype, size):
-    from nha.ops.triton.plan import blocks
+    from nha.ops.triton.chunk.tiling import blocks
 
     sizes = blocks(dtype, dim=size, value_dim=size, slots=size, sinks=0)
     assert min(sizes.slots, sizes.key, sizes.value) * dtype.itemsize >= 128
@@ -214,7 +214,7 @@ def test_what_the_kernels_cannot_do_is_refused_in_one_line():
     [("float32", False, 256, 64), ("float32", True, 128, 128), ("bfloat16", False, 256, 128)],
 )
 def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, decoding, dim, slots):
-    from nha.ops.limits import unsupported
+    from nha.ops.validation import unsupported
 
     def reason(dim, slots):
         q = torch.empty(1, 1, 1, dim, dtype=getattr(torch, dtype))
@@ -233,7 +233,21 @@ def test_the_operators_are_well_formed(packed):
     flat = {n: x.detach() for n, x in inputs(case).items()}
     call(flat, window_size=3, impl="triton")  # registers the operators
     args = (
-        flat["q"], flat["k"], flat["v"], flat["q_slot"], None, flat["log_gate"], None, None, None, None, None,
-        boundaries, 3, 0, 0.5, False,
-    )  # fmt: skip
+        flat["q"],
+        flat["k"],
+        flat["v"],
+        flat["q_slot"],
+        None,
+        flat["log_gate"],
+        None,
+        None,
+        None,
+        None,
+        None,
+        boundaries,
+        3,
+        0,
+        0.5,
+        False,
+    )
     torch.library.opcheck(torch.ops.nha.triton.default, args)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nha.convert.losses import chunk_loss
-from tests.convert.test_losses import inputs
+from nha.distill.loss import chunk_loss
+from tests.distill.test_loss import inputs
 from tests.triton.elsewhere import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ SIZE = 64
 
 
 def packed(lengths, window, past):
-    from nha.ops.triton.plan import _make_packed_plan
+    from nha.ops.triton.chunk.tiling import _make_packed_plan
 
     cu = torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int32, device=DEVICE)
     return _make_packed_plan(sum(lengths), past, window, SIZE, cu)
@@ -52,7 +52,7 @@ def test_tables_name_all_work_once_and_in_order(lengths, window, past):
 @pytest.mark.parametrize("count, width", [(1, 16), (17, 16), (40, 16)])
 @pytest.mark.parametrize("window, past", [(64, 0), (5, 5)])
 def test_tables_of_random_lengths(count, width, window, past, monkeypatch):
-    from nha.ops.triton import plan
+    from nha.ops.triton.chunk import tiling as plan
 
     monkeypatch.setattr(plan, "TABLE_WIDTH", width)  # so that few sequences take several steps
     draw = random.Random(count)
@@ -67,7 +67,7 @@ def test_tables_have_the_same_bits_on_every_run():
 
 
 def test_a_packed_plan_is_one_launch_whatever_the_lengths(monkeypatch):
-    from nha.ops.triton import plan
+    from nha.ops.triton.chunk import tiling as plan
 
     launches, operators = [], set()
 
@@ -97,7 +97,7 @@ def test_a_packed_plan_is_one_launch_whatever_the_lengths(monkeypatch):
     ],
 )
 def test_chunks_are_scanned_where_sequences_are_few(batch, length, columns, scanned):
-    from nha.ops.triton.plan import blocks, make_plan
+    from nha.ops.triton.chunk.tiling import blocks, make_plan
 
     sizes = blocks(torch.bfloat16, dim=128, value_dim=128, slots=64, sinks=0)
     assert make_plan(batch, length, 0, 0, sizes, columns, None).scanned == scanned

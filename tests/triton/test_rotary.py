@@ -22,7 +22,7 @@ def tables(batch, length, size, seed=0, scale=1.0, dtype=torch.float32):
 )
 @pytest.mark.parametrize("alike", [True, False], ids=["one table", "a table for each row"])
 def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, size, dtype, alike):
-    from nha.ops.triton.rotary import slot_view
+    from nha.ops.triton.unrotate import unrotate_for_slots
 
     generator = torch.Generator().manual_seed(1)
     q, k = (
@@ -31,8 +31,8 @@ def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, siz
     )
     near = tables(1 if alike else 3, length, size, scale=1.3)
     far = tables(1, 1, size, seed=2)
-    found = slot_view(q, k, *near, *far)
-    exact = rotary.slot_view(q.double(), k.double(), near, far)
+    found = unrotate_for_slots(q, k, *near, *far)
+    exact = rotary.unrotate_for_slots(q.double(), k.double(), near, far)
     for mine, wanted, x in zip(found, exact, (q, k), strict=True):
         assert mine.shape == x.shape and mine.dtype == dtype and mine.is_contiguous()
         assert (mine.double() - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * x.abs().max()
@@ -40,15 +40,17 @@ def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, siz
 
 @pytest.mark.parametrize("size", [16, 12], ids=["whole", "part of the head"])
 def test_gradients_are_those_of_the_formula(size):
-    from nha.ops.triton.rotary import slot_view
+    from nha.ops.triton.unrotate import unrotate_for_slots
 
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 9, 4, 16), (2, 9, 2, 16))
     pair, grads = ([torch.randn(*s, generator=generator).to(DEVICE) for s in shapes] for _ in range(2))
     near, far = tables(1, 9, size, scale=1.3), tables(1, 1, size, seed=2)
     found = []
-    for view, dtype in ((lambda q, k: slot_view(q, k, *near, *far), torch.float32),
-                        (lambda q, k: rotary.slot_view(q, k, near, far), torch.float64)):  # fmt: skip
+    for view, dtype in (
+        (lambda q, k: unrotate_for_slots(q, k, *near, *far), torch.float32),
+        (lambda q, k: rotary.unrotate_for_slots(q, k, near, far), torch.float64),
+    ):
         leaves = [x.to(dtype).requires_grad_() for x in pair]
         found.append(torch.autograd.grad(view(*leaves), leaves, [g.to(dtype) for g in grads]))
     for mine, wanted in zip(*found, strict=True):
@@ -56,14 +58,14 @@ def test_gradients_are_those_of_the_formula(size):
 
 
 def test_the_operator_passes_opcheck():
-    from nha.ops.triton.rotary import slot_view
+    from nha.ops.triton.unrotate import unrotate_for_slots
 
     q, k = (torch.randn(1, 5, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2))
-    torch.library.opcheck(slot_view, (q, k, *tables(1, 5, 16), *tables(1, 1, 16, seed=2)))
+    torch.library.opcheck(unrotate_for_slots, (q, k, *tables(1, 5, 16), *tables(1, 1, 16, seed=2)))
 
 
 def test_the_kernel_is_taken_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(rotary.api, "choose", lambda impl, device: "triton")
+    monkeypatch.setattr(rotary.api, "resolve_impl", lambda impl, device: "triton")
     q = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
     assert rotary._has_kernel(q, q) and rotary._has_kernel(q.clone().requires_grad_(), q)
     assert not rotary._has_kernel(q.double(), q.double()) and not rotary._has_kernel(q.float(), q)

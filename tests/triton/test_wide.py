@@ -19,7 +19,7 @@ EVEN = Case(batch=2, length=150, query_heads=2, heads=1, window=96, separate=Fal
 @pytest.fixture
 def changed(monkeypatch):
     """A function that has calls made with some block sizes changed."""
-    from nha.ops.triton import launch
+    from nha.ops.triton.chunk import host as launch
 
     sizes_of = launch.blocks
 
@@ -93,7 +93,7 @@ def test_float16_as_it_is():
 
 
 def test_windows_are_wide_in_16_bits_from_256_on():
-    from nha.ops.triton.plan import SHARED, blocks
+    from nha.ops.triton.chunk.tiling import SHARED, blocks
 
     def sizes(window, dtype=torch.bfloat16, groups=4, dim=128):
         return blocks(dtype, dim, dim, 64, 0, SHARED, window, groups)

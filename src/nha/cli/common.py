@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from nha.errors import BadInput, one_line
 from nha.report.results import to_json
 
 OK, FAILED_CHECK, BAD_INPUT = 0, 1, 2
@@ -32,22 +32,9 @@ err = Console(stderr=True, highlight=False)
 _settings = {"traceback": False}
 
 
-class BadInput(Exception):
-    """Something the caller can put right; printed as one line, exit code 2."""
-
-
 def show_tracebacks(on: bool) -> None:
     """Let errors through with their traceback instead of one line (the `--traceback` option)."""
     _settings["traceback"] = on
-
-
-def one_line(message: object) -> str:
-    """The message with every run of white space as one blank.
-
-    >>> one_line("expected 3\\n  got 4")
-    'expected 3 got 4'
-    """
-    return re.sub(r"\s+", " ", str(message)).strip()
 
 
 def fail(message: object, code: int = BAD_INPUT) -> NoReturn:
@@ -110,12 +97,6 @@ def parse_windows(text: str) -> int | list[int]:
     if wrong:
         raise BadInput(f"expected windows of -1 (full attention), 0 or more, got {wrong[0]}")
     return windows if "," in text else windows[0]
-
-
-def check_window_count(windows: int | list[int], layers: int) -> None:
-    """Raise unless a list of windows has one entry per layer."""
-    if isinstance(windows, list) and len(windows) != layers:
-        raise BadInput(f"expected one window per layer, {layers} of them, got {len(windows)}")
 
 
 def check_layers(indices: list[int], layers: int) -> None:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nha.cli import common, loading
+from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, searched_windows
-from nha.files import whole_directory
+from nha.io import atomic_directory
+from nha.models import loading
 
 if TYPE_CHECKING:
-    from nha.convert.distill import DistillSettings
     from nha.data.corpus import Corpus
+    from nha.distill.run import DistillSettings
 
 UNFINISHED = 3
 
@@ -56,7 +57,7 @@ def distill(
     tokens: Annotated[float, typer.Option(help="Tokens to train on, such as 20e6.")] = 20e6,
     rows: Annotated[int, typer.Option(help="Rows of a step, on each GPU.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
-    micro_rows: Annotated[int, typer.Option(help="Rows that go through the model at a time; 0: all.")] = 0,
+    micro_batch_size: Annotated[int, typer.Option(help="Rows that go through the model at a time; 0: all.")] = 0,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations, for less memory.")] = False,
     long_tokens: Annotated[
         float, typer.Option(help="How many of the tokens to read in longer rows, at the end.")
@@ -69,7 +70,7 @@ def distill(
         float | None,
         typer.Option(help="Learning rate of weights.", show_default="2e-3, less for models wider than 576"),
     ] = None,
-    gate_rate: Annotated[
+    gate_lr: Annotated[
         float | None, typer.Option(help="Learning rate of gates.", show_default="8e-3, less for wider models")
     ] = None,
     divergence: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
@@ -115,18 +116,40 @@ def distill(
     source = loading.find(model)
     check_convertible(source, given, layers)
 
-    from nha.convert.distill import DistillSettings
     from nha.data.recall import RecallSettings
+    from nha.distill.run import DistillSettings
 
     settings = DistillSettings(
-        window_size=tuple(given) if isinstance(given, list) else given, num_slots=slots, full_layers=tuple(layers),
-        init=init, num_sinks=sinks, slot_distance=slot_distance, tokens=tokens, long_tokens=long_tokens, rows=rows,
-        length=length, long_length=long_length, align_steps=align_steps, rate=rate, gate_rate=gate_rate,
-        trained=trained, rank=rank, divergence=divergence, cross_entropy=cross_entropy, recall_share=recall,
-        recall=RecallSettings(facts=(1, facts), far=far), grow=grow, answers=answers, gradients=gradients,
-        window_dropout=window_dropout, micro_rows=micro_rows, checkpointing=checkpointing, save_every=save_every,
-        log_every=log_every, seed=seed,
-    )  # fmt: skip
+        window_size=tuple(given) if isinstance(given, list) else given,
+        num_slots=slots,
+        full_layers=tuple(layers),
+        init=init,
+        num_sinks=sinks,
+        slot_distance=slot_distance,
+        tokens=tokens,
+        long_tokens=long_tokens,
+        rows=rows,
+        length=length,
+        long_length=long_length,
+        align_steps=align_steps,
+        rate=rate,
+        gate_lr=gate_lr,
+        trained=trained,
+        rank=rank,
+        divergence=divergence,
+        cross_entropy=cross_entropy,
+        recall_share=recall,
+        recall=RecallSettings(facts=(1, facts), far=far),
+        grow=grow,
+        answers=answers,
+        gradients=gradients,
+        window_dropout=window_dropout,
+        micro_batch_size=micro_batch_size,
+        checkpointing=checkpointing,
+        save_every=save_every,
+        log_every=log_every,
+        seed=seed,
+    )
     settings.check()
     cache = corpus or output.with_name(output.name + ".corpus")
     opened = read_text(source, text, cache, field, held_out)
@@ -162,9 +185,12 @@ def report_corpus(corpus: Corpus, as_json: bool) -> None:
     """Say what a corpus holds."""
     held = corpus.meta["held_out"]
     found: dict[str, Any] = {
-        "corpus": str(corpus.path), "tokens": corpus.meta["tokens"], "documents": corpus.meta["documents"],
-        "held_out": held, "bytes": sum(file.stat().st_size for file in corpus.path.iterdir()),
-    }  # fmt: skip
+        "corpus": str(corpus.path),
+        "tokens": corpus.meta["tokens"],
+        "documents": corpus.meta["documents"],
+        "held_out": held,
+        "bytes": sum(file.stat().st_size for file in corpus.path.iterdir()),
+    }
     if as_json:
         print_json(found)
         return
@@ -176,16 +202,22 @@ def report_corpus(corpus: Corpus, as_json: bool) -> None:
 
 
 def run(
-    source: loading.Source, corpus: Corpus, output: Path, settings: DistillSettings, dtype: str, compiled: str | None,
-    budget: float | None, as_json: bool,
-) -> None:  # fmt: skip
+    source: loading.Source,
+    corpus: Corpus,
+    output: Path,
+    settings: DistillSettings,
+    dtype: str,
+    compiled: str | None,
+    budget: float | None,
+    as_json: bool,
+) -> None:
     """Train, show how it goes, and save the hybrid."""
     import os
 
     import torch
 
-    from nha.convert.distill import distill as train
-    from nha.convert.distill import saved_hybrid
+    from nha.distill.run import distill as train
+    from nha.distill.run import saved_hybrid
 
     main = os.environ.get("RANK", "0") == "0"
     if dtype == "auto":
@@ -205,18 +237,30 @@ def run(
             show("train", int(entry["step"]), steps, describe(entry))
 
         found = train(
-            loaded, tokenizer, corpus, output, settings, compiled=compiled, report=report, budget=budget,
+            loaded,
+            tokenizer,
+            corpus,
+            output,
+            settings,
+            compiled=compiled,
+            report=report,
+            budget=budget,
             progress=lambda done, total: show("align", done, total, "aligning layers"),
-        )  # fmt: skip
+        )
     if not main:
         return
     last = found.log[-1] if found.log else {}
     result: dict[str, Any] = {
-        "model": source.name, "output": str(output), "finished": found.finished, "steps": found.steps,
-        "last": last, "hybrid": None, "settings": dataclasses.asdict(settings),
-    }  # fmt: skip
+        "model": source.name,
+        "output": str(output),
+        "finished": found.finished,
+        "steps": found.steps,
+        "last": last,
+        "hybrid": None,
+        "settings": dataclasses.asdict(settings),
+    }
     if found.finished:
-        with err.status("writing the hybrid"), whole_directory(output / "hybrid") as work:
+        with err.status("writing the hybrid"), atomic_directory(output / "hybrid") as work:
             saved_hybrid(found, tokenizer, work, source.label, corpus, settings)
         result["hybrid"] = str(output / "hybrid")
     if as_json:

@@ -153,12 +153,12 @@ def diagnosis() -> dict[str, Any]:
     """Everything `nha doctor` reports, as plain data."""
     import torch
 
-    from nha.ops import choose, implementations
+    from nha.ops import implementations, resolve_impl
 
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     known = implementations()
-    chosen = choose("auto", device)
+    chosen = resolve_impl("auto", device)
     names = [name for name, status in known.items() if status == "available"]
     checks = [self_check(name, device) for name in names]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []

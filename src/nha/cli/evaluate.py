@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from nha.cli import common, loading
+from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
-from nha.files import whole_directory
+from nha.io import atomic_directory
+from nha.models import loading
 
 MODEL = typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")
 TEXT = typer.Option(help="A text file; may be given several times.", show_default="the Python language reference")
@@ -64,21 +65,21 @@ def make_plan(model: str, window: str | None, ablations: bool, compare: list[str
         if not (name and equals and where) or name in compared or name == "model":
             raise BadInput(f"expected --compare as NAME=MODEL with a name of its own, got {entry!r}")
         compared[name] = loading.find(where)
-    from nha.evaluate.forms import FORMS
+    from nha.evaluate.variants import VARIANTS
 
-    forms = [form for form in FORMS if ablations or form == "hybrid"] if hybrid else ["model"]
+    forms = [form for form in VARIANTS if ablations or form == "hybrid"] if hybrid else ["model"]
     return Plan(source, windows, forms, compared, dtype)
 
 
 @contextmanager
 def form_of(model: Any, form: str) -> Iterator[None]:
     """A hybrid in one of its forms; any other model as it is."""
-    from nha.evaluate.forms import as_form
+    from nha.evaluate.variants import use_variant
 
     if form == "model":
         yield
     else:
-        with as_form(model, form):
+        with use_variant(model, form):
             yield
 
 
@@ -143,7 +144,7 @@ def save(output: Path, name: str, results: dict[str, Any], metric: str) -> None:
     """Write results as JSON, and recall as a picture, into a directory that appears only when it is whole."""
     from nha.report.results import to_json
 
-    with whole_directory(output) as work:
+    with atomic_directory(output) as work:
         (work / name).write_text(to_json(results), encoding="utf-8")
         recall = {form: row["recall"] for form, row in results["results"].items() if row.get("recall")}
         if recall:
@@ -209,10 +210,14 @@ def perplexity(
     def measure(model: Any, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
         found = measured.perplexity(model, ids, progress=lambda done, total: progress("reading", done, total))
         row: dict[str, Any] = {
-            "perplexity": found.value, "interval": list(found.interval(seed)), "loss": found.loss,
-            "standard_error": found.error, "far_repeats": found.where(far), "by_position": found.by_position(edges),
+            "perplexity": found.value,
+            "interval": list(found.interval(seed)),
+            "loss": found.loss,
+            "standard_error": found.error,
+            "far_repeats": found.where(far),
+            "by_position": found.by_position(edges),
             "by_text": found.by_text,
-        }  # fmt: skip
+        }
         if hasattr(model.config, "window_sizes"):
             mass = slot_mass(model, ids[: max(1, MASS_TOKENS // length)])
             row["slot_mass"] = {"mean": mass.mean, **asdict(mass)}

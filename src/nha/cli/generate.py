@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from nha.cli import common, loading
+from nha.cli import common
 from nha.cli.common import BadInput, command, err, print_json
+from nha.models import loading
 
 if TYPE_CHECKING:
     import torch

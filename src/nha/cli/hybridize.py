@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from nha.cli import common, loading
+from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
-from nha.files import whole_directory
+from nha.io import atomic_directory
+from nha.models import loading
 
 
 @command
@@ -129,13 +130,13 @@ def check_convertible(source: loading.Source, windows: int | list[int], full_lay
     if source.config is None:
         from nha.data.smollm2 import LAYERS
 
-        common.check_window_count(windows, LAYERS)
+        loading.check_window_count(windows, LAYERS)
         common.check_layers(full_layers, LAYERS)
         return
     if loading.is_hybrid(source.config):
         raise BadInput(f"expected a model to convert, {source.name} is a hybrid already")
+    from nha.models.auto import check_family
     from nha.models.config import plan_windows
-    from nha.models.registry import check_family
 
     check_family(source.config)
     common.check_layers(full_layers, loading.layers_of(source.config))
@@ -161,7 +162,7 @@ def save(model: Any, tokenizer: Any, output: Path, base: str, forms: dict[str, A
     """Write model, tokenizer and model card into a directory that appears only when it is whole."""
     from nha.convert.card import model_card, write_card
 
-    with whole_directory(output) as work:
+    with atomic_directory(output) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         write_card(work, model_card(model.config, base, forms, "the Python language reference"))

@@ -16,18 +16,18 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from nha.cli import loading
 from nha.cli.measure import CONTEXTS, as_teacher, costs
 from nha.convert.align import align
 from nha.convert.card import model_card, write_card
 from nha.convert.hybridize import hybridize
 from nha.data.text import blocks, calibration_text, evaluation_documents
-from nha.evaluate.forms import longer_window
 from nha.evaluate.measure import bucket_edges
 from nha.evaluate.perplexity import Perplexity, perplexity
+from nha.evaluate.variants import longer_window
+from nha.models import loading
 from nha.models.adapter import ablate
 from nha.models.cache import cache_nbytes
-from nha.report.results import FORMS, Check, Form, Results, Sample, Tuning
+from nha.report.results import VARIANTS, Check, Form, Results, Sample, Tuning
 
 PAPER_LIMIT = 1_000_000_000  # parameters up to which a second copy of the model is made for the paper's form
 DOCUMENT = "the Python language reference"
@@ -137,7 +137,7 @@ def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path |
         with clock.step("save", "saving the hybrid"):
             model.save_pretrained(saved)
             tokenizer.save_pretrained(saved)
-            named = {FORMS[name][0]: forms[name] for name in FORMS if name in forms}
+            named = {VARIANTS[name][0]: forms[name] for name in VARIANTS if name in forms}
             write_card(saved, model_card(model.config, source.label, named, DOCUMENT))
     return Results(
         model=source.label,

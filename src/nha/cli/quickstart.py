@@ -10,11 +10,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from nha.cli import common, loading
+from nha.cli import common
 from nha.cli.common import FAILED_CHECK, BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, check_settings
-from nha.files import whole_directory
-from nha.report.results import FORMAT, FORMS, Results
+from nha.io import atomic_directory
+from nha.models import loading
+from nha.report.results import FORMAT, VARIANTS, Results
 from nha.report.words import megabytes, number, verdict
 
 
@@ -50,7 +51,7 @@ def quickstart(
     settings = Settings(windows, slots, layers, seed, quick=quick, tune=tune)
     from nha.report import write_report
 
-    with whole_directory(output) as work, common.progress_bar() as bar:
+    with atomic_directory(output) as work, common.progress_bar() as bar:
         saved = work / "hybrid" if save else None
         results = run(source, settings, bar, saved)
         results.saved_to = str(output / "hybrid") if save else None
@@ -84,7 +85,7 @@ def show(results: Results, output: Path) -> None:
     table.add_column("perplexity", justify="right")
     table.add_column("against the original", justify="right")
     teacher = results.perplexity("teacher")
-    for name, (label, _) in FORMS.items():
+    for name, (label, _) in VARIANTS.items():
         form = results.form(name)
         if form is not None:
             style = "bold cyan" if name == "hybrid" else ""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from nha.cli import common, loading
+from nha.cli import common
 from nha.cli.common import BadInput, command, err, human_bytes, out, print_json
-from nha.files import write_whole
+from nha.io import write_atomically
+from nha.models import loading
 
 if TYPE_CHECKING:
     from nha.convert.search import SearchResult
@@ -75,9 +76,15 @@ def search(
     data = search_data(tokenizer, texts, text_rows=text_rows, recall_rows=recall_rows, length=length, seed=seed)
     base = base_window(loaded, window)
     settings = {
-        "model": source.label, "weights": digest, "window": base, "wide": wide, "weight": weight,
-        "slots": loaded.config.num_slots if hybrid else slots, "data": data.fingerprint, "dtype": str(loaded.dtype),
-    }  # fmt: skip
+        "model": source.label,
+        "weights": digest,
+        "window": base,
+        "wide": wide,
+        "weight": weight,
+        "slots": loaded.config.num_slots if hybrid else slots,
+        "data": data.fingerprint,
+        "dtype": str(loaded.dtype),
+    }
     known = load_search(output, settings) if output.exists() else None
     if not hybrid:
         from nha.convert.hybridize import hybridize
@@ -91,9 +98,15 @@ def search(
         count = count_for_bytes(loaded, evaluate.windows, wide, most_bytes or 0, context)
     with common.steps(f"searching {count} of {loading.layers_of(loaded.config)} layers") as advance:
         result = find(
-            evaluate, count, context=context, settings=settings, known=known, exchange=exchange,
-            save=lambda found: save_search(found, output), progress=advance,
-        )  # fmt: skip
+            evaluate,
+            count,
+            context=context,
+            settings=settings,
+            known=known,
+            exchange=exchange,
+            save=lambda found: save_search(found, output),
+            progress=advance,
+        )
     if picture is not None:
         draw(result, picture)
     if as_json:
@@ -103,9 +116,15 @@ def search(
 
 
 def check_options(
-    full: int | None, most_bytes: int | None, context: int, window: int | None, wide: int, slots: int, weight: float,
+    full: int | None,
+    most_bytes: int | None,
+    context: int,
+    window: int | None,
+    wide: int,
+    slots: int,
+    weight: float,
     dtype: str,
-) -> None:  # fmt: skip
+) -> None:
     """Raise BadInput for options that cannot be, or cannot be together."""
     if full is not None and most_bytes is not None:
         raise BadInput(f"expected --full or --bytes, got both: {full} and {most_bytes}")
@@ -136,7 +155,7 @@ def check_paths(output: Path) -> Path | None:
 def check_count(source: loading.Source, count: int | None) -> None:
     """Raise BadInput, before any weight is read, for more layers than the model has."""
     from nha.data.smollm2 import LAYERS
-    from nha.models.registry import check_family
+    from nha.models.auto import check_family
 
     layers = LAYERS if source.config is None else loading.layers_of(source.config)
     if count is not None and not 0 <= count <= layers:
@@ -165,7 +184,7 @@ def draw(result: SearchResult, picture: Path) -> None:
     """Write the picture, whole or not at all."""
     from nha.report.curves import front_png
 
-    write_whole(picture, front_png(result.to_dict()))
+    write_atomically(picture, front_png(result.to_dict()))
 
 
 def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | None) -> None:
@@ -185,9 +204,12 @@ def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | No
         )
         shown = ",".join(map(str, layers)) if len(layers) <= 12 else f"{len(layers)} layers"
         table.add_row(
-            name, human_bytes(size), *(f"{losses[key]:.3f}" for key in ("loss", "recall", "text")), shown,
+            name,
+            human_bytes(size),
+            *(f"{losses[key]:.3f}" for key in ("loss", "recall", "text")),
+            shown,
             style="bold" if name == "found" else None,
-        )  # fmt: skip
+        )
     out.print(table)
     out.print("\n[dim]the best found at every size of the cache[/]")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

@@ -22,8 +22,8 @@ def align(
     *,
     steps: int = 20,
     rows: int = 1,
-    gate_rate: float = GATE_RATE,
-    sink_rate: float = SINK_RATE,
+    gate_lr: float = GATE_RATE,
+    sink_lr: float = SINK_RATE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
@@ -31,7 +31,7 @@ def align(
 
     One forward pass over texts ids [N, T] of the model before its conversion; each layer is trained for `steps`
     steps of Adam on `rows` texts as soon as the pass reaches it, so memory is that of one layer. No other weight
-    moves. Gates move at `gate_rate`, sinks at `sink_rate`. `progress` is called with (layers done, layers in all).
+    moves. Gates move at `gate_lr`, sinks at `sink_lr`. `progress` is called with (layers done, layers in all).
 
     Returns, per layer, the error before and after over all texts: squared, relative to that of an output of zero
     (0 for layers that are not hybrid). Raises ValueError for texts that no window is shorter than.
@@ -56,7 +56,7 @@ def align(
         module.training_now, module.window_size = True, windows[index]
         try:
             with torch.enable_grad():
-                errors.append(_train_layer(module, kwargs, output[0], steps, rows, (gate_rate, sink_rate), generator))
+                errors.append(_train_layer(module, kwargs, output[0], steps, rows, (gate_lr, sink_lr), generator))
         finally:
             module.training_now, module.window_size = False, FULL
         if progress is not None:

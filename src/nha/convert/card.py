@@ -23,23 +23,38 @@ def model_card(config: Any, base: str, measured: Mapping[str, Perplexity], text:
     windows: Sequence[int] = config.window_sizes
     converted = sum(window >= 0 for window in windows)
     lines = [
-        "---", "library_name: transformers", "tags: [nha, native-hybrid-attention]", f"base_model: {base}", "---", "",
-        f"# {base} as a Native Hybrid Attention model", "",
+        "---",
+        "library_name: transformers",
+        "tags: [nha, native-hybrid-attention]",
+        f"base_model: {base}",
+        "---",
+        "",
+        f"# {base} as a Native Hybrid Attention model",
+        "",
         f"{converted} of {len(windows)} layers read {config.num_slots} long-term slots and a short sliding window "
         f"with one softmax (arXiv 2510.07019). Windows per layer, -1 for full attention: {list(windows)}. "
-        f"Sinks: {config.num_sinks}; slot distance: {config.slot_distance}.", "",
-        "```python", "import nha", "from transformers import AutoModelForCausalLM", "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")', "```", "",
-    ]  # fmt: skip
+        f"Sinks: {config.num_sinks}; slot distance: {config.slot_distance}.",
+        "",
+        "```python",
+        "import nha",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
     if measured:
         first = next(iter(measured.values()))
         count, length = first.losses.shape
         lines += [
-            f"Perplexity on {count} stretches of {length + 1} tokens of {text}:", "",
-            "| form | perplexity | ratio |", "|---|---|---|",
-            *(f"| {name} | {p.value:.2f} | {p.value / first.value:.2f} |" for name, p in measured.items()), "",
+            f"Perplexity on {count} stretches of {length + 1} tokens of {text}:",
+            "",
+            "| form | perplexity | ratio |",
+            "|---|---|---|",
+            *(f"| {name} | {p.value:.2f} | {p.value / first.value:.2f} |" for name, p in measured.items()),
+            "",
             f"Standard error of the mean loss over the texts: {first.error:.3f} nats per token.",
-        ]  # fmt: skip
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.convert.calibrate import calibrate_gates, calibrate_sinks, copy_gates
 from nha.data.text import blocks, calibration_text
+from nha.models.auto import check_family, to_hybrid
 from nha.models.config import FULL, plan_windows
-from nha.models.registry import check_family, to_hybrid
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
@@ -127,9 +127,13 @@ def hybridize(
     paper = init == "paper"
     ids = calibration_ids(model, calibration, tokenizer, num_slots)
     to_hybrid(
-        model, windows, num_slots=num_slots, num_sinks=0 if paper else num_sinks,
-        slot_distance=0 if paper else slot_distance, slots_from_start=paper,
-    )  # fmt: skip
+        model,
+        windows,
+        num_slots=num_slots,
+        num_sinks=0 if paper else num_sinks,
+        slot_distance=0 if paper else slot_distance,
+        slots_from_start=paper,
+    )
     training = model.training
     model.eval()
     if num_sinks and not paper:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nha.data.recall import RecallSettings, training_row
 from nha.data.text import blocks, calibration_text
 from nha.evaluate.perplexity import batch_tokens
-from nha.files import write_whole
+from nha.io import write_atomically
 from nha.models.adapter import attention_layers, decoder, hybrid_layers, temporary_windows
 from nha.models.config import FULL, check_windows, sliding_layers
 from nha.models.head import hidden_states, token_losses
@@ -61,9 +61,14 @@ class SearchData:
 
 
 def search_data(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None, *, text_rows: int = 8,
-    recall_rows: int = 16, length: int = 2048, seed: int = 0,
-) -> SearchData:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str] | None = None,
+    *,
+    text_rows: int = 8,
+    recall_rows: int = 16,
+    length: int = 2048,
+    seed: int = 0,
+) -> SearchData:
     """Rows to search with, from texts (default: the built-in calibration text), which no evaluation reads.
 
     Recall rows are those of training (`nha.data.recall.training_row`), facts at least 128 tokens back. Raises
@@ -126,9 +131,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, data: SearchData, windows: Sequence[int], *, wide: int = FULL,
-        weight: float = 0.5, most: int | None = None,
-    ):  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        data: SearchData,
+        windows: Sequence[int],
+        *,
+        wide: int = FULL,
+        weight: float = 0.5,
+        most: int | None = None,
+    ):
         hybrid_layers(model)
         if not 0 <= weight <= 1:
             raise ValueError(f"expected a weight of the recall loss from 0 to 1, got {weight}")
@@ -239,9 +250,13 @@ def _keeping(
 
 
 def greedy_and_exchange(
-    candidates: Sequence[int], count: int, loss: Callable[[Layers], float], *, exchange: bool = True,
+    candidates: Sequence[int],
+    count: int,
+    loss: Callable[[Layers], float],
+    *,
+    exchange: bool = True,
     rest_on: Callable[[Layers], None] = lambda chosen: None,
-) -> Layers:  # fmt: skip
+) -> Layers:
     """`count` of the candidates that make `loss` small: added greedily, then exchanged one by one until nothing helps.
 
     `loss` is called with sorted tuples; `rest_on` is told which set the next ones are made from by adding one layer.
@@ -324,10 +339,16 @@ def name_of(layers: Layers) -> str:
 
 
 def search(
-    evaluate: Evaluator, count: int, *, context: int, settings: dict[str, Any], known: SearchResult | None = None,
-    exchange: bool = True, save: Callable[[SearchResult], None] = lambda result: None,
+    evaluate: Evaluator,
+    count: int,
+    *,
+    context: int,
+    settings: dict[str, Any],
+    known: SearchResult | None = None,
+    exchange: bool = True,
+    save: Callable[[SearchResult], None] = lambda result: None,
     progress: Callable[[int, int], None] | None = None,
-) -> SearchResult:  # fmt: skip
+) -> SearchResult:
     """The best `count` wide layers, compared with placements by rule and with none and all layers wide.
 
     Args:
@@ -414,7 +435,7 @@ def count_for_bytes(model: PreTrainedModel, windows: Sequence[int], wide: int, m
 
 def save_search(result: SearchResult, path: Path) -> None:
     """Write a result as JSON; an existing file is replaced only by a whole new one."""
-    write_whole(path, json.dumps(result.to_dict(), indent=1) + "\n")
+    write_atomically(path, json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 def load_search(path: str | Path, settings: dict[str, Any] | None = None) -> SearchResult:

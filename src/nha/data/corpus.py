@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nha.data.sources import check_sources, documents, fingerprint
-from nha.files import whole_directory
+from nha.io import atomic_directory
 
 FORMAT = "nha-corpus-v1"
 BLOCK = 1 << 24  # bytes of tokens that share one checksum
@@ -285,9 +285,12 @@ def prepare(
     if not 0 <= held_out < 1:
         raise ValueError(f"expected a share of held-out documents from 0 to below 1, got {held_out}")
     made_from = {
-        "sources": list(sources), "files": _hash(fingerprint(sources, field)), "held_out": held_out, "least": least,
+        "sources": list(sources),
+        "files": _hash(fingerprint(sources, field)),
+        "held_out": held_out,
+        "least": least,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-    }  # fmt: skip
+    }
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not path.is_dir() or not (path / "meta.json").is_file():
             raise ValueError(f"expected a new directory or a corpus at {path}, it holds something else")
@@ -298,7 +301,7 @@ def prepare(
             )
         with contextlib.suppress(ValueError):  # a damaged one is made anew
             return open_corpus(path, tokenizer)
-    with whole_directory(path) as work:
+    with atomic_directory(path) as work:
         _write(work, documents(sources, field), tokenizer, made_from, progress)
     return open_corpus(path, tokenizer)
 
@@ -308,9 +311,12 @@ def _hash(value: Any) -> str:
 
 
 def _write(
-    work: Path, texts: Iterator[str], tokenizer: Any, made_from: dict[str, Any],
+    work: Path,
+    texts: Iterator[str],
+    tokenizer: Any,
+    made_from: dict[str, Any],
     progress: Callable[[int, int], None] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Write tokens, documents and description of a corpus into `work`."""
     kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     lengths: list[int] = []
@@ -342,12 +348,18 @@ def _write(
     np.save(work / "offsets.npy", offsets)
     np.save(work / "held.npy", held)
     meta = {
-        "format": FORMAT, "dtype": kind.name, "tokens": int(offsets[-1]), "documents": len(lengths),
+        "format": FORMAT,
+        "dtype": kind.name,
+        "tokens": int(offsets[-1]),
+        "documents": len(lengths),
         "held_out": {"documents": int(held.sum()), "tokens": int(np.diff(offsets)[held].sum())},
         "tokenizer": {
-            "fingerprint": made_from["tokenizer"], "name": Path(str(getattr(tokenizer, "name_or_path", ""))).name,
+            "fingerprint": made_from["tokenizer"],
+            "name": Path(str(getattr(tokenizer, "name_or_path", ""))).name,
             "vocabulary": len(tokenizer),
         },
-        "made_from": made_from, "digest": _digest(offsets, held), "checksums": checksums(work / "tokens.bin"),
-    }  # fmt: skip
+        "made_from": made_from,
+        "digest": _digest(offsets, held),
+        "checksums": checksums(work / "tokens.bin"),
+    }
     (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

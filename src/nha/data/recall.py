@@ -218,9 +218,12 @@ def _log_uniform(generator: np.random.Generator, low: float, high: float) -> flo
 
 
 def draw_facts(
-    generator: np.random.Generator, pieces: Pieces, words: Words, wordings: Sequence[Wording],
+    generator: np.random.Generator,
+    pieces: Pieces,
+    words: Words,
+    wordings: Sequence[Wording],
     sizes: Callable[[str], int],
-) -> list[Fact]:  # fmt: skip
+) -> list[Fact]:
     """One fact for each wording; no two share wording and key, or a value, and no word is both key and value.
 
     Wordings without a key that come twice are left out. `sizes` gives the digits or words of a kind of value.
@@ -263,9 +266,12 @@ def stretch(generator: np.random.Generator, filler: Filler, length: int) -> list
 
 
 def training_row(
-    generator: np.random.Generator, tokenizer: PreTrainedTokenizerBase, filler: Filler, length: int,
+    generator: np.random.Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Filler,
+    length: int,
     settings: RecallSettings | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """One row to train on: ids [length] int64, and answers [length] bool, true at the tokens of every answer.
 
     Facts and their questions lie in real text from `filler`: a function that gives as many tokens as it is asked
@@ -416,9 +422,14 @@ def evaluation_set(
 
 
 def _evaluation_row(
-    generator: np.random.Generator, pieces: Pieces, facts: list[Fact], distance: int, length: int, scattered: bool,
+    generator: np.random.Generator,
+    pieces: Pieces,
+    facts: list[Fact],
+    distance: int,
+    length: int,
+    scattered: bool,
     filler: Filler,
-) -> tuple[list[int], int]:  # fmt: skip
+) -> tuple[list[int], int]:
     """A row that asks for one of the facts at this distance, and the number of tokens of its answer."""
     sizes = np.array([len(fact.say) for fact in facts])
     value = length - np.array([len(fact.value) for fact in facts]) - distance  # where the asked fact's value begins

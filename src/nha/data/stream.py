@@ -31,7 +31,7 @@ class Mixture:
         divergence, cross_entropy, answers: weights of the losses: divergence and cross-entropy are means over all
             tokens, `answers` is the weight of the mean cross-entropy of answers.
         apart: recall text makes a batch of its own, so that its gradient can be treated by itself.
-        micro_rows: rows that go through the model at a time (0: all).
+        micro_batch_size: rows that go through the model at a time (0: all).
         seed: of everything random.
     """
 
@@ -47,7 +47,7 @@ class Mixture:
     cross_entropy: float = 0.0
     answers: float = 0.5
     apart: bool = True
-    micro_rows: int = 0
+    micro_batch_size: int = 0
     seed: int = 0
 
     def shape(self, step: int) -> tuple[int, int]:
@@ -102,9 +102,13 @@ def pack(
     cu = np.full(texts + 1, len(ids), np.int32)
     cu[: len(starts)] = starts
     return {
-        "ids": ids[None], "position_ids": position[None], "cu_seqlens": cu, "target": np.append(ids[1:], 0),
-        "follows": follows, "answers": answers * follows,
-    }  # fmt: skip
+        "ids": ids[None],
+        "position_ids": position[None],
+        "cu_seqlens": cu,
+        "target": np.append(ids[1:], 0),
+        "follows": follows,
+        "answers": answers * follows,
+    }
 
 
 class Stream(Dataset):
@@ -135,7 +139,7 @@ class Stream(Dataset):
         text = [(*stream.row(number + i), None) for i in range(rows - recall)]
         told = [self._recall_row(step, i, length) for i in range(recall)]
         groups = [(TEXT, text), (RECALL, told)] if mixture.apart else [(TEXT, [*text, *told])]
-        size = mixture.micro_rows or rows
+        size = mixture.micro_batch_size or rows
         made = [(name, pack(group[at : at + size])) for name, group in groups for at in range(0, len(group), size)]
         counted = max(1.0, sum(float(batch["follows"].sum()) for _, batch in made))
         answers = max(1.0, sum(float(batch["answers"].sum()) for _, batch in made))

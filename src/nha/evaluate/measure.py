@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.data.recall import RecallSet, pieces_of
 from nha.data.text import evaluation_documents
-from nha.evaluate.forms import as_form
 from nha.evaluate.mass import slot_mass
 from nha.evaluate.perplexity import far_repeats, perplexity
 from nha.evaluate.recall import RecallScore, measure_recall, recall_sets
+from nha.evaluate.variants import use_variant
 
 LENGTHS = (2048, 8192)
 MASS_TOKENS = 16384  # read to find the slots' share
@@ -75,10 +75,15 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Any]) -> l
 
 
 def standard_suite(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Any] | None = None, *,
-    lengths: Sequence[int] = LENGTHS, texts: int = 64, rows: int = 32, tasks: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Any] | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    texts: int = 64,
+    rows: int = 32,
+    tasks: Sequence[str] | None = None,
     seed: int = 0,
-) -> Suite:  # fmt: skip
+) -> Suite:
     """Texts and recall sets for every length, made from held-out documents of token ids (default: the built-in ones).
 
     At each length up to `texts` texts, and recall at the distances that shorter lengths do not have, `rows` rows of
@@ -113,10 +118,14 @@ def measure_texts(
         name, edges = label(length), bucket_edges(length)
         read = perplexity(model, ids, progress=_part(progress, f"texts of {length:,} tokens"))
         found |= {
-            f"ppl_{name}": read.value, f"ppl_{name}_interval": list(read.interval(seed)), f"loss_{name}": read.loss,
-            f"far_{name}": read.where(far_repeats(ids.numpy())), f"edges_{name}": edges,
-            f"by_position_{name}": read.by_position(edges), f"by_text_{name}": read.by_text,
-        }  # fmt: skip
+            f"ppl_{name}": read.value,
+            f"ppl_{name}_interval": list(read.interval(seed)),
+            f"loss_{name}": read.loss,
+            f"far_{name}": read.where(far_repeats(ids.numpy())),
+            f"edges_{name}": edges,
+            f"by_position_{name}": read.by_position(edges),
+            f"by_text_{name}": read.by_text,
+        }
     return found
 
 
@@ -149,10 +158,15 @@ def measure_form(
 
 
 def measure_all(
-    model: PreTrainedModel, suite: Suite, *, forms: Sequence[str] = ("hybrid",), generate: bool = True, seed: int = 0,
+    model: PreTrainedModel,
+    suite: Suite,
+    *,
+    forms: Sequence[str] = ("hybrid",),
+    generate: bool = True,
+    seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The standard evaluation of a model in every form asked for (see `FORMS`): {form: data of `measure_form`}.
+) -> dict[str, dict[str, Any]]:
+    """The standard evaluation of a model in every form asked for (see `VARIANTS`): {form: data of `measure_form`}.
 
     A model that is not a hybrid has one form, "model", whatever is asked for.
     """
@@ -160,7 +174,7 @@ def measure_all(
         return {"model": measure_form(model, suite, generate=generate, seed=seed, progress=progress)}
     results = {}
     for form in forms:
-        with as_form(model, form):
+        with use_variant(model, form):
             results[form] = measure_form(model, suite, generate=generate, seed=seed, progress=progress)
     return results
 

@@ -62,9 +62,16 @@ def recall_distances(length: int, window: int = 64) -> list[int]:
 
 
 def recall_sets(
-    tokenizer: PreTrainedTokenizerBase, filler: Filler, *, tasks: Iterable[str] | None = None,
-    distances: Sequence[int] | None = None, beyond: int = 0, length: int = 2048, rows: int = 32, seed: int = 0,
-) -> list[RecallSet]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    filler: Filler,
+    *,
+    tasks: Iterable[str] | None = None,
+    distances: Sequence[int] | None = None,
+    beyond: int = 0,
+    length: int = 2048,
+    rows: int = 32,
+    seed: int = 0,
+) -> list[RecallSet]:
     """One `RecallSet` for every task (default: all of `EVALUATION_TASKS`) and distance, with text from `filler`.
 
     Without `distances` those of `recall_distances` above `beyond` are taken, as far as the task's facts fit there.
@@ -91,9 +98,13 @@ def recall_sets(
 
 
 def measure_recall(
-    model: PreTrainedModel, sets: Sequence[RecallSet], *, generate: bool = True, most: int | None = None,
+    model: PreTrainedModel,
+    sets: Sequence[RecallSet],
+    *,
+    generate: bool = True,
+    most: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[RecallScore]:  # fmt: skip
+) -> list[RecallScore]:
     """Score a model on recall sets, in their order.
 
     Rows of equal length and answer are read together, as many as have `most` tokens (default: `batch_tokens`). Logits
@@ -132,9 +143,14 @@ def score_batch(model: Any, ids: Tensor, count: int, generate: bool) -> tuple[Te
     written = torch.zeros(len(ids), dtype=torch.bool)
     if generate:
         generated = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, num_beams=1,
-            repetition_penalty=1.0, pad_token_id=0,
-        )  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+        )
         new = generated[:, prompt.shape[1] :]
         if new.shape[1] == count:  # shorter where every row ended early
             written = (new == answer).all(1)

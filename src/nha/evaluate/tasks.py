@@ -16,9 +16,17 @@ from nha.evaluate.bootstrap import interval
 FOLDER = Path(__file__).parent / "harness"
 OFFLINE = ("nha_cloze", "nha_choice", "nha_recall")
 STANDARD = (
-    "arc_easy", "arc_challenge", "hellaswag", "lambada_openai", "piqa", "winogrande", "fda", "swde", "squad_completion",
+    "arc_easy",
+    "arc_challenge",
+    "hellaswag",
+    "lambada_openai",
+    "piqa",
+    "winogrande",
+    "fda",
+    "swde",
+    "squad_completion",
     "ruler",
-)  # fmt: skip
+)
 MADE = ("ruler", "niah_")  # tasks that make texts of several lengths themselves, with the model's tokenizer by its name
 MIXED = {"perplexity"}  # metrics that are no mean over documents, so that an interval of them needs another way
 
@@ -66,9 +74,16 @@ def known_tasks(names: Sequence[str], metadata: dict[str, Any] | None = None) ->
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], *, limit: int | None = None,
-    batch_size: int = 8, longest: int | None = None, seed: int = 0, manager: Any = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    longest: int | None = None,
+    seed: int = 0,
+    manager: Any = None,
+) -> dict[str, dict[str, Any]]:
     """Run tasks through the harness's own `HFLM`: {task: {metric: {value, interval, documents}}}.
 
     Args:
@@ -95,9 +110,17 @@ def run_tasks(
     run, wrap = vars(evaluator)["simple_evaluate"], vars(huggingface)["HFLM"]
     harness = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
     found: Any = run(
-        model=harness, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
-        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+        model=harness,
+        tasks=list(names),
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
     results: dict[str, dict[str, Any]] = {}
     for task, row in found["results"].items():
         samples = found["samples"].get(task, [])
@@ -108,7 +131,8 @@ def run_tasks(
             scores = [s[metric] for s in samples if metric in s and s.get("filter", kind) == kind]
             means = metric not in MIXED and scores and all(isinstance(s, (bool, int, float)) for s in scores)
             results.setdefault(task, {})[metric] = {
-                "value": float(value), "interval": list(interval(scores, seed=seed)) if means else None,
+                "value": float(value),
+                "interval": list(interval(scores, seed=seed)) if means else None,
                 "documents": len(scores) or len(samples),
-            }  # fmt: skip
+            }
     return results

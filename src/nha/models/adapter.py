@@ -27,16 +27,16 @@ from nha.models.attend import (
     LAST,
     Segment,
     attend,
+    base_attention,
     causal_mask,
-    own_attention,
-    packed_own_attention,
+    mask_first_token_write,
+    packed_base_attention,
     remember,
-    spare_first_token,
     zero_slots,
 )
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
-from nha.ops.rotary import slot_view, unrotate
+from nha.ops.rotary import unrotate, unrotate_for_slots
 
 NAME = "nha"
 ABLATIONS = (None, "slots_off", "window_off")
@@ -53,7 +53,7 @@ class SlotParameters(nn.Module):
 
     slot_cos: Tensor
     slot_sin: Tensor
-    initial: tuple[Tensor, Tensor] | None = None  # what slots hold before a text (see `nha.models.slots`)
+    initial: tuple[Tensor, Tensor] | None = None  # what slots hold before a text (see `nha.models.peft_slots`)
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int, num_slots: int, num_sinks: int, tables: Tensor):
         super().__init__()
@@ -149,11 +149,20 @@ class HybridGenerationMixin:
 
 
 def hybrid_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
-    nha_hidden: Tensor | None = None, nha_tables: tuple[Tensor, Tensor] | None = None,
-    nha_layer: NHACacheLayer | None = None, **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    nha_hidden: Tensor | None = None,
+    nha_tables: tuple[Tensor, Tensor] | None = None,
+    nha_layer: NHACacheLayer | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D]."""
     if nha_hidden is None:
         raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
@@ -164,12 +173,20 @@ def hybrid_attention(
     own_mask, padding = split_mask(attention_mask, query.shape[2])
     cu = kwargs.get("cu_seq_lens_q")
     if module.window_size == FULL and cu is not None:
-        return packed_own_attention(
-            module, query, key, value, cu, softcap=softcap, scaling=scaling, dropout=dropout,
-            sliding_window=kwargs.get("sliding_window"), longest=kwargs.get("max_length_q"),
-        )  # fmt: skip
+        return packed_base_attention(
+            module,
+            query,
+            key,
+            value,
+            cu,
+            softcap=softcap,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=kwargs.get("sliding_window"),
+            longest=kwargs.get("max_length_q"),
+        )
     if module.window_size == FULL:
-        return own_attention(
+        return base_attention(
             module, query, key, value, own_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
         )
     check_dropout(dropout)
@@ -183,11 +200,11 @@ def hybrid_attention(
     sink = None
     if parameters.sink_key.shape[1]:
         sink = (parameters.sink_key.to(key.dtype), parameters.sink_value.to(value.dtype))
-        gate = spare_first_token(gate, padding, cu, state)
+        gate = mask_first_token_write(gate, padding, cu, state)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     slot_query = slot_key = None  # without rotary positions slots and window see the same
     if nha_tables is not None:
-        slot_query, slot_key = slot_view(q, k, nha_tables, (parameters.slot_cos, parameters.slot_sin))
+        slot_query, slot_key = unrotate_for_slots(q, k, nha_tables, (parameters.slot_cos, parameters.slot_sin))
     segment = Segment(q, k, v, gate, slot_query, slot_key, mask=padding, cu_seqlens=cu)
     initial = parameters.initial
     if initial is None and module.config.slots_from_start:
@@ -197,18 +214,32 @@ def hybrid_attention(
         if nha_layer is not None:
             remember(segment, window, nha_layer, softcap)
         mask = causal_mask(padding)
-        return own_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
+        return base_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
     out = attend(
-        segment, window_size=window, scale=scaling, sink=sink, layer=nha_layer, initial=initial, softcap=softcap,
+        segment,
+        window_size=window,
+        scale=scaling,
+        sink=sink,
+        layer=nha_layer,
+        initial=initial,
+        softcap=softcap,
         see_mass=module.mass_observer,
-    )  # fmt: skip
+    )
     return out, None
 
 
 def hybrid_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
-    *, attention_mask: Tensor | None = None, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any,
-) -> Tensor | None:  # fmt: skip
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
     """The mask function "nha" of transformers: a hybrid layer needs the padding of its segment and nothing of T x T.
 
     Returns None without padding, else [B, 1, 1, T]. A model with some unconverted layers gets transformers' own mask
@@ -223,9 +254,15 @@ def hybrid_mask(
         if plain and not capped and allow_is_causal_skip and appends(q_length, kv_length, q_offset, padding):
             return torch.empty(LAST, dtype=torch.bool, device=kwargs.get("device", "cpu"))
         own = sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip and not capped, **kwargs,
-        )  # fmt: skip
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip and not capped,
+            **kwargs,
+        )
         if own is None:
             return None
     elif padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
@@ -284,11 +321,15 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")} | {name_of_cache: cache}
         layer = cache_layer(self, cache, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
         return family.forward(
-            self, hidden_states=hidden_states, position_embeddings=position_embeddings,
-            attention_mask=attention_mask, nha_hidden=hidden_states,
+            self,
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            nha_hidden=hidden_states,
             nha_tables=position_embeddings if getattr(self, "use_rope", True) else None,
-            nha_layer=layer, **kwargs,
-        )  # fmt: skip
+            nha_layer=layer,
+            **kwargs,
+        )
 
     def __reduce_ex__(self, protocol: int) -> Any:
         return _rebuild, (family,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__

@@ -15,11 +15,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
-from nha.ops import NHAState, RingState, decodes, nha_attention, nha_decode, segment_attention, token_attention
+from nha.ops import NHAState, RingState, full_decode, full_prefill, nha_attention, nha_decode, supports_decode
 from nha.ops.autocast import in_region
-from nha.ops.banded import banded_attention
 from nha.ops.ring import MAX_NEW
 from nha.ops.segment import advance, align_left
+from nha.ops.sliding_window import sliding_window_attention
 
 LAST = (1, 1, 0, 1)  # shape of the mask that stands for a causal one whose last query sees all keys
 # That several query heads read one KV head has to be said from torch 2.12 on; before, it was understood.
@@ -60,10 +60,17 @@ class Segment:
 
 
 def attend(
-    segment: Segment, *, window_size: int, scale: float | None, sink: tuple[Tensor, Tensor] | None,
-    layer: NHACacheLayer | None, initial: Initial | None, softcap: float | None = None, impl: str = "auto",
+    segment: Segment,
+    *,
+    window_size: int,
+    scale: float | None,
+    sink: tuple[Tensor, Tensor] | None,
+    layer: NHACacheLayer | None,
+    initial: Initial | None,
+    softcap: float | None = None,
+    impl: str = "auto",
     see_mass: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Read slots and window for a segment, [B, T, HQ, Dv], and leave what was read in the cache layer, if any.
 
     `initial` is what the slots of every text hold before its first token, live from there on. `see_mass`, if given,
@@ -77,24 +84,45 @@ def attend(
             remember(segment, window_size, layer, softcap)
         return without_slots(segment, window_size, scale, sink, softcap)
     before = () if state is None else state.tensors().values()
-    in_place = layer is not None and decodes(*segment.read, *(sink or ()), *before, softcap=softcap, impl=impl)
+    in_place = layer is not None and supports_decode(*segment.read, *(sink or ()), *before, softcap=softcap, impl=impl)
     if layer is not None and in_place and state is not None and see_mass is None and segment.key.shape[1] <= MAX_NEW:
         ring = state if isinstance(state, RingState) else RingState.of(state)
         layer.record(segment.inputs, ring)
         result = nha_decode(
-            segment.query, segment.key, segment.value, segment.log_gate, state=ring, q_slot=segment.slot_query,
-            k_slot=segment.slot_key, sink=sink, scale=scale, attention_mask=segment.mask,
-        )  # fmt: skip
+            segment.query,
+            segment.key,
+            segment.value,
+            segment.log_gate,
+            state=ring,
+            q_slot=segment.slot_query,
+            k_slot=segment.slot_key,
+            sink=sink,
+            scale=scale,
+            attention_mask=segment.mask,
+        )
         layer.keep(ring)
         return result.out
     options: dict[str, Any] = dict(
-        window_size=window_size, q_slot=segment.slot_query, k_slot=segment.slot_key, scale=scale, state=state,
-        attention_mask=segment.mask, cu_seqlens=segment.cu_seqlens, softcap=softcap, impl=impl,
-    )  # fmt: skip
+        window_size=window_size,
+        q_slot=segment.slot_query,
+        k_slot=segment.slot_key,
+        scale=scale,
+        state=state,
+        attention_mask=segment.mask,
+        cu_seqlens=segment.cu_seqlens,
+        softcap=softcap,
+        impl=impl,
+    )
     result = nha_attention(
-        segment.query, segment.key, segment.value, segment.log_gate, sink=sink, return_state=layer is not None,
-        return_slot_mass=see_mass is not None, **options,
-    )  # fmt: skip
+        segment.query,
+        segment.key,
+        segment.value,
+        segment.log_gate,
+        sink=sink,
+        return_state=layer is not None,
+        return_slot_mass=see_mass is not None,
+        **options,
+    )
     if see_mass is not None:
         mass = result.slot_mass
         assert mass is not None
@@ -124,7 +152,9 @@ def without_slots(
     slot_query = segment.query if segment.slot_query is None else segment.slot_query
     q, k, v, q_slot = (x.flatten(0, 1)[None] for x in (segment.query, segment.key, segment.value, slot_query))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    out = banded_attention(q, k, v, q_slot, sink, window_size=window_size, cu_seqlens=cu, scale=factor, softcap=softcap)
+    out = sliding_window_attention(
+        q, k, v, q_slot, sink, window_size=window_size, cu_seqlens=cu, scale=factor, softcap=softcap
+    )
     return out.view(batch, length, *out.shape[2:])
 
 
@@ -153,7 +183,7 @@ def remember(segment: Segment, window_size: int, layer: NHACacheLayer, softcap: 
         count = segment.mask.sum(1)
     after = advance(state, key, value, gate, slot_key, (state.slot_key, state.slot_value), count)
     layer.record(segment.inputs, None)
-    layer.keep(RingState.of(after) if decodes(*segment.read, softcap=softcap) else after)
+    layer.keep(RingState.of(after) if supports_decode(*segment.read, softcap=softcap) else after)
 
 
 def initial_state(segment: Segment, window_size: int, initial: Initial) -> NHAState:
@@ -171,35 +201,41 @@ def zero_slots(segment: Segment) -> Initial:
     return key, value
 
 
-def spare_first_token(
+def mask_first_token_write(
     log_gate: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, state: NHAState | None
 ) -> Tensor:
     """Set the log-gate of every sequence's first token to 0: the sink stands in for it, the slots skip it.
 
     >>> gate = torch.full((1, 3, 1, 1), -1.0)
-    >>> spare_first_token(gate, torch.tensor([[False, True, True]]), None, None).flatten().tolist()
+    >>> mask_first_token_write(gate, torch.tensor([[False, True, True]]), None, None).flatten().tolist()
     [-1.0, 0.0, -1.0]
     """
     length = log_gate.shape[1]
     if length == 1 and cu_seqlens is None and state is not None:
-        return log_gate.masked_fill((state.seen == 0)[:, None, None, None], 0.0)
+        return log_gate.masked_fill((state.num_tokens == 0)[:, None, None, None], 0.0)
     place = torch.arange(length, device=log_gate.device)
     if cu_seqlens is not None:
-        starts = cu_seqlens[:-1] if state is None else torch.where(state.seen > 0, length, cu_seqlens[:-1])
+        starts = cu_seqlens[:-1] if state is None else torch.where(state.num_tokens > 0, length, cu_seqlens[:-1])
         beyond = torch.zeros(length + 1, dtype=torch.bool, device=log_gate.device)  # empty texts may start at the end
         first = beyond.index_fill(0, starts.long(), True)[None, :length]
     else:
         start = 0 if mask is None else mask.int().argmax(1, keepdim=True)
         first = (place == start)[None] if mask is None else place == start
         if state is not None:
-            first = first & (state.seen == 0)[:, None]
+            first = first & (state.num_tokens == 0)[:, None]
     return log_gate.masked_fill(first[..., None, None], 0.0)
 
 
-def own_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
-    softcap: float | None, **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def base_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """The attention that the layer had before: SDPA, or the family's own code where scores are capped.
 
     `query` [B, HQ, T, D], `key` and `value` [B, H, Tk, D]; `mask` is bool [B, 1, T, Tk], None for causal, or of shape
@@ -208,9 +244,9 @@ def own_attention(
     """
     length, scale, dropped = query.shape[2], kwargs.get("scaling"), kwargs.get("dropout") or 0.0
     if softcap is None and length == 1 and not dropped and kwargs.get("position_bias") is None:
-        return token_attention(query, key, value, mask, scale), None
+        return full_decode(query, key, value, mask, scale), None
     if mask is not None and mask.shape == LAST:
-        return segment_attention(query, key, value, scale, dropped), None
+        return full_prefill(query, key, value, scale, dropped), None
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is None:
@@ -221,11 +257,20 @@ def own_attention(
     return eager(module, query, key, value, additive, softcap=softcap, **kwargs)
 
 
-def packed_own_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None,
-    softcap: float | None = None, sliding_window: int | None = None, longest: int | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """`own_attention` of sequences packed into one row: query [1, HQ, T, D], key and value [1, H, T, D].
+def packed_base_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    longest: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`base_attention` of sequences packed into one row: query [1, HQ, T, D], key and value [1, H, T, D].
 
     One kernel on a GPU in 16-bit, else sequence by sequence with the very kernel of a sequence alone; never a mask of
     T x T. `longest` bounds the lengths (default T); `sliding_window` is the family's own.
@@ -234,9 +279,7 @@ def packed_own_attention(
     if query.is_cuda and softcap is None and query.dtype in (torch.bfloat16, torch.float16):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         most, left = longest or length, -1 if sliding_window is None else sliding_window - 1
-        out = varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, most, most, scale=scaling, window_size=(left, 0), **GROUPED
-        )  # fmt: skip
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, scale=scaling, window_size=(left, 0), **GROUPED)
         assert isinstance(out, Tensor)
         return out[None], None
     outs = []
@@ -248,7 +291,7 @@ def packed_own_attention(
             whole = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
             mask = (whole.tril() & whole.triu(1 - sliding_window))[None, None]
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        outs.append(own_attention(module, q, k, v, mask, softcap=softcap, scaling=scaling, **kwargs)[0])
+        outs.append(base_attention(module, q, k, v, mask, softcap=softcap, scaling=scaling, **kwargs)[0])
     return torch.cat(outs, 1), None
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
-from nha.files import whole_file
+from nha.io import atomic_write
 from nha.models.config import FULL
 from nha.ops import NHAState, RingState, nha_attention
 
@@ -59,9 +59,16 @@ class Inputs:
     def advance(self, state: NHAState | None, window_size: int) -> NHAState | None:
         """The state after these inputs; the queries do not matter, so the keys serve as such."""
         return nha_attention(
-            self.key, self.key, self.value, self.log_gate, window_size=window_size, k_slot=self.slot_key,
-            state=state, return_state=True, attention_mask=self.mask,
-        ).state  # fmt: skip
+            self.key,
+            self.key,
+            self.value,
+            self.log_gate,
+            window_size=window_size,
+            k_slot=self.slot_key,
+            state=state,
+            return_state=True,
+            attention_mask=self.mask,
+        ).state
 
 
 class NHACacheLayer(CacheLayerMixin):
@@ -145,7 +152,7 @@ class NHACacheLayer(CacheLayerMixin):
         elif state is None:
             for tensor in () if held is None else held.tensors().values():
                 tensor.zero_()
-        elif held is None or held.seen.shape != state.seen.shape:
+        elif held is None or held.num_tokens.shape != state.num_tokens.shape:
             self.state = state._map(torch.clone)
             if not torch.compiler.is_compiling():
                 for tensor in self.state.tensors().values():
@@ -214,8 +221,8 @@ class NHACacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            rows = self.state.seen.shape[0]
-            self._select(torch.arange(rows, device=self.state.seen.device).repeat_interleave(repeats))
+            rows = self.state.num_tokens.shape[0]
+            self._select(torch.arange(rows, device=self.state.num_tokens.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
@@ -293,7 +300,7 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
     for index, layer in enumerate(caches):
         if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
             parts: dict[str, Any] = {} if layer.state is None else layer.state.aligned().tensors()
-            live = layer.state is not None and layer.state.slots_live
+            live = layer.state is not None and layer.state.slots_active
             layers.append({"kind": "nha", "window": layer.window_size, "length": layer.length, "live": live})
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             parts = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
@@ -302,7 +309,7 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
             raise ValueError(f"expected a dynamic cache, got {type(layer).__name__} in layer {index}")
         tensors |= {f"{index}.{name}": x.detach().cpu().contiguous() for name, x in parts.items()}
     meta = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
-    with whole_file(path) as work:
+    with atomic_write(path) as work:
         save_file(tensors, work, metadata=meta)
 
 
@@ -336,8 +343,8 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
             continue
         check_parts(parts, entry, layer, f"of layer {index} at {path}")
         if isinstance(layer, NHACacheLayer):
-            parts.setdefault("tail_slot_key", None)  # type: ignore[arg-type]
-            layer.state = NHAState(window_size=entry["window"], slots_live=entry["live"], **parts)
+            parts.setdefault("window_slot_key", None)  # type: ignore[arg-type]
+            layer.state = NHAState(window_size=entry["window"], slots_active=entry["live"], **parts)
             layer.length = entry["length"]
             layer.is_initialized = True
         else:
@@ -354,7 +361,9 @@ def check_parts(parts: dict[str, Tensor], entry: dict[str, Any], layer: Any, whe
     kind = "nha" if is_nha else type(layer).__name__
     if entry["kind"] != kind:
         raise ValueError(f"expected a layer of kind {kind!r}, got {entry['kind']!r} {where}")
-    wanted = {"slot_key", "slot_value", "key", "value", "tail_log_gate", "seen"} if is_nha else {"keys", "values"}
+    wanted = (
+        {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"} if is_nha else {"keys", "values"}
+    )
     missing = sorted(wanted - parts.keys())
     if missing:
         raise ValueError(f"expected a tensor {missing[0]!r} {where}, got {sorted(parts)}")
@@ -362,10 +371,13 @@ def check_parts(parts: dict[str, Tensor], entry: dict[str, Any], layer: Any, whe
         batch, heads, slots, dim = parts["slot_key"].shape
         window, value_dim = entry["window"], parts["slot_value"].shape[-1]
         shapes = {
-            "slot_value": (batch, heads, slots, value_dim), "key": (batch, window, heads, dim),
-            "value": (batch, window, heads, value_dim), "tail_slot_key": (batch, window, heads, dim),
-            "tail_log_gate": (batch, window, heads, slots), "seen": (batch,),
-        }  # fmt: skip
+            "slot_value": (batch, heads, slots, value_dim),
+            "key": (batch, window, heads, dim),
+            "value": (batch, window, heads, value_dim),
+            "window_slot_key": (batch, window, heads, dim),
+            "window_log_gate": (batch, window, heads, slots),
+            "num_tokens": (batch,),
+        }
     else:
         shapes = {"values": (*parts["keys"].shape[:3], parts["values"].shape[-1])}
     for name, shape in shapes.items():

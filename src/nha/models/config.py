@@ -13,8 +13,18 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 FULL = -1
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "olmo2", "gemma2", "gemma3_text", "phi3", "granite",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "olmo2",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "granite",
+)
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:
@@ -107,7 +117,7 @@ class HybridConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
         check_sizes(self)
-        from nha.models.registry import register_model
+        from nha.models.auto import register_model
 
         register_model(type(self))  # type: ignore[arg-type]
 
@@ -136,28 +146,45 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     def tiny(cls, **changes: Any) -> NHAConfig:
         """Two layers of width 64, for tests and first steps."""
         sizes: dict[str, Any] = dict(
-            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, window_sizes=16, num_slots=8, max_position_embeddings=1 << 16,
-        )  # fmt: skip
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            window_sizes=16,
+            num_slots=8,
+            max_position_embeddings=1 << 16,
+        )
         return cls(**(sizes | changes))
 
     @classmethod
     def paper_340m(cls, **changes: Any) -> NHAConfig:
         """The 340M model of the paper: 24 layers of width 1,024, 64 slots, a window of 64 tokens."""
         sizes: dict[str, Any] = dict(
-            vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
-            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1 << 16,
+            vocab_size=32000,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=24,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=1 << 16,
             tie_word_embeddings=True,
-        )  # fmt: skip
+        )
         return cls(**(sizes | changes))
 
     @classmethod
     def paper_1_3b(cls, **changes: Any) -> NHAConfig:
         """The 1.3B model of the paper: 24 layers of width 2,048, 64 slots, a window of 64 tokens."""
         sizes: dict[str, Any] = dict(
-            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
-            num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1 << 16,
-        )  # fmt: skip
+            vocab_size=32000,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            max_position_embeddings=1 << 16,
+        )
         return cls(**(sizes | changes))
 
 
@@ -168,9 +195,12 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
 
     base = CONFIG_MAPPING[family]
     fields: dict[str, tuple[Any, Any]] = {
-        "window_sizes": (int | list[int], 64), "num_slots": (int, 64), "num_sinks": (int, 1),
-        "slot_distance": (int, 128), "slots_from_start": (bool, False),
-    }  # fmt: skip
+        "window_sizes": (int | list[int], 64),
+        "num_slots": (int, 64),
+        "num_sinks": (int, 1),
+        "slot_distance": (int, 128),
+        "slots_from_start": (bool, False),
+    }
     name = f"NHA{base.__name__}"
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
     body |= {"__annotations__": {field: kind for field, (kind, _) in fields.items()}, "__module__": __name__}

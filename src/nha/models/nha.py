@@ -20,7 +20,7 @@ from nha.models.adapter import (
     mark_packing,
     split_mask,
 )
-from nha.models.attend import Segment, attend, own_attention, packed_own_attention
+from nha.models.attend import Segment, attend, base_attention, packed_base_attention
 from nha.models.config import FULL, NHAConfig
 from nha.ops.rotary import rotate
 
@@ -33,9 +33,16 @@ class NHAAttention(NativeHybridAttention):
     def __init__(self, config: NHAConfig, layer_idx: int):
         windows: Any = config.window_sizes
         super().__init__(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_slots,
-            windows[layer_idx], config.head_dim, config.num_sinks, rope_theta=None, bias=config.attention_bias,
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.num_slots,
+            windows[layer_idx],
+            config.head_dim,
+            config.num_sinks,
+            rope_theta=None,
+            bias=config.attention_bias,
+        )
         self.config, self.layer_idx = config, layer_idx
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.ablation: str | None = None
@@ -67,19 +74,23 @@ class NHAAttention(NativeHybridAttention):
             scale = self.head_dim**-0.5
             q, (k, v) = query.transpose(1, 2), full
             if cu is not None:
-                out, _ = packed_own_attention(self, q, k, v, cu, scaling=scale, longest=kwargs.get("max_length_q"))
+                out, _ = packed_base_attention(self, q, k, v, cu, scaling=scale, longest=kwargs.get("max_length_q"))
             else:
-                out, _ = own_attention(self, q, k, v, own_mask, softcap=None, scaling=scale)
+                out, _ = base_attention(self, q, k, v, own_mask, softcap=None, scaling=scale)
             return self.o_proj(out.flatten(2)), None
         padding = None if cu is not None else padding
         gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
         if self.ablation == "slots_off":
             gate = gate[..., :0]
         out = attend(
-            Segment(query, key, value, gate, slot_query, slot_key, padding, cu), layer=layer,
-            window_size=0 if self.ablation == "window_off" else self.window_size, scale=None, sink=self.sink,
-            initial=None, see_mass=self.mass_observer,
-        )  # fmt: skip
+            Segment(query, key, value, gate, slot_query, slot_key, padding, cu),
+            layer=layer,
+            window_size=0 if self.ablation == "window_off" else self.window_size,
+            scale=None,
+            sink=self.sink,
+            initial=None,
+            see_mass=self.mass_observer,
+        )
         return self.o_proj(out.flatten(2)), None
 
 

@@ -1,7 +1,7 @@
 """The operator: `nha_attention`, its state, and which implementation runs where."""
 
-from nha.ops.api import NHAOutput, choose, decodes, implementations, nha_attention, nha_decode
-from nha.ops.full import segment_attention, token_attention
+from nha.ops.api import NHAOutput, implementations, nha_attention, nha_decode, resolve_impl, supports_decode
+from nha.ops.full_attention import full_decode, full_prefill
 from nha.ops.ring import RingState
 from nha.ops.state import NHAState
 
@@ -9,11 +9,11 @@ __all__ = [
     "NHAOutput",
     "NHAState",
     "RingState",
-    "choose",
-    "decodes",
+    "resolve_impl",
+    "supports_decode",
     "implementations",
     "nha_attention",
     "nha_decode",
-    "segment_attention",
-    "token_attention",
+    "full_prefill",
+    "full_decode",
 ]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nha.ops.autocast import reads_in_region
 from nha.ops.chunked import chunked
-from nha.ops.limits import unsupported
 from nha.ops.reference import reference
 from nha.ops.ring import MAX_NEW, RingState
-from nha.ops.segment import check_mask, full_attention
+from nha.ops.segment import check_padding_mask, full_attention
 from nha.ops.state import NHAState, slot_dtype
+from nha.ops.validation import unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HAS_TRITON = find_spec("triton") is not None  # looked up once: torch.compile cannot trace it
@@ -55,13 +55,13 @@ def implementations() -> dict[str, str]:
     }
 
 
-def choose(impl: str, device: torch.device | str = "cpu") -> str:
+def resolve_impl(impl: str, device: torch.device | str = "cpu") -> str:
     """The implementation that `impl` names; "auto" is the fastest one that runs on `device`.
 
     Raises ValueError for an unknown name and NotImplementedError for one that cannot run here: an implementation
     asked for by name never falls back to another.
 
-    >>> choose("auto")
+    >>> resolve_impl("auto")
     'chunked'
     """
     if impl == "auto":
@@ -145,41 +145,42 @@ def nha_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected softcap to be None or above 0, got {softcap}")
     state = None if state is None else state.aligned()
-    name = choose(impl, q.device)
+    name = resolve_impl(impl, q.device)
     if attention_mask is not None:
-        check_mask(attention_mask)
+        check_padding_mask(attention_mask)
     if log_gate is None:
         log_gate = k.new_zeros(*k.shape[:3], 0)
     short = False
     if name == "triton" and window_size != -1:
         if state is not None and q.shape[1] <= MAX_NEW and cu_seqlens is None:
             read = [q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]
-            short = not wants_gradients(read) and unsupported(q, v, log_gate, softcap, decoding=True) is None
+            short = not needs_grad(read) and unsupported(q, v, log_gate, softcap, decoding=True) is None
         name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fresh, shared = state is None, k_slot is None
     within = window_size == -1 or (fresh and window_size >= q.shape[1])
     if fresh and (return_state or within or name != "triton"):
-        state = NHAState.empty(
-            window_size, key=k, value=v, log_gate=log_gate, shared=shared, cu_seqlens=cu_seqlens
-        )  # fmt: skip
+        state = NHAState.empty(window_size, key=k, value=v, log_gate=log_gate, shared=shared, cu_seqlens=cu_seqlens)
     q_slot = q if q_slot is None else q_slot
     k_slot = k if k_slot is None else k_slot
     options = {
-        "scale": scale, "softcap": softcap, "state": state,
-        "attention_mask": attention_mask, "cu_seqlens": cu_seqlens,
-    }  # fmt: skip
+        "scale": scale,
+        "softcap": softcap,
+        "state": state,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+    }
     if name == "reference":
         out, mass, after = reference(q, k, v, log_gate, q_slot, k_slot, sink, **options)
     elif within:
         out, mass, after = full_attention(q, k, v, log_gate, k_slot, keep=return_state, **options)
     elif name == "triton" and short:
-        from nha.ops.triton.step import decode
+        from nha.ops.triton.decode.op import decode
 
         own = {"scale": scale, "state": state, "attention_mask": attention_mask, "keep": return_state}
         out, mass, after = decode(q, k, v, log_gate, q_slot, k_slot, sink, **own)
     elif name == "triton":
-        from nha.ops.triton.op import triton_attention
+        from nha.ops.triton.chunk.autograd import triton_attention
 
         own = options | {"window_size": window_size, "fresh": fresh, "keep": return_state}
         out, mass, after = triton_attention(q, k, v, log_gate, q_slot, k_slot, sink, **own)
@@ -188,19 +189,27 @@ def nha_attention(
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)
 
 
-def decodes(
-    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, *more: Tensor | None, softcap: float | None = None,
+def supports_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    *more: Tensor | None,
+    softcap: float | None = None,
     impl: str = "auto",
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether `nha_decode` goes on with texts whose inputs are like these (any T; `more` holds what else is read).
 
     It does on a GPU, with dtypes and sizes that its kernel knows, as long as no gradient is asked for.
 
     >>> q = torch.zeros(1, 1, 2, 4)
-    >>> decodes(q, q, q, q)  # on a CPU
+    >>> supports_decode(q, q, q, q)  # on a CPU
     False
     """
-    return infers([q, k, v, log_gate, *more], impl) and unsupported(q, v, log_gate, softcap, decoding=True) is None
+    return (
+        can_skip_autograd([q, k, v, log_gate, *more], impl)
+        and unsupported(q, v, log_gate, softcap, decoding=True) is None
+    )
 
 
 @reads_in_region
@@ -238,13 +247,13 @@ def nha_decode(
     _check(q, k, v, log_gate, state.window_size, q_slot, k_slot, sink, state, attention_mask, None)
     if q.shape[1] > MAX_NEW:
         raise ValueError(f"expected at most {MAX_NEW} new tokens, got {q.shape[1]}")
-    if wants_gradients([q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]):
+    if needs_grad([q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]):
         raise ValueError("expected inputs that need no gradients, got some that do; decode under torch.no_grad()")
-    choose("triton", q.device)
+    resolve_impl("triton", q.device)
     if attention_mask is not None:
-        check_mask(attention_mask)
+        check_padding_mask(attention_mask)
     _triton_or_chunked("triton", q, v, log_gate, None, True)
-    from nha.ops.triton.step import decode_in_place
+    from nha.ops.triton.decode.op import decode_in_place
 
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, mass = decode_in_place(
@@ -253,20 +262,18 @@ def nha_decode(
     return NHAOutput(out, state, mass)
 
 
-def infers(tensors: Sequence[Tensor | None], impl: str = "auto") -> bool:
+def can_skip_autograd(tensors: Sequence[Tensor | None], impl: str = "auto") -> bool:
     """Whether `impl` is the kernels where the first tensor is, and no gradient is asked for: some of them have none."""
     first = tensors[0]
-    return first is not None and choose(impl, first.device) == "triton" and not wants_gradients(tensors)
+    return first is not None and resolve_impl(impl, first.device) == "triton" and not needs_grad(tensors)
 
 
-def wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether gradients of some of the tensors may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _triton_or_chunked(
-    impl: str, q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, short: bool
-) -> str:  # fmt: skip
+def _triton_or_chunked(impl: str, q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, short: bool) -> str:
     """ "triton", or "chunked" where "auto" meets inputs that the kernels do not take; NotImplementedError if asked."""
     reason = unsupported(q, v, log_gate, softcap, short)
     if reason is None:
@@ -352,8 +359,8 @@ def _check_state(state: NHAState, window_size: int, sizes: tuple, shared: bool, 
         raise ValueError(f"expected a state of window_size={window_size}, got one of {state.window_size}")
     _expect("state.slot_key", state.slot_key, (batch, heads, slots, dim))
     _expect("state.slot_value", state.slot_value, (batch, heads, slots, value_dim))
-    if window_size and (state.tail_slot_key is None) != shared:
-        was = "without" if state.tail_slot_key is None else "with"
+    if window_size and (state.window_slot_key is None) != shared:
+        was = "without" if state.window_slot_key is None else "with"
         raise ValueError(f"expected k_slot to be given or left out as before, but the state was made {was} k_slot")
     if state.slot_key.dtype != slot_dtype(q.dtype) or state.key.dtype != q.dtype:
         raise TypeError(f"expected a state of {q.dtype} inputs, got one of {state.key.dtype}")

@@ -146,8 +146,15 @@ def _load(inputs: tuple[Tensor, ...], plan: _Plan, span: tuple[int, int], slots:
     group = _Group(
         query.unflatten(2, (size // plan.tile, -1)),
         slot_query.unflatten(2, (size // plan.chunk, -1)),
-        window_key, window_value, token_key, token_value, rise, fall, half, entering,
-    )  # fmt: skip
+        window_key,
+        window_value,
+        token_key,
+        token_value,
+        rise,
+        fall,
+        half,
+        entering,
+    )
     return group, slots
 
 
@@ -166,7 +173,7 @@ def _band(plan: _Plan, groups: int, like: Tensor) -> Tensor:
 
 
 def _weights(
-    group: _Group, plan: _Plan, start: int, sink_key: Tensor, first: Tensor, slots_live: bool, softcap: float
+    group: _Group, plan: _Plan, start: int, sink_key: Tensor, first: Tensor, slots_active: bool, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Softmax weights [B, H, size * G, S + M + blocks * tile], slot scores before `rise`, and masked q.k.
 
@@ -187,7 +194,7 @@ def _weights(
         parts = [torch.tanh(part / softcap) for part in parts]
         slope = 1 - torch.cat(parts, -1).square()
         parts = [part * softcap for part in parts]
-    if not slots_live and start < plan.window:
+    if not slots_active and start < plan.window:
         token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
         dead = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
         old = len(parts) - (group.window_key is not None)
@@ -222,10 +229,21 @@ def _unpack(rows: Tensor, per_kv: int, out: Tensor) -> None:
 
 @torch.library.custom_op("nha::chunked", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, k_slot: Tensor, log_gate: Tensor, slots: Tensor,
-    sink_key: Tensor, sink_value: Tensor, first: Tensor, window: int, scale: float, softcap: float,
-    slots_live: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_slot: Tensor,
+    k_slot: Tensor,
+    log_gate: Tensor,
+    slots: Tensor,
+    sink_key: Tensor,
+    sink_value: Tensor,
+    first: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    slots_active: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward pass over T queries; keys, values and gates begin W tokens before the first query.
 
     q, q_slot [B, T, HQ, D]; k, v, k_slot [B, W + T, H, ...]; log_gate [B, W + T, H, M]; slots [B, H, M, D + Dv];
@@ -241,7 +259,7 @@ def _forward(
     for start, stop in plan.spans():
         starts.append(slots)
         group, slots = _load((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale)
-        weights, *_ = _weights(group, plan, start, sink_key, first, slots_live, softcap)
+        weights, *_ = _weights(group, plan, start, sink_key, first, slots_active, softcap)
         on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
         spread = _times_rise(on_slots.unflatten(2, (group.rise.shape[2], -1)), group, plan)
         result = _masked(spread @ group.fall.transpose(-1, -2), plan) @ group.token_value
@@ -267,11 +285,24 @@ def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, win
 
 @torch.library.custom_op("nha::chunked_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor, grad_mass: Tensor, grad_slots: Tensor, starts: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, q_slot: Tensor, k_slot: Tensor, log_gate: Tensor,
-    sink_key: Tensor, sink_value: Tensor, first: Tensor, window: int, scale: float, softcap: float,
-    slots_live: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    grad_mass: Tensor,
+    grad_slots: Tensor,
+    starts: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_slot: Tensor,
+    k_slot: Tensor,
+    log_gate: Tensor,
+    sink_key: Tensor,
+    sink_value: Tensor,
+    first: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    slots_active: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, q_slot, k_slot, log_gate, slots, sink key and sink value, group by group from the end.
 
     The choice of `mid` changes no result, so it is a constant here. Through the slots after a sub-chunk, the
@@ -291,7 +322,7 @@ def _backward(
     for index, (start, stop) in reversed(list(enumerate(plan.spans()))):
         count = stop - start
         group, _ = _load((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), starts[index], scale)
-        weights, bare, qk, slope = _weights(group, plan, start, sink_key, first, slots_live, softcap)
+        weights, bare, qk, slope = _weights(group, plan, start, sink_key, first, slots_active, softcap)
         tiles, chunks = weights.shape[2] // (plan.tile * per_kv), group.rise.shape[2]
         on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
         on_slots = on_slots.unflatten(2, (chunks, -1))
@@ -402,10 +433,20 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, q_slot: Tensor, k_slot: Tensor,
-    sink: tuple[Tensor, Tensor] | None, *,
-    scale: float, softcap: float | None, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, NHAState]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    q_slot: Tensor,
+    k_slot: Tensor,
+    sink: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    state: NHAState,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, NHAState]:
     """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and the state after the segment (shapes as `nha_attention`)."""
     if cu_seqlens is not None:
         inputs = (q, k, v, log_gate, q_slot, k_slot)
@@ -415,12 +456,12 @@ def chunked(
         q, k, v, log_gate, q_slot, k_slot = align_left(attention_mask, q, k, v, log_gate, q_slot, k_slot)
         count = attention_mask.sum(1)
     window, length, dtype = state.window_size, q.shape[1], slot_dtype(q.dtype)
-    tail_slot_key = state.key if state.tail_slot_key is None else state.tail_slot_key
+    window_slot_key = state.key if state.window_slot_key is None else state.window_slot_key
 
     def joined(tail: Tensor, new: Tensor) -> Tensor:
         return torch.cat([tail, new], 1).to(dtype) if window else new.to(dtype)
 
-    gates = joined(state.tail_log_gate, log_gate)[:, :length]
+    gates = joined(state.window_log_gate, log_gate)[:, :length]
     if count is not None:
         kept = torch.arange(length, device=q.device) < count[:, None]
         gates = torch.where(kept[..., None, None], gates, 0)
@@ -428,12 +469,23 @@ def chunked(
     heads, dim = k.shape[2:]
     if sink is None:
         sink = (k.new_zeros(heads, 0, dim), v.new_zeros(heads, 0, v.shape[-1]))
-    first = window - state.seen.clamp_max(window)
+    first = window - state.num_tokens.clamp_max(window)
     out, mass, slots, _ = _forward(
-        q.to(dtype), joined(state.key, k), joined(state.value, v), q_slot.to(dtype),
-        joined(tail_slot_key, k_slot)[:, :length], gates, slots, sink[0].to(dtype), sink[1].to(dtype),
-        first, window, scale, softcap or 0.0, state.slots_live,
-    )  # fmt: skip
+        q.to(dtype),
+        joined(state.key, k),
+        joined(state.value, v),
+        q_slot.to(dtype),
+        joined(window_slot_key, k_slot)[:, :length],
+        gates,
+        slots,
+        sink[0].to(dtype),
+        sink[1].to(dtype),
+        first,
+        window,
+        scale,
+        softcap or 0.0,
+        state.slots_active,
+    )
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)
     if attention_mask is not None:

@@ -56,16 +56,16 @@ def _rows(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -
 
 def _one_sequence(q, k, v, log_gate, q_slot, k_slot, sink, scale, softcap, state):
     """One row: q, q_slot [T, HQ, D], k, k_slot [T, H, D], v [T, H, Dv], log_gate [T, H, M]; state of one row."""
-    window, seen = state.window_size, int(state.seen)
+    window, seen = state.window_size, int(state.num_tokens)
     slot_key, slot_value = state.slot_key[0], state.slot_value[0]  # [H, M, D], [H, M, Dv]
     used = slice(max(state.key.shape[1] - seen, 0), None)
-    tail_slot_key = state.key if state.tail_slot_key is None else state.tail_slot_key
+    window_slot_key = state.key if state.window_slot_key is None else state.window_slot_key
     tail = list(
         zip(
             state.key[0, used],
             state.value[0, used],
-            tail_slot_key[0, used],
-            state.tail_log_gate[0, used],
+            window_slot_key[0, used],
+            state.window_log_gate[0, used],
             strict=True,
         )
     )
@@ -83,7 +83,7 @@ def _one_sequence(q, k, v, log_gate, q_slot, k_slot, sink, scale, softcap, state
         slot_query = q_slot[t].view(heads, -1, dim)
         keys, values = [], []  # [H, n, D], [H, n, Dv] of each part
         scores = []  # [H, G, n] of each part
-        if window >= 0 and (state.slots_live or seen + t >= window):
+        if window >= 0 and (state.slots_active or seen + t >= window):
             parts = ([sink] if sink is not None else []) + [(slot_key.to(q.dtype), slot_value.to(v.dtype))]
             for part_key, part_value in parts:
                 keys.append(part_key)
@@ -119,8 +119,8 @@ def _state_of(state: NHAState, tail: list, slot_key: Tensor, slot_value: Tensor,
         slot_value=slot_value[None],
         key=stacked(0, state.key),
         value=stacked(1, state.value),
-        tail_slot_key=None if state.tail_slot_key is None else stacked(2, state.tail_slot_key),
-        tail_log_gate=stacked(3, state.tail_log_gate),
-        seen=torch.full_like(state.seen, seen),
-        slots_live=state.slots_live,
+        window_slot_key=None if state.window_slot_key is None else stacked(2, state.window_slot_key),
+        window_log_gate=stacked(3, state.window_log_gate),
+        num_tokens=torch.full_like(state.num_tokens, seen),
+        slots_active=state.slots_active,
     )

@@ -23,13 +23,13 @@ class RingState(NHAState):
 
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3)
     >>> state.key[0, :, 0, 0] = torch.tensor([4.0, 5.0, 6.0])
-    >>> state.seen += 7  # tokens 4, 5 and 6 came last
+    >>> state.num_tokens += 7  # tokens 4, 5 and 6 came last
     >>> ring = RingState.of(state)
     >>> ring.key[0, :, 0, 0].tolist(), ring.aligned().key[0, :, 0, 0].tolist()
     ([6.0, 4.0, 5.0], [4.0, 5.0, 6.0])
     """
 
-    tickets: (
+    arrival_counter: (
         Tensor  # [B, H + 1] int32, zero between steps: how many programs of a head, and heads of a row, are through
     )
 
@@ -40,14 +40,19 @@ class RingState(NHAState):
             raise ValueError(f"expected a state of window_size >= 0, got one of {state.window_size}")
         if isinstance(state, RingState):
             return state._map(torch.clone)  # type: ignore[return-value]
-        tickets = state.seen.new_zeros(state.seen.shape[0], state.slot_key.shape[1] + 1, dtype=torch.int32)
+        arrival_counter = state.num_tokens.new_zeros(
+            state.num_tokens.shape[0], state.slot_key.shape[1] + 1, dtype=torch.int32
+        )
         return cls(
-            window_size=state.window_size, slots_live=state.slots_live, tickets=tickets, **_copies(state, -1)
-        )  # fmt: skip
+            window_size=state.window_size,
+            slots_active=state.slots_active,
+            arrival_counter=arrival_counter,
+            **_copies(state, -1),
+        )
 
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first, as `NHAState` has it."""
-        return NHAState(window_size=self.window_size, slots_live=self.slots_live, **_copies(self, 1))
+        return NHAState(window_size=self.window_size, slots_active=self.slots_active, **_copies(self, 1))
 
     def save(self, path: str | Path) -> None:
         self.aligned().save(path)
@@ -56,13 +61,13 @@ class RingState(NHAState):
 def _copies(state: NHAState, direction: int) -> dict[str, Any]:
     """Copies of the tensors, contiguous and without gradients, every row's window turned by its count of tokens."""
     window = state.window_size
-    place = torch.arange(window, device=state.seen.device) + direction * state.seen[:, None]
+    place = torch.arange(window, device=state.num_tokens.device) + direction * state.num_tokens[:, None]
     index = (place.remainder(window) if window else place)[..., None, None]
-    copies: dict[str, Any] = {"tail_slot_key": None}
-    for name in ("key", "value", "tail_slot_key", "tail_log_gate"):
+    copies: dict[str, Any] = {"window_slot_key": None}
+    for name in ("key", "value", "window_slot_key", "window_log_gate"):
         x = getattr(state, name)
         if x is not None:
             copies[name] = x.detach().gather(1, index.expand(-1, -1, *x.shape[2:]))
-    for name in ("slot_key", "slot_value", "seen"):
+    for name in ("slot_key", "slot_value", "num_tokens"):
         copies[name] = getattr(state, name).detach().clone(memory_format=torch.contiguous_format)
     return copies

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nha.ops import api
-from nha.ops.limits import DTYPES
 from nha.ops.state import slot_dtype
+from nha.ops.validation import DTYPES
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, T, R] or [1, T, R]
 
@@ -44,7 +44,7 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x, cos, -sin)
 
 
-def slot_view(q: Tensor, k: Tensor, tables: Tables, distance: Tables) -> tuple[Tensor, Tensor]:
+def unrotate_for_slots(q: Tensor, k: Tensor, tables: Tables, distance: Tables) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys as slots see them: keys without position, queries as if at a fixed distance.
 
     On a GPU one kernel reads and writes everything once. Tables are taken as constants there.
@@ -59,11 +59,11 @@ def slot_view(q: Tensor, k: Tensor, tables: Tables, distance: Tables) -> tuple[T
         queries and keys in their own dtypes.
 
     >>> q, tables = torch.tensor([[[[0.0, 1.0]]]]), (torch.zeros(1, 1, 2), torch.ones(1, 1, 2))  # turned by 90 degrees
-    >>> [x.flatten().tolist() for x in slot_view(q, q, tables, tables)]
+    >>> [x.flatten().tolist() for x in unrotate_for_slots(q, q, tables, tables)]
     [[0.0, 1.0], [1.0, 0.0]]
     """
     if _has_kernel(q, k):
-        from nha.ops.triton.rotary import slot_view as kernel
+        from nha.ops.triton.unrotate import unrotate_for_slots as kernel
 
         return kernel(q, k, *tables, *distance)
     (cos, sin), (far_cos, far_sin) = without_scale(*tables), without_scale(*distance)
@@ -72,4 +72,4 @@ def slot_view(q: Tensor, k: Tensor, tables: Tables, distance: Tables) -> tuple[T
 
 
 def _has_kernel(q: Tensor, k: Tensor) -> bool:
-    return api.choose("auto", q.device) == "triton" and q.dtype == k.dtype and q.dtype in DTYPES
+    return api.resolve_impl("auto", q.device) == "triton" and q.dtype == k.dtype and q.dtype in DTYPES

@@ -12,7 +12,7 @@ from torch import Tensor
 from nha.ops.state import NHAState, slot_dtype
 
 
-def check_mask(attention_mask: Tensor) -> None:
+def check_padding_mask(attention_mask: Tensor) -> None:
     """Raise ValueError for a mask [B, T] with holes; only checked where reading it does not stall a device."""
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -55,9 +55,14 @@ def restore(attention_mask: Tensor, x: Tensor) -> Tensor:
 
 
 def advance(
-    state: NHAState, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor, slots: tuple[Tensor, Tensor],
-    count: Tensor | None
-) -> NHAState:  # fmt: skip
+    state: NHAState,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    k_slot: Tensor,
+    slots: tuple[Tensor, Tensor],
+    count: Tensor | None,
+) -> NHAState:
     """The state after a segment: the given slots and the last tokens of tail and segment.
 
     `count` [B] is the number of real tokens of each (left-aligned) row, None if all are.
@@ -78,17 +83,26 @@ def advance(
         slot_value=slots[1],
         key=tail(state.key, k),
         value=tail(state.value, v),
-        tail_slot_key=None if state.tail_slot_key is None else tail(state.tail_slot_key, k_slot),
-        tail_log_gate=tail(state.tail_log_gate, log_gate),
-        seen=state.seen + (length if count is None else count),
+        window_slot_key=None if state.window_slot_key is None else tail(state.window_slot_key, k_slot),
+        window_log_gate=tail(state.window_log_gate, log_gate),
+        num_tokens=state.num_tokens + (length if count is None else count),
     )
 
 
 def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor, *,
-    scale: float, softcap: float | None, state: NHAState, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    k_slot: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    state: NHAState,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     keep: bool = True,
-) -> tuple[Tensor, Tensor, NHAState]:  # fmt: skip
+) -> tuple[Tensor, Tensor, NHAState]:
     """Causal attention over tail and segment through SDPA; nothing is ever committed to the slots.
 
     Without `keep` the state returned is the old one.
@@ -105,7 +119,7 @@ def full_attention(
         keys, values = torch.cat([state.key, k], 1), torch.cat([state.value, v], 1)
         token = torch.arange(past + length, device=q.device)
         query = past + torch.arange(length, device=q.device)[:, None]
-        mask = (token <= query) & (token >= past - state.seen[:, None, None])
+        mask = (token <= query) & (token >= past - state.num_tokens[:, None, None])
         mask = mask[:, None]
     heads = [x.transpose(1, 2) for x in (q, keys, values)]
     if softcap is None:
@@ -146,7 +160,7 @@ def each_sequence(
     bounds = cu_seqlens.tolist()
     results = []
     for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        own = state.select(torch.tensor([row], device=state.seen.device))
+        own = state.select(torch.tensor([row], device=state.num_tokens.device))
         if start == stop:
             nothing = inputs[2].new_zeros(1, 0, inputs[0].shape[2], inputs[2].shape[3])
             results.append((nothing, nothing[..., 0].to(slot_dtype(inputs[0].dtype)), own))

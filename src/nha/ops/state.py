@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nha.files import whole_file
+from nha.io import atomic_write
 
 FORMAT = "nha-state-v1"
 
@@ -32,7 +32,7 @@ class NHAState:
     With `window_size == -1` (full attention) the tail holds every token and the slots are empty (`M == 0`).
 
     >>> state = NHAState.from_slots(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), window_size=3)
-    >>> state.slots_live, state.seen.tolist(), tuple(state.key.shape)
+    >>> state.slots_active, state.num_tokens.tolist(), tuple(state.key.shape)
     (True, [0], (1, 3, 2, 4))
     >>> state.nbytes == sum(t.numel() * t.element_size() for t in state.tensors().values())
     True
@@ -43,16 +43,22 @@ class NHAState:
     slot_value: Tensor  # [B, H, M, Dv]
     key: Tensor  # [B, W, H, D]
     value: Tensor  # [B, W, H, Dv]
-    tail_slot_key: Tensor | None  # [B, W, H, D]; None where the slots see the same keys as the window
-    tail_log_gate: Tensor  # [B, W, H, M]
-    seen: Tensor  # [B] int64, tokens seen by each row
-    slots_live: bool = False  # slots handed in by the caller take part from token 0
+    window_slot_key: Tensor | None  # [B, W, H, D]; None where the slots see the same keys as the window
+    window_log_gate: Tensor  # [B, W, H, M]
+    num_tokens: Tensor  # [B] int64, tokens seen by each row
+    slots_active: bool = False  # slots handed in by the caller take part from token 0
 
     @classmethod
     def empty(
-        cls, window_size: int, *, key: Tensor, value: Tensor, log_gate: Tensor, shared: bool,
+        cls,
+        window_size: int,
+        *,
+        key: Tensor,
+        value: Tensor,
+        log_gate: Tensor,
+        shared: bool,
         cu_seqlens: Tensor | None = None,
-    ) -> NHAState:  # fmt: skip
+    ) -> NHAState:
         """A state that has seen nothing, shaped after one segment of inputs (any length).
 
         `key` [B, T, H, D], `value` [B, T, H, Dv], `log_gate` [B, T, H, M]; `shared` says that slots and
@@ -69,9 +75,9 @@ class NHAState:
             slot_value=key.new_zeros(batch, heads, slots, value_dim, dtype=kept),
             key=key.new_zeros(batch, width, heads, dim),
             value=value.new_zeros(batch, width, heads, value_dim),
-            tail_slot_key=None if shared else key.new_zeros(batch, width, heads, dim),
-            tail_log_gate=log_gate.new_zeros(batch, width, heads, slots),
-            seen=torch.zeros(batch, dtype=torch.int64, device=key.device),
+            window_slot_key=None if shared else key.new_zeros(batch, width, heads, dim),
+            window_log_gate=log_gate.new_zeros(batch, width, heads, slots),
+            num_tokens=torch.zeros(batch, dtype=torch.int64, device=key.device),
         )
 
     @classmethod
@@ -110,10 +116,10 @@ class NHAState:
             slot_value=slot_value.to(kept),
             key=zeros(dim),
             value=zeros(slot_value.shape[-1]),
-            tail_slot_key=None if shared_keys else zeros(dim),
-            tail_log_gate=zeros(slots),
-            seen=torch.zeros(batch, dtype=torch.int64, device=slot_key.device),
-            slots_live=True,
+            window_slot_key=None if shared_keys else zeros(dim),
+            window_log_gate=zeros(slots),
+            num_tokens=torch.zeros(batch, dtype=torch.int64, device=slot_key.device),
+            slots_active=True,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -151,7 +157,7 @@ class NHAState:
         joined = {}
         for name in states[0].tensors():
             rows = [getattr(state, name) for state in states]
-            if name in ("key", "value", "tail_slot_key", "tail_log_gate"):
+            if name in ("key", "value", "window_slot_key", "window_log_gate"):
                 width = max(row.shape[1] for row in rows)
                 rows = [F.pad(row, (0, 0, 0, 0, width - row.shape[1], 0)) for row in rows]
             joined[name] = torch.cat(rows)
@@ -164,9 +170,9 @@ class NHAState:
         meta = {
             "format": FORMAT,
             "window_size": str(self.window_size),
-            "slots_live": str(int(self.slots_live)),
+            "slots_active": str(int(self.slots_active)),
         }
-        with whole_file(path) as work:
+        with atomic_write(path) as work:
             save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, work, metadata=meta)
 
     @classmethod
@@ -181,8 +187,8 @@ class NHAState:
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
-        wanted = {f.name for f in fields(cls)} - {"window_size", "slots_live", "tail_slot_key"}
+        wanted = {f.name for f in fields(cls)} - {"window_size", "slots_active", "window_slot_key"}
         if meta.get("format") != FORMAT or not wanted <= names:
             raise ValueError(f"expected a state of format {FORMAT!r} at {path}, got format {meta.get('format')!r}")
-        tensors.setdefault("tail_slot_key", None)  # type: ignore[arg-type]
-        return cls(window_size=int(meta["window_size"]), slots_live=bool(int(meta["slots_live"])), **tensors)
+        tensors.setdefault("window_slot_key", None)  # type: ignore[arg-type]
+        return cls(window_size=int(meta["window_size"]), slots_active=bool(int(meta["slots_active"])), **tensors)

@@ -1,6 +1,6 @@
 """The page and plots that `nha quickstart` leaves behind, made from one plain `Results`."""
 
 from nha.report.page import write_report
-from nha.report.results import FORMS, Check, Cost, Form, Results, Sample, Tuning
+from nha.report.results import VARIANTS, Check, Cost, Form, Results, Sample, Tuning
 
-__all__ = ["FORMS", "Check", "Cost", "Form", "Results", "Sample", "Tuning", "write_report"]
+__all__ = ["VARIANTS", "Check", "Cost", "Form", "Results", "Sample", "Tuning", "write_report"]

@@ -73,9 +73,17 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
             x = sorted(known)
             colour, dash = styles[name]
             axes.plot(
-                x, [100 * known[d][metric] for d in x], color=colour, linestyle=dash, linewidth=1.8, marker="o",
-                markersize=3.5, label=name if number == 0 else None, clip_on=False, zorder=3,
-            )  # fmt: skip
+                x,
+                [100 * known[d][metric] for d in x],
+                color=colour,
+                linestyle=dash,
+                linewidth=1.8,
+                marker="o",
+                markersize=3.5,
+                label=name if number == 0 else None,
+                clip_on=False,
+                zorder=3,
+            )
             bands = [known[d][f"{metric}_interval"] for d in x]
             low, high = ([100 * band[i] for band in bands] for i in (0, 1))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -91,9 +99,16 @@ def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     names = {"digits": "Tokens of the answer", "exact": "Whole answers", "generated": "Answers written"}
     _title(first, LIGHT, f"{names[metric]} that are right (%), bands: 95 % intervals")
     figure.legend(
-        loc="upper left", bbox_to_anchor=(0.0, 1 - 0.24 / size[1]), ncols=named, frameon=False, fontsize=8.5,
-        labelcolor=LIGHT.ink, handlelength=1.8, columnspacing=1.2, labelspacing=0.3,
-    )  # fmt: skip
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.24 / size[1]),
+        ncols=named,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=LIGHT.ink,
+        handlelength=1.8,
+        columnspacing=1.2,
+        labelspacing=0.3,
+    )
     return _png(figure)
 
 
@@ -107,14 +122,25 @@ def front_png(result: Mapping[str, Any]) -> bytes:
     sizes = {len(row["full_layers"]): row["bytes"] / 1e6 for row in rows}
     grey, blue = LIGHT.forms["teacher"][0], LIGHT.hybrid
     axes.plot(
-        [row["bytes"] / 1e6 for row in rows], [row["loss"] for row in rows], color=blue, linewidth=2.2, marker="o",
-        markersize=5, zorder=3, label="best found",
-    )  # fmt: skip
+        [row["bytes"] / 1e6 for row in rows],
+        [row["loss"] for row in rows],
+        color=blue,
+        linewidth=2.2,
+        marker="o",
+        markersize=5,
+        zorder=3,
+        label="best found",
+    )
     for row in rows:
         axes.annotate(
-            str(len(row["full_layers"])), (row["bytes"] / 1e6, row["loss"]), xytext=(0, 7), textcoords="offset points",
-            ha="center", fontsize=8.5, color=blue,
-        )  # fmt: skip
+            str(len(row["full_layers"])),
+            (row["bytes"] / 1e6, row["loss"]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=blue,
+        )
     count = len(result["full_layers"])
     for (name, marker), colour in zip((("uniform", "s"), ("first", "^"), ("last", "v")), SPARE, strict=False):
         layers = result["placements"].get(name)

@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 
 from nha.report import plots
-from nha.report.results import FORMS, Results, to_json
+from nha.report.results import VARIANTS, Results, to_json
 from nha.report.style import CSS
 from nha.report.words import (
     added_share,
@@ -66,7 +66,7 @@ def _paragraphs(lines: list[str]) -> str:
 def _forms_table(results: Results) -> str:
     teacher = results.perplexity("teacher")
     rows = []
-    for name, (label, meaning) in FORMS.items():
+    for name, (label, meaning) in VARIANTS.items():
         form = results.form(name)
         if form is None:
             continue

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nha.report.results import FORMS, Results
+from nha.report.results import VARIANTS, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,7 +219,7 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
             zorder=3 if strong else 2,
         )
         every += [value for value in form.by_position if math.isfinite(value)]
-        entries.append((middles[-1], form.by_position[-1], FORMS[name][0], colour))
+        entries.append((middles[-1], form.by_position[-1], VARIANTS[name][0], colour))
     axes.set_yscale("log")
     low, high = min(every) * 0.93, max(every) * 1.07
     axes.set_ylim(low, high)
@@ -264,7 +264,7 @@ def _two_lines(
     for name, ys in zip(("teacher", "hybrid"), values, strict=True):
         colour, dash = theme.forms[name]
         axes.plot(contexts, ys, color=colour, linestyle=dash, linewidth=2.4, marker="o", markersize=4.5)
-        entries.append((contexts[-1], ys[-1], f"{FORMS[name][0]}\n{text(ys[-1])}", colour))
+        entries.append((contexts[-1], ys[-1], f"{VARIANTS[name][0]}\n{text(ys[-1])}", colour))
     every = values[0] + values[1]
     if log:
         axes.set_yscale("log")

@@ -10,7 +10,7 @@ from typing import Any
 FORMAT = "nha-quickstart-v1"
 
 # Name -> (label, what it is), in the order tables show them.
-FORMS: dict[str, tuple[str, str]] = {
+VARIANTS: dict[str, tuple[str, str]] = {
     "teacher": ("original", "the model as it came: full attention, remembers every token exactly"),
     "hybrid": ("hybrid", "window and slots read together"),
     "slots_off": ("hybrid, slots off", "the same model, but nothing is ever written to the slots"),

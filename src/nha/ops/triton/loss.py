@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nha.ops.triton.common import LOG2_E
 from nha.ops.triton.launcher import launch
+from nha.ops.triton.primitives import LOG2_E
 
 BLOCK, STAGES, WARPS = 2048, 3, 8  # logits that a program holds at a time, loads under way
 
@@ -37,9 +37,22 @@ def whole(top, total):
 
 @triton.jit(do_not_specialize=["scale", "cap"])
 def loss_kernel(
-    student, teacher, target, by_divergence, by_cross_entropy, divergence, cross_entropy, hit, scale, cap,
-    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TAUGHT: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    target,
+    by_divergence,
+    by_cross_entropy,
+    divergence,
+    cross_entropy,
+    hit,
+    scale,
+    cap,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    TAUGHT: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
     """Replaces the student's raw logits [n, V] by the gradient with respect to them. Programs: rows."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -92,10 +105,16 @@ def loss_kernel(
 
 
 def chunk_loss(
-    student: Tensor, teacher: Tensor | None, weight: Tensor, target: Tensor, by_divergence: Tensor,
-    by_cross_entropy: Tensor, scale: float, cap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `nha.convert.losses.chunk_loss`, in float32."""
+    student: Tensor,
+    teacher: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    by_divergence: Tensor,
+    by_cross_entropy: Tensor,
+    scale: float,
+    cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `nha.distill.loss.chunk_loss`, in float32."""
     count = student.shape[0]
     logits = student @ weight.T
     other = logits if teacher is None else teacher @ weight.T
@@ -104,9 +123,23 @@ def chunk_loss(
     weights = (x.float().contiguous() for x in (by_divergence, by_cross_entropy))
     if count:
         launch(
-            loss_kernel, (count,), (logits.dtype, logits.device),
-            logits, other, target.contiguous(), *weights, divergence, cross_entropy, hit, scale, cap or 1.0,
-            V=logits.shape[1], BLOCK=BLOCK, STAGES=STAGES, TAUGHT=teacher is not None, CAPPED=cap is not None,
+            loss_kernel,
+            (count,),
+            (logits.dtype, logits.device),
+            logits,
+            other,
+            target.contiguous(),
+            *weights,
+            divergence,
+            cross_entropy,
+            hit,
+            scale,
+            cap or 1.0,
+            V=logits.shape[1],
+            BLOCK=BLOCK,
+            STAGES=STAGES,
+            TAUGHT=teacher is not None,
+            CAPPED=cap is not None,
             num_warps=WARPS,
-        )  # fmt: skip
+        )
     return divergence, cross_entropy, hit, logits @ weight

@@ -1,0 +1,1 @@
+"""Timing of the operator, of models, of decoding and of the CPU path."""

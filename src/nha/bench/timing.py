@@ -1,0 +1,212 @@
+"""Timing on a GPU: medians by the GPU's clock, extra memory, CUDA graphs, the machine's ceilings, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+FLUSH = 256 << 20  # bytes that push everything else out of the L2 cache
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def median_ms(
+    function: Callable[[], object], seconds: float = 0.3, least: int = 5, most: int = 60, hidden: bool = True
+) -> float:
+    """Median milliseconds of a call, with the L2 cache flushed between calls; without a GPU one call by the wall clock.
+
+    If the host's work is to be `hidden`, the flush is repeated until the call has been queued, so that kernels follow
+    one another without gaps, as they do wherever the host is ahead. Takes about so many seconds, and at least `least`
+    calls, of slow ones (0.3 s and more) three.
+    """
+    start = time.perf_counter()
+    if not CUDA:
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    function()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    function()
+    flushes = flushes_for(time.perf_counter() - begun) if hidden else 1
+    torch.cuda.synchronize()
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < most:
+        for _ in range(flushes):
+            flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+        slow = times[0] > 300
+        if len(times) >= (3 if slow else least) and time.perf_counter() - start > seconds:
+            break
+    return statistics.median(times)
+
+
+def flushes_for(host_s: float) -> int:
+    """Flushes of the cache that take longer than the host does, with half as much again to spare; 400 at most.
+
+    >>> flushes_for(0.001)  # each takes 50 microseconds or more
+    31
+    """
+    return min(1 + int(1.5 * host_s / 50e-6), 400)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of one call; without a GPU the call itself."""
+    if not CUDA:
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def first_call(run: Callable[[], object]) -> float:
+    """Seconds of a call, with whatever it compiles."""
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable[[], object]) -> int | None:
+    """Bytes that a call needs at its peak beyond what is there before it; None without a GPU."""
+    if not CUDA:
+        return None
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def stamp(*packages: str) -> dict[str, str]:
+    """Machine, versions and date, for every row of a table."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "none"
+
+    gpu = torch.cuda.get_device_name() if CUDA else "none"
+    versions = {name: torch.__version__ if name == "torch" else found(name) for name in packages}
+    return {"gpu": gpu, **versions, "date": date.today().isoformat()}
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes a second of a large copy (read and written) and operations a second of a large bfloat16 matrix product."""
+    size, side = (4 << 30, 8192) if CUDA else (1 << 20, 64)
+    source = torch.empty(size, dtype=torch.int8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    copy = 2 * size / (median_ms(lambda: target.copy_(source)) / 1e3)
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * side**3 / (median_ms(lambda: a @ b) / 1e3)
+    if CUDA:
+        torch.cuda.empty_cache()
+    return {"bytes_per_s": copy, "operations_per_s": product}
+
+
+def timing(
+    given: list[str] | None,
+    about: str | None,
+    rows: Callable[[bool], list],
+    run: Callable[[list, Path, float, bool], int],
+    instead: str,
+) -> int:
+    """The command line of a program that times rows: `run` those chosen, into a folder, until a deadline.
+
+    `rows` and `run` are told whether all is to be tiny; `instead` says what a machine without a GPU needs. 1 if a row
+    failed, else 0.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--budget-s", type=float, default=500)
+    parser.add_argument("--only", metavar="PATTERN")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args(given)
+    deadline = time.time() + options.budget_s
+    warnings.simplefilter("ignore")
+    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
+    if not wanted:
+        sys.exit(f"expected --only to name a row, got {options.only!r}")
+    if options.list:
+        print(*wanted, sep="\n")
+        return 0
+    if not CUDA and not options.tiny:
+        sys.exit(f"expected a CUDA device, or {instead}; found neither")
+    options.out.mkdir(parents=True, exist_ok=True)
+    return 1 if run(wanted, options.out, deadline, options.tiny) else 0
+
+
+class Table:
+    """A CSV whose rows are on disk as soon as they are known: in PATH.partial, which becomes PATH at the end."""
+
+    def __init__(self, path: Path, columns: Sequence[str]):
+        self.path, self.partial, self.columns = path, path.with_name(path.name + ".partial"), list(columns)
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Table:
+        self.file = self.partial.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, self.columns)
+        self.writer.writeheader()
+        return self
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.writer.writerow(row)
+        self.file.flush()
+        self.rows.append(row)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+        if self.rows and (kind is None or issubclass(kind, KeyboardInterrupt)):
+            os.replace(self.partial, self.path)
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, numbers as numbers, and empty fields as None."""
+
+    def value(text: str) -> Any:
+        if text == "":
+            return None
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text
+
+    with path.open(newline="") as file:
+        return [{n: value(x) for n, x in row.items()} for row in csv.DictReader(file)]

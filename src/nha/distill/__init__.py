@@ -1,0 +1,1 @@
+"""Distillation: a hybrid is trained to be like the model it was."""

@@ -1,0 +1,152 @@
+"""From a name to a model: the embedded one, a directory, or a Hub id, checked before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nha.errors import BadInput, one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass
+class Source:
+    """A model that exists and can be read: its name as typed, its config, and its directory if it has one.
+
+    `config` is None for the embedded model, which is inside another package.
+    """
+
+    name: str
+    config: PretrainedConfig | None
+    directory: Path | None
+
+    @property
+    def label(self) -> str:
+        """A name for tables and titles."""
+        if self.name == EMBEDDED:
+            return "SmolLM2-135M-Instruct"
+        return self.directory.resolve().name if self.directory else self.name
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from printing between our own lines; warnings about misuse remain errors."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def find(name: str) -> Source:
+    """Read a model's config and check its files without loading its weights.
+
+    Raises BadInput: nothing of this name, no config.json in a directory, a truncated weight file.
+    """
+    import transformers
+
+    quiet_transformers()
+    if name == EMBEDDED:
+        from nha.data.smollm2 import gguf_path
+
+        gguf_path()
+        return Source(name, None, None)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"expected a model directory with a config.json, {path} has none")
+        check_weights(path)
+    elif path.exists():
+        raise BadInput(f"expected a model directory, {path} is a file")
+    elif not HUB_ID.fullmatch(name):
+        raise BadInput(f"expected a model directory or a Hub id, there is nothing at {name}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if path.is_dir():
+            raise BadInput(f"expected a config.json that transformers can read in {path}: {error}") from None
+        reason = one_line(error).split(". ")[0]
+        raise BadInput(f"expected a model directory or a Hub id that can be reached, got {name}: {reason}") from None
+    return Source(name, config, path if path.is_dir() else None)
+
+
+def check_weights(path: Path) -> None:
+    """Raise BadInput unless every safetensors file of the directory is whole and none of its index is absent."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = wanted - {file.name for file in files}
+        if missing:
+            raise BadInput(f"expected {len(wanted)} weight files in {path}, {min(missing)} is missing")
+    elif not files and not list(path.glob("pytorch_model*.bin")):
+        raise BadInput(f"expected weights (*.safetensors) in {path}, there are none")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"expected a whole safetensors file, {file} is truncated or foreign: {error}") from None
+
+
+def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on the fastest device, and its tokenizer."""
+    import torch
+    import transformers
+
+    local = os.environ.get("LOCAL_RANK", "0")  # which GPU is this process's, under torchrun
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    if source.name == EMBEDDED:
+        from nha.data.smollm2 import load_smollm2
+
+        model, tokenizer = load_smollm2()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.name)
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer alone."""
+    import transformers
+
+    if source.name == EMBEDDED:
+        from nha.data.smollm2 import gguf_path
+
+        path = gguf_path()
+        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return transformers.AutoTokenizer.from_pretrained(source.name)
+
+
+def layers_of(config: Any) -> int:
+    """The number of decoder layers of a config."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether a config is that of a hybrid."""
+    return getattr(config, "window_sizes", None) is not None
+
+
+def check_windows_changeable(source: Source, windows: int | list[int]) -> None:
+    """Raise BadInput unless the model is a hybrid whose layers these windows fit."""
+    if source.config is None or not is_hybrid(source.config):
+        raise BadInput(f"expected a hybrid for --window, {source.name} is not one: convert it with nha hybridize")
+    check_window_count(windows, layers_of(source.config))
+
+
+def check_window_count(windows: int | list[int], layers: int) -> None:
+    """Raise unless a list of windows has one entry per layer."""
+    if isinstance(windows, list) and len(windows) != layers:
+        raise BadInput(f"expected one window per layer, {layers} of them, got {len(windows)}")

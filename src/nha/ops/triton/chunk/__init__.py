@@ -1,0 +1,1 @@
+"""The chunked kernels, by phase."""

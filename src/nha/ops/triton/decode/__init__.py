@@ -1,0 +1,1 @@
+"""The decoding kernel: a few new tokens of running texts."""

@@ -1,0 +1,196 @@
+"""Teacher and student share what is frozen, and the teacher stays what it was while the student learns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from nha import hybridize
+from nha.data.stream import pack
+from nha.distill.student import Distillation, TeacherStudentLinear, linear_layers
+from nha.models.adapter import attention_layers
+from tests.inputs import assert_close_to
+from tests.models.families import FAMILIES, teacher, tokens
+
+TEXT = tokens(4, 64, seed=3)
+LENGTHS = (40, 9, 25)
+
+
+def student_of(model=None, **options):
+    model = model or teacher()
+    return Distillation(hybridize(model, num_slots=6, window_size=8, init="soft", calibration=TEXT), **options)
+
+
+def batch(lengths=LENGTHS, seed=0):
+    """Packed texts of these lengths as `forward` takes them."""
+    ids = tokens(1, sum(lengths), seed=seed)[0].numpy()
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    answers = (tokens(1, sum(lengths), seed=seed + 1)[0] % 5 == 0).numpy()
+    made = {key: torch.from_numpy(x) for key, x in pack([(ids, starts, answers)]).items()}
+    made["by_divergence"] = made["follows"] / 50
+    made["by_cross_entropy"] = made["answers"] / 10
+    return made | {"longest": max(lengths)}
+
+
+@pytest.mark.parametrize("trained", ["attention", "layers", "lora", "slots"])
+def test_frozen_weights_are_in_memory_once_and_the_teachers_are_the_originals(trained):
+    model = teacher()
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    student = student_of(model, trained=trained)
+    here = [p.data_ptr() for p in student.parameters()]
+    assert len(here) == len(set(here))
+    assert set(places.values()) <= set(here)  # nothing of the teacher was copied or thrown away
+    twice = sum(len(m.own) > 0 for m in student.modules() if isinstance(m, TeacherStudentLinear))
+    assert twice == {"attention": 12, "layers": 21}.get(trained, 0)
+    frozen = [p.data_ptr() for p in student.parameters() if not p.requires_grad]
+    assert set(frozen) >= set(places.values())
+
+
+@pytest.mark.parametrize("trained", ["attention", "layers", "lora", "slots"])
+def test_the_teachers_predictions_keep_their_bits_while_the_student_learns(trained):
+    original = teacher()
+    student = student_of(copy.deepcopy(original), trained=trained)
+    given = batch()
+    packed = (given["ids"], given["position_ids"], given["cu_seqlens"], given["longest"])
+
+    def taught():
+        with student.teacher():
+            return student.hidden(*packed)
+
+    with torch.no_grad():
+        parts = given["ids"].split(list(LENGTHS), 1)
+        wanted = torch.cat([original.get_decoder()(part).last_hidden_state[0] for part in parts])
+        before = student.hidden(*packed)
+    assert torch.equal(taught(), wanted)
+    optimizer = torch.optim.AdamW(student.groups(1e-2, 1e-2, 1e-2))
+    losses = []
+    for _ in range(6):
+        loss, _ = student(**given)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert torch.equal(taught(), wanted)
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        assert not torch.equal(student.hidden(*packed), before)
+
+
+@pytest.mark.parametrize("ablation", [None, "slots_off"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_texts_have_the_loss_and_gradients_of_the_texts_alone(family, ablation):
+    model = teacher(family)
+    model.config._experts_implementation = "eager"  # the only one in float64
+    student = student_of(model).double()
+    for module in attention_layers(student.causal):
+        module.ablation = ablation
+    for module in student.modules():
+        if isinstance(module, TeacherStudentLinear):
+            module.dtype = torch.float64
+    given = batch()
+
+    def run(*parts):
+        student.zero_grad()
+        total = 0.0
+        for part in parts:
+            loss, _ = student(**part)
+            loss.backward()
+            total += loss.item()
+        return total, {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    alone, at = [], 0
+    for length in LENGTHS:
+        cut = slice(at, at + length)
+        part = {key: given[key][..., cut] for key in given if key not in ("cu_seqlens", "longest")}
+        alone.append(part | {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "longest": length})
+        at += length
+    together, grads = run(given)
+    apart, wanted = run(*alone)
+    assert together == pytest.approx(apart, rel=1e-9)
+    assert grads.keys() == wanted.keys() and grads
+    for name, grad in grads.items():
+        assert_close_to(grad, wanted[name], name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_linear_layers_of_attention_are_found_in_every_family(family):
+    model = hybridize(teacher(family), num_slots=6, window_size=8, calibration=TEXT)
+    names = linear_layers(model, "attention")
+    kinds = {name.rpartition(".")[2] for name in names}
+    assert kinds == ({"qkv_proj", "o_proj"} if family == "phi3" else {"q_proj", "k_proj", "v_proj", "o_proj"})
+    assert all(".self_attn." in name and ".nha." not in name for name in names)
+
+
+@pytest.mark.parametrize("trained", ["attention", "layers", "lora", "slots"])
+def test_a_released_student_is_the_hybrid_that_was_trained(trained, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    student = student_of(trained=trained)
+    given = batch()
+    with torch.no_grad():
+        for group in student.groups(1, 1, 1):
+            for p in group["params"]:
+                p += 0.02
+        packed = (given["ids"], given["position_ids"], given["cu_seqlens"], given["longest"])
+        wanted = student.hidden(*packed)
+    model = student.release()
+    assert not any(isinstance(m, TeacherStudentLinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        for one in (model, loaded):
+            found = one.get_decoder()(
+                given["ids"], position_ids=given["position_ids"], cu_seq_lens_q=given["cu_seqlens"]
+            ).last_hidden_state[0]
+            if trained == "lora":
+                assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)  # merging rounds
+            else:
+                assert torch.equal(found, wanted)
+
+
+def test_weights_are_trained_in_float32_beside_a_model_in_bfloat16():
+    student = student_of(teacher().bfloat16())
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    loss, sums = student(**batch())
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(sums).all()
+    assert {p.dtype for p in student.release().parameters()} == {torch.bfloat16}
+
+
+def test_full_layers_are_trained_but_have_no_gates_to_train():
+    model = hybridize(teacher(), num_slots=6, window_size=8, full_layers=[1], calibration=TEXT)
+    student = Distillation(model)
+    student(**batch())[0].backward()
+    moved = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any("layers.1.self_attn.q_proj.weight" in name for name in moved)
+    assert not any("layers.1.self_attn.nha" in name for name in moved)
+    assert any("layers.0.self_attn.nha.g_proj.weight" in name for name in moved)
+    assert attention_layers(student.causal)[1].window_size == -1
+
+
+def test_compiled_layers_compute_the_same_and_are_released():
+    student, plain = student_of(), student_of()
+    given = batch()
+    torch._dynamo.reset()
+    student.join_layers()
+    student.compile_layers(backend="aot_eager")
+    losses = []
+    for one in (student, plain):
+        loss, _ = one(**given)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for (name, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
+        if b.grad is not None:
+            assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
+    model = student.release()
+    assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
+    torch._dynamo.reset()
+
+
+def test_unknown_parts_to_train_are_refused():
+    with pytest.raises(ValueError, match="expected what is trained to be one of"):
+        student_of(trained="everything")
