@@ -17,8 +17,7 @@ from nha.convert.calibrate import (
     kmeans,
 )
 from nha.models.adapter import attention_layers, observe
-from nha.models.config import FAMILIES
-from tests.models.families import teacher, tokens
+from tests.models.families import FAMILIES, teacher, tokens
 
 WINDOW, SLOTS = 8, 6
 TEXT = tokens(4, 64, seed=3)

@@ -25,10 +25,9 @@ from nha.convert.search import (
 )
 from nha.models.adapter import attention_layers, set_windows
 from nha.models.cache import cache_nbytes
-from nha.models.config import FAMILIES
 from nha.models.head import token_losses
 from tests.data.tokenizers import small_tokenizer
-from tests.models.families import hybrid, sliding, tokens
+from tests.models.families import FAMILIES, hybrid, sliding, tokens
 
 LAYERS = 6
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nha.models.auto import to_hybrid
-from nha.models.config import FAMILIES
+from nha.models.families import FAMILIES
 
 VOCAB = 97
 COMMON: dict[str, Any] = dict(

@@ -8,8 +8,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from nha import set_windows
 from nha.models.adapter import ablate, attention_layers, hybrid_mask, observe
 from nha.models.attend import LAST, base_attention
-from nha.models.config import FAMILIES
-from tests.models.families import hybrid, teacher, tokens
+from tests.models.families import FAMILIES, hybrid, teacher, tokens
 
 WINDOW = 8
 

@@ -11,9 +11,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nha import NHAConfig, NHAForCausalLM, hybridize, set_windows
 from nha.models.adapter import attention_layers
-from nha.models.auto import REFUSED, check_family, to_hybrid
+from nha.models.auto import to_hybrid
 from nha.models.cache import nha_layers
-from nha.models.config import FAMILIES, check_windows, hybrid_config_class, plan_windows
+from nha.models.config import check_windows, hybrid_config_class, plan_windows
+from nha.models.families import FAMILIES, REFUSED, check_family
 from tests.models.families import COMMON, hybrid, sliding, teacher, tokens
 
 BAD_WINDOWS = [[8, 8], [8, 8, 8, 8], [], -2, [8, -2, 8], True, [8, False, 8], 8.0, [8, 8.0, 8], "8", ["8", 8, 8], None]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from nha.models.adapter import attention_layers
-from nha.models.config import FAMILIES
 from nha.ops.rotary import rotate, unrotate, unrotate_for_slots
-from tests.models.families import hybrid, tokens
+from tests.models.families import FAMILIES, hybrid, tokens
 
 
 def tables(angle, scale=1.0):

@@ -135,8 +135,8 @@ def check_convertible(source: loading.Source, windows: int | list[int], full_lay
         return
     if loading.is_hybrid(source.config):
         raise BadInput(f"expected a model to convert, {source.name} is a hybrid already")
-    from nha.models.auto import check_family
     from nha.models.config import plan_windows
+    from nha.models.families import check_family
 
     check_family(source.config)
     common.check_layers(full_layers, loading.layers_of(source.config))

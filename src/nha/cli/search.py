@@ -155,7 +155,7 @@ def check_paths(output: Path) -> Path | None:
 def check_count(source: loading.Source, count: int | None) -> None:
     """Raise BadInput, before any weight is read, for more layers than the model has."""
     from nha.data.smollm2 import LAYERS
-    from nha.models.auto import check_family
+    from nha.models.families import check_family
 
     layers = LAYERS if source.config is None else loading.layers_of(source.config)
     if count is not None and not 0 <= count <= layers:

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.convert.calibrate import calibrate_gates, calibrate_sinks, copy_gates
 from nha.data.text import blocks, calibration_text
-from nha.models.auto import check_family, to_hybrid
+from nha.models.auto import to_hybrid
 from nha.models.config import FULL, plan_windows
+from nha.models.families import check_family
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
@@ -85,7 +86,7 @@ def hybridize(
     training. What the model predicts for inputs up to the smallest window does not change by one bit.
 
     Args:
-        model: a model that `AutoModelForCausalLM` loaded, of one of the families in `nha.models.config.FAMILIES`.
+        model: a model that `AutoModelForCausalLM` loaded, of one of the families in `nha.models.families.FAMILIES`.
         num_slots: slots per KV head.
         window_size: tokens in the window of every layer that has full attention, or a list with one int per layer
             (-1 leaves a layer as it is).

@@ -26,9 +26,10 @@ from nha.distill.student import TRAINED, Distillation
 from nha.distill.trainer import GRADIENTS, DistillTrainer, JsonlLogger, latest_checkpoint, load_trained
 from nha.io import write_atomically
 from nha.models.adapter import attention_layers
-from nha.models.auto import check_family, to_hybrid
+from nha.models.auto import to_hybrid
 from nha.models.cache import fingerprint
 from nha.models.config import FULL, plan_windows
+from nha.models.families import check_family
 
 RUN = "run.json"
 COMPILED = ("layers", "nothing")

@@ -12,43 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nha.models.adapter import HybridGenerationMixin, install, reset_slots
-from nha.models.config import FAMILIES, NHAConfig, check_sizes, check_windows, hybrid_config_class
-
-LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
-RECURRENT = "its layers are not softmax attention"
-MULTIMODAL = "convert the text model inside it"
-REFUSED = {
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
-    "deepseek_v32": LATENT,
-    "minicpm3": LATENT,
-    "kimi_linear": LATENT,
-    "glm4_moe_lite": LATENT,
-    "longcat_flash": LATENT,
-    "mamba": RECURRENT,
-    "mamba2": RECURRENT,
-    "rwkv": RECURRENT,
-    "gemma3": MULTIMODAL,
-    "mistral3": MULTIMODAL,
-    "gpt2": "its positions are added to the embeddings, not rotated into the keys",
-}
-
-
-def check_family(config: PreTrainedConfig) -> None:
-    """Raise ValueError, with the reason, for a model whose family cannot become a hybrid.
-
-    >>> from transformers import DeepseekV3Config
-    >>> check_family(DeepseekV3Config())  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ValueError: expected a model of one of llama, ..., got deepseek_v3: its latent attention (MLA) ...
-    """
-    family = config.model_type
-    if family in FAMILIES:
-        return
-    if hasattr(config, "window_sizes"):
-        raise ValueError(f"expected a model that is not a hybrid yet, got {family}")
-    reason = REFUSED.get(family, "it has not been tried")
-    raise ValueError(f"expected a model of one of {', '.join(FAMILIES)}, got {family}: {reason}")
+from nha.models.config import NHAConfig, check_sizes, check_windows, hybrid_config_class
+from nha.models.families import check_family
 
 
 class HybridModelMixin(HybridGenerationMixin):

@@ -11,20 +11,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from nha.models.families import FAMILIES
+
 FULL = -1
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "olmo2",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "granite",
-)
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:
