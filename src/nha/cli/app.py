@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nha.cli import common
 from nha.cli.distill import distill
@@ -16,8 +18,39 @@ from nha.cli.quickstart import quickstart
 from nha.cli.search import search
 from nha.cli.tasks import tasks
 
+
+class OneLineErrors(TyperGroup):
+    """The root command: an unknown option or a missing argument is one line on stderr, as all other errors are."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run a command line; leaves through SystemExit, as typer's own does, if `standalone_mode`."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except Exception as error:
+            # typer's usage errors have no public base class common to the versions supported.
+            if not hasattr(error, "format_message"):
+                raise
+            code = _report(error)
+        sys.exit(code if isinstance(code, int) else common.OK)
+
+
+def _report(error: Any) -> int:
+    """Print a usage error and return the exit code; without arguments the help is what was asked for."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.ctx.get_help())
+        return common.BAD_INPUT
+    try:
+        where = error.ctx.command_path if error.ctx else "nha"
+        common.fail(f"{error.format_message().rstrip('.')} (see {where} --help)")
+    except typer.Exit as left:
+        return left.exit_code
+
+
 app = typer.Typer(
     name="nha",
+    cls=OneLineErrors,
     help="Turn pretrained transformers into Native Hybrid Attention models: constant memory at any length.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -50,7 +83,7 @@ def root(
 
 
 app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-360M --output report[/]")(quickstart)
-app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 3,11,18,26[/]")(hybridize)
+app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 8,18,20,23[/]")(hybridize)
 app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
 app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(search)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, print_json
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class Printer:
     """A transformers streamer that prints text as it comes, or moves a progress bar when the text is for a program."""
 
-    def __init__(self, tokenizer: Any, bar: Progress | None, total: int) -> None:
+    def __init__(self, tokenizer: Any, bar: Any, total: int) -> None:
         self.tokenizer = tokenizer
         self.bar = bar
         self.task = bar.add_task("writing", total=total) if bar else None
@@ -129,7 +128,7 @@ def encode(tokenizer: Any, text: str, *, raw: bool) -> torch.Tensor:
     return tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
 
 
-def _generate(model: Any, tokenizer: Any, ids: Any, bar: Progress | None, limit: int, options: dict[str, Any]) -> Any:
+def _generate(model: Any, tokenizer: Any, ids: Any, bar: Any, limit: int, options: dict[str, Any]) -> Any:
     import torch
 
     return model.generate(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from nha.cli.measure import CONTEXTS, as_teacher, costs
@@ -63,7 +62,7 @@ class Settings:
 class Clock:
     """Progress bars, and the seconds that each step took."""
 
-    bar: Progress
+    bar: Any
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -71,17 +70,19 @@ class Clock:
         """A bar that is full when the block ends; the value moves it by (done, total)."""
         task = self.bar.add_task(description, total=None)
         started = time.perf_counter()
+        last = 1
 
         def advance(done: int, total: int) -> None:
+            nonlocal last
+            last = total
             self.bar.update(task, completed=done, total=total)
 
         yield advance
-        self.bar.update(task, total=self.bar.tasks[task].total or 1)
-        self.bar.update(task, completed=self.bar.tasks[task].total)
+        self.bar.update(task, completed=last, total=last)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def run(source: loading.Source, settings: Settings, bar: Progress, saved: Path | None) -> Results:
+def run(source: loading.Source, settings: Settings, bar: Any, saved: Path | None) -> Results:
     """Convert `source` and measure it; the hybrid is written to `saved` if given."""
     clock = Clock(bar)
     torch.manual_seed(settings.seed)

@@ -38,7 +38,11 @@ def to_json(value: Any) -> str:
             return None
         return item
 
-    return json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n"
+    cleaned = clean(value)
+    text = json.dumps(cleaned, indent=2, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # a lone surrogate is not UTF-8
+        text = json.dumps(cleaned, indent=2)
+    return text + "\n"
 
 
 @dataclass
