@@ -112,11 +112,11 @@ class Recorder:
     def _pass(self, name: str, batch: Batch, longest: int) -> Pass:
         """One pass, or what its replay, which has begun, will fill in."""
         key = (name, longest, *self.model.windows_in_use, *(x.shape for x in batch.values()))
-        self.num_tokens[key] += 1
+        self.seen[key] += 1
         device = self.parameters[0].device
         if key not in self.recordings:
             batch = {n: x.to(device, non_blocking=True) for n, x in batch.items()}
-            if self.record is None or self.num_tokens[key] <= WARM or len(self.recordings) == MOST:
+            if self.record is None or self.seen[key] <= WARM or len(self.recordings) == MOST:
                 return forward_backward(self.model, self.parameters, batch, longest)
             inputs = {n: x.clone() for n, x in batch.items()}
             self.record.join()
