@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nha.convert.hybridize import hybridize
+    from nha.io import load_state, save_state
     from nha.layer import NativeHybridAttention
     from nha.models.adapter import set_windows
     from nha.models.cache import load_cache, save_cache
@@ -28,8 +29,10 @@ _HOMES = {
     "NativeHybridAttention": "nha.layer",
     "hybridize": "nha.convert.hybridize",
     "load_cache": "nha.models.cache",
+    "load_state": "nha.io",
     "nha_attention": "nha.ops",
     "save_cache": "nha.models.cache",
+    "save_state": "nha.io",
     "set_windows": "nha.models.adapter",
 }
 
@@ -41,8 +44,10 @@ __all__ = [
     "NativeHybridAttention",
     "hybridize",
     "load_cache",
+    "load_state",
     "nha_attention",
     "save_cache",
+    "save_state",
     "set_windows",
 ]
 

@@ -1,18 +1,71 @@
-"""Files and directories that are replaced only by whole new ones."""
+"""Durable files: written whole under a temporary name, synced to the disk, then renamed; and states in them.
+
+A reader, or a machine that lost power, finds the old file or the new one, never a part of either.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing PyTorch takes a second, and most users of this module need none
+    import torch
+    from torch import Tensor
+
+    from nha.ops.state import NHAState
+
+STATE_FORMAT = "nha-state-v2"
+OLD_STATE_FORMAT = "nha-state-v1"
+OLD_NAMES = {"tail_slot_key": "window_slot_key", "tail_log_gate": "window_log_gate", "seen": "num_tokens"}
+DIGEST = "sha256"  # the metadata's name for the checksum of everything else in a file of tensors
+
+
+def sync_file(path: str | Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: str | Path) -> None:
+    """Wait until a directory's entries (new names, renamed and removed ones) are on the disk."""
+    if os.name == "nt":  # has no such call: a rename is durable there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: str | Path) -> None:
+    """Wait until a directory, all files in it and all directories below it are on the disk."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for name in files:
+            if not os.path.islink(os.path.join(folder, name)):
+                sync_file(os.path.join(folder, name))
+        sync_directory(folder)
+
+
+def _temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other thread or process uses."""
+    return path.with_name(f".{path.name[:64]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; what is there takes the place of `path` when the block ends without an error.
+    """Yield a temporary path; when the block ends without an error, the file there durably replaces `path`.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(f"{folder}/notes.txt") as work:
@@ -21,25 +74,51 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     ['notes.txt']
     """
     path = Path(path)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    work = _temporary_name(path)
     try:
         yield work
+        sync_file(work)
         os.replace(work, path)
+        sync_directory(path.parent)
     finally:
         work.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, data: str | bytes) -> None:
-    """Replace a file by a whole new one; text is written as UTF-8."""
+    """Replace a file durably by a whole new one; text is written as UTF-8."""
     with atomic_write(path) as work:
         work.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place when the block ends without an error."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary directory; when the block ends without an error, it durably replaces the directory `path`.
+
+    The old directory is removed only after the new one is on the disk under its name. Where the system can swap two
+    names in one step (Linux), `path` is never absent in between. Raises NotADirectoryError if `path` is a file.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for text in ("old", "new"):
+    ...         with atomic_directory(f"{folder}/made") as work:
+    ...             _ = (work / text).write_text(text)
+    ...     os.listdir(folder), os.listdir(f"{folder}/made")
+    (['made'], ['new'])
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"expected {path} to be a directory or absent, got a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent))
     old = work.with_name(work.name + ".old")
     try:
         yield work
@@ -47,9 +126,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         work.chmod(0o777 & ~mask)
-        if path.exists():
+        sync_tree(work)
+        sync_directory(path.parent)
+        if path.exists() and not _exchange(work, path):
             os.replace(path, old)
-        os.replace(work, path)
+        if not path.exists():
+            os.replace(work, path)
+        sync_directory(path.parent)
     except BaseException:
         if old.exists() and not path.exists():
             os.replace(old, path)
@@ -57,3 +140,123 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all names, shapes, dtypes, numbers and metadata of CPU tensors."""
+    import torch
+
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors of any device as one safetensors file, durably, with a checksum of everything in it."""
+    from safetensors.torch import save_file
+
+    # A clone each: safetensors refuses tensors that share memory, and so do slots cut from one tensor.
+    own = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+    with atomic_write(path) as work:
+        save_file(own, work, metadata={**metadata, DIGEST: _digest(own, metadata)})
+
+
+def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file; the tensors own their memory.
+
+    Metadata without "sha256" is that of a file without a checksum: `write_tensors` always adds one.
+
+    Raises:
+        ValueError: the file is damaged, cut short or no safetensors file; the message names it.
+        OSError: there is no such file, or it cannot be read.
+
+    >>> import torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_tensors(f"{folder}/x", {"a": torch.ones(2)}, {"format": "example"})
+    ...     tensors, metadata = read_tensors(f"{folder}/x")
+    >>> tensors["a"].tolist(), metadata["format"]
+    ([1.0, 1.0], 'example')
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"expected a file of tensors at {path}, got a directory")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            # The tensors that safetensors gives are views of the file, which somebody may overwrite or cut short.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
+    stored = metadata.get(DIGEST)
+    found = stored and _digest(tensors, {name: x for name, x in metadata.items() if name != DIGEST})
+    if found != stored:
+        raise ValueError(f"expected contents of checksum {stored} at {path}, got {found}: the file is damaged")
+    return {name: x.to(device) for name, x in tensors.items()}, metadata
+
+
+def save_state(state: NHAState, path: str | Path) -> None:
+    """Write a state as one safetensors file; an existing file is replaced only by a whole new one.
+
+    >>> import torch
+    >>> from nha import NHAState
+    >>> state = NHAState.from_slots(torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4), window_size=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_state(state, f"{folder}/state.safetensors")
+    ...     loaded = load_state(f"{folder}/state.safetensors")
+    >>> torch.equal(loaded.slot_key, state.slot_key), loaded.window_size
+    (True, 3)
+    """
+    state = state.aligned()
+    metadata = {
+        "format": STATE_FORMAT,
+        "window_size": str(state.window_size),
+        "slots_active": str(int(state.slots_active)),
+    }
+    write_tensors(path, state.tensors(), metadata)
+
+
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> NHAState:
+    """Read a state written by `save_state`; it owns its memory, and going on from it gives the same bits.
+
+    Files of the format "nha-state-v1" are read as well.
+
+    Raises:
+        ValueError: the file is damaged, is no state, or holds tensors that do not fit together; the message names the
+            file and what is wrong.
+        OSError: there is no such file, or it cannot be read.
+    """
+    from nha.ops.state import NHAState
+    from nha.ops.validation import check_state
+
+    tensors, metadata = read_tensors(path)
+    kind = metadata.get("format")
+    if kind not in (STATE_FORMAT, OLD_STATE_FORMAT):
+        raise ValueError(f"expected a state of format {STATE_FORMAT!r} at {path}, got format {kind!r}")
+    active = "slots_active"
+    wanted = {"format", "window_size", active, DIGEST}
+    if kind == OLD_STATE_FORMAT:
+        active = "slots_live"
+        wanted = {"format", "window_size", active}
+        tensors = {OLD_NAMES.get(name, name): x for name, x in tensors.items()}
+    if metadata.keys() != wanted:
+        raise ValueError(f"expected metadata {sorted(wanted)} in {path}, got {sorted(metadata)}")
+    if metadata[active] not in ("0", "1"):
+        raise ValueError(f"expected {active} of 0 or 1 in {path}, got {metadata[active]!r}")
+    try:
+        window_size = int(metadata["window_size"])
+    except ValueError:
+        raise ValueError(f"expected an integer window_size in {path}, got {metadata['window_size']!r}") from None
+    required = {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"}
+    missing, unknown = sorted(required - tensors.keys()), sorted(tensors.keys() - required - {"window_slot_key"})
+    if missing or unknown:
+        raise ValueError(f"expected tensors {sorted(required)} in {path}, got {missing} missing and {unknown} unknown")
+    tensors.setdefault("window_slot_key", None)  # type: ignore[arg-type]
+    state = NHAState(window_size=window_size, slots_active=metadata[active] == "1", **tensors)
+    try:
+        check_state(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{error} in {path}") from None
+    return state.to(device)

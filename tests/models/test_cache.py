@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
-from nha import NHAConfig, NHAForCausalLM, NHAState, load_cache, save_cache, set_windows
+from nha import NHAConfig, NHAForCausalLM, NHAState, load_cache, save_cache, save_state, set_windows
 from nha.models.adapter import ablate
 from nha.models.cache import cache_nbytes, nha_layers
 from tests.inputs import assert_close_to
@@ -169,7 +169,7 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "pt"})
     assert_refused(lambda: load_cache(path, model), "format", "pt")
     state = NHAState.from_slots(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), 8)
-    state.save(path)
+    save_state(state, path)
     assert_refused(lambda: load_cache(path, model), "nha-cache", "nha-state")
 
 

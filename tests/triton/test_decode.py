@@ -8,7 +8,7 @@ import torch
 import torch.utils.deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nha import NHAState
+from nha import NHAState, load_state, save_state
 from nha.ops import RingState, nha_decode
 from tests.inputs import TOKENWISE, Case, call, error, leaves, make, rounding
 from tests.laws.test_implementations import exponent_rounding
@@ -220,8 +220,8 @@ def test_a_ring_goes_on_in_nha_attention_and_on_disk(tmp_path):
     steps(flat, ring, [20, 23])
     rest = part(flat, 23, 46)
     wanted = call(rest, window_size=7, impl="reference", state=state).out
-    ring.save(tmp_path / "state")
-    for other in (ring, NHAState.load(tmp_path / "state", DEVICE), ring.select(torch.arange(2)), ring.to(DEVICE)):
+    save_state(ring, tmp_path / "state")
+    for other in (ring, load_state(tmp_path / "state", DEVICE), ring.select(torch.arange(2)), ring.to(DEVICE)):
         assert torch.equal(call(rest, window_size=7, impl="reference", state=other).out, wanted)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ class RingState(NHAState):
     """A state whose window is a ring: token t lies at place t mod W, so that a new token moves no other.
 
     The tensors are those of `NHAState`, its own and contiguous; a step overwrites them where they are. `aligned` gives
-    the state with its window in order; `nha_attention` and `save` do that by themselves.
+    the state with its window in order; `nha_attention` and `nha.save_state` do that by themselves.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3)
     >>> state.key[0, :, 0, 0] = torch.tensor([4.0, 5.0, 6.0])
@@ -53,9 +52,6 @@ class RingState(NHAState):
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first, as `NHAState` has it."""
         return NHAState(window_size=self.window_size, slots_active=self.slots_active, **_copies(self, 1))
-
-    def save(self, path: str | Path) -> None:
-        self.aligned().save(path)
 
 
 def _copies(state: NHAState, direction: int) -> dict[str, Any]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nha.io import atomic_write
-
-FORMAT = "nha-state-v1"
+MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
 
 
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,6 +18,18 @@ def slot_dtype(dtype: torch.dtype) -> torch.dtype:
     torch.float32
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_window_size(window_size: object) -> None:
+    """Raise ValueError for what is no window size.
+
+    >>> check_window_size(2**40)
+    Traceback (most recent call last):
+    ValueError: expected window_size to be an int from -1 to 16777216, got 1099511627776
+    """
+    number = isinstance(window_size, int) and not isinstance(window_size, bool)
+    if not number or not -1 <= window_size <= MAX_WINDOW:  # type: ignore[operator]
+        raise ValueError(f"expected window_size to be an int from -1 to {MAX_WINDOW}, got {window_size!r}")
 
 
 @dataclass
@@ -162,33 +171,3 @@ class NHAState:
                 rows = [F.pad(row, (0, 0, 0, 0, width - row.shape[1], 0)) for row in rows]
             joined[name] = torch.cat(rows)
         return replace(states[0], **joined)
-
-    def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file; an existing file is replaced only by a whole new one."""
-        from safetensors.torch import save_file
-
-        meta = {
-            "format": FORMAT,
-            "window_size": str(self.window_size),
-            "slots_active": str(int(self.slots_active)),
-        }
-        with atomic_write(path) as work:
-            save_file({n: t.detach().cpu().contiguous() for n, t in self.tensors().items()}, work, metadata=meta)
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> NHAState:
-        """Read a state written by `save`. Raises ValueError for a truncated or foreign file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                meta = file.metadata() or {}
-                names = set(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
-        wanted = {f.name for f in fields(cls)} - {"window_size", "slots_active", "window_slot_key"}
-        if meta.get("format") != FORMAT or not wanted <= names:
-            raise ValueError(f"expected a state of format {FORMAT!r} at {path}, got format {meta.get('format')!r}")
-        tensors.setdefault("window_slot_key", None)  # type: ignore[arg-type]
-        return cls(window_size=int(meta["window_size"]), slots_active=bool(int(meta["slots_active"])), **tensors)
