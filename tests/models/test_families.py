@@ -8,9 +8,10 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from nha import set_windows
 from nha.models.adapter import ablate, attention_layers, hybrid_mask, observe
 from nha.models.attend import LAST, base_attention
-from tests.models.families import FAMILIES, hybrid, teacher, tokens
+from tests.models.families import ALL_FAMILIES, FAMILIES, hybrid, teacher, tokens
 
 WINDOW = 8
+UNPACKABLE = ("nemotron", "stablelm")  # their layers do not hand on where packed sequences begin
 
 
 def logits(model, ids, **options):
@@ -33,13 +34,13 @@ def close(a, b):
     assert (a - b).abs().max() <= 2e-4 * b.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_predicts_bit_for_bit_what_its_teacher_does_within_the_window(family):
     ids = tokens(2, WINDOW)
     assert torch.equal(logits(hybrid(family, WINDOW), ids), logits(teacher(family), ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_windows_of_minus_one_give_the_teacher_back(family):
     ids = tokens(2, 40)
     model = hybrid(family, WINDOW)
@@ -48,8 +49,14 @@ def test_windows_of_minus_one_give_the_teacher_back(family):
     assert torch.equal(logits(model, ids), logits(teacher(family), ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("windows", [WINDOW, [WINDOW, -1, 0], [-1, 3, WINDOW]], ids=str)
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [
+        *((family, [WINDOW, -1, 0]) for family in ALL_FAMILIES),
+        *((family, windows) for family in FAMILIES for windows in (WINDOW, [-1, 3, WINDOW])),
+    ],
+    ids=str,
+)
 def test_any_split_into_segments_gives_the_same_logits(family, windows):
     model, ids = hybrid(family, windows), tokens(2, 40)
     whole = logits(model, ids, use_cache=False)
@@ -78,7 +85,7 @@ def test_a_later_segment_without_a_mask_of_its_own_sees_all_that_came_before():
     close(free, masked)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_padded_rows_equal_the_rows_alone(family):
     model = hybrid(family, [WINDOW, -1, 4])
     long, short = tokens(1, 30), tokens(1, 17, seed=1)
@@ -92,11 +99,15 @@ def test_padded_rows_equal_the_rows_alone(family):
         close(found[1:, 13:] if left else found[1:, :17], logits(model, short))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_packed_sequences_do_not_leak(family):
     model = hybrid(family, [WINDOW, -1, 4])
     parts = [tokens(1, n, seed=n) for n in (19, 1, 12)]
     position = torch.cat([torch.arange(x.shape[1]) for x in parts])[None]
+    if family in UNPACKABLE:
+        with pytest.raises(ValueError, match="cu_seq_lens_q"):
+            logits(model, torch.cat(parts, 1), position_ids=position)
+        return
     found = logits(model, torch.cat(parts, 1), position_ids=position)
     close(found, torch.cat([logits(model, x) for x in parts], 1))
     cu = torch.tensor([0, 19, 20, 32], dtype=torch.int32)
@@ -104,34 +115,32 @@ def test_packed_sequences_do_not_leak(family):
     close(named, found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_saved_and_loaded_with_the_same_bits(family, tmp_path):
     model, ids = hybrid(family, [WINDOW, 4, -1]), tokens(1, 40)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for weight in loaded.parameters():  # a product of weights at the odd addresses of a mapped file may round otherwise
+        weight.data = weight.data.clone()
     assert type(loaded) is type(model)
     assert loaded.config.model_type == f"nha-{family}"
     assert loaded.config.window_sizes == [WINDOW, 4, -1]
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_slot_keys_carry_no_position(family):
-    """The same tokens at other positions have the same slot keys, in every layer before which positions matter not."""
+    """Attention sees distances alone, so the same tokens further on have the same slot keys in every layer."""
     model, ids = hybrid(family), tokens(1, 6)
-    found = []
-
-    def keep(layer, seen):
-        if layer == 0:
-            found.append(seen.slot_key)
-
-    for start in (0, 500):
-        with observe(model, keep), torch.no_grad():
+    found = {0: [], 500: []}
+    for start, keys in found.items():
+        with observe(model, lambda layer, seen, keys=keys: keys.append(seen.slot_key)), torch.no_grad():
             model(ids, position_ids=torch.arange(start, start + 6)[None], use_cache=False)
-    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[0].abs().max()
+    for first, later in zip(*found.values(), strict=True):
+        assert (first - later).abs().max() <= 1e-4 * first.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_parameter_of_the_slots_gets_a_gradient(family):
     model, ids = hybrid(family), tokens(2, 40)
     model.train()

@@ -1,13 +1,9 @@
-"""Rotations compose, are undone, and are those of every supported family."""
-
-import sys
+"""Rotations compose and are undone."""
 
 import pytest
 import torch
 
-from nha.models.adapter import attention_layers
-from nha.ops.rotary import rotate, unrotate, unrotate_for_slots
-from tests.models.families import FAMILIES, hybrid, tokens
+from nha.ops.rotary import deinterleave, rotate, unrotate, unrotate_for_slots
 
 
 def tables(angle, scale=1.0):
@@ -30,17 +26,13 @@ def test_slots_see_keys_without_position_and_queries_at_a_distance(size):
     assert torch.allclose(slot_q, rotate(q * times, *far))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_rotates_in_this_way(family):
-    model = hybrid(family, 8)
-    attention, seen = attention_layers(model)[0], {}
-    attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(tables=kwargs["position_embeddings"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(tokens(2, 5))
-    apply = sys.modules[attention.family.__module__].apply_rotary_pos_emb
-    x = rows(2, 3, 5, attention.head_dim)
-    turned = apply(x, x, *seen["tables"])[0].transpose(1, 2)
-    assert torch.allclose(turned, rotate(x.transpose(1, 2), *seen["tables"]))
-    assert torch.allclose(unrotate(turned, *seen["tables"]), x.transpose(1, 2))
+def test_interleaved_pairs_are_those_of_reordered_dimensions():
+    x, near = rows(2, 5, 2, 8), tables(rows(2, 5, 3, seed=1))
+    rotated = rotate(x, *near, interleaved=True)
+    assert torch.allclose(deinterleave(rotated[..., :6]), rotate(deinterleave(x[..., :6]), *near))
+    assert torch.equal(rotated[..., 6:], x[..., 6:])
+    assert torch.allclose(unrotate(rotated, *near, interleaved=True), x)
+    far = tables(rows(1, 1, 3, seed=2))
+    slot_q, slot_k = unrotate_for_slots(rotated, rotated, near, far, interleaved=True)
+    assert torch.allclose(slot_k, x)
+    assert torch.allclose(slot_q, rotate(x, *far, interleaved=True))

@@ -36,6 +36,8 @@ from nha.models.attend import (
 )
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL, check_windows
+from nha.models.families import rotates
+from nha.models.rotary import rotary_style
 from nha.ops.rotary import unrotate, unrotate_for_slots
 
 NAME = "nha"
@@ -168,10 +170,18 @@ def hybrid_attention(
         raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
     if module.observer is not None:
         slot_key = key.transpose(1, 2)
-        slot_key = slot_key if nha_tables is None else unrotate(slot_key, *nha_tables)
+        slot_key = (
+            slot_key
+            if nha_tables is None
+            else unrotate(slot_key, *nha_tables, interleaved=module.rotary_style.interleaved)
+        )
         module.observer(Observation(nha_hidden, slot_key, *(x.transpose(1, 2) for x in (key, value))))
     own_mask, padding = split_mask(attention_mask, query.shape[2])
     cu = kwargs.get("cu_seq_lens_q")
+    if cu is None and attention_mask is not None and attention_mask.shape == PACKED:
+        raise ValueError(
+            f"expected sequences one by one, got packed ones: {module.family.__name__} gets no cu_seq_lens_q"
+        )
     if module.window_size == FULL and cu is not None:
         return packed_base_attention(
             module,
@@ -204,7 +214,9 @@ def hybrid_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     slot_query = slot_key = None  # without rotary positions slots and window see the same
     if nha_tables is not None:
-        slot_query, slot_key = unrotate_for_slots(q, k, nha_tables, (parameters.slot_cos, parameters.slot_sin))
+        distance = parameters.slot_cos, parameters.slot_sin
+        interleaved = module.rotary_style.interleaved
+        slot_query, slot_key = unrotate_for_slots(q, k, nha_tables, distance, interleaved=interleaved)
     segment = Segment(q, k, v, gate, slot_query, slot_key, mask=padding, cu_seqlens=cu)
     initial = parameters.initial
     if initial is None and module.config.slots_from_start:
@@ -320,13 +332,16 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
         cache = cache_argument(kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")} | {name_of_cache: cache}
         layer = cache_layer(self, cache, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
+        tables = None
+        if position_embeddings is not None and self.rotates:
+            tables = self.rotary_style.standard_tables(position_embeddings)
         return family.forward(
             self,
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             nha_hidden=hidden_states,
-            nha_tables=position_embeddings if getattr(self, "use_rope", True) else None,
+            nha_tables=tables,
             nha_layer=layer,
             **kwargs,
         )
@@ -336,6 +351,7 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
 
     name = f"NHA{family.__name__}"
     body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "family": family, "__module__": __name__}
+    body["rotary_style"] = rotary_style(family)
     return type(name, (family,), body)
 
 
@@ -355,7 +371,7 @@ def attention_layers(model: PreTrainedModel) -> list[Any]:
 
 
 def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
-    """Per layer, cosines and sines [2, 1, 1, R] of the family's own rotary embedding at a distance in tokens."""
+    """Per layer, cosines and sines [2, 1, 1, R] of the family's rotary embedding at a distance, for `rotate`."""
     config, parameter = model.config, next(model.parameters())
     with torch.device(parameter.device):
         rotary = type(decoder(model).rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
@@ -363,7 +379,9 @@ def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
     position = torch.full((1, 1), distance, device=parameter.device)
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = config.layer_types if typed else [None] * config.num_hidden_layers
-    return [torch.stack(rotary(x, position, kind) if typed else rotary(x, position)) for kind in kinds]
+    style = rotary_style(getattr(type(attention_layers(model)[0]), "family", type(attention_layers(model)[0])))
+    found = [rotary(x, position, kind) if typed else rotary(x, position) for kind in kinds]
+    return [torch.stack(style.standard_tables(tables)) for tables in found]
 
 
 def reset_slots(model: PreTrainedModel) -> None:
@@ -393,6 +411,7 @@ def install(model: PreTrainedModel) -> None:
             module.nha = new.to(device=weight.device, dtype=weight.dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
         module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
+        module.rotates = rotates(config, module)
     stack = decoder(model)
     if not any(hook is mark_packing for hook in stack._forward_pre_hooks.values()):
         stack.register_forward_pre_hook(mark_packing, with_kwargs=True)
