@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
 from nha.ops.rotary import rotate
-from nha.ops.segment import sequence_of
+from nha.ops.varlen import sequence_of
 
 GATE_DIVISOR = 8.0
 

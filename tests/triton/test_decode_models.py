@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import nha.models.attend
-import nha.ops.api
+import nha.ops.backends
 from nha import load_cache, save_cache
 from nha.models.cache import nha_layers
 from nha.ops import RingState
@@ -24,7 +24,7 @@ CUTS = [0, 14, 15, 16, 20, 28]
 @pytest.fixture
 def fused(monkeypatch):
     """A switch that lets "auto" choose the kernels, as it does on a GPU."""
-    return lambda: monkeypatch.setattr(nha.ops.api, "resolve_impl", lambda impl, device="cpu": "triton")
+    return lambda: monkeypatch.setattr(nha.ops.backends, "resolve_impl", lambda impl, device="cpu": "triton")
 
 
 def build(windows: Any = WINDOWS, dtype=torch.float32, **changes):
@@ -107,7 +107,7 @@ def test_full_layers_generate_what_transformers_attention_does(static, fused, mo
     fused()
     read_by_kernel = generate()
     assert len(calls) == 2 * 7  # two layers, seven steps after the prefill
-    monkeypatch.setattr(nha.ops.api, "resolve_impl", lambda impl, device="cpu": "chunked")
+    monkeypatch.setattr(nha.ops.backends, "resolve_impl", lambda impl, device="cpu": "chunked")
     monkeypatch.setattr(nha.models.attend, "full_decode", before)
     wanted = generate()
     model = model.double()

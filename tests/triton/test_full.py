@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.deterministic
 
-import nha.ops.api
+import nha.ops.backends
 from nha.ops import full_decode
 from nha.ops.validation import MAX_GROUPS
 from tests.inputs import error, rounding
@@ -19,7 +19,7 @@ MASKS = ["none", "left padding", "static cache", "scattered", "one key"]
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch):
     """ "auto" is the kernel, and memory that no kernel wrote is NaN."""
-    monkeypatch.setattr(nha.ops.api, "resolve_impl", lambda impl, device="cpu": "triton")
+    monkeypatch.setattr(nha.ops.backends, "resolve_impl", lambda impl, device="cpu": "triton")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -16,10 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.models.cache import Inputs, NHACacheLayer
 from nha.ops import NHAState, RingState, full_decode, full_prefill, nha_attention, nha_decode, supports_decode
-from nha.ops.autocast import in_region
-from nha.ops.ring import MAX_NEW
-from nha.ops.segment import advance, align_left
+from nha.ops.autocast import cast_for_autocast
+from nha.ops.padding import align_left
 from nha.ops.sliding_window import sliding_window_attention
+from nha.ops.state import MAX_NEW, advance
 
 LAST = (1, 1, 0, 1)  # shape of the mask that stands for a causal one whose last query sees all keys
 # That several query heads read one KV head has to be said from torch 2.12 on; before, it was understood.
@@ -44,7 +44,7 @@ class Segment:
     cu_seqlens: Tensor | None
 
     def __post_init__(self) -> None:
-        self.query, self.key, self.value, self.slot_query, self.slot_key = in_region(
+        self.query, self.key, self.value, self.slot_query, self.slot_key = cast_for_autocast(
             self.query, self.key, self.value, self.slot_query, self.slot_key
         )
 

@@ -141,7 +141,7 @@ class NHACacheLayer(CacheLayerMixin):
             return
         if not self._recorded:
             overwritten = self.is_compileable or isinstance(before, RingState)
-            self._base = before._map(torch.clone) if before is not None and overwritten else before
+            self._base = before.map(torch.clone) if before is not None and overwritten else before
         self._recorded.append(inputs)
 
     def keep(self, state: NHAState | None) -> None:
@@ -153,7 +153,7 @@ class NHACacheLayer(CacheLayerMixin):
             for tensor in () if held is None else held.tensors().values():
                 tensor.zero_()
         elif held is None or held.num_tokens.shape != state.num_tokens.shape:
-            self.state = state._map(torch.clone)
+            self.state = state.map(torch.clone)
             if not torch.compiler.is_compiling():
                 for tensor in self.state.tensors().values():
                     torch._dynamo.mark_static_address(tensor)

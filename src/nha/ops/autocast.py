@@ -1,4 +1,4 @@
-"""Regions of autocast, in which attention reads tensors in the region's dtype, as PyTorch's own does."""
+"""Autocast: under `torch.autocast` the operator casts its inputs, as PyTorch's attention does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 Function = TypeVar("Function", bound=Callable)
 
 
-def in_region(*tensors: Any) -> list[Any]:
-    """Tensors as a region of autocast around has them; what is not floating, double precision or no tensor stays.
+def cast_for_autocast(*tensors: Any) -> list[Any]:
+    """Cast floating point tensors to the autocast dtype of their device; float64 and what is no tensor stay.
 
     >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     [x if x is None else x.dtype for x in in_region(torch.zeros(1), None, torch.arange(2))]
+    ...     [x if x is None else x.dtype for x in cast_for_autocast(torch.zeros(1), None, torch.arange(2))]
     [torch.bfloat16, None, torch.int64]
     """
 
@@ -29,8 +29,8 @@ def in_region(*tensors: Any) -> list[Any]:
     return [cast(x) for x in tensors]
 
 
-def reads_in_region(function: Function) -> Function:
-    """Let a function of q, k, v, log_gate and named options read all but the log-gate `in_region`, and cast no more."""
+def autocast_inputs(function: Function) -> Function:
+    """Cast every tensor argument except `log_gate` to the autocast dtype, then call with autocast disabled."""
 
     @wraps(function)
     def call(q: Tensor, *args: Any, **options: Any) -> Any:
@@ -38,11 +38,11 @@ def reads_in_region(function: Function) -> Function:
         if not torch.is_autocast_enabled(device):
             return function(q, *args, **options)
         for name in options.keys() & {"k", "v", "q_slot", "k_slot"}:
-            (options[name],) = in_region(options[name])
-        if isinstance(options.get("sink"), tuple):
-            options["sink"] = tuple(in_region(*options["sink"]))
-        read = in_region(q, *args[:2])
+            (options[name],) = cast_for_autocast(options[name])
+        if isinstance(options.get("sink"), (tuple, list)):
+            options["sink"] = tuple(cast_for_autocast(*options["sink"]))
+        cast = cast_for_autocast(q, *args[:2])
         with torch.autocast(device, enabled=False):
-            return function(*read, *args[2:], **options)
+            return function(*cast, *args[2:], **options)
 
     return call  # type: ignore[return-value]

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nha.ops.segment import advance, align_left, each_sequence, restore
-from nha.ops.state import NHAState, slot_dtype
+from nha.ops.padding import align_left, restore
+from nha.ops.state import NHAState, advance, slot_dtype
+from nha.ops.varlen import each_sequence
 
 CHUNK = 16  # tokens whose gates are factorised together; 16 * 5 / 2 = 40 bounds the exponents
 GATE_FLOOR = -5.0

@@ -1,4 +1,4 @@
-"""Full attention of the last tokens of a text, one or a segment, for layers that keep every token."""
+"""Full causal attention: of a segment whose window holds every token, and of the last tokens of a long sequence."""
 
 from __future__ import annotations
 
@@ -9,22 +9,84 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from nha.ops import api
-from nha.ops.autocast import in_region
+from nha.ops import backends
+from nha.ops.autocast import cast_for_autocast
+from nha.ops.padding import align_left, restore
+from nha.ops.state import NHAState, advance, slot_dtype
 from nha.ops.validation import MAX_DIM, MAX_GROUPS, NARROW_DIM
+from nha.ops.varlen import each_sequence
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    k_slot: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    state: NHAState,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, NHAState]:
+    """`nha_attention` where no token leaves the window: SDPA over window cache and segment, no slots.
+
+    Returns outputs [B, T, HQ, Dv], a slot mass of zeros [B, T, HQ] and the state after the segment; without `keep` the
+    state that was given.
+    """
+    if cu_seqlens is not None:
+        return each_sequence(full_attention, (q, k, v, log_gate, k_slot), scale, softcap, state, cu_seqlens)
+    count = None
+    if attention_mask is not None:
+        q, k, v, log_gate, k_slot = align_left(attention_mask, q, k, v, log_gate, k_slot)
+        count = attention_mask.sum(1)
+    past, length = state.key.shape[1], q.shape[1]
+    keys, values, mask = k, v, None
+    if state.window_size < 0 and past:
+        keys, values = torch.cat([state.key, k], 1), torch.cat([state.value, v], 1)
+        token = torch.arange(past + length, device=q.device)
+        query = past + torch.arange(length, device=q.device)[:, None]
+        mask = (token <= query) & (token >= past - state.num_tokens[:, None, None])
+        mask = mask[:, None]
+    heads = [x.transpose(1, 2) for x in (q, keys, values)]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+        ).transpose(1, 2)
+    else:
+        out = capped_attention(*heads, mask=mask, scale=scale, softcap=softcap).transpose(1, 2)
+    mass = q.new_zeros((), dtype=slot_dtype(q.dtype)).expand(q.shape[:3])
+    if keep:
+        state = advance(state, k, v, log_gate, k_slot, (state.slot_key, state.slot_value), count)
+    if attention_mask is not None:
+        out = restore(attention_mask, out)
+    return out, mass, state
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Attention with scores capped as c * tanh(score / c), which SDPA lacks: q [B, HQ, T, D], k, v [B, H, Tk, ...]."""
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if mask is None:
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril()
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    score = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    weights = score.masked_fill(~mask, float("-inf")).softmax(-1, dtype=slot_dtype(q.dtype))
+    return weights.to(v.dtype) @ v
 
 
 def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Softmax attention of one token, [B, 1, HQ, Dv], that reads keys and values once and copies none.
 
-    On a GPU a kernel reads only what is not masked and fills the GPU at any batch; its work depends on Tk and B, never
-    on the mask, so that a CUDA graph can replay it. Elsewhere, and for gradients, it is SDPA.
+    On a GPU a kernel loads only keys that are not masked and fills the GPU at any batch; its grid depends on Tk and B,
+    never on the mask, so that a CUDA graph can replay it. Elsewhere, and for gradients, it is SDPA.
 
     Args:
         q: [B, HQ, 1, D]; query head h reads KV head h // (HQ / H).
         k: [B, H, Tk, D], any strides.
         v: [B, H, Tk, Dv], any strides.
-        mask: [B, 1, 1, Tk] or [1, 1, 1, Tk] bool, True where a key is seen, or None for all.
+        mask: [B, 1, 1, Tk] or [1, 1, 1, Tk] bool, True = attend, or None for all keys.
         scale: of the scores, by default D ** -0.5.
 
     >>> q, k = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 3, 8)
@@ -32,7 +94,7 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     >>> full_decode(q, k, v, torch.tensor([True, True, False]).view(1, 1, 1, 3)).flatten().tolist()
     [0.5, 0.5, 3.5, 3.5]
     """
-    q, k, v = in_region(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     batch, query_heads, _, dim = q.shape
     heads = k.shape[1]
     if _has_kernel(q, k, v):
@@ -45,18 +107,18 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not api.can_skip_autograd([q, k, v]):
+    if not backends.can_skip_autograd([q, k, v]):
         return False
-    most = {torch.float32: NARROW_DIM, torch.bfloat16: MAX_DIM, torch.float16: MAX_DIM}.get(q.dtype, 0)
-    known = q.dtype == k.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= most
-    return known and q.shape[1] // k.shape[1] <= MAX_GROUPS and k.shape[2] > 0
+    max_dim = {torch.float32: NARROW_DIM, torch.bfloat16: MAX_DIM, torch.float16: MAX_DIM}.get(q.dtype, 0)
+    supported = q.dtype == k.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= max_dim
+    return supported and q.shape[1] // k.shape[1] <= MAX_GROUPS and k.shape[2] > 0
 
 
 def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout: float = 0.0) -> Tensor:
     """Causal attention of the last T of Tk tokens, [B, T, HQ, Dv], without a mask of T x Tk.
 
-    PyTorch has one kernel for that, FlashAttention-2. cuDNN's is faster, but knows squares and their lower triangles
-    alone: without gradients it reads the tokens T at a time, and the parts are merged by their log-sum-exps.
+    PyTorch has one kernel for it, FlashAttention-2. cuDNN's is faster but takes T x T scores only, causal or not:
+    without gradients it attends to T keys at a time, and the parts are merged by their log-sum-exps.
 
     Args:
         q: [B, HQ, T, D]; query head h reads KV head h // (HQ / H).
@@ -69,46 +131,46 @@ def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dr
     >>> full_prefill(q, k, torch.arange(3.0).view(1, 1, 3, 1)).flatten().tolist()
     [0.5, 0.5, 1.0, 1.0]
     """
-    q, k, v = in_region(q, k, v)
-    length, seen = q.shape[2], k.shape[2]
-    read = None if dropout or length == seen else _square_kernel(q, k, v)
-    if read is None:
-        bias: Tensor = causal_lower_right(length, seen)
+    q, k, v = cast_for_autocast(q, k, v)
+    length, keys = q.shape[2], k.shape[2]
+    attend = None if dropout or length == keys else _square_kernel(q, k, v)
+    if attend is None:
+        bias: Tensor = causal_lower_right(length, keys)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, enable_gqa=grouped).transpose(1, 2)
-    own = seen - length
-    out, total = read(q, k[:, :, own:], v[:, :, own:], True, scale)
-    for start in range(0, own, length):
-        stop = min(start + length, own)
-        part, lse = read(q, k[:, :, start:stop], v[:, :, start:stop], False, scale)
+    past = keys - length
+    out, total = attend(q, k[:, :, past:], v[:, :, past:], True, scale)
+    for start in range(0, past, length):
+        stop = min(start + length, past)
+        part, lse = attend(q, k[:, :, start:stop], v[:, :, start:stop], False, scale)
         out = torch.lerp(out, part, torch.sigmoid(lse - total))
         total = torch.logaddexp(total, lse)
     return out.to(q.dtype).transpose(1, 2)
 
 
-Read = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], tuple[Tensor, Tensor]]
+SquareKernel = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], tuple[Tensor, Tensor]]
 
 
-def _square_kernel(q: Tensor, k: Tensor, v: Tensor) -> Read | None:
-    """A kernel that gives, in float32, outputs [B, HQ, T, D] and their log-sum-exps [B, HQ, T, 1], causal or not."""
-    if api.needs_grad([q, k, v]) or q.shape[3] != v.shape[3]:
+def _square_kernel(q: Tensor, k: Tensor, v: Tensor) -> SquareKernel | None:
+    """A kernel that returns float32 outputs [B, HQ, T, D] and log-sum-exps [B, HQ, T, 1], causal or not; or None."""
+    if backends.needs_grad([q, k, v]) or q.shape[3] != v.shape[3]:
         return None
     if q.device.type == "cpu":
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-        def read(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
             out, lse = operator(q, k, v, 0.0, causal, scale=scale)
             return out.to(lse.dtype), lse[..., None]
 
-        return read
+        return attend
     grouped = q.shape[1] != k.shape[1]
     if q.device.type != "cuda" or not torch.backends.cuda.can_use_cudnn_attention(
         torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, grouped)
     ):
         return None
 
-    def read_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-        return found[0].float(), found[1].reshape(*q.shape[:3], 1)
+    def attend_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+        results = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        return results[0].float(), results[1].reshape(*q.shape[:3], 1)
 
-    return read_cudnn
+    return attend_cudnn

@@ -1,13 +1,13 @@
-"""Rotary positions (arXiv 2104.09864), put on and taken off, and what slots see of rotated queries and keys."""
+"""Rotary positions (arXiv 2104.09864): applied, undone, and undone for the slots, which see keys without positions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nha.ops import api
+from nha.ops import backends
 from nha.ops.state import slot_dtype
-from nha.ops.validation import DTYPES
+from nha.ops.validation import KERNEL_DTYPES
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, T, R] or [1, T, R]
 
@@ -40,24 +40,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     """
     size = cos.shape[-1]
     if interleaved:
-        turned = interleave(rotate(deinterleave(x[..., :size]), cos, sin))
-        return torch.cat([turned, x[..., size:]], -1)
-    turning, rest = x[..., :size], x[..., size:]
-    first, second = turning.chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    out = (turning * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
+        rotated = interleave(rotate(deinterleave(x[..., :size]), cos, sin))
+        return torch.cat([rotated, x[..., size:]], -1)
+    rotary, rest = x[..., :size], x[..., size:]
+    first, second = rotary.chunk(2, -1)
+    orthogonal = torch.cat([-second, first], -1)
+    out = (rotary * cos.unsqueeze(2) + orthogonal * sin.unsqueeze(2)).to(x.dtype)
     return torch.cat([out, rest], -1) if rest.shape[-1] else out
 
 
 def without_scale(cos: Tensor, sin: Tensor) -> Tables:
-    """Tables in float32 or float64 that only rotate: some families (YaRN, LongRoPE) scale theirs."""
+    """The tables in float32 or float64 with their scale divided out: some families (YaRN, LongRoPE) scale theirs."""
     cos, sin = (table.to(slot_dtype(table.dtype)) for table in (cos, sin))
     norm = torch.rsqrt(cos.square() + sin.square())
     return cos * norm, sin * norm
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Undo the rotation of x [B, T, heads, D] by tables [B, T, R]; a scale that they had stays in x.
+    """Undo the rotation of x [B, T, heads, D] by tables [B, T, R]; a scale of the tables stays in x.
 
     >>> x, (cos, sin) = torch.tensor([[[[3.0, 4.0]]]]), (torch.full((1, 1, 2), a) for a in (0.6, 0.8))
     >>> unrotate(rotate(x, cos, sin), cos, sin).flatten().tolist()
@@ -70,21 +70,21 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) 
 def unrotate_for_slots(
     q: Tensor, k: Tensor, tables: Tables, distance: Tables, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys as slots see them: keys without position, queries as if at a fixed distance.
+    """The slot queries and keys of rotated ones: keys without a position, queries at a fixed distance from all of them.
 
-    On a GPU one kernel reads and writes everything once. Tables are taken as constants there.
+    On a GPU one kernel reads and writes everything once; it gives no gradients to the tables.
 
     Args:
         q: [B, T, HQ, D], rotated by `tables`.
         k: [B, T, H, D], likewise.
         tables: cosines and sines [B, T, R] or [1, T, R] of the positions.
-        distance: those of the distance at which a query sees the slots, [1, 1, R].
+        distance: cosines and sines [1, 1, R] of the distance from a query to the slots.
         interleaved: pairs of dimensions are 2 i and 2 i + 1, not i and i + R / 2. No kernel serves that.
 
     Returns:
-        queries and keys in their own dtypes.
+        slot queries [B, T, HQ, D] and slot keys [B, T, H, D] in their own dtypes.
 
-    >>> q, tables = torch.tensor([[[[0.0, 1.0]]]]), (torch.zeros(1, 1, 2), torch.ones(1, 1, 2))  # turned by 90 degrees
+    >>> q, tables = torch.tensor([[[[0.0, 1.0]]]]), (torch.zeros(1, 1, 2), torch.ones(1, 1, 2))  # rotated by 90 degrees
     >>> [x.flatten().tolist() for x in unrotate_for_slots(q, q, tables, tables)]
     [[0.0, 1.0], [1.0, 0.0]]
     """
@@ -98,4 +98,4 @@ def unrotate_for_slots(
 
 
 def _has_kernel(q: Tensor, k: Tensor) -> bool:
-    return api.resolve_impl("auto", q.device) == "triton" and q.dtype == k.dtype and q.dtype in DTYPES
+    return backends.resolve_impl("auto", q.device) == "triton" and q.dtype == k.dtype and q.dtype in KERNEL_DTYPES

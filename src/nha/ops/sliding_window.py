@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nha.ops.segment import sequence_of
 from nha.ops.state import slot_dtype
+from nha.ops.varlen import sequence_of
 
 LEAST_BLOCK, MOST_BLOCK = 16, 128  # queries of one matrix product, however short or long the window
 GROUP_SCORES = {"cpu": 1 << 20}  # scores made at a time: about what stays in the cache

@@ -1,14 +1,18 @@
-"""The memory of one NHA layer: a fixed set of slots and the tail of a sliding window."""
+"""The memory of one NHA layer: a fixed set of slots and the last tokens in a sliding window."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
+MAX_NEW = 16  # tokens that can be written into a ring at a time
+WINDOW_CACHE = ("key", "value", "window_slot_key", "window_log_gate")  # fields [B, W, H, ...]
 
 
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,11 +38,11 @@ def check_window_size(window_size: object) -> None:
 
 @dataclass
 class NHAState:
-    """What a layer remembers of the tokens it has seen. Every call returns a new one.
+    """The memory of a layer for a batch of sequences. A call of `nha_attention` returns a new one.
 
-    `B` rows, `H` KV heads, `M` slots, `D`/`Dv` head dims, `W` the window size. The tail holds the last `W`
-    tokens, oldest first and right-aligned: with fewer than `W` tokens seen its first entries are unused.
-    With `window_size == -1` (full attention) the tail holds every token and the slots are empty (`M == 0`).
+    `B` sequences, `H` KV heads, `M` slots, `D`/`Dv` head dims, `W` the window size. The window cache holds the last
+    `W` tokens, oldest first and right-aligned: after fewer than `W` tokens its first entries are unused.
+    With `window_size == -1` (full attention) it holds every token and nothing is written to the slots.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), window_size=3)
     >>> state.slots_active, state.num_tokens.tolist(), tuple(state.key.shape)
@@ -54,8 +58,8 @@ class NHAState:
     value: Tensor  # [B, W, H, Dv]
     window_slot_key: Tensor | None  # [B, W, H, D]; None where the slots see the same keys as the window
     window_log_gate: Tensor  # [B, W, H, M]
-    num_tokens: Tensor  # [B] int64, tokens seen by each row
-    slots_active: bool = False  # slots handed in by the caller take part from token 0
+    num_tokens: Tensor  # [B] int64, tokens read by each sequence so far
+    slots_active: bool = False  # slots handed in by the caller are active from token 0
 
     @classmethod
     def empty(
@@ -68,20 +72,20 @@ class NHAState:
         shared: bool,
         cu_seqlens: Tensor | None = None,
     ) -> NHAState:
-        """A state that has seen nothing, shaped after one segment of inputs (any length).
+        """The state before the first token, with sizes, dtypes and device of one segment of inputs (any length).
 
-        `key` [B, T, H, D], `value` [B, T, H, Dv], `log_gate` [B, T, H, M]; `shared` says that slots and
-        window see the same keys. With `cu_seqlens` [N + 1] there is a row for each of N packed sequences.
+        `key` [B, T, H, D], `value` [B, T, H, Dv], `log_gate` [B, T, H, M]; `shared` if slots and window read the
+        same keys. With `cu_seqlens` [N + 1] it is the state of N packed sequences.
         """
         batch, _, heads, dim = key.shape
         batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         value_dim, slots = value.shape[-1], log_gate.shape[-1]
         width = max(window_size, 0)
-        kept = slot_dtype(key.dtype)
+        slots_in = slot_dtype(key.dtype)
         return cls(
             window_size=window_size,
-            slot_key=key.new_zeros(batch, heads, slots, dim, dtype=kept),
-            slot_value=key.new_zeros(batch, heads, slots, value_dim, dtype=kept),
+            slot_key=key.new_zeros(batch, heads, slots, dim, dtype=slots_in),
+            slot_value=key.new_zeros(batch, heads, slots, value_dim, dtype=slots_in),
             key=key.new_zeros(batch, width, heads, dim),
             value=value.new_zeros(batch, width, heads, value_dim),
             window_slot_key=None if shared else key.new_zeros(batch, width, heads, dim),
@@ -99,37 +103,39 @@ class NHAState:
         dtype: torch.dtype | None = None,
         shared_keys: bool = True,
     ) -> NHAState:
-        """A state whose slots are given and live from token 0; they may require gradients.
+        """The state before the first token with slots that are active from token 0; they may require gradients.
 
-        `slot_key` [B, H, M, D] and `slot_value` [B, H, M, Dv] keep (or get) the slot dtype; `dtype` is that of
-        the keys and values to come (default: that of `slot_key`). Set `shared_keys=False` if the calls will pass
-        `k_slot`. Raises ValueError for shapes that do not fit and for `window_size < 0`.
+        `slot_key` [B, H, M, D] and `slot_value` [B, H, M, Dv] are cast to the slot dtype; `dtype` is that of the keys
+        and values to come (default: that of `slot_key`). Set `shared_keys=False` if the calls will pass `k_slot`.
+
+        Raises:
+            ValueError: shapes or devices that do not fit together, or a `window_size` below 0.
+            TypeError: slots that are no floating point tensors.
         """
+        check_window_size(window_size)
         if window_size < 0:
-            raise ValueError(f"slots need window_size >= 0, got {window_size}")
+            raise ValueError(f"expected window_size >= 0 for slots, got {window_size}")
+        for name, x in (("slot_key", slot_key), ("slot_value", slot_value)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"expected {name} to be a floating point tensor, got {got}")
         if slot_key.dim() != 4 or slot_value.dim() != 4 or slot_key.shape[:3] != slot_value.shape[:3]:
             raise ValueError(
                 "expected slot_key [B, H, M, D] and slot_value [B, H, M, Dv], "
                 f"got {list(slot_key.shape)} and {list(slot_value.shape)}"
             )
-        batch, heads, slots, dim = slot_key.shape
-        dtype = dtype or slot_key.dtype
-        kept = slot_dtype(dtype)
-
-        def zeros(last: int) -> Tensor:
-            return slot_key.new_zeros(batch, window_size, heads, last, dtype=dtype)
-
-        return cls(
-            window_size=window_size,
-            slot_key=slot_key.to(kept),
-            slot_value=slot_value.to(kept),
-            key=zeros(dim),
-            value=zeros(slot_value.shape[-1]),
-            window_slot_key=None if shared_keys else zeros(dim),
-            window_log_gate=zeros(slots),
-            num_tokens=torch.zeros(batch, dtype=torch.int64, device=slot_key.device),
-            slots_active=True,
+        if slot_key.device != slot_value.device:
+            raise ValueError(f"expected slot_value on {slot_key.device} like slot_key, got {slot_value.device}")
+        like = slot_key.transpose(1, 2)[:, :0].to(dtype or slot_key.dtype)  # [B, 0, H, D]
+        state = cls.empty(
+            window_size,
+            key=like,
+            value=like.new_empty(*like.shape[:3], slot_value.shape[3]),
+            log_gate=like.new_empty(*like.shape[:3], slot_key.shape[2]),
+            shared=shared_keys,
         )
+        slots_in = slot_dtype(like.dtype)
+        return replace(state, slot_key=slot_key.to(slots_in), slot_value=slot_value.to(slots_in), slots_active=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, without the absent ones."""
@@ -141,7 +147,8 @@ class NHAState:
         """Bytes held by all tensors of the state."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def _map(self, function) -> NHAState:
+    def map(self, function: Callable[[Tensor], Tensor]) -> NHAState:
+        """The state with a function applied to each of its tensors."""
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def aligned(self) -> NHAState:
@@ -150,24 +157,114 @@ class NHAState:
 
     def to(self, device: torch.device | str) -> NHAState:
         """The state on another device."""
-        return self._map(lambda t: t.to(device))
+        return self.map(lambda t: t.to(device))
 
     def detach(self) -> NHAState:
         """The state cut off from the graph that made it (truncated back-propagation through time)."""
-        return self._map(torch.Tensor.detach)
+        return self.map(torch.Tensor.detach)
 
     def select(self, rows: Tensor) -> NHAState:
-        """The rows with these indices, in this order, repeats allowed (`rows` int64 [N])."""
-        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
+        """The sequences with these indices, in this order, repeats allowed (`rows` int64 [N])."""
+        return self.map(lambda t: t.index_select(0, rows.to(t.device)))
 
     @classmethod
     def join(cls, states: list[NHAState]) -> NHAState:
-        """States of one window size as the rows of one; tails of unlike length (full attention) are right-aligned."""
+        """The sequences of several states of one window size as one batch; window caches are right-aligned."""
         joined = {}
         for name in states[0].tensors():
             rows = [getattr(state, name) for state in states]
-            if name in ("key", "value", "window_slot_key", "window_log_gate"):
+            if name in WINDOW_CACHE:
                 width = max(row.shape[1] for row in rows)
                 rows = [F.pad(row, (0, 0, 0, 0, width - row.shape[1], 0)) for row in rows]
             joined[name] = torch.cat(rows)
         return replace(states[0], **joined)
+
+
+def advance(
+    state: NHAState,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    k_slot: Tensor,
+    slots: tuple[Tensor, Tensor],
+    count: Tensor | None,
+) -> NHAState:
+    """The state after a segment: the given slots, and the last tokens of window cache and segment.
+
+    `count` [B] is the number of real tokens of each (left-aligned) sequence, None if all are.
+    """
+    length = k.shape[1]
+    width = state.key.shape[1] + length if state.window_size < 0 else state.window_size
+
+    def last(old: Tensor, new: Tensor) -> Tensor:
+        joined = torch.cat([old, new.to(old.dtype)], 1)
+        if count is None:
+            return joined[:, joined.shape[1] - width :].clone()
+        index = torch.arange(joined.shape[1] - width, joined.shape[1], device=new.device) - length + count[:, None]
+        return joined.gather(1, index.clamp_min(0)[..., None, None].expand(-1, -1, *new.shape[2:]))
+
+    return replace(
+        state,
+        slot_key=slots[0],
+        slot_value=slots[1],
+        key=last(state.key, k),
+        value=last(state.value, v),
+        window_slot_key=None if state.window_slot_key is None else last(state.window_slot_key, k_slot),
+        window_log_gate=last(state.window_log_gate, log_gate),
+        num_tokens=state.num_tokens + (length if count is None else count),
+    )
+
+
+@dataclass(kw_only=True)
+class RingState(NHAState):
+    """A state that is updated in place, whose window cache is a ring buffer: token t lies at index t mod W.
+
+    Writing a token moves no other, and all tensors keep their addresses, so that a CUDA graph can replay a step. The
+    tensors are those of `NHAState`, contiguous and shared with no other state. `aligned` returns the state with its
+    window in order; `nha_attention` and `nha.save_state` call it themselves.
+
+    >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3)
+    >>> state.key[0, :, 0, 0] = torch.tensor([4.0, 5.0, 6.0])
+    >>> state.num_tokens += 7  # the last were tokens 4, 5 and 6
+    >>> ring = RingState.of(state)
+    >>> ring.key[0, :, 0, 0].tolist(), ring.aligned().key[0, :, 0, 0].tolist()
+    ([6.0, 4.0, 5.0], [4.0, 5.0, 6.0])
+    """
+
+    arrival_counter: Tensor  # [B, H + 1] int32: programs done per head and heads done per sequence; 0 between steps
+
+    @classmethod
+    def of(cls, state: NHAState) -> RingState:
+        """A copy of a state in ring order. Raises ValueError for full attention, whose window is unbounded."""
+        if state.window_size < 0:
+            raise ValueError(f"expected a state of window_size >= 0, got one of {state.window_size}")
+        if isinstance(state, RingState):
+            return state.map(torch.clone)  # type: ignore[return-value]
+        arrival_counter = state.num_tokens.new_zeros(
+            state.num_tokens.shape[0], state.slot_key.shape[1] + 1, dtype=torch.int32
+        )
+        return cls(
+            window_size=state.window_size,
+            slots_active=state.slots_active,
+            arrival_counter=arrival_counter,
+            **_copies(state, -1),
+        )
+
+    def aligned(self) -> NHAState:
+        """A copy of the state with its window oldest first, as in an `NHAState`."""
+        return NHAState(window_size=self.window_size, slots_active=self.slots_active, **_copies(self, 1))
+
+
+def _copies(state: NHAState, direction: int) -> dict[str, Any]:
+    """Contiguous copies of the tensors without gradients, each sequence's window rolled by its number of tokens."""
+    window = state.window_size
+    index = torch.arange(window, device=state.num_tokens.device) + direction * state.num_tokens[:, None]
+    index = (index.remainder(window) if window else index)[..., None, None]
+    copies: dict[str, Any] = {"window_slot_key": None}
+    for name in WINDOW_CACHE:
+        x = getattr(state, name)
+        if x is not None:
+            copies[name] = x.detach().gather(1, index.expand(-1, -1, *x.shape[2:]))
+    for name in ("slot_key", "slot_value", "num_tokens"):
+        copies[name] = getattr(state, name).detach().clone(memory_format=torch.contiguous_format)
+    return copies

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nha.ops.segment import advance, align_left, restore, sequence_of
-from nha.ops.state import NHAState
+from nha.ops.padding import align_left, restore
+from nha.ops.state import NHAState, advance
 from nha.ops.triton.chunk import host as launch
 from nha.ops.triton.chunk.host import Inputs, Kept
+from nha.ops.varlen import sequence_of
 
 
 @torch.library.custom_op("nha::triton", mutates_args=())

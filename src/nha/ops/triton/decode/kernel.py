@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nha.ops.ring import MAX_NEW
+from nha.ops.state import MAX_NEW
 from nha.ops.triton.primitives import LOG2_E, clamp_gate, load_rows, matmul, store_rows, taken
 
 NEW = tl.constexpr(MAX_NEW)  # the most tokens of a segment

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nha.ops.ring import RingState
-from nha.ops.segment import advance, align_left
-from nha.ops.state import NHAState
+from nha.ops.padding import align_left
+from nha.ops.state import NHAState, RingState, advance
 from nha.ops.triton.chunk.tiling import DTYPES, width
 from nha.ops.triton.decode.kernel import decode_kernel
 from nha.ops.triton.launcher import launch

@@ -1,0 +1,68 @@
+"""The implementations of the operator, which of them run on this machine, and when their gradients are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None  # looked up once: torch.compile cannot trace it
+
+
+def _triton_reason() -> str | None:
+    """Why the GPU kernels cannot run on this machine, or None."""
+    if not HAS_TRITON:
+        return "not available: Triton is not installed, use impl='chunked'"
+    if torch.cuda.is_available():
+        return None
+    import triton  # pyright: ignore[reportMissingImports]
+
+    if not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
+        return "not available: this machine has no CUDA device, use impl='chunked'"
+    return None
+
+
+def implementations() -> dict[str, str]:
+    """The implementations by name, each "available" or with the reason why it cannot run here.
+
+    >>> implementations()["chunked"]
+    'available'
+    """
+    return {
+        "reference": "available",
+        "chunked": "available",
+        "triton": _triton_reason() or "available",
+    }
+
+
+def resolve_impl(impl: str, device: torch.device | str = "cpu") -> str:
+    """The implementation that `impl` names; "auto" is the fastest one that runs on `device`.
+
+    Raises ValueError for an unknown name and NotImplementedError for one that cannot run here: an implementation
+    asked for by name never falls back to another.
+
+    >>> resolve_impl("auto")
+    'chunked'
+    """
+    if impl == "auto":
+        usable = torch.device(device).type == "cuda" and _triton_reason() is None
+        return "triton" if usable else "chunked"
+    known = implementations()
+    if impl not in known:
+        raise ValueError(f"expected impl to be 'auto' or one of {sorted(known)}, got {impl!r}")
+    if known[impl] != "available":
+        raise NotImplementedError(f"impl={impl!r} is {known[impl]}")
+    return impl
+
+
+def can_skip_autograd(tensors: Sequence[Tensor | None], impl: str = "auto") -> bool:
+    """Whether `impl` is the kernels on the first tensor's device and no gradient is needed: some kernels have none."""
+    first = tensors[0]
+    return first is not None and resolve_impl(impl, first.device) == "triton" and not needs_grad(tensors)
+
+
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is done with one of the tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
