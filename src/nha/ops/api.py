@@ -82,8 +82,9 @@ def nha_attention(
         ValueError, TypeError: the inputs do not fit together; nothing has run.
         NotImplementedError: the implementation asked for cannot run here.
 
-    >>> torch.manual_seed(0); q, k, v = (torch.randn(1, 5, 1, 4) for _ in range(3))  # doctest: +ELLIPSIS
-    <torch._C.Generator ...>
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> q, k, v = (torch.randn(1, 5, 1, 4) for _ in range(3))
     >>> gate = torch.full((1, 5, 1, 2), -0.1)
     >>> whole = nha_attention(q, k, v, gate, window_size=2)
     >>> a = nha_attention(q[:, :3], k[:, :3], v[:, :3], gate[:, :3], window_size=2, return_state=True)
@@ -170,6 +171,7 @@ def supports_decode(
 
     It can on a GPU, with dtypes and sizes that its kernel supports, where no gradient is needed.
 
+    >>> import torch
     >>> q = torch.zeros(1, 1, 2, 4)
     >>> supports_decode(q, q, q, q)  # on a CPU
     False
