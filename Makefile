@@ -32,7 +32,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu and not long" tests/models
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/gpu/test_check.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton
 
 test-long: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(PYTEST) -m long
@@ -68,24 +68,25 @@ constraints: $(VENV)/.tools
 clean:
 	rm -rf $(VENV) report
 
-# On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy); nothing is installed.
-GPU_OUT ?= report/gpu
+# On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy, typer, pytest); installs nothing.
 BENCH_OUT ?= benchmarks/results
-GPU_BUDGET ?= 240
 BENCH_BUDGET ?= 500
-GPU := PYTHONPATH=src python3 -m
+GPU_WORKERS ?= 16
+GPU_TESTS := OMP_NUM_THREADS=1 PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
+BENCH := PYTHONPATH=src $(PYTHON) -m nha bench
 
-.PHONY: test-gpu bench-gpu bench-model plots
+.PHONY: test-gpu bench-op bench-model bench-decode bench-cpu plots
 
 test-gpu:
-	$(GPU) tests.gpu.check --out $(GPU_OUT) --budget-s $(GPU_BUDGET)
+	$(GPU_TESTS) -n $(GPU_WORKERS) --dist loadgroup tests/gpu --ignore tests/gpu/test_large.py; parallel=$$?; \
+	$(GPU_TESTS) tests/gpu/test_large.py && exit $$parallel
 
-bench-gpu:
-	$(GPU) nha.bench.op --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+bench-op bench-model bench-decode: bench-%:
+	$(BENCH) $* --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
 
-bench-model:
-	$(GPU) nha.bench.model --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+bench-cpu: $(VENV)/.installed
+	$(VENV)/bin/nha bench cpu --out $(BENCH_OUT)
 
-# The pictures of what was measured; needs matplotlib and no GPU.
+# Needs matplotlib and no GPU.
 plots:
-	PYTHONPATH=src $(PYTHON) -m nha.bench.plots --results $(BENCH_OUT)
+	$(BENCH) plots --results $(BENCH_OUT)

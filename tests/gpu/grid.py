@@ -1,14 +1,14 @@
-"""Which problems the check runs, the most telling first, and a grid in which any two settings meet at least once."""
+"""The cases that are run on a GPU: every path through the kernels, long ones, extreme gates, and a pairwise grid."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from tests.gpu.cases import GATES, Problem
+from tests.gpu.cases import GATES, KernelCase
 
 SIZES = (32, 64, 80, 96, 128, 256)
 AXES: dict[str, tuple] = {
@@ -28,21 +28,13 @@ AXES: dict[str, tuple] = {
     "wide_gates": (False, True),
     "layout": ("plain", "heads-first", "sliced", "odd"),
 }
-SCORES = 3e3  # a spread of queries with which scores reach 1e4
-
-
-@dataclass(frozen=True)
-class Task:
-    """Problems that one process checks one after the other; they compile the same kernels."""
-
-    name: str
-    problems: tuple[Problem, ...]
+LARGE_SCORES = 3e3  # a scale of queries with which scores reach 1e4
 
 
 def pairwise(axes: dict[str, tuple], seed: int = 3, tries: int = 80) -> Iterator[dict[str, Any]]:
-    """Settings of all axes such that any two values of any two axes meet in one of them; the same for the same seed.
+    """Settings in which every two values of two axes meet at least once; the same for the same seed.
 
-    Greedy: each next setting is the one of `tries` random ones that brings most new pairs, and one at least.
+    Greedy: of `tries` random settings the one with the most new pairs comes next.
 
     >>> found = list(pairwise({"a": (1, 2), "b": (3, 4), "c": (5, 6)}))
     >>> len(found) < 8, {(x["a"], x["b"]) for x in found} == {(1, 3), (1, 4), (2, 3), (2, 4)}
@@ -67,8 +59,8 @@ def pairwise(axes: dict[str, tuple], seed: int = 3, tries: int = 80) -> Iterator
         yield best
 
 
-def sized(setting: dict[str, Any], draw: random.Random) -> Problem:
-    """A problem of such a setting: as long as it takes to leave the window, and no longer than the judge can bear."""
+def sized(setting: dict[str, Any], draw: random.Random) -> KernelCase:
+    """A case of a setting: long enough for tokens to leave the window, short enough for the reference."""
     window, length = setting["window"], draw.randrange(130, 200)
     if setting["kind"] == "packed":
         setting = setting | {"batch": 1}
@@ -78,12 +70,12 @@ def sized(setting: dict[str, Any], draw: random.Random) -> Problem:
     elif window > 100:
         setting = setting | {"heads": 1, "batch": min(setting["batch"], 2)}
         length += window if setting["start"] == "fresh" else 0
-    return Problem(**setting, length=length)
+    return KernelCase(**setting, length=length)
 
 
-def telling(**sizes: Any) -> list[Problem]:
-    """One problem for every path through the kernels."""
-    base = Problem(**sizes)
+def path_cases(**sizes: Any) -> list[KernelCase]:
+    """One case for every path through the kernels."""
+    base = KernelCase(**sizes)
     return [
         base,
         replace(base, window=0),
@@ -118,55 +110,51 @@ def telling(**sizes: Any) -> list[Problem]:
     ]
 
 
-def long() -> list[Problem]:
+def long() -> list[KernelCase]:
     """Long enough for all the ways to cut a sequence among multiprocessors, and for a window of 4,096."""
     return [
-        Problem(length=8200, heads=1, gates="needs_subchunks", sinks=1),
-        Problem(length=20011, heads=1, window=0, dim=64, value_dim=64, dtype="fp32", gates="mixed"),
-        Problem(length=4400, heads=1, groups=2, window=4096, dim=64, value_dim=64),
-        Problem(length=5000, heads=2, groups=2, window=512, kind="packed", start="filled"),
-        Problem(length=900, heads=1, batch=2, groups=3, window=300, kind="left", sinks=1),
-        Problem(length=1100, heads=1, groups=2, window=260, dim=64, value_dim=64, dtype="fp16", separate=True),
-        Problem(length=1500, heads=1, groups=4, window=512, kind="segments", start="filled"),
-        Problem(length=700, groups=3, dim=64, value_dim=64, kind="packed", start="slots", separate=True),
-        Problem(length=3000, heads=1, batch=3, slots=128, dim=256, value_dim=256, dtype="fp16", kind="left"),
+        KernelCase(length=8200, heads=1, gates="needs_subchunks", sinks=1),
+        KernelCase(length=20011, heads=1, window=0, dim=64, value_dim=64, dtype="fp32", gates="mixed"),
+        KernelCase(length=4400, heads=1, groups=2, window=4096, dim=64, value_dim=64),
+        KernelCase(length=5000, heads=2, groups=2, window=512, kind="packed", start="filled"),
+        KernelCase(length=900, heads=1, batch=2, groups=3, window=300, kind="left", sinks=1),
+        KernelCase(length=1100, heads=1, groups=2, window=260, dim=64, value_dim=64, dtype="fp16", separate=True),
+        KernelCase(length=1500, heads=1, groups=4, window=512, kind="segments", start="filled"),
+        KernelCase(length=700, groups=3, dim=64, value_dim=64, kind="packed", start="slots", separate=True),
+        KernelCase(length=3000, heads=1, batch=3, slots=128, dim=256, value_dim=256, dtype="fp16", kind="left"),
     ]
 
 
-def extremes(dtype: str, window: int, **sizes: Any) -> list[Problem]:
+def extremes(dtype: str, window: int, **sizes: Any) -> list[KernelCase]:
     """Every kind of gate, with ordinary scores and with scores of 1e4."""
-    base = Problem(dtype=dtype, window=window, sinks=1, length=160, **sizes)
+    base = KernelCase(dtype=dtype, window=window, sinks=1, length=160, **sizes)
     gates = [replace(base, gates=name) for name in GATES]
-    return gates + [replace(p, spread=SCORES) for p in gates]
+    return gates + [replace(case, query_scale=LARGE_SCORES) for case in gates]
 
 
-def tasks(tiny: bool) -> list[Task]:
-    """Everything, the most telling first."""
-    if tiny:
-        return _tiny_tasks()
-    first = [
-        Task("telling", (p,))
-        for pair in zip(telling(), telling(dtype="fp32", dim=64, value_dim=64), strict=True)
-        for p in pair
-    ]
-    wide = [Task("long", (p,)) for p in long()]
-    far = [
-        Task("extremes", tuple(extremes(dtype, window, dim=64, value_dim=64)))
-        for window in (64, 0)
-        for dtype in ("bf16", "fp16", "fp32")
-    ]
+def gpu_cases() -> dict[str, list[KernelCase]]:
+    """Every case by group; those of a group "extremes ..." compile the same kernels."""
+    found = {"paths": path_cases() + path_cases(dtype="fp32", dim=64, value_dim=64), "long": long()}
+    for window in (64, 0):
+        for dtype in ("bf16", "fp16", "fp32"):
+            found[f"extremes {dtype} W{window}"] = extremes(dtype, window, dim=64, value_dim=64)
     draw = random.Random(1)
-    grid = [Task("grid", (sized(setting, draw),)) for setting in pairwise(AXES)]
-    return first[:24] + far[:3] + wide[:2] + first[24:] + far[3:] + wide[2:] + grid
+    return found | {"grid": [sized(setting, draw) for setting in pairwise(AXES)]}
 
 
-def _tiny_tasks() -> list[Task]:
+def interpreter_cases() -> dict[str, list[KernelCase]]:
     """The same paths in a size for Triton's interpreter."""
-    small = {64: 7, 65: 8, 32: 5, 512: 20, 16: 3}
+    windows = {64: 7, 65: 8, 32: 5, 512: 20, 16: 3}
     sizes: dict[str, Any] = {"dtype": "fp32", "dim": 8, "value_dim": 6, "slots": 5}
-    found = [
-        replace(p, window=small.get(p.window, p.window), length=min(p.length, 26), groups=min(p.groups, 2), **sizes)
-        for p in telling()
+    paths = [
+        replace(
+            case,
+            window=windows.get(case.window, case.window),
+            length=min(case.length, 26),
+            groups=min(case.groups, 2),
+            **sizes,
+        )
+        for case in path_cases()
     ]
-    hard = [replace(p, length=80, heads=1, groups=2) for p in extremes("fp32", 7, dim=8, value_dim=8, slots=5)]
-    return [Task("telling", (p,)) for p in found] + [Task("extremes", tuple(hard[2::5]))]
+    hard = [replace(c, length=80, heads=1, groups=2) for c in extremes("fp32", 7, dim=8, value_dim=8, slots=5)]
+    return {"paths": paths, "extremes": hard[2::5]}

@@ -1,0 +1,223 @@
+"""Checks of hybrids on the kernels: `auto`, training, compiled decoding, autocast, distillation in CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nha import nha_attention
+from nha.models.attend import Segment, attend
+from nha.ops import implementations, resolve_impl
+from tests.gpu.cases import make, place, rms
+from tests.gpu.kernel_checks import small
+from tests.gpu.setting import Setting, expect_none
+
+ROOT = Path(__file__).parents[2]
+
+
+def automatic(setting: Setting) -> None:
+    """impl="auto" is triton on CUDA, and `nha doctor` agrees and finds no fault."""
+    expected = "triton" if setting.device == "cuda" else "chunked"
+    assert resolve_impl("auto", setting.device) == expected
+    assert implementations()["triton"] == "available"
+    run = subprocess.run([sys.executable, "-m", "nha", "doctor", "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.startswith("{"), run.stdout + run.stderr
+    doctor = json.loads(run.stdout)
+    assert (doctor["chosen"], doctor["healthy"]) == (expected, True)
+
+
+def hybrid(setting: Setting) -> Any:
+    """A hybrid Llama of three layers (slots and window, full attention, slots alone), in float32."""
+    from tests.models.families import hybrid as build
+
+    # Weights as large as those of the tiny model would make errors of bfloat16 as large as the gradients.
+    sizes = {} if setting.tiny else {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.1}
+    model: Any = build("llama", [8, -1, 0], **sizes)
+    return model.to(setting.device)
+
+
+def token_ids(setting: Setting, batch: int, length: int) -> Tensor:
+    from tests.models.families import tokens
+
+    return tokens(batch, length, seed=setting.seed).to(setting.device)
+
+
+def step(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Loss and gradients of a training step; `model` may be compiled."""
+    model.zero_grad()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    named = ((n.removeprefix("_orig_mod."), x.grad) for n, x in model.named_parameters())
+    return {"loss": loss.detach()} | {n: x.clone() for n, x in named if x is not None}
+
+
+def no_worse(found: dict[str, Tensor], other: dict[str, Tensor], exact: dict[str, Tensor], eps: float) -> list[str]:
+    """Where `found` errs more than twice as much as `other` and its rounding, both measured against `exact`.
+
+    Gradients of all parameters are scaled to one size and judged together: a few numbers of one err by chance.
+    """
+    wrong = [f"no gradient of {name}" for name in sorted(exact.keys() - found.keys())][:1]
+    off, limit = 0.0, 0.0
+    for name in exact.keys() & found.keys():
+        size = max(rms(exact[name]), 1e-3 * exact["loss"].item())
+        off += (rms(found[name].double() - exact[name]) / size) ** 2
+        limit += (2 * (rms(other[name].double() - exact[name]) / size + eps)) ** 2
+    return wrong if off <= limit else [*wrong, f"rms error of all gradients {off**0.5:.2e} > {limit**0.5:.2e}"]
+
+
+def compiled(model: Any, setting: Setting, **options: Any) -> Any:
+    """The model through torch.compile without a graph break."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    config.compile_threads = 2  # other processes compile as well
+    chosen: dict[str, Any] = {"backend": "aot_eager"} if setting.tiny else options
+    return torch.compile(model, fullgraph=True, **chosen)
+
+
+def training(setting: Setting) -> None:
+    """A hybrid's training step compiles without a graph break and errs no more than eager."""
+    model, ids = hybrid(setting).train(), token_ids(setting, 2, 40 if setting.tiny else 200)
+    exact = step(copy.deepcopy(model).double(), ids)
+    dtype = torch.float32 if setting.tiny else torch.bfloat16
+    model = model.to(dtype)
+    eager = step(model, ids)
+    found = step(compiled(model, setting), ids)
+    expect_none(no_worse(found, eager, exact, torch.finfo(dtype).eps))
+
+
+def packed(setting: Setting) -> None:
+    """Packed sequences give the same compiled and eager: with active slots, and with window and sink alone."""
+    lengths, window, dim = ((5, 12, 3), 4, 16) if setting.tiny else ((150, 700, 30, 400), 64, 64)
+    total, dtype = sum(lengths), torch.float32 if setting.tiny else torch.bfloat16
+    generator = torch.Generator(setting.device).manual_seed(setting.seed)
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=setting.device).to(dtype)
+
+    cu = torch.tensor([0, *lengths, 0], dtype=torch.int32, device=setting.device).cumsum(0, dtype=torch.int32)
+    given = [drawn(1, total, heads, dim) for heads in (6, 2, 2, 6, 2)]
+    sink, start = (drawn(2, 1, dim), drawn(2, 1, dim)), (drawn(2, 16, dim), drawn(2, 16, dim))
+    cases = [("no slots", 0, None), ("active slots", 16, start)]
+    wrong = []
+    for name, slots, initial in cases[:1] if setting.device == "cpu" else cases:  # a CPU runs them one by one
+        gate = -drawn(1, total, 2, slots).abs()
+
+        def read(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            q_slot: Tensor,
+            k_slot: Tensor,
+            cu: Tensor,
+            gate: Tensor = gate,
+            initial: Any = initial,
+        ) -> Tensor:
+            segment = Segment(q, k, v, gate, q_slot, k_slot, mask=None, cu_seqlens=cu)
+            return attend(segment, window_size=window, scale=None, sink=sink, layer=None, initial=initial)
+
+        eager = read(*given, cu).double()
+        off = rms(compiled(read, setting, dynamic=False)(*given, cu).double() - eager)
+        if not off <= 2 * torch.finfo(dtype).eps * rms(eager):
+            wrong.append(f"{name}: off by {off:.1e} rms")
+    expect_none(wrong)
+
+
+def decoding(setting: Setting) -> None:
+    """A hybrid's decoding step compiles once, without a graph break, runs as a CUDA graph and keeps its addresses."""
+    from transformers import StaticCache
+
+    from nha.models.cache import nha_layers
+
+    model, ids, start = hybrid(setting), token_ids(setting, 2, 30), 14
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, use_cache=False).logits
+        eager = model(ids, use_cache=False).logits
+        one = compiled(model, setting, mode="reduce-overhead")
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        model(ids[:, :start], past_key_values=cache, use_cache=True)
+        held = [x.data_ptr() for layer in nha_layers(cache) for x in layer.state.tensors().values()]  # type: ignore[union-attr]
+        found = []
+        try:
+            for at in range(start, 30):
+                if at == start + 2:
+                    torch.compiler.set_stance("fail_on_recompile")
+                position = torch.full((2, 1), at, device=ids.device)
+                options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
+                found.append(one(ids[:, at : at + 1], **options).logits.clone())
+        finally:
+            torch.compiler.set_stance("default")
+    now = [x.data_ptr() for layer in nha_layers(cache) for x in layer.state.tensors().values()]  # type: ignore[union-attr]
+    wrong = [] if held == now else ["the state moved"]
+    logits = torch.cat(found, 1).double() - exact[:, start:]
+    limit = 2 * (rms(eager[:, start:].double() - exact[:, start:]) + torch.finfo(torch.float32).eps * rms(exact))
+    if not rms(logits) <= limit:
+        wrong.append(f"logits rms error {rms(logits):.2e} > {limit:.2e}")
+    expect_none(wrong)
+
+
+def autocast(setting: Setting) -> None:
+    """Under autocast a float32 hybrid trains in bfloat16, and the operator takes mixed dtypes, as SDPA does."""
+    kind = "cpu" if setting.device == "cpu" else "cuda"
+    model, ids = hybrid(setting).train(), token_ids(setting, 2, 40)
+    exact = step(copy.deepcopy(model).double(), ids)
+    low = step(copy.deepcopy(model).bfloat16(), ids)
+    wrong = []
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            wrong += no_worse(step(model, ids), low, exact, torch.finfo(torch.bfloat16).eps)
+    except Exception as failure:
+        wrong.append(f"the model raised {type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
+    flat = place(make(replace(small(), dtype="fp32", start="fresh"), setting.seed), setting.device)
+    q, k, v, gate = (flat[n].detach() for n in ("q", "k", "v", "log_gate"))
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            mixed = nha_attention(q, k, v.bfloat16(), gate, window_size=8).out
+        plain = nha_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), gate, window_size=8).out
+        if mixed.dtype != torch.bfloat16 or not torch.equal(mixed, plain):
+            wrong.append(f"mixed inputs gave {mixed.dtype} and {rms(mixed.double() - plain.double()):.1e} off")
+    except TypeError as failure:
+        wrong.append(f"mixed inputs raised {failure}")
+    expect_none(wrong)
+
+
+def distilling_in_cuda_graphs(setting: Setting) -> None:
+    """Passes of distillation in CUDA graphs give the losses and gradients of eager passes."""
+    from nha.data.stream import pack
+    from nha.distill.cuda_graphs import WARM, Recorder, forward_backward
+    from nha.distill.student import Distillation
+
+    student = Distillation(hybrid(setting).bfloat16()).train()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    recorder, wrong = Recorder(student, parameters), []
+    for turn in range(WARM + 3):
+        rights, batches = [], []
+        for name, lengths in (("text", (130, 9, 61)), ("recall", (70, 130))):
+            ids = token_ids(replace(setting, seed=setting.seed + turn), 1, sum(lengths))[0].cpu().numpy()
+            starts = [sum(lengths[:i]) for i in range(len(lengths))]
+            batch = {n: torch.from_numpy(x) for n, x in pack([(ids, starts, ids % 5 == 0)]).items()}
+            batch |= {"by_divergence": batch["follows"] / 200, "by_cross_entropy": batch["answers"] / 40}
+            on_gpu = {n: x.to(setting.device) for n, x in batch.items()}
+            rights.append(forward_backward(student, parameters, on_gpu, 130))
+            batches.append((name, batch))
+        passes = recorder(batches, 130)
+        for (name, _), right, found in zip(batches, rights, passes, strict=True):
+            pairs = zip((right[0], right[1], *right[2]), (found[0], found[1], *found[2]), strict=True)
+            off = max(rms((x - y).double()) / max(rms(x.double()), 1e-12) for x, y in pairs if x is not None)
+            if not off <= torch.finfo(torch.bfloat16).eps:
+                wrong.append(f"{name} of turn {turn} is off by {off:.1e}")
+    assert recorder.recordings
+    expect_none(wrong)
+
+
+CHECKS: tuple[Callable[[Setting], None], ...] = (automatic, training, packed, decoding, autocast)
+GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, distilling_in_cuda_graphs)
