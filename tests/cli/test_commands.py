@@ -83,14 +83,17 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
         "16",
         "--slots",
         "8",
+        "--full-layers",
+        "1",
         "--quick",
     ]
     result = runner.invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["healthy"]
-    names = {form["name"] for form in found["forms"]}
-    assert {"teacher", "hybrid", "slots_off", "sink_only", "longer_window"} <= names
+    names = {variant["name"] for variant in found["variants"]}
+    assert names == {"teacher", "untuned", "all_hybrid", "hybrid", "slots_off", "longer_window", "window_off"}
+    assert found["window_sizes"] == [16, -1, 16]
     assert {path.name for path in output.iterdir()} >= {"index.html", "results.json", "hybrid", "perplexity.png"}
     assert "| original |" in (output / "hybrid" / "README.md").read_text()
     again = runner.invoke(app, ["generate", str(output / "hybrid"), "Hello", "--max-new-tokens", "4"])

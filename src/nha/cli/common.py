@@ -215,7 +215,8 @@ class ProgressDisplay(Protocol):
 
 
 class LineProgress:
-    """Progress as lines, for output that is not a terminal: when a task begins, every ten seconds, when it ends."""
+    """Progress as lines, for output that is no terminal: one when a task begins and, if it is a long one, every ten
+    seconds and when it ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -254,7 +255,8 @@ class LineProgress:
         if total is not None and done >= total:
             if not task["ended"]:
                 task["ended"] = True
-                self._print(f"{task['text']}: done in {duration(spent)}")
+                if spent >= SILENT_SECONDS:
+                    self._print(f"{task['text']}: done in {duration(spent)}")
             return
         task["ended"] = False
         if now - task["said"] >= SILENT_SECONDS:

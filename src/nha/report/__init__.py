@@ -1,6 +1,5 @@
-"""The page and plots that `nha quickstart` leaves behind, made from one plain `Results`."""
+"""The page and pictures of `nha quickstart`, made from one plain `Results`."""
 
-from nha.report.page import write_report
-from nha.report.results import VARIANTS, Check, Cost, Form, Results, Sample, Tuning
+from nha.report.results import Check, Cost, Results, Sample, Tuning, Variant
 
-__all__ = ["VARIANTS", "Check", "Cost", "Form", "Results", "Sample", "Tuning", "write_report"]
+__all__ = ["Check", "Cost", "Results", "Sample", "Tuning", "Variant"]

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The forms' own colours first, then those of Okabe and Ito's that no form has.
-KNOWN = {"model": "hybrid", "full attention": "teacher", "longer window": "untuned"}
+# Colours of the report's variants first, then others.
+KNOWN = {"model": "hybrid", "full attention": "teacher"}
 SPARE = ("#d55e00", "#009e73", "#8a6d00", "#56b4e9", "#7f3c8d", "#5f6871")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (3, 1.5, 1, 1.5)))
 
 
 def line_styles(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """A colour and a dash for every form, always the same for forms that the report knows.
+    """A colour and a dash for every variant, always the same for those that the report knows.
 
     >>> line_styles(["model", "teacher", "mine"])["mine"]
     ('#d55e00', '-')
@@ -29,8 +29,8 @@ def line_styles(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
     spare = 0
     for name in names:
         known = KNOWN.get(name, name.replace(" ", "_"))
-        if known in LIGHT.forms and LIGHT.forms[known] not in found.values():
-            found[name] = LIGHT.forms[known]
+        if known in LIGHT.variants and LIGHT.variants[known] not in found.values():
+            found[name] = LIGHT.variants[known]
         else:
             found[name] = (SPARE[spare % len(SPARE)], DASHES[spare // len(SPARE) % len(DASHES)])
             spare += 1
@@ -49,26 +49,27 @@ def _place(figure: Figure, axes: Axes, left: float, bottom: float, width: float,
     axes.set_position((left / w, bottom / h, width / w, height / h))
 
 
-def recall_png(forms: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
-    """Recall by distance, one panel a task and one line a form, as a PNG file's bytes.
+def recall_png(variants: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
+    """Recall by distance, one panel a task and one line a variant, as a PNG file's bytes.
 
-    `forms` is {form: {task: {distance: {metric: 0 to 1, metric + "_interval": [low, high]}}}}; bands are the intervals.
+    `variants` is {variant: {task: {distance: {metric: 0 to 1, metric + "_interval": [low, high]}}}}; bands are the
+    intervals.
     """
-    tasks = list(dict.fromkeys(task for scores in forms.values() for task in scores))
+    tasks = list(dict.fromkeys(task for scores in variants.values() for task in scores))
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    named = max(1, min(6, int(8.9 / (0.5 + 0.07 * max(map(len, forms))))))  # names side by side, in inches
-    lines = math.ceil(len(forms) / named)
+    named = max(1, min(6, int(8.9 / (0.5 + 0.07 * max(map(len, variants))))))  # names side by side, in inches
+    lines = math.ceil(len(variants) / named)
     gap, head, foot = (0.42, 0.78), 0.56 + 0.2 * lines, 0.62
     panel = (8.3 / columns - gap[0], 1.55 if rows > 1 else 2.3)
     size = (8.92, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
     figure, first = _figure(LIGHT, size)
-    styles = line_styles(list(forms))
-    distances = sorted({int(d) for scores in forms.values() for found in scores.values() for d in found})
+    styles = line_styles(list(variants))
+    distances = sorted({int(d) for scores in variants.values() for found in scores.values() for d in found})
     for number, task in enumerate(tasks):
         axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
         row, column = divmod(number, columns)
-        for name, scores in forms.items():
+        for name, scores in variants.items():
             known = {int(d): s for d, s in scores.get(task, {}).items() if s[metric] is not None}
             x = sorted(known)
             colour, dash = styles[name]
@@ -120,7 +121,7 @@ def front_png(result: Mapping[str, Any]) -> bytes:
     figure, axes = _figure(LIGHT, (7.7, 3.85))
     rows = result["front"]
     sizes = {len(row["full_layers"]): row["bytes"] / 1e6 for row in rows}
-    grey, blue = LIGHT.forms["teacher"][0], LIGHT.hybrid
+    grey, blue = LIGHT.variants["teacher"][0], LIGHT.hybrid
     axes.plot(
         [row["bytes"] / 1e6 for row in rows],
         [row["loss"] for row in rows],

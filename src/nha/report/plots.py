@@ -1,5 +1,4 @@
-"""The report's figures. Colours are Okabe and Ito's, told apart by people with any kind of colour vision, and every
-line also has its own dash and a label at its end."""
+"""The report's figures. Colours differ in lightness as well as in hue, and every line has its own dash and a label."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nha.report.results import VARIANTS, Results
+from nha.report.sentences import megabytes, tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ DPI = 200  # twice an ordinary screen's
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one figure; `forms` maps a form's name to (colour, dash)."""
+    """Colours of one figure; `variants` maps a variant's name to (colour, dash)."""
 
     background: str
     ink: str
@@ -31,7 +31,7 @@ class Theme:
     fill: str
     hybrid: str
     hybrid_soft: str
-    forms: dict[str, tuple[str, Any]]
+    variants: dict[str, tuple[str, Any]]
 
 
 LIGHT = Theme(
@@ -40,14 +40,14 @@ LIGHT = Theme(
     muted="#5f6871",
     line="#d9dde2",
     fill="#f1f3f5",
-    hybrid="#0072b2",
+    hybrid="#0065a3",
     hybrid_soft="#cfe3f1",
-    forms={
-        "teacher": ("#3d444c", "-"),
-        "hybrid": ("#0072b2", "-"),
-        "sink_only": ("#c75000", (0, (5, 2))),
-        "slots_off": ("#a8558a", (0, (1.2, 1.6))),
-        "untuned": ("#007a5a", (0, (3, 1.5, 1, 1.5))),
+    variants={
+        "teacher": ("#1f2328", "-"),
+        "hybrid": ("#0065a3", "-"),
+        "all_hybrid": ("#cb5500", (0, (5, 2))),
+        "slots_off": ("#b881b3", (0, (1.2, 1.6))),
+        "longer_window": ("#004a36", (0, (3, 1.5, 1, 1.5))),
     },
 )
 DARK = Theme(
@@ -58,23 +58,14 @@ DARK = Theme(
     fill="#20252c",
     hybrid="#56b4e9",
     hybrid_soft="#1f4258",
-    forms={
-        "teacher": ("#c9cfd6", "-"),
+    variants={
+        "teacher": ("#eef0f3", "-"),
         "hybrid": ("#56b4e9", "-"),
-        "sink_only": ("#f0a03c", (0, (5, 2))),
-        "slots_off": ("#dd9ac4", (0, (1.2, 1.6))),
-        "untuned": ("#3cc79f", (0, (3, 1.5, 1, 1.5))),
+        "all_hybrid": ("#cf7a22", (0, (5, 2))),
+        "slots_off": ("#9a629c", (0, (1.2, 1.6))),
+        "longer_window": ("#7fdcb8", (0, (3, 1.5, 1, 1.5))),
     },
 )
-
-
-def tokens(count: float) -> str:
-    """A number of tokens as people write it.
-
-    >>> tokens(512), tokens(2048), tokens(131072)
-    ('512', '2K', '128K')
-    """
-    return f"{count / 1024:g}K" if count >= 1024 and count % 1024 == 0 else f"{count:,.0f}"
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -194,22 +185,24 @@ def _context_axis(axes: Axes, contexts: Sequence[int], label: str, narrow: bool)
 
 
 def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
-    """Perplexity by position in the document, one line per form."""
+    """Perplexity by position in the document, one line per variant."""
     narrow = size[0] < 6
     figure, axes = _figure(theme, size)
     edges = results.bucket_edges
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     entries = []
     every: list[float] = []
-    for name in ("sink_only", "slots_off", "untuned", "teacher", "hybrid"):
-        form = results.form(name)
-        if form is None:
+    for name in ("slots_off", "longer_window", "all_hybrid", "teacher", "hybrid"):
+        variant = results.variant(name)
+        if variant is None:
             continue
-        colour, dash = theme.forms[name]
+        colour, dash = theme.variants[name]
         strong = name in ("teacher", "hybrid")
+        points = [(x, y) for x, y in zip(middles, variant.by_position, strict=True) if math.isfinite(y)]
+        if not points:
+            continue
         axes.plot(
-            middles,
-            form.by_position,
+            *zip(*points, strict=True),
             color=colour,
             linestyle=dash,
             linewidth=2.4 if strong else 1.6,
@@ -218,30 +211,32 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
             solid_capstyle="round",
             zorder=3 if strong else 2,
         )
-        every += [value for value in form.by_position if math.isfinite(value)]
-        entries.append((middles[-1], form.by_position[-1], VARIANTS[name][0], colour))
+        every += [y for _, y in points]
+        entries.append((*points[-1], VARIANTS[name][0], colour))
     axes.set_yscale("log")
     low, high = min(every) * 0.93, max(every) * 1.07
+    window = results.window
+    shaded = window > middles[0]
+    if shaded:  # a strip below all points, for the note
+        low /= (high / low) ** 0.22
     axes.set_ylim(low, high)
     _plain_log_ticks(axes.yaxis, low, high)
     ticks = sorted({2 ** math.ceil(math.log2(max(edge, 1))) for edge in edges[1:]})
     _context_axis(axes, ticks, "position in the document (tokens)", narrow)
     axes.set_xlim(middles[0] / 1.15, middles[-1] * 1.04)
-    _style(figure, axes, theme, right=1.32)
-    window = results.window
-    if window > middles[0]:
+    _style(figure, axes, theme, right=1.12)
+    if shaded:
         axes.axvspan(axes.get_xlim()[0], window, color=theme.fill, zorder=0)
         axes.annotate(
-            "← inside the window:\n     the same model",
+            "← inside the window: the same model",
             (window, low),
-            xytext=(6, 8),
+            xytext=(6, 6),
             textcoords="offset points",
             color=theme.muted,
             fontsize=8.5,
             va="bottom",
-            linespacing=1.3,
         )
-    _title(axes, theme, "Perplexity (lower is better)")
+    _title(axes, theme, "Perplexity (logarithmic, lower is better)")
     _end_labels(axes, theme, entries)
     return figure
 
@@ -262,7 +257,7 @@ def _two_lines(
     contexts = [cost.context for cost in results.costs][: len(values[0])]
     entries = []
     for name, ys in zip(("teacher", "hybrid"), values, strict=True):
-        colour, dash = theme.forms[name]
+        colour, dash = theme.variants[name]
         axes.plot(contexts, ys, color=colour, linestyle=dash, linewidth=2.4, marker="o", markersize=4.5)
         entries.append((contexts[-1], ys[-1], f"{VARIANTS[name][0]}\n{text(ys[-1])}", colour))
     every = values[0] + values[1]
@@ -285,24 +280,19 @@ def _two_lines(
 def cache(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """Megabytes of cache against context length, logarithmic."""
     values = ([c.teacher_bytes / 1e6 for c in results.costs], [c.hybrid_bytes / 1e6 for c in results.costs])
-
-    def text(value: float) -> str:
-        return f"{value:,.0f} MB" if value >= 100 else f"{value:.1f} MB"
-
-    return _two_lines(results, theme, size, values, text, "Memory for one conversation (MB, logarithmic)", log=True)
+    title = "Memory of one conversation (MB, logarithmic)"
+    return _two_lines(results, theme, size, values, lambda value: megabytes(1e6 * value), title, log=True)
 
 
 def speed(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """Milliseconds to write one token against context length."""
-    timed = [c for c in results.costs if c.teacher_ms is not None and c.hybrid_ms is not None]
-    values = ([c.teacher_ms or 0.0 for c in timed], [c.hybrid_ms or 0.0 for c in timed])
-    return _two_lines(
-        results, theme, size, values, lambda ms: f"{ms:.0f} ms", "Time to write one token (milliseconds)", log=False
-    )
+    values = ([c.teacher_ms for c in results.timed], [c.hybrid_ms for c in results.timed])
+    title = "Time to write one token (milliseconds)"
+    return _two_lines(results, theme, size, values, lambda ms: f"{ms:.0f} ms", title, log=False)
 
 
 def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
-    """What each model keeps of a text: every token, or slots and a window."""
+    """What a layer keeps of a text: every token, or slots and a window."""
     narrow = size[0] < 6
     figure, axes = _figure(theme, size)
     width, height = size
@@ -310,7 +300,7 @@ def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figur
     axes.set_ylim(0, height)
     axes.axis("off")
     left, right = 0.25, width - 0.25
-    grey, blue = theme.forms["teacher"][0], theme.hybrid
+    grey, blue = theme.variants["teacher"][0], theme.hybrid
 
     def cell(x: float, y: float, w: float, h: float, face: str, edge: str, alpha: float = 1.0) -> None:
         from matplotlib.patches import FancyBboxPatch
@@ -336,8 +326,8 @@ def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figur
     pitch = (right - left) / count
     box = pitch * 0.78
     top = height - (0.9 if narrow else 0.95)
-    label(left, height - 0.22, "Original", grey, fontsize=10.5, fontweight="bold")
-    label(left, height - 0.47, "keeps every token of the text, so its memory grows", theme.muted)
+    label(left, height - 0.22, "Full attention", grey, fontsize=10.5, fontweight="bold")
+    label(left, height - 0.47, "a layer keeps every token, so its memory grows", theme.muted)
     for i in range(count):
         cell(left + i * pitch, top, box, 0.26, theme.fill, grey)
     label(left, top - 0.17, "first token", theme.muted, fontsize=8)
@@ -346,7 +336,7 @@ def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figur
     base = top - (1.85 if narrow else 1.62)
     window = results.window
     above = base + (1.23 if narrow else 0.97)
-    label(left, above, "Hybrid", blue, fontsize=10.5, fontweight="bold")
+    label(left, above, "Hybrid layer", blue, fontsize=10.5, fontweight="bold")
     label(left, above - 0.25, "keeps a fixed amount, whatever the length of the text", theme.muted)
     for i in range(count - inside):
         cell(left + i * pitch, base, box, 0.26, theme.background, theme.line)
@@ -381,7 +371,7 @@ def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figur
     label(
         between - (0.0 if narrow else 0.1),
         (base + low + slot) / 2 + 0.16,
-        "leaving the window" if narrow else "a token that leaves the window\nis blended into the slots",
+        "leaving the window" if narrow else "a token that leaves the window\nis written to the slots",
         theme.muted,
         fontsize=8,
         ha="right",
@@ -405,8 +395,8 @@ FIGURES: dict[str, Callable[[Results, Theme, tuple[float, float]], Figure]] = {
 
 def figure_names(results: Results) -> list[str]:
     """The figures there is data for."""
-    timed = sum(c.teacher_ms is not None and c.hybrid_ms is not None for c in results.costs)
-    return [name for name in FIGURES if name != "speed" or timed >= 2]
+    there = {"memories": True, "perplexity": True, "cache": len(results.costs) >= 2, "speed": len(results.timed) >= 2}
+    return [name for name in FIGURES if there[name]]
 
 
 def png(results: Results, name: str, theme: Theme = LIGHT, size: tuple[float, float] = WIDE) -> bytes:

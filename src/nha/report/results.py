@@ -1,4 +1,4 @@
-"""What a quickstart run found, as plain data: the only thing that page, plots and results.json are made from."""
+"""Results of a quickstart run as plain data: page, pictures and results.json are made from nothing else."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-FORMAT = "nha-quickstart-v1"
+FORMAT = "nha-quickstart-v2"
 
-# Name -> (label, what it is), in the order tables show them.
+# Name -> (label, description), in the order that tables show them.
 VARIANTS: dict[str, tuple[str, str]] = {
-    "teacher": ("original", "the model as it came: full attention, remembers every token exactly"),
-    "hybrid": ("hybrid", "window and slots read together"),
-    "slots_off": ("hybrid, slots off", "the same model, but nothing is ever written to the slots"),
-    "sink_only": ("window only", "the same window and an untrained sink, no slots"),
-    "longer_window": ("longer window only", "no slots, and a window longer by as many tokens: the baseline to beat"),
-    "window_off": ("hybrid, window off", "reads the slots alone, the recent tokens are hidden"),
-    "paper": ("paper's form", "slots at zero from the start, gates copied from the keys, no sink, no training"),
-    "untuned": ("hybrid before tuning", "the hybrid before the short training of its gates"),
+    "teacher": ("original", "the model as it came: full attention"),
+    "hybrid": ("hybrid", "every hybrid layer reads its window and its slots"),
+    "all_hybrid": ("no full layers", "the hybrid with the layers that kept full attention converted as well"),
+    "slots_off": ("slots off", "the hybrid without its slots: window and sinks alone"),
+    "longer_window": ("longer window", "no slots, and a window longer by as many tokens: as many keys and values"),
+    "window_off": ("window off", "the hybrid with a window of 0: every token is written to the slots at once"),
+    "untuned": ("before training", "the hybrid before the short training of its gates and sinks"),
 }
+TABLE = tuple(name for name in VARIANTS if name != "untuned")  # at most six rows
 
 
 def to_json(value: Any) -> str:
@@ -46,25 +46,38 @@ def to_json(value: Any) -> str:
 
 
 @dataclass
-class Form:
-    """One way of running the model. `error` is the standard error of the mean loss, in nats per token;
-    `by_position` has one perplexity per bucket of `Results.bucket_edges`."""
+class Variant:
+    """One way of running the model.
+
+    `error` is the standard error of the mean loss, in nats per token; `by_position` has one perplexity per bucket of
+    `Results.bucket_edges`; `bytes` is the cache after the longest context of `Results.costs` (None: not measured).
+    """
 
     name: str
     perplexity: float
     error: float
     by_position: list[float]
+    bytes: int | None = None
 
 
 @dataclass
 class Cost:
-    """What one more token costs after `context` tokens: bytes kept and milliseconds (None: not measured)."""
+    """Bytes held after `context` tokens and milliseconds to write one more token (None: not measured)."""
 
     context: int
     teacher_bytes: int
     hybrid_bytes: int
     teacher_ms: float | None = None
     hybrid_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class TimedCost:
+    """A `Cost` whose two times were measured."""
+
+    context: int
+    teacher_ms: float
+    hybrid_ms: float
 
 
 @dataclass
@@ -80,7 +93,7 @@ class Sample:
 
 @dataclass
 class Check:
-    """Something that must hold whatever the numbers are."""
+    """A property that must hold for every model; an error in a step of the run is a failed check too."""
 
     name: str
     passed: bool
@@ -103,11 +116,13 @@ class Tuning:
 class Results:
     """Everything a quickstart run measured.
 
-    `window_sizes` has one entry per layer (-1: full attention). `bucket_edges` are token positions, one more than
-    buckets. `seconds` maps the steps of the run to their wall time.
+    `model` is the label and `source` the name that a command line takes. `window_sizes` has one entry per layer
+    (-1: the layer as it came, of which `sliding_layers` have a sliding window of their own).
+    `bucket_edges` are token positions, one more than buckets. `seconds` maps the steps of the run to their wall time.
     """
 
     model: str
+    source: str
     layers: int
     parameters: int
     added_parameters: int
@@ -118,7 +133,7 @@ class Results:
     documents: int
     document_tokens: int
     bucket_edges: list[int]
-    forms: list[Form]
+    variants: list[Variant]
     costs: list[Cost]
     samples: list[Sample]
     checks: list[Check]
@@ -126,25 +141,35 @@ class Results:
     versions: dict[str, str | None]
     machine: str
     seed: int
+    sliding_layers: int = 0
     saved_to: str | None = None
     tuning: Tuning | None = None
     notes: list[str] = field(default_factory=list)
 
-    def form(self, name: str) -> Form | None:
-        """The form of this name, if it was measured."""
-        return next((form for form in self.forms if form.name == name), None)
+    def variant(self, name: str) -> Variant | None:
+        """The variant of this name, if it was measured."""
+        return next((variant for variant in self.variants if variant.name == name), None)
 
     def perplexity(self, name: str) -> float:
-        """Perplexity of a form that must have been measured; KeyError otherwise."""
-        form = self.form(name)
-        if form is None:
+        """Perplexity of a variant that must have been measured; KeyError otherwise."""
+        variant = self.variant(name)
+        if variant is None:
             raise KeyError(name)
-        return form.perplexity
+        return variant.perplexity
 
     @property
     def ratio(self) -> float:
-        """Perplexity of the hybrid over that of the original."""
+        """Perplexity of the hybrid relative to that of the original."""
         return self.perplexity("hybrid") / self.perplexity("teacher")
+
+    @property
+    def timed(self) -> list[TimedCost]:
+        """The costs that have both times."""
+        return [
+            TimedCost(c.context, c.teacher_ms, c.hybrid_ms)
+            for c in self.costs
+            if c.teacher_ms is not None and c.hybrid_ms is not None
+        ]
 
     @property
     def window(self) -> int:
@@ -157,16 +182,20 @@ class Results:
         return sum(w >= 0 for w in self.window_sizes)
 
     @property
+    def full(self) -> int:
+        """How many layers keep full attention."""
+        return self.layers - self.converted - self.sliding_layers
+
+    @property
     def healthy(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def crossover(self) -> int | None:
         """The shortest measured context from which on the hybrid writes a token at least as fast as the original."""
-        timed = [c for c in self.costs if c.teacher_ms is not None and c.hybrid_ms is not None]
         found = None
-        for cost in reversed(timed):
-            if cost.hybrid_ms > cost.teacher_ms:  # type: ignore[operator]
+        for cost in reversed(self.timed):
+            if cost.hybrid_ms > cost.teacher_ms:
                 break
             found = cost.context
         return found
@@ -178,13 +207,25 @@ class Results:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Results:
-        """The inverse of `to_dict`. Raises ValueError for data of another format."""
+        """The inverse of `to_dict`. Raises ValueError for data of another format and for missing or unknown fields."""
         if data.get("format") != FORMAT:
             raise ValueError(f"expected results of format {FORMAT!r}, got {data.get('format')!r}")
-        data = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
-        data["forms"] = [Form(**form) for form in data["forms"]]
-        data["costs"] = [Cost(**cost) for cost in data["costs"]]
-        data["samples"] = [Sample(**sample) for sample in data["samples"]]
-        data["checks"] = [Check(**check) for check in data["checks"]]
-        data["tuning"] = Tuning(**data["tuning"]) if data["tuning"] else None
-        return cls(**data)
+        try:
+            data = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+            data["variants"] = [_variant(variant) for variant in data["variants"]]
+            data["costs"] = [Cost(**cost) for cost in data["costs"]]
+            data["samples"] = [Sample(**sample) for sample in data["samples"]]
+            data["checks"] = [Check(**check) for check in data["checks"]]
+            data["tuning"] = Tuning(**data["tuning"]) if data["tuning"] else None
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected results of format {FORMAT!r} with all their fields, got {error}") from None
+
+
+def _variant(data: dict[str, Any]) -> Variant:
+    """A variant from JSON, in which what is not finite is null."""
+    found = Variant(**data)
+    found.perplexity = math.inf if found.perplexity is None else found.perplexity
+    found.error = math.nan if found.error is None else found.error
+    found.by_position = [math.inf if value is None else value for value in found.by_position]
+    return found

@@ -1,14 +1,15 @@
-"""What a conversation costs with a model: bytes and milliseconds per token against the length of the context."""
+"""Costs of a conversation: bytes and milliseconds per token against the length of the context."""
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nha.report import Cost
+from nha.report.results import Cost
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ def as_teacher(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cache:
-    """A cache that costs what one costs after `context` tokens.
+    """A cache as large as after `context` tokens.
 
     The model reads `ids` [1, T]; caches that would grow are then lengthened by repeating what they hold. Neither
     size nor time depends on the contents, and reading the whole context would take much longer.
@@ -57,13 +58,14 @@ def token_milliseconds(model: PreTrainedModel, ids: torch.Tensor, context: int, 
     cache = filled_cache(model, ids, context)
     size = cache_nbytes(cache)
     token = ids[:, -1:]
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     times = []
     with torch.no_grad():
         for step in range(steps + 1):
             position = torch.tensor([[context + step]], device=ids.device)
             _wait(ids)
             started = time.perf_counter()
-            model(token, past_key_values=cache, position_ids=position, use_cache=True)
+            model(token, position_ids=position, use_cache=True, **{name: cache})
             _wait(ids)
             times.append(time.perf_counter() - started)
     return size, 1000 * statistics.median(times[1:])
@@ -74,18 +76,18 @@ def costs(
     ids: torch.Tensor,
     contexts: Sequence[int] = CONTEXTS,
     *,
-    most_bytes: float = 1.2e9,
+    max_bytes: float = 1.2e9,
     advance: Callable[[int, int], None] | None = None,
 ) -> list[Cost]:
     """Bytes and milliseconds of original and hybrid after each number of tokens in `contexts`.
 
     `ids` [1, T] is some text, longer than the largest window. Contexts for which the original's cache would be
-    larger than `most_bytes` are left out, but never the first two.
+    larger than `max_bytes` are left out, but never the first two.
     """
     found: list[Cost] = []
     ids = ids[:, : min(contexts)]
     for number, context in enumerate(contexts):
-        if number >= 2 and found[-1].teacher_bytes * context / found[-1].context > most_bytes:
+        if number >= 2 and found[-1].teacher_bytes * context / found[-1].context > max_bytes:
             break
         with as_teacher(model):
             teacher = token_milliseconds(model, ids, context)

@@ -1,0 +1,337 @@
+"""A quickstart run: convert a model, train its gates for a moment, measure it, and let it write."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nha import __version__
+from nha.convert.align import align
+from nha.convert.card import model_card, write_card
+from nha.convert.hybridize import hybridize
+from nha.data.text import blocks, calibration_text, evaluation_documents
+from nha.evaluate.measure import bucket_edges
+from nha.evaluate.perplexity import Perplexity, perplexity
+from nha.evaluate.variants import longer_window
+from nha.models import loading
+from nha.models.adapter import ablate, set_windows, temporary_windows
+from nha.models.cache import cache_nbytes, nha_layers
+from nha.models.config import FULL, plan_windows, sliding_layers
+from nha.models.conversation import encode
+from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
+from nha.report.results import VARIANTS, Check, Cost, Results, Sample, Tuning, Variant
+
+# Layers that keep full attention, found by `nha search --full 4`, by the model's label.
+SEARCHED_LAYERS = {"SmolLM2-135M-Instruct": (8, 18, 20, 23)}
+DOCUMENT = "the Python language reference"
+QUESTION = "Explain in two sentences what a function is in Python."
+DOCUMENTS = 2
+Report = Callable[[str, int, int], None]  # (step, done, total)
+
+# Every step with the seconds that it takes the embedded model on two idle cores.
+STEPS = {
+    "loading the model": 30.0,
+    "measuring the original": 12.0,
+    "calibrating sinks and gates": 20.0,
+    "measuring before training": 14.0,
+    "training gates and sinks": 55.0,
+    "measuring with no full layers": 14.0,
+    "measuring the hybrid": 14.0,
+    "measuring with slots off": 14.0,
+    "measuring a longer window": 14.0,
+    "measuring with the window off": 14.0,
+    "measuring memory and time": 20.0,
+    "writing samples": 20.0,
+    "checking": 3.0,
+    "saving the hybrid": 2.0,
+    "drawing and writing the report": 8.0,
+}
+
+
+@dataclass
+class Settings:
+    """A run's settings: `windows` and `full_layers` as `hybridize` takes them; `quick` measures less."""
+
+    windows: int | list[int]
+    slots: int
+    full_layers: list[int]
+    seed: int
+    quick: bool = False
+    tune: bool = True
+
+    @property
+    def length(self) -> int:
+        """Tokens of every document measured."""
+        return 1024 if self.quick else 2048
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of every sample."""
+        return 24 if self.quick else 48
+
+
+@dataclass
+class Clock:
+    """Reports every step's progress and keeps the seconds that it took."""
+
+    report: Report
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """A step that is done when the block ends without an error; the value moves it by (done, total)."""
+        started, last = time.perf_counter(), 1
+        self.report(name, 0, 0)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            last = total
+            self.report(name, done, total)
+
+        try:
+            yield advance
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.report(name, last, last)
+
+
+def planned_steps(settings: Settings) -> dict[str, float]:
+    """The steps of a run, in order, with their expected seconds (their proportions are what counts)."""
+    left_out = set() if settings.tune else {"measuring before training", "training gates and sinks"}
+    if not settings.full_layers:
+        left_out.add("measuring with no full layers")
+    return {name: seconds for name, seconds in STEPS.items() if name not in left_out}
+
+
+def default_full_layers(source: loading.Source) -> list[int]:
+    """The layers that a search found for this model; none for a model that was not searched."""
+    return list(SEARCHED_LAYERS.get(source.label.rsplit("/", 1)[-1], ()))
+
+
+def run(source: loading.Source, settings: Settings, report: Report, saved: Path | None) -> Results:
+    """Convert `source` and measure it; the hybrid is written to the directory `saved` if one is given.
+
+    An error after perplexity has been measured does not lose the numbers: it becomes a failed check of the results.
+    """
+    clock = Clock(report)
+    torch.manual_seed(settings.seed)
+    with clock.step("loading the model"):
+        model, tokenizer = loading.load(source)
+    parameters = model.num_parameters()
+    texts = blocks(tokenizer, evaluation_documents(), DOCUMENTS, settings.length)
+    measured, tuning, every = convert_and_measure(model, tokenizer, texts, settings, clock)
+    hybrid: Any = model
+    checks: list[Check] = []
+    cost: list[Cost] = []
+    samples: list[Sample] = []
+    with clock.step("measuring memory and time") as advance, kept(checks, "measuring memory and time"):
+        cost += costs(hybrid, texts[:1], CONTEXTS[:5] if settings.quick else CONTEXTS, advance=advance)
+    with clock.step("writing samples") as advance, kept(checks, "writing samples"):
+        write_samples(hybrid, tokenizer, texts, settings, samples, advance)
+    with clock.step("checking"), kept(checks, "checking"):
+        checks += run_checks(hybrid, texts)
+    if saved is not None:
+        with clock.step("saving the hybrid"), kept(checks, "saving the hybrid"):
+            hybrid.save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+            named = {VARIANTS[name][0]: measured[name] for name in VARIANTS if name in measured}
+            write_card(saved, model_card(hybrid.config, source.label, named, DOCUMENT))
+    edges = bucket_edges(settings.length)
+    variants = [Variant(name, p.value, p.error, p.by_position(edges)) for name, p in measured.items()]
+    with kept(checks, "measuring memory of the variants"):
+        add_bytes(variants, hybrid, texts, cost, every)
+    return Results(
+        model=source.label,
+        source=source.name,
+        layers=len(hybrid.config.window_sizes),
+        parameters=parameters,
+        added_parameters=hybrid.num_parameters() - parameters,
+        window_sizes=list(hybrid.config.window_sizes),
+        num_slots=settings.slots,
+        num_sinks=hybrid.config.num_sinks,
+        document=DOCUMENT,
+        documents=DOCUMENTS,
+        document_tokens=settings.length,
+        bucket_edges=edges,
+        variants=variants,
+        costs=cost,
+        samples=samples,
+        checks=checks,
+        seconds=clock.seconds,
+        versions=versions(),
+        machine=machine(hybrid),
+        seed=settings.seed,
+        sliding_layers=kept_sliding(hybrid.config),
+        tuning=tuning,
+    )
+
+
+def convert_and_measure(
+    model: Any, tokenizer: Any, texts: Tensor, settings: Settings, clock: Clock
+) -> tuple[dict[str, Perplexity], Tuning | None, list[int] | None]:
+    """Convert `model` in place and measure every variant.
+
+    Returns perplexity by variant, the training, and the windows with the full layers converted as well (None if no
+    layer is full). All convertible layers are calibrated and trained, each on what it sees in the original, so that
+    the layers which then keep full attention can be converted by their windows alone.
+    """
+    measured: dict[str, Perplexity] = {}
+
+    def measure(name: str, step: str) -> None:
+        with clock.step(step) as advance:
+            measured[name] = perplexity(model, texts, progress=advance)
+
+    measure("teacher", "measuring the original")
+    windows = plan_windows(model.config, settings.windows, settings.full_layers)
+    every = plan_windows(model.config, settings.windows)
+    with clock.step("calibrating sinks and gates") as advance:
+        hybridize(
+            model,
+            num_slots=settings.slots,
+            window_size=every,
+            tokenizer=tokenizer,
+            seed=settings.seed,
+            progress=advance,
+        )
+    tuning = None
+    if settings.tune:
+        with temporary_windows(model, windows):
+            measure("untuned", "measuring before training")
+        tuning = tune(model, tokenizer, settings, clock)
+    if windows != every:
+        measure("all_hybrid", "measuring with no full layers")
+    set_windows(model, windows)
+    measure("hybrid", "measuring the hybrid")
+    with ablate(model, "slots_off"):
+        measure("slots_off", "measuring with slots off")
+    with longer_window(model):
+        measure("longer_window", "measuring a longer window")
+    with ablate(model, "window_off"):
+        measure("window_off", "measuring with the window off")
+    if tuning is not None:
+        tuning.perplexity_before, tuning.perplexity_after = measured["untuned"].value, measured["hybrid"].value
+    return measured, tuning, every if windows != every else None
+
+
+@contextmanager
+def kept(checks: list[Check], name: str) -> Iterator[None]:
+    """Turn an error of the block into a failed check, so that what is measured already is kept."""
+    try:
+        yield
+    except Exception as error:
+        checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
+
+
+def kept_sliding(config: Any) -> int:
+    """How many layers keep the sliding window that they were trained with."""
+    return sum(w == FULL and slides for w, slides in zip(config.window_sizes, sliding_layers(config), strict=True))
+
+
+def tune(model: Any, tokenizer: Any, settings: Settings, clock: Clock) -> Tuning:
+    """Train gates and sinks for a moment on text that is not measured."""
+    rows, length, steps = (4, 512, 8) if settings.quick else (8, 512, 20)
+    ids = blocks(tokenizer, [calibration_text()], rows, length)
+    with clock.step("training gates and sinks") as advance:
+        align(model, ids, steps=steps, seed=settings.seed, progress=advance)
+    return Tuning(
+        what="gates and sinks",
+        steps=steps,
+        tokens=ids.numel(),
+        seconds=clock.seconds["training gates and sinks"],
+        perplexity_before=0.0,
+        perplexity_after=0.0,
+    )
+
+
+def add_bytes(variants: list[Variant], model: Any, texts: Tensor, cost: list[Cost], every: list[int] | None) -> None:
+    """Give original, hybrid and the hybrid without full layers the bytes of their caches at the longest context."""
+    if not cost:
+        return
+    last = cost[-1]
+    found = {"teacher": last.teacher_bytes, "hybrid": last.hybrid_bytes}
+    if every is not None:
+        with temporary_windows(model, every):
+            found["all_hybrid"] = cache_nbytes(filled_cache(model, texts[:1, : min(CONTEXTS)], last.context))
+    for variant in variants:
+        variant.bytes = found.get(variant.name)
+
+
+def write_samples(
+    model: Any,
+    tokenizer: Any,
+    texts: Tensor,
+    settings: Settings,
+    found: list[Sample],
+    advance: Callable[[int, int], None],
+) -> None:
+    """Add to `found` what original and hybrid write, greedily, to a short question and after a long text."""
+    long = texts[:1, :1024]
+    prompts = [
+        ("A short question", QUESTION, encode(tokenizer, QUESTION, raw=False)),
+        ("Going on with a long document", "... " + tokenizer.decode(long[0, -60:]).strip(), long),
+    ]
+    for number, (title, shown, ids) in enumerate(prompts):
+        hybrid = write(model, tokenizer, ids, settings.new_tokens)
+        with as_teacher(model):
+            teacher = write(model, tokenizer, ids, settings.new_tokens)
+        found.append(Sample(title, shown, ids.shape[1], teacher, hybrid))
+        advance(number + 1, len(prompts))
+
+
+def write(model: Any, tokenizer: Any, ids: Tensor, count: int) -> str:
+    """Greedy text of up to `count` tokens after ids [1, T]."""
+    ids = ids.to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=pad
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def run_checks(model: Any, texts: Tensor) -> list[Check]:
+    """Properties of every model: the same predictions inside the window, and hybrid layers that do not grow."""
+    windows = [w for w in model.config.window_sizes if w >= 0]
+    ids = texts[:1].to(model.device)
+    checks: list[Check] = []
+    if min(windows) > 0:
+        found = model(ids[:, : min(windows)], use_cache=False).logits
+        with as_teacher(model):
+            wanted = model(ids[:, : min(windows)], use_cache=False).logits
+        difference = (found - wanted).abs().max().item()
+        detail = f"logits of the first {min(windows)} tokens differ by at most {difference:g}"
+        checks.append(Check("same model inside the window", torch.equal(found, wanted), detail))
+    counts = [min(max(windows) + more, ids.shape[1]) for more in (32, 160)]
+    sizes = []
+    for count in counts:
+        cache = model(ids[:, :count], use_cache=True, logits_to_keep=1).past_key_values
+        sizes.append(sum(layer.nbytes for layer in nha_layers(cache)))
+    detail = f"{sizes[0]:,} bytes after {counts[0]} tokens, {sizes[1]:,} after {counts[1]}"
+    checks.append(Check("hybrid layers do not grow", sizes[0] == sizes[1], detail))
+    return checks
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the numbers depend on."""
+    return {
+        "nha": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(model: Any) -> str:
+    """The device in a few words."""
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
