@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -80,6 +81,8 @@ def root(
     ] = False,
 ) -> None:
     common.show_tracebacks(traceback)
+    # Progress bars of the libraries below would run into the commands' own; tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-360M --output report[/]")(quickstart)
