@@ -68,7 +68,7 @@ TUNED = {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0}
 SINK = {"slots_off": True, "align_steps": 0}
 SLOW = {"rate": 5e-4, "gate_lr": 2e-3}
 SOFT = {"init": "soft"}
-FAR = {"recall": RecallSettings(far=0.5)}
+FAR = {"recall": RecallSettings(long_range_fraction=0.5)}
 FIRST = SOFT | SLOW | {"gradients": "clip", "cross_entropy": 0.0}  # the first recipe
 PAPER = {
     "init": "paper",
@@ -179,7 +179,7 @@ def versions() -> dict[str, str | None]:
 
 def suite_of(corpus: Corpus, tokenizer: Any, options: argparse.Namespace) -> Suite:
     """What every arm is measured on: held-out documents, and recall text made with them."""
-    documents = [corpus.document(index) for index in corpus.measuring]
+    documents = [corpus.document(index) for index in corpus.held_out_indices]
     longest = max(map(len, documents))
     lengths = [length for length in options.lengths if length <= longest]
     return standard_suite(

@@ -14,11 +14,11 @@ from nha.data.recall import (
     TASKS,
     RecallSettings,
     evaluation_set,
+    filler_tokens,
     pieces_of,
-    stretch,
-    training_row,
+    training_sequence,
 )
-from nha.data.recall_words import EVALUATION, TRAINING
+from nha.data.recall.words import EVALUATION, TRAINING
 from tests.data.tokenizers import KINDS, small_tokenizer
 
 MARK = 2  # filler of one special token, which no piece holds
@@ -46,18 +46,18 @@ def test_training_and_evaluation_share_no_name_no_word_and_no_wording():
     for side in (TRAINING, EVALUATION):
         for name in ("first", "last", "nouns"):
             assert len(set(getattr(side, name))) == len(getattr(side, name))
-    for part in ("say", "ask"):
+    for part in ("statement", "question"):
         trained = {getattr(wording, part) for wording in TRAINING.wordings}
         assert not trained & {getattr(wording, part) for wording in EVALUATION.wordings}
     assert {wording.task for wording in TRAINING.wordings} == set(TASKS)
 
 
-def test_no_training_row_holds_a_word_of_the_evaluation():
+def test_no_training_sequence_holds_a_word_of_the_evaluation():
     tokenizer, generator = small_tokenizer("bytes"), np.random.default_rng(0)
-    text = " ".join(tokenizer.decode(training_row(generator, tokenizer, FILLER, LENGTH)[0]) for _ in range(300))
+    text = " ".join(tokenizer.decode(training_sequence(generator, tokenizer, FILLER, LENGTH)[0]) for _ in range(300))
     names = {word for word in (*EVALUATION.first, *EVALUATION.last)}
     assert not names & set(text.replace(":", " ").replace(",", " ").replace(".", " ").split())
-    common = {part for w in EVALUATION.wordings for part in w.say.replace("{value}", "{key}").split("{key}")}
+    common = {part for w in EVALUATION.wordings for part in w.statement.replace("{value}", "{key}").split("{key}")}
     assert not [part for part in common if len(part) > 12 and part in text]
 
 
@@ -67,7 +67,7 @@ def test_no_training_row_holds_a_word_of_the_evaluation():
 @settings(max_examples=3, deadline=None)
 def test_the_distance_is_exact_and_the_answer_stands_in_the_text(kind, task, distance, seed):
     found = evaluation_set(
-        task, distance, length=2500, rows=2, seed=seed, tokenizer=small_tokenizer(kind), filler=FILLER
+        task, distance, seq_len=2500, count=2, seed=seed, tokenizer=small_tokenizer(kind), filler=FILLER
     )
     assert found.ids.shape == found.answers.shape == (2, 2500)
     for ids, answers in zip(found.ids, found.answers, strict=True):
@@ -82,15 +82,17 @@ def test_the_distance_is_exact_and_the_answer_stands_in_the_text(kind, task, dis
 @pytest.mark.parametrize("task", EVALUATION_TASKS)
 def test_the_text_reads_as_its_wording_says(kind, task):
     tokenizer, spec = small_tokenizer(kind), EVALUATION_TASKS[task]
-    found = evaluation_set(task, 700, length=1800, rows=3, seed=1, tokenizer=tokenizer, filler=FILLER)
+    found = evaluation_set(task, 700, seq_len=1800, count=3, seed=1, tokenizer=tokenizer, filler=FILLER)
     wording = next(w for w in EVALUATION.wordings if (w.task, w.value) == (spec.task, spec.value))
     for ids, answers in zip(found.ids, found.answers, strict=True):
         text = tokenizer.decode(ids[ids != MARK], skip_special_tokens=True)
         answer = tokenizer.decode(ids[answers]).strip()
-        key = next((k for k in keys(wording, text) if text.endswith(wording.ask.format(key=k, value=answer))), None)
+        key = next(
+            (k for k in keys(wording, text) if text.endswith(wording.question.format(key=k, value=answer))), None
+        )
         assert key is not None, text[-300:]
-        assert text.count(wording.say.format(key=key, value=answer).strip()) >= 1
-        assert text.count(wording.say.split("{")[0].strip()) >= spec.facts
+        assert text.count(wording.statement.format(key=key, value=answer).strip()) >= 1
+        assert text.count(wording.statement.split("{")[0].strip()) >= spec.facts
 
 
 def keys(wording, text):
@@ -108,9 +110,9 @@ def keys(wording, text):
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 10_000), scattered=st.sampled_from([0.0, 1.0]), far=st.sampled_from([0.0, 1.0]))
 @settings(max_examples=30, deadline=None)
-def test_every_answer_in_a_training_row_was_stated_at_least_the_least_distance_before(kind, seed, scattered, far):
-    options = RecallSettings(distances=(100, 10_000), far=far, scattered=scattered)
-    ids, answers = training_row(np.random.default_rng(seed), small_tokenizer(kind), FILLER, LENGTH, options)
+def test_every_answer_in_a_training_sequence_was_stated_at_least_the_least_distance_before(kind, seed, scattered, far):
+    options = RecallSettings(distances=(100, 10_000), long_range_fraction=far, scattered_fraction=scattered)
+    ids, answers = training_sequence(np.random.default_rng(seed), small_tokenizer(kind), FILLER, LENGTH, options)
     assert ids.shape == answers.shape == (LENGTH,)
     assert answers.any()
     for start, end in runs(answers):
@@ -120,22 +122,25 @@ def test_every_answer_in_a_training_row_was_stated_at_least_the_least_distance_b
 @given(seed=st.integers(0, 10_000), extra=st.integers(0, 40), far=st.sampled_from([0.0, 1.0]))
 @settings(max_examples=60, deadline=None)
 def test_a_row_that_has_room_for_one_fact_has_an_answer(seed, extra, far):
-    tokenizer, options = small_tokenizer("merges"), RecallSettings(facts=(1, 3), tasks=("pairs",), far=far)
+    tokenizer, options = (
+        small_tokenizer("merges"),
+        RecallSettings(facts=(1, 3), tasks=("pairs",), long_range_fraction=far),
+    )
     least = 72 + 60
-    ids, answers = training_row(np.random.default_rng(seed), tokenizer, FILLER, least + extra, options)
+    ids, answers = training_sequence(np.random.default_rng(seed), tokenizer, FILLER, least + extra, options)
     assert len(ids) == least + extra and answers.any()
 
 
 def test_rows_are_a_function_of_the_generator():
     tokenizer = small_tokenizer("merges")
     first, second = (
-        [training_row(np.random.default_rng(seed), tokenizer, FILLER, 900) for seed in (1, 2)] for _ in range(2)
+        [training_sequence(np.random.default_rng(seed), tokenizer, FILLER, 900) for seed in (1, 2)] for _ in range(2)
     )
     for a, b in zip(first, second, strict=True):
         assert (a[0] == b[0]).all() and (a[1] == b[1]).all()
     assert (first[0][0] != first[1][0]).any()
     sets = [
-        evaluation_set("four_facts", 600, length=900, rows=2, seed=s, tokenizer=tokenizer, filler=FILLER).ids
+        evaluation_set("four_facts", 600, seq_len=900, count=2, seed=s, tokenizer=tokenizer, filler=FILLER).ids
         for s in (0, 0, 1)
     ]
     assert (sets[0] == sets[1]).all() and (sets[0] != sets[2]).any()
@@ -144,7 +149,7 @@ def test_rows_are_a_function_of_the_generator():
 def test_the_same_facts_are_asked_for_at_every_distance_and_length():
     tokenizer = small_tokenizer("merges")
     answers = [
-        evaluation_set("one_fact", d, length=n, rows=4, seed=0, tokenizer=tokenizer, filler=FILLER)
+        evaluation_set("one_fact", d, seq_len=n, count=4, seed=0, tokenizer=tokenizer, filler=FILLER)
         for d, n in ((200, 900), (600, 900), (600, 2000))
     ]
     texts = [[tokenizer.decode(ids[mask]) for ids, mask in zip(s.ids, s.answers, strict=True)] for s in answers]
@@ -154,11 +159,11 @@ def test_the_same_facts_are_asked_for_at_every_distance_and_length():
 def test_a_tokenizers_first_token_comes_first_and_only_there():
     tokenizer = small_tokenizer("digits")
     bos = tokenizer.bos_token_id
-    row, _ = training_row(np.random.default_rng(0), tokenizer, FILLER, 900)
-    asked = evaluation_set("one_fact", 300, length=900, rows=1, seed=0, tokenizer=tokenizer, filler=FILLER).ids[0]
+    row, _ = training_sequence(np.random.default_rng(0), tokenizer, FILLER, 900)
+    asked = evaluation_set("one_fact", 300, seq_len=900, count=1, seed=0, tokenizer=tokenizer, filler=FILLER).ids[0]
     for ids in (row, asked):
         assert np.flatnonzero(ids == bos).tolist() == [0]
-    row, _ = training_row(np.random.default_rng(0), small_tokenizer("merges"), FILLER, 900)
+    row, _ = training_sequence(np.random.default_rng(0), small_tokenizer("merges"), FILLER, 900)
     assert bos not in row
 
 
@@ -170,10 +175,10 @@ def test_pieces_are_read_once_and_forgotten_with_their_tokenizer():
     tokenizer = copy.copy(small_tokenizer("merges"))
     generator = np.random.default_rng(0)
     for _ in range(200):
-        training_row(generator, tokenizer, FILLER, 900)
+        training_sequence(generator, tokenizer, FILLER, 900)
     known = dict(pieces_of(tokenizer).known)
     for _ in range(50):
-        training_row(generator, tokenizer, FILLER, 900)
+        training_sequence(generator, tokenizer, FILLER, 900)
     assert len(pieces_of(tokenizer).known) <= 1.2 * len(known)
     alive = weakref.ref(tokenizer)
     del tokenizer
@@ -187,10 +192,12 @@ def test_rows_that_ask_from_far_do_so_from_the_whole_row_away(scattered):
 
     def distances(far):
         """Of answers to one fact whose digits stand nowhere else."""
-        options = RecallSettings(tasks=("passkey",), facts=(1, 1), digits=(7, 7), far=far, scattered=scattered)
+        options = RecallSettings(
+            tasks=("passkey",), facts=(1, 1), digits=(7, 7), long_range_fraction=far, scattered_fraction=scattered
+        )
         found = []
         for _ in range(100):
-            ids, answers = training_row(generator, tokenizer, np.zeros(5000, np.int64), 4000, options)
+            ids, answers = training_sequence(generator, tokenizer, np.zeros(5000, np.int64), 4000, options)
             [(start, end)] = runs(answers)
             windows = np.lib.stride_tricks.sliding_window_view(ids, end - start)
             found.append(start - np.flatnonzero((windows == ids[start:end]).all(1))[0])
@@ -205,19 +212,19 @@ def test_rows_that_ask_from_far_do_so_from_the_whole_row_away(scattered):
 def test_the_number_of_facts_is_drawn_from_its_range(low, high):
     tokenizer, generator = small_tokenizer("merges"), np.random.default_rng(0)
     settings = RecallSettings(tasks=("phone_book",), facts=(low, high), distances=(1, 2000))
-    counts = [len(runs(training_row(generator, tokenizer, FILLER, 4000, settings)[1])) for _ in range(60)]
+    counts = [len(runs(training_sequence(generator, tokenizer, FILLER, 4000, settings)[1])) for _ in range(60)]
     assert min(counts) == low and max(counts) == high
 
 
 def test_filler_is_drawn_from_ids_or_asked_of_a_function():
     generator = np.random.default_rng(0)
-    drawn = stretch(generator, np.arange(50), 10)
+    drawn = filler_tokens(generator, np.arange(50), 10)
     assert drawn == list(range(drawn[0], drawn[0] + 10))
-    assert stretch(generator, lambda n: [7] * n, 3) == [7, 7, 7]
+    assert filler_tokens(generator, lambda n: [7] * n, 3) == [7, 7, 7]
     with pytest.raises(ValueError, match="expected 3 tokens from the filler, got 2"):
-        stretch(generator, lambda n: [7] * 2, 3)
+        filler_tokens(generator, lambda n: [7] * 2, 3)
     with pytest.raises(ValueError, match=r"expected at least 9 filler tokens in one dimension, got \[5\]"):
-        stretch(generator, np.arange(5), 9)
+        filler_tokens(generator, np.arange(5), 9)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +232,10 @@ def test_filler_is_drawn_from_ids_or_asked_of_a_function():
     [
         ({"tasks": ("fact", "riddle")}, "expected tasks out of"),
         ({"tasks": ()}, "expected tasks out of"),
-        ({"facts": (0, 3)}, "expected facts to be two ints"),
-        ({"distances": (9, 3)}, "expected distances to be two ints"),
-        ({"far": -0.5}, "expected far to be a share from 0 to 1"),
-        ({"scattered": 1.5}, "expected scattered to be a share from 0 to 1"),
+        ({"facts": (0, 3)}, "expected facts as two integers"),
+        ({"distances": (9, 3)}, "expected distances as two integers"),
+        ({"long_range_fraction": -0.5}, "expected long_range_fraction from 0 to 1"),
+        ({"scattered_fraction": 1.5}, "expected scattered_fraction from 0 to 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
@@ -241,19 +248,19 @@ def test_settings_that_cannot_be_are_refused(changes, message):
     "task, distance, length, rows, message",
     [
         ("riddle", 100, 900, 1, "expected a recall task in"),
-        ("one_fact", 100, 900, 0, "expected at least one row, got 0"),
+        ("one_fact", 100, 900, 0, "expected at least one sequence, got 0"),
         ("one_fact", 5, 900, 1, "a value too near, for 'one_fact' at a distance of 5"),
-        ("one_fact", 899, 900, 1, "a value too far back, for 'one_fact' at a distance of 899 in rows of 900"),
+        ("one_fact", 899, 900, 1, "a value too far back, for 'one_fact' at a distance of 899 in 900 tokens"),
         ("phone_book", 100, 120, 1, "expected room for the facts"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused(task, distance, length, rows, message):
     with pytest.raises(ValueError, match=message):
         evaluation_set(
-            task, distance, length=length, rows=rows, seed=0, tokenizer=small_tokenizer("merges"), filler=FILLER
+            task, distance, seq_len=length, count=rows, seed=0, tokenizer=small_tokenizer("merges"), filler=FILLER
         )
 
 
 def test_rows_too_short_for_a_fact_are_refused():
-    with pytest.raises(ValueError, match=r"expected rows of at least \d+ tokens, got 40"):
-        training_row(np.random.default_rng(0), small_tokenizer("merges"), FILLER, 40)
+    with pytest.raises(ValueError, match=r"expected recall sequences of at least \d+ tokens, got 40"):
+        training_sequence(np.random.default_rng(0), small_tokenizer("merges"), FILLER, 40)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from nha.data.corpus import Rows, prepare
+from nha.data.packing import PackedSequences, pack
+from nha.data.prepare import prepare
 from nha.data.recall import RecallSettings
-from nha.data.stream import RECALL, TEXT, FromStep, Mixture, Stream, pack
+from nha.data.stream import RECALL, TEXT, Mixture, ResumeSampler, Stream
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import texts
 
@@ -20,7 +21,7 @@ def material(tmp_path_factory):
     path = tmp_path_factory.mktemp("stream")
     (path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts()))
     tokenizer = byte_tokenizer(path)
-    return prepare([str(path / "texts.jsonl")], path / "corpus", tokenizer, least=8), tokenizer
+    return prepare([str(path / "texts.jsonl")], path / "corpus", tokenizer, min_tokens=8), tokenizer
 
 
 def same(a, b) -> bool:
@@ -42,19 +43,21 @@ def test_packing_names_texts_targets_and_answers():
 
 
 def test_a_batch_depends_on_its_number_alone(material):
-    mixture = Mixture(12, rows=4, length=384, share=0.25, seed=5)
+    mixture = Mixture(12, batch_size=4, seq_len=384, recall_fraction=0.25, seed=5)
     stream = Stream(*material, mixture)
     forwards = [stream[i] for i in range(6)]
     again = Stream(*material, mixture)
     for step in (5, 0, 3):
         assert same(again[step], forwards[step])
-    assert not same(Stream(*material, Mixture(12, rows=4, length=384, share=0.25, seed=6))[0], forwards[0])
+    assert not same(
+        Stream(*material, Mixture(12, batch_size=4, seq_len=384, recall_fraction=0.25, seed=6))[0], forwards[0]
+    )
 
 
 def test_text_rows_are_those_of_the_corpus_in_order_on_every_rank(material):
     corpus, tokenizer = material
-    rows = Rows(corpus, 384, 0)
-    mixture = Mixture(8, rows=4, length=384, share=0.375)
+    rows = PackedSequences(corpus, 384, 0)
+    mixture = Mixture(8, batch_size=4, seq_len=384, recall_fraction=0.375)
     seen = []
     for step in range(4):
         for rank in range(2):
@@ -62,11 +65,11 @@ def test_text_rows_are_those_of_the_corpus_in_order_on_every_rank(material):
             seen.append(groups[TEXT]["ids"].view(-1, 384))
     found = torch.cat(seen).numpy()
     assert len(found) == 2 * (3 + 2 + 3 + 2)
-    assert all(np.array_equal(found[i], rows.row(i)[0]) for i in range(len(found)))
+    assert all(np.array_equal(found[i], rows.sequence(i)[0]) for i in range(len(found)))
 
 
 def test_recall_rows_differ_between_steps_and_ranks_and_have_answers(material):
-    mixture = Mixture(8, rows=2, length=512, share=0.5)
+    mixture = Mixture(8, batch_size=2, seq_len=512, recall_fraction=0.5)
     seen = {}
     for step in range(3):
         for rank in range(2):
@@ -77,24 +80,41 @@ def test_recall_rows_differ_between_steps_and_ranks_and_have_answers(material):
 
 
 def test_weights_are_means_over_the_step(material):
-    mixture = Mixture(2, rows=4, length=384, share=0.25, answers=0.7, cross_entropy=0.2, micro_batch_size=2)
+    mixture = Mixture(
+        2,
+        batch_size=4,
+        seq_len=384,
+        recall_fraction=0.25,
+        answer_weight=0.7,
+        cross_entropy_weight=0.2,
+        micro_batch_size=2,
+    )
     batches = Stream(*material, mixture)[0]
     assert [name for name, _ in batches] == [TEXT, TEXT, RECALL]
     total = sum(float(batch["by_divergence"].sum()) for _, batch in batches)
     assert total == pytest.approx(1.0, rel=1e-5)
     assert sum(float(batch["by_cross_entropy"].sum()) for _, batch in batches) == pytest.approx(0.9, rel=1e-5)
-    together = Stream(*material, Mixture(2, rows=4, length=384, share=0.25, apart=False))[0]
+    together = Stream(*material, Mixture(2, batch_size=4, seq_len=384, recall_fraction=0.25, separate_recall=False))[0]
     assert len(together) == 1 and together[0][1]["ids"].shape == (1, 4 * 384)
 
 
 def test_later_steps_may_have_longer_rows_and_more_facts(material):
     recall = RecallSettings(facts=(1, 16))
-    mixture = Mixture(10, rows=4, length=256, share=0.0, long_steps=2, long_length=512, recall=recall, grow=0.5)
+    mixture = Mixture(
+        10,
+        batch_size=4,
+        seq_len=256,
+        recall_fraction=0.0,
+        long_steps=2,
+        long_seq_len=512,
+        recall=recall,
+        fact_warmup=0.5,
+    )
     stream = Stream(*material, mixture)
     assert stream[7][0][1]["ids"].shape == (1, 1024) and mixture.shape(7) == (4, 256)
     assert stream[8][0][1]["ids"].shape == (1, 1024) and mixture.shape(8) == (2, 512)
-    assert [mixture.recall_at(step).facts for step in (0, 2, 5, 9)] == [(1, 1), (1, 3), (1, 16), (1, 32)]
+    assert [mixture.recall_settings(step).facts for step in (0, 2, 5, 9)] == [(1, 1), (1, 3), (1, 16), (1, 32)]
 
 
 def test_a_sampler_goes_on_where_it_is_told():
-    assert list(FromStep(5, 3)) == [3, 4] and len(FromStep(5, 3)) == 5
+    assert list(ResumeSampler(5, 3)) == [3, 4] and len(ResumeSampler(5, 3)) == 5

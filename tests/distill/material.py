@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nha.data.corpus import Corpus, prepare
+from nha.data.corpus import Corpus
+from nha.data.prepare import prepare
 from nha.distill.run import DistillSettings
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import texts
@@ -24,7 +25,7 @@ def material(path: Path) -> tuple[Corpus, Any]:
     """A corpus in `path` and the tokenizer that read it."""
     (path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts()))
     tokenizer = byte_tokenizer(path)
-    return prepare([str(path / "texts.jsonl")], path / "corpus", tokenizer, least=8), tokenizer
+    return prepare([str(path / "texts.jsonl")], path / "corpus", tokenizer, min_tokens=8), tokenizer
 
 
 def settings(**changes: Any) -> DistillSettings:

@@ -221,7 +221,7 @@ def test_a_corpus_that_does_not_fit_is_refused(given, tmp_path):
     refused(
         given, tmp_path / "run", "expected documents longer than the window, 4096 tokens", settings(window_size=4096)
     )
-    refused(given, tmp_path / "run", "expected rows of at least .* tokens", settings(length=40, tokens=400))
+    refused(given, tmp_path / "run", "expected recall sequences of at least .* tokens", settings(length=40, tokens=400))
     assert not (tmp_path / "run").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nha import hybridize
-from nha.data.stream import pack
+from nha.data.packing import pack
 from nha.distill.student import Distillation, TeacherStudentLinear, linear_layers
 from nha.models.adapter import attention_layers
 from tests.inputs import assert_close_to

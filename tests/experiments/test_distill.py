@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nha.convert.search import SearchResult, save_search
-from nha.data.corpus import prepare
+from nha.data.prepare import prepare
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import WORDS
 from tests.models.families import teacher
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
     generator = np.random.default_rng(0)
     for i in range(12):
         (path / f"{i}.txt").write_text(f"{i}: " + " ".join(generator.choice(WORDS, 300)))
-    prepare([str(path)], path / "corpus", tokenizer, held_out=0.3)
+    prepare([str(path)], path / "corpus", tokenizer, held_out_fraction=0.3)
     return path
 
 

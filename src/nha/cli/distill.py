@@ -139,7 +139,7 @@ def distill(
         divergence=divergence,
         cross_entropy=cross_entropy,
         recall_share=recall,
-        recall=RecallSettings(facts=(1, facts), far=far),
+        recall=RecallSettings(facts=(1, facts), long_range_fraction=far),
         grow=grow,
         answers=answers,
         gradients=gradients,
@@ -161,7 +161,8 @@ def distill(
 
 def read_text(source: loading.Source, text: list[str] | None, cache: Path, field: str, held_out: float) -> Corpus:
     """The corpus in `cache`, made from `text` if that is given and it is not there yet."""
-    from nha.data.corpus import open_corpus, prepare
+    from nha.data.corpus import open_corpus
+    from nha.data.prepare import prepare
     from nha.data.sources import check_sources
 
     if text is not None:
@@ -176,7 +177,7 @@ def read_text(source: loading.Source, text: list[str] | None, cache: Path, field
         def progress(documents: int, tokens: int) -> None:
             bar.update(task, completed=documents, description=f"reading text: {tokens / 1e6:.1f} M tokens")
 
-        found = prepare(text, cache, tokenizer, field=field, held_out=held_out, progress=progress)
+        found = prepare(text, cache, tokenizer, field=field, held_out_fraction=held_out, progress=progress)
         bar.update(task, total=len(found.held), completed=len(found.held))
     return found
 

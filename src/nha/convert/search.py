@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nha.data.recall import RecallSettings, training_row
+from nha.data.recall import RecallSettings, training_sequence
 from nha.data.text import blocks, calibration_text
 from nha.evaluate.perplexity import batch_tokens
 from nha.io import write_atomically
@@ -71,7 +71,7 @@ def search_data(
 ) -> SearchData:
     """Rows to search with, from texts (default: the built-in calibration text), which no evaluation reads.
 
-    Recall rows are those of training (`nha.data.recall.training_row`), facts at least 128 tokens back. Raises
+    Recall rows are those of training (`nha.data.recall.training_sequence`), facts at least 128 tokens back. Raises
     ValueError for too little text.
     """
     if min(text_rows, recall_rows) < 1:
@@ -82,7 +82,7 @@ def search_data(
     filler = np.concatenate([np.asarray(ids) for ids in plain])
     generator = np.random.default_rng(seed)
     settings = RecallSettings(distances=(min(128, length // 4), 1 << 20))
-    rows = [training_row(generator, tokenizer, filler, length, settings) for _ in range(recall_rows)]
+    rows = [training_sequence(generator, tokenizer, filler, length, settings) for _ in range(recall_rows)]
     ids, answers = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return SearchData(text, ids, answers)
 

@@ -1,114 +1,33 @@
-"""Documents of real text out of files, folders, JSON lines, parquet and `datasets` ids, one at a time."""
+"""Documents of real text from files, folders, JSON lines, parquet and `datasets` names, one at a time."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
-import re
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import IO, Any
+
+from nha.data.html import plain_text
+from nha.data.packages import check_package
 
 TEXT = (".txt", ".text", ".md", ".rst", ".pod")
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".parquet")
-BLOCKS = frozenset(
-    (
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "br",
-        "dd",
-        "div",
-        "dl",
-        "dt",
-        "figcaption",
-        "figure",
-        "footer",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "header",
-        "hr",
-        "li",
-        "main",
-        "nav",
-        "ol",
-        "p",
-        "pre",
-        "section",
-        "table",
-        "tr",
-        "ul",
-    )
-)
-SKIPPED = frozenset(("script", "style", "nav", "header", "footer", "head", "template", "noscript", "svg", "button"))
-VOID = frozenset(("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"))
-
-
-class _Page(HTMLParser):
-    """Collects the text of a page and, apart, that of its main part if it names one."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.all: list[str] = []
-        self.main: list[str] = []
-        self.open: list[tuple[str, bool, bool, bool]] = []  # tag, whether it is skipped, main, preformatted
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in BLOCKS:
-            self._add("\n")
-        if tag in VOID:
-            return
-        given = dict(attrs)
-        before = self.open[-1] if self.open else ("", False, False, False)
-        main = before[2] or tag == "main" or given.get("role") == "main"
-        link = tag == "a" and "headerlink" in (given.get("class") or "")
-        self.open.append((tag, before[1] or tag in SKIPPED or link, main, before[3] or tag == "pre"))
-
-    def handle_endtag(self, tag: str) -> None:
-        if any(tag == one[0] for one in self.open):
-            while self.open.pop()[0] != tag:
-                pass
-        if tag in BLOCKS:
-            self._add("\n\n" if tag in ("p", "pre", "table", "ul", "ol", "dl") or tag[0] == "h" else "\n")
-
-    def handle_data(self, data: str) -> None:
-        _, skipped, _, preformatted = self.open[-1] if self.open else ("", False, False, False)
-        if not skipped:
-            self._add(data if preformatted else re.sub(r"\s+", " ", data))
-
-    def _add(self, text: str) -> None:
-        self.all.append(text)
-        if self.open and self.open[-1][2]:
-            self.main.append(text)
-
-
-def plain_text(page: str) -> str:
-    """The readable text of an HTML page: its main part if it marks one, no scripts, styles or navigation.
-
-    >>> plain_text("<nav>Home</nav><main><h1>Title</h1><p>One &amp; <b>two</b></p><pre>a\\n  b</pre></main>")
-    'Title\\n\\nOne & two\\n\\na\\n  b'
-    """
-    parser = _Page()
-    parser.feed(page)
-    parser.close()
-    text = "".join(parser.main if "".join(parser.main).strip() else parser.all)
-    text = re.sub(r"\n (?=\S)", "\n", re.sub(r"[ \t]+\n", "\n", text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+DATASETS = "datasets:"
 
 
 def suffix(path: Path) -> str:
-    """A file's suffix in lower case, that of what it holds where it is compressed.
+    """A file's suffix in lower case, without that of its compression.
 
-    >>> suffix(Path("a/page.HTML.gz"))
-    '.html'
+    >>> suffix(Path("a/page.HTML.gz")), suffix(Path("a.jsonl.xz"))
+    ('.html', '.jsonl')
     """
-    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def files_of(source: Path) -> list[Path]:
@@ -118,103 +37,165 @@ def files_of(source: Path) -> list[Path]:
     return sorted(p for p in source.rglob("*") if p.is_file() and suffix(p) in (*TEXT, *HTML, *TABLES))
 
 
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of a UTF-8 file, decompressed as its suffix says.
+
+    Raises ValueError, with file and line, for bytes that are not UTF-8 and for compressed data that is damaged.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text in line {number} of {path}, got {error.reason}") from None
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise ValueError(f"expected whole {path.suffix} data after line {number} of {path}, got: {error}") from None
+    except OSError as error:
+        if error.errno is not None:  # a real one; bz2 raises its own without a number
+            raise
+        raise ValueError(f"expected whole {path.suffix} data after line {number} of {path}, got: {error}") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return COMPRESSED.get(path.suffix.lower(), open)(path, "rb")  # type: ignore[return-value]
+
+
 def read_whole(path: Path) -> str:
-    """A text file, unpacked if it is compressed. Raises ValueError for one that is not UTF-8 text."""
+    """A UTF-8 text file, decompressed as its suffix says. Raises ValueError as `lines_of` does."""
+    return "".join(line for _, line in lines_of(path))
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a file of JSON lines, which may be compressed; empty lines are skipped.
+
+    Raises ValueError, with file and line, for a line that is not one JSON object.
+    """
+    for number, line in lines_of(path):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):  # RecursionError: brackets nested by the thousand
+            raise ValueError(f"expected JSON in line {number} of {path}, got {line.strip()[:60]!r}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object in line {number} of {path}, got {type(found).__name__}")
+        yield number, found
+
+
+def text_in(row: dict[str, Any], field: str, place: str) -> str:
+    """The text in a field of a row; `place` names the row in errors.
+
+    >>> text_in({"text": "one"}, "text", "line 1 of a.jsonl")
+    'one'
+    >>> text_in({"body": "one"}, "text", "line 1 of a.jsonl")
+    Traceback (most recent call last):
+        ...
+    ValueError: expected a text in field 'text' in line 1 of a.jsonl, got the fields ['body']
+    """
+    text = row.get(field)
+    if not isinstance(text, str):
+        got = f"{type(text).__name__}" if field in row else f"the fields {sorted(map(str, row))}"
+        raise ValueError(f"expected a text in field {field!r} in {place}, got {got}")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-        return data.decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"expected UTF-8 text in {path}, got: {error}") from None
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        wrong = f"the lone surrogate {text[error.start]!a} at character {error.start}"
+        raise ValueError(f"expected Unicode text in field {field!r} in {place}, got {wrong}") from None
+    return text
 
 
-def json_lines(path: Path, field: str) -> Iterator[str]:
-    """The texts in `field` of a file of JSON lines, which may be compressed."""
-    with (
-        gzip.open(path, "rt", encoding="utf-8") if path.suffix.lower() == ".gz" else path.open(encoding="utf-8") as file
-    ):
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-            except ValueError:
-                raise ValueError(f"expected JSON in line {number} of {path}, got {line.strip()[:60]!r}") from None
-            if not isinstance(found, dict) or not isinstance(found.get(field), str):
-                got = sorted(found) if isinstance(found, dict) else type(found).__name__
-                raise ValueError(f"expected a text in field {field!r} in line {number} of {path}, got {got}")
-            yield found[field]
+def parquet_texts(path: Path, field: str) -> Iterator[str]:
+    """The texts in column `field` of a parquet file, batch by batch; nulls are skipped. Needs pyarrow."""
+    check_package("pyarrow", "data", f"to read {path}")
+    import pyarrow
+    import pyarrow.parquet as parquet
 
-
-def parquet_rows(path: Path, field: str) -> Iterator[str]:
-    """The texts in column `field` of a parquet file, batch by batch. Needs pyarrow."""
+    row = 0
     try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(f"expected the package pyarrow to read {path}, got none: pip install 'nha[data]'") from None
-    file = parquet.ParquetFile(path)
-    if field not in file.schema_arrow.names:
-        raise ValueError(f"expected a column {field!r} in {path}, got {file.schema_arrow.names}")
-    for batch in file.iter_batches(columns=[field]):
-        for text in batch.column(0).to_pylist():
-            if text is not None:
-                yield str(text)
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if field not in names:
+            raise ValueError(f"expected a column {field!r} in {path}, got {names}")
+        for batch in file.iter_batches(columns=[field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                if value is not None:
+                    yield text_in({field: value}, field, f"row {row} of {path}")
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"expected a whole parquet file in {path}, got: {error}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"expected a whole parquet file in {path}, got: {error}") from None
 
 
-def dataset_rows(name: str, field: str) -> Iterator[str]:
-    """The texts in `field` of a `datasets` id "datasets:NAME[:CONFIGURATION[:SPLIT]]", streamed."""
-    try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(f"expected the package datasets to read {name}, got none: pip install 'nha[data]'") from None
+def dataset_texts(name: str, field: str) -> Iterator[str]:
+    """The texts in `field` of "datasets:NAME[:CONFIGURATION[:SPLIT]]", streamed. Needs datasets."""
+    check_package("datasets", "data", f"to read {name}")
+    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+
     _, dataset, configuration, split = [*name.split(":"), "", "", ""][:4]
-    for row in load_dataset(dataset, configuration or None, split=split or "train", streaming=True):
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"expected a text in field {field!r} of {name}, got {sorted(row)}")
-        yield row[field]
+    rows = load_dataset(dataset, configuration or None, split=split or "train", streaming=True)
+    for number, row in enumerate(rows, 1):
+        yield text_in(row, field, f"row {number} of {name}")
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Raise ValueError for a source that does not exist, before anything is read."""
+    """Check that every source exists and that the packages to read it are installed, before anything is read.
+
+    Raises ValueError for a source that does not exist or holds no text files, ImportError for a missing package.
+    """
     if not sources:
         raise ValueError("expected at least one source of text, got none")
     for source in sources:
-        if source.startswith("datasets:"):
+        if source.startswith(DATASETS):
+            if not source.split(":")[1]:
+                raise ValueError(f"expected datasets:NAME[:CONFIGURATION[:SPLIT]], got {source!r}")
+            check_package("datasets", "data", f"to read {source}")
             continue
         path = Path(source)
         if not path.exists():
             raise ValueError(f"expected a file, a folder or datasets:NAME, there is nothing at {source}")
-        if path.is_dir() and not files_of(path):
+        files = files_of(path)
+        if path.is_dir() and not files:
             kinds = " ".join((*TEXT, *HTML, *TABLES))
-            raise ValueError(f"expected text files ({kinds}, or these as .gz) in {source}, there are none")
+            raise ValueError(f"expected text files ({kinds}, also as .gz, .xz or .bz2) in {source}, there are none")
+        found = {suffix(file): file for file in files}
+        if ".parquet" in found:
+            check_package("pyarrow", "data", f"to read {found['.parquet']}")
+        for kind in found.keys() & set(HTML):
+            check_package("selectolax", "data", f"to read {found[kind]}")
 
 
 def documents(sources: Sequence[str], field: str = "text") -> Iterator[str]:
     """The texts of all sources in order, one document at a time.
 
     A source is a text file, an HTML page (read as plain text), a .jsonl or .parquet file whose texts are in `field`,
-    one of the first three as .gz, a folder of all these, or "datasets:NAME[:CONFIGURATION[:SPLIT]]". Raises ValueError
-    for a file that is not what its name says.
+    one of the first three compressed (.gz, .xz, .bz2), a folder of all these, or
+    "datasets:NAME[:CONFIGURATION[:SPLIT]]". Raises ValueError, with file and line or row, for content that is not what
+    the name says, and as `check_sources` does.
     """
     check_sources(sources)
     for source in sources:
-        if source.startswith("datasets:"):
-            yield from dataset_rows(source, field)
+        if source.startswith(DATASETS):
+            yield from dataset_texts(source, field)
             continue
         for path in files_of(Path(source)):
             kind = suffix(path)
             if kind == ".jsonl":
-                yield from json_lines(path, field)
+                yield from (text_in(row, field, f"line {number} of {path}") for number, row in json_rows(path))
             elif kind == ".parquet":
-                yield from parquet_rows(path, field)
+                yield from parquet_texts(path, field)
             else:
                 yield plain_text(read_whole(path)) if kind in HTML else read_whole(path).strip()
 
 
 def fingerprint(sources: Sequence[str], field: str) -> dict[str, list[int] | str]:
-    """What tells whether sources are still what they were: sizes and times of change of all files, by path."""
+    """Sizes and times of change of all files, by path: equal as long as the sources are."""
     found: dict[str, list[int] | str] = {"field": field}
     for source in sources:
-        if source.startswith("datasets:"):
+        if source.startswith(DATASETS):
             found[source] = "datasets"
             continue
         for path in files_of(Path(source)):

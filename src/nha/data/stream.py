@@ -1,114 +1,82 @@
-"""The batches of a training run: packed rows of a corpus and of recall text, each a function of its number alone."""
+"""The batches of a training run: packed text and recall sequences, each a function of its step alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
 
-from nha.data.corpus import Corpus, Rows
-from nha.data.recall import RecallSettings, training_row
+from nha.data.corpus import Corpus
+from nha.data.packing import PackedSequences, pack
+from nha.data.recall import RecallSettings, training_sequence
 
 TEXT, RECALL = "text", "recall"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the batches of a run are made of.
+    """The composition of a run's batches.
 
     Attributes:
-        steps: optimizer steps in all; the last `long_steps` of them have fewer, longer rows, of `long_length` tokens.
-        rows, length: rows of a step (on each device) and tokens of a row.
-        share: of the rows that are recall text.
-        recall: what recall text is made of; longer rows hold more facts in proportion. `grow` is the share of the
-            steps after which a row holds the most facts that it allows; before, they are fewer (0: from the start).
-        divergence, cross_entropy, answers: weights of the losses: divergence and cross-entropy are means over all
-            tokens, `answers` is the weight of the mean cross-entropy of answers.
-        apart: recall text makes a batch of its own, so that its gradient can be treated by itself.
-        micro_batch_size: rows that go through the model at a time (0: all).
+        steps: optimizer steps in all; the last `long_steps` of them have fewer sequences, of `long_seq_len` tokens.
+        batch_size, seq_len: sequences of a step (on each device) and tokens of a sequence.
+        recall_fraction: fraction of the sequences that are recall text.
+        recall: how recall text is drawn; longer sequences hold more facts in proportion.
+        fact_warmup: fraction of the steps over which the facts of a sequence grow from the minimum to the maximum
+            (0: the maximum from the start).
+        kl_weight, cross_entropy_weight, answer_weight: weights of the losses. KL and cross-entropy are means over all
+            tokens, `answer_weight` is that of the mean cross-entropy of answers.
+        separate_recall: recall text makes a batch of its own, so that its gradient can be scaled by itself.
+        micro_batch_size: sequences in one forward pass (0: all).
         seed: of everything random.
     """
 
     steps: int
-    rows: int = 16
-    length: int = 2048
+    batch_size: int = 16
+    seq_len: int = 2048
     long_steps: int = 0
-    long_length: int = 8192
-    share: float = 0.125
+    long_seq_len: int = 8192
+    recall_fraction: float = 0.125
     recall: RecallSettings = field(default_factory=RecallSettings)
-    grow: float = 0.0
-    divergence: float = 1.0
-    cross_entropy: float = 0.0
-    answers: float = 0.5
-    apart: bool = True
+    fact_warmup: float = 0.0
+    kl_weight: float = 1.0
+    cross_entropy_weight: float = 0.0
+    answer_weight: float = 0.5
+    separate_recall: bool = True
     micro_batch_size: int = 0
     seed: int = 0
 
     def shape(self, step: int) -> tuple[int, int]:
-        """Rows and tokens of a row in a step."""
+        """Sequences of a step and tokens of a sequence."""
         if step < self.steps - self.long_steps:
-            return self.rows, self.length
-        return max(1, self.rows * self.length // self.long_length), self.long_length
+            return self.batch_size, self.seq_len
+        return max(1, self.batch_size * self.seq_len // self.long_seq_len), self.long_seq_len
 
-    def recall_rows(self, step: int) -> int:
-        """How many rows of a step are recall text: `share` of them, over steps where that is no whole number.
+    def num_recall(self, step: int) -> int:
+        """Recall sequences of a step: `recall_fraction` of them, as a mean over steps if that is no integer.
 
-        >>> [Mixture(4, rows=4, share=0.375).recall_rows(step) for step in range(4)]
+        >>> [Mixture(4, batch_size=4, recall_fraction=0.375).num_recall(step) for step in range(4)]
         [1, 2, 1, 2]
         """
-        rows = self.shape(step)[0]
-        return math.floor((step + 1) * rows * self.share) - math.floor(step * rows * self.share)
+        size, fraction = self.shape(step)[0], self.recall_fraction
+        return math.floor((step + 1) * size * fraction) - math.floor(step * size * fraction)
 
-    def recall_at(self, step: int) -> RecallSettings:
-        """The settings of recall text in a step: more facts later, if they are to grow, and in longer rows.
+    def recall_settings(self, step: int) -> RecallSettings:
+        """The settings of recall text in a step: more facts as they warm up, and in longer sequences.
 
-        >>> [Mixture(4, long_steps=1).recall_at(step).facts for step in (2, 3)]
+        >>> [Mixture(4, long_steps=1).recall_settings(step).facts for step in (2, 3)]
         [(1, 16), (1, 64)]
         """
-        least, most = self.recall.facts
-        done = min(1.0, step / (self.grow * self.steps)) if self.grow else 1.0
-        share = max(1.0, self.shape(step)[1] / self.length)  # as many questions among as many tokens
-        return replace(self.recall, facts=(least, round(share * least * (most / least) ** done)))
-
-
-def pack(
-    rows: Sequence[tuple[np.ndarray, list[int], np.ndarray | None]],
-) -> dict[str, np.ndarray]:
-    """Rows (tokens [T], where their texts start, which tokens are answers [T]) as one row of packed texts.
-
-    Returns `ids` and `position_ids` [1, N], `cu_seqlens` int32 with empty texts at the end up to a power of two and
-    four for each row (so that few shapes occur), `target` [N] (the token after each, 0 for the last), `follows` and
-    `answers` [N] float32: whether that token belongs to the same text, and whether it is part of an answer.
-    """
-    ids = np.concatenate([row[0] for row in rows])
-    at, starts = 0, []
-    for tokens, inner, _ in rows:
-        starts += [at + start for start in inner]
-        at += len(tokens)
-    bounds = np.array([*starts, len(ids)])
-    position = np.arange(len(ids)) - np.repeat(bounds[:-1], np.diff(bounds))
-    follows = np.ones(len(ids), np.float32)
-    follows[bounds[1:] - 1] = 0
-    answers = np.zeros(len(ids), np.float32)
-    told = [np.zeros(len(row[0]), bool) if row[2] is None else row[2] for row in rows]
-    answers[:-1] = np.concatenate(told)[1:]
-    texts = 1 << (max(len(starts), 4 * len(rows)) - 1).bit_length()
-    cu = np.full(texts + 1, len(ids), np.int32)
-    cu[: len(starts)] = starts
-    return {
-        "ids": ids[None],
-        "position_ids": position[None],
-        "cu_seqlens": cu,
-        "target": np.append(ids[1:], 0),
-        "follows": follows,
-        "answers": answers * follows,
-    }
+        low, high = self.recall.facts
+        done = min(1.0, step / (self.fact_warmup * self.steps)) if self.fact_warmup else 1.0
+        scale = max(1.0, self.shape(step)[1] / self.seq_len)  # keeps the questions per token
+        return replace(self.recall, facts=(low, round(scale * low * (high / low) ** done)))
 
 
 class Stream(Dataset):
@@ -117,47 +85,56 @@ class Stream(Dataset):
     Item i depends on (corpus, tokenizer, mixture, rank, world, i) alone: any process can make it, in any order.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, mixture: Mixture, rank: int = 0, world: int = 1):
+    def __init__(
+        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, rank: int = 0, world: int = 1
+    ):
         self.corpus, self.tokenizer, self.mixture = corpus, tokenizer, mixture
         self.rank, self.world = rank, world
-        self._rows = {n: Rows(corpus, n, mixture.seed) for n in {mixture.length, mixture.long_length}}
+        lengths = {mixture.seq_len, mixture.long_seq_len}
+        self._packed = {n: PackedSequences(corpus, n, mixture.seed) for n in lengths}
 
     def __len__(self) -> int:
         return self.mixture.steps
 
     def __getitem__(self, step: int) -> list[tuple[str, dict[str, Tensor]]]:
         mixture = self.mixture
-        rows, length = mixture.shape(step)
-        recall = mixture.recall_rows(step)
-        # Text rows are numbered through all steps of their length, over all ranks.
-        first = 0 if length == mixture.length else mixture.steps - mixture.long_steps
-        before = (step - first) * rows - (
-            math.floor(step * rows * mixture.share) - math.floor(first * rows * mixture.share)
-        )
-        number = before * self.world + self.rank * (rows - recall)
-        stream = self._rows[length]
-        text = [(*stream.row(number + i), None) for i in range(rows - recall)]
-        told = [self._recall_row(step, i, length) for i in range(recall)]
-        groups = [(TEXT, text), (RECALL, told)] if mixture.apart else [(TEXT, [*text, *told])]
-        size = mixture.micro_batch_size or rows
-        made = [(name, pack(group[at : at + size])) for name, group in groups for at in range(0, len(group), size)]
+        size, seq_len = mixture.shape(step)
+        num_recall = mixture.num_recall(step)
+        packed, first = self._packed[seq_len], self._first_text(step)
+        text = [(*packed.sequence(first + i), None) for i in range(size - num_recall)]
+        recall = [self._recall_sequence(step, i, seq_len) for i in range(num_recall)]
+        groups = [(TEXT, text), (RECALL, recall)] if mixture.separate_recall else [(TEXT, [*text, *recall])]
+        micro = mixture.micro_batch_size or size
+        made = [(name, pack(group[at : at + micro])) for name, group in groups for at in range(0, len(group), micro)]
         counted = max(1.0, sum(float(batch["follows"].sum()) for _, batch in made))
         answers = max(1.0, sum(float(batch["answers"].sum()) for _, batch in made))
         for _, batch in made:
-            by_answers = batch["answers"] * np.float32(mixture.answers / answers)
-            batch["by_divergence"] = batch["follows"] * np.float32(mixture.divergence / counted)
-            batch["by_cross_entropy"] = batch["follows"] * np.float32(mixture.cross_entropy / counted) + by_answers
+            by_answers = batch["answers"] * np.float32(mixture.answer_weight / answers)
+            batch["by_divergence"] = batch["follows"] * np.float32(mixture.kl_weight / counted)
+            batch["by_cross_entropy"] = (
+                batch["follows"] * np.float32(mixture.cross_entropy_weight / counted) + by_answers
+            )
         return [(name, {key: torch.from_numpy(value) for key, value in batch.items()}) for name, batch in made]
 
-    def _recall_row(self, step: int, slot: int, length: int) -> tuple[np.ndarray, list[int], np.ndarray]:
+    def _first_text(self, step: int) -> int:
+        """The number of this step's first text sequence, counted over all steps of its length and all ranks."""
+        mixture = self.mixture
+        size, seq_len = mixture.shape(step)
+        start = 0 if seq_len == mixture.seq_len else mixture.steps - mixture.long_steps
+        fraction = mixture.recall_fraction
+        recall_before = math.floor(step * size * fraction) - math.floor(start * size * fraction)
+        before = (step - start) * size - recall_before
+        return before * self.world + self.rank * (size - mixture.num_recall(step))
+
+    def _recall_sequence(self, step: int, slot: int, seq_len: int) -> tuple[np.ndarray, list[int], np.ndarray]:
         generator = np.random.default_rng([self.mixture.seed, 13, step, self.rank, slot])
-        filler: Any = self.corpus.filler(generator)
-        ids, answers = training_row(generator, self.tokenizer, filler, length, self.mixture.recall_at(step))
+        filler = self.corpus.filler(generator)
+        ids, answers = training_sequence(generator, self.tokenizer, filler, seq_len, self.mixture.recall_settings(step))
         return ids, [0], answers
 
 
-class FromStep(Sampler[int]):
-    """The numbers of the steps that are left, beginning with `start`; its length is that of the whole run."""
+class ResumeSampler(Sampler[int]):
+    """The steps from `start` on; its length is that of the whole run."""
 
     def __init__(self, steps: int, start: int):
         self.steps, self.start = steps, start

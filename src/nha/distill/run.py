@@ -166,17 +166,17 @@ class DistillSettings:
         recall = dataclasses.replace(self.recall, distances=distances)
         return Mixture(
             steps=steps + long_steps,
-            rows=self.rows,
-            length=self.length,
+            batch_size=self.rows,
+            seq_len=self.length,
             long_steps=long_steps,
-            long_length=self.long_length,
-            share=self.recall_share,
+            long_seq_len=self.long_length,
+            recall_fraction=self.recall_share,
             recall=recall,
-            grow=self.grow,
-            divergence=self.divergence,
-            cross_entropy=self.cross_entropy,
-            answers=self.answers,
-            apart=self.gradients != "together",
+            fact_warmup=self.grow,
+            kl_weight=self.divergence,
+            cross_entropy_weight=self.cross_entropy,
+            answer_weight=self.answers,
+            separate_recall=self.gradients != "together",
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
         )
@@ -230,7 +230,7 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> 
     if read > vocabulary:
         raise ValueError(f"expected a corpus of at most {vocabulary} different tokens, the model's, got one of {read}")
     shortest = min((w for w in windows if w != FULL), default=0)
-    longest = int(corpus.lengths[corpus.training].max(initial=0))
+    longest = int(corpus.lengths[corpus.train_indices].max(initial=0))
     if longest <= shortest:
         raise ValueError(
             f"expected documents longer than the window, {shortest} tokens, the longest of {corpus.path} has {longest}"
@@ -240,7 +240,7 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> 
 def stage_one_ids(corpus: Corpus, settings: DistillSettings, windows: list[int]) -> Tensor:
     """Texts [N, T] that gates, sinks and stage 1 learn from: single documents, longer than the windows."""
     rows = max(settings.align_rows, -(-SINK_TOKENS // settings.length))
-    return torch.from_numpy(corpus.texts(rows, settings.length, settings.seed, max(max(windows) + 1, 2)))
+    return torch.from_numpy(corpus.sample(rows, settings.length, settings.seed, max(max(windows) + 1, 2)))
 
 
 def trainer_of(
@@ -342,7 +342,7 @@ def distill(
         model: a model that `AutoModelForCausalLM` loaded, of one of the supported families, on the device and in the
             dtype to compute in (what is trained is kept in float32).
         tokenizer: the model's.
-        corpus: from `nha.data.corpus.prepare` or `open_corpus`.
+        corpus: from `nha.data.prepare.prepare` or `open_corpus`.
         run: the directory of the run.
         settings: default `DistillSettings()`.
         compiled: "layers" compiles decoder layers, "nothing" nothing. Default: "layers" on one GPU, else "nothing".

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from nha.data.stream import FromStep, Stream
+from nha.data.stream import ResumeSampler, Stream
 from nha.distill.cuda_graphs import Recorder
 from nha.distill.student import SUMS, Distillation, whole
 from nha.io import write_atomically
@@ -118,7 +118,7 @@ class DistillTrainer(Trainer):
         """Steps from where the run stands, made ahead by another process where there is a GPU to keep busy."""
         cuda = self.args.device.type == "cuda"
         options: dict[str, Any] = {"num_workers": 2, "prefetch_factor": 4, "pin_memory": True} if cuda else {}
-        sampler = FromStep(len(self.stream), self.start)
+        sampler = ResumeSampler(len(self.stream), self.start)
         return DataLoader(self.stream, batch_size=None, sampler=sampler, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
@@ -162,7 +162,7 @@ class DistillTrainer(Trainer):
         for own, sums in losses:
             loss += own
             self.sums = sums if self.sums is None else self.sums + sums
-        self.norms = combine(parts, parameters, self.treatment, self.clip, self.stream.mixture.answers)
+        self.norms = combine(parts, parameters, self.treatment, self.clip, self.stream.mixture.answer_weight)
         return loss
 
     def drops_window(self, step: int) -> bool:

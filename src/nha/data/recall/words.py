@@ -1,7 +1,7 @@
 """The words that recall text is made of: one set to train on and one to measure with, which share nothing.
 
-A `Wording` says how a fact is stated and asked for. `{key}` and a word as `{value}` always follow a blank, which
-belongs to the word; a number follows the blank that the sentence brings.
+A `Wording` is how a fact is stated and asked for. `{key}` and a word as `{value}` always follow a space, which
+belongs to the word; a number follows the space that the sentence brings.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ class Wording:
         task: "fact", "passkey", "needle", "phone_book", "pairs" or "copy".
         key: what `{key}` stands for: "name" (first name and surname), "word", or "" for a fact without a key.
         value: what `{value}` stands for: "digits", "word" or "words" (a list, to be copied).
-        say, ask: the statement, and the question that ends with the answer.
+        statement, question: the statement, and the question that ends with the answer.
     """
 
     task: str
     key: str
     value: str
-    say: str
-    ask: str
+    statement: str
+    question: str
 
 
 @dataclass(frozen=True)
 class Words:
-    """What one side, training or evaluation, draws from."""
+    """Names, nouns and wordings of one side, training or evaluation."""
 
     first: tuple[str, ...]
     last: tuple[str, ...]
@@ -41,9 +41,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-def _again(task: str, key: str, value: str, say: str, end: str = ".") -> Wording:
+def _restated(task: str, key: str, value: str, statement: str, end: str = ".") -> Wording:
     """A wording whose question is the statement once more."""
-    return Wording(task, key, value, f"\n\n{say}{end}\n\n", f"\n\n{say}")
+    return Wording(task, key, value, f"\n\n{statement}{end}\n\n", f"\n\n{statement}")
 
 
 TRAINING = Words(
@@ -83,10 +83,10 @@ TRAINING = Words(
         water whale wheat wheel whistle window winter wolf wood wool yard zebra"""
     ),
     wordings=(
-        _again("fact", "name", "digits", "The secret code of {key} is {value}"),
-        _again("fact", "name", "digits", "The account number of {key} is {value}"),
-        _again("fact", "name", "digits", "According to the list, {key} has badge number {value}"),
-        _again("fact", "name", "digits", "The car of {key} is parked in space {value}"),
+        _restated("fact", "name", "digits", "The secret code of {key} is {value}"),
+        _restated("fact", "name", "digits", "The account number of {key} is {value}"),
+        _restated("fact", "name", "digits", "According to the list, {key} has badge number {value}"),
+        _restated("fact", "name", "digits", "The car of {key} is parked in space {value}"),
         Wording(
             "fact",
             "name",
@@ -101,9 +101,9 @@ TRAINING = Words(
             "\n\nPlease note: {key} is staying in room {value}.\n\n",
             "\n\nWhich room is {key} staying in? The answer is {value}",
         ),
-        _again("fact", "name", "word", "The password of {key} is {value}"),
-        _again("fact", "name", "word", "The favorite thing of {key} is the {value}"),
-        _again("fact", "name", "word", "As everyone knows, {key} used to own a {value}"),
+        _restated("fact", "name", "word", "The password of {key} is {value}"),
+        _restated("fact", "name", "word", "The favorite thing of {key} is the {value}"),
+        _restated("fact", "name", "word", "As everyone knows, {key} used to own a {value}"),
         Wording(
             "fact",
             "name",
@@ -171,7 +171,7 @@ TRAINING = Words(
         Wording("pairs", "word", "word", "\nThe {key} goes with the {value}.", "\nThe {key} goes with the {value}"),
         Wording("pairs", "word", "word", "\n* {key} -> {value}", "\n* {key} -> {value}"),
         Wording("pairs", "word", "digits", "\nItem: {key}, number {value}", "\nItem: {key}, number {value}"),
-        _again("copy", "name", "words", "The shopping list of {key} reads: {value}"),
+        _restated("copy", "name", "words", "The shopping list of {key} reads: {value}"),
         Wording("copy", "word", "words", "\n\nChapter {key}: {value}.\n\n", "\n\nAgain, chapter {key}: {value}"),
     ),
 )
@@ -192,8 +192,8 @@ EVALUATION = Words(
         shovel spoon sunset swan tulip turnip umbrella vase walnut wax willow"""
     ),
     wordings=(
-        _again("fact", "name", "digits", "The locker combination of {key} is {value}"),
-        _again("fact", "name", "word", "The lucky charm of {key} is the {value}"),
+        _restated("fact", "name", "digits", "The locker combination of {key} is {value}"),
+        _restated("fact", "name", "word", "The lucky charm of {key} is the {value}"),
         Wording(
             "passkey",
             "",
