@@ -53,7 +53,7 @@ from nha.distill.run import (
     trainer_of,
 )
 from nha.distill.student import Distillation
-from nha.evaluate.measure import Suite, measure_form, measure_texts, standard_suite
+from nha.evaluate.measure import Suite, measure_model, measure_texts, standard_suite
 from nha.evaluate.variants import use_variant
 from nha.io import write_atomically
 from nha.models import loading
@@ -186,8 +186,8 @@ def suite_of(corpus: Corpus, tokenizer: Any, options: argparse.Namespace) -> Sui
         tokenizer,
         documents,
         lengths=lengths,
-        texts=16 if options.quick else options.texts,
-        rows=8 if options.quick else options.rows,
+        max_documents=16 if options.quick else options.texts,
+        num_questions=8 if options.quick else options.rows,
         tasks=options.tasks,
         seed=0,
     )
@@ -196,14 +196,14 @@ def suite_of(corpus: Corpus, tokenizer: Any, options: argparse.Namespace) -> Sui
 def measure(model: Any, suite: Suite, settings: DistillSettings | None, generate: bool) -> dict[str, Any]:
     """The columns of a row: the model as trained, and a hybrid also without slots and without window."""
     if settings is None:
-        return measure_form(model, suite, generate=generate)
+        return measure_model(model, suite, generate=generate)
     form = "slots_off" if settings.slots_off else "hybrid"
     with use_variant(model, form):
-        found = measure_form(model, suite, generate=generate)
+        found = measure_model(model, suite, generate=generate)
     if form == "hybrid" and any(window >= 0 for window in model.config.window_sizes):
         teacher_forced = Suite(suite.texts, [one for one in suite.recall if one.task in ("one_fact", "four_facts")])
         with use_variant(model, "slots_off"):
-            found["slots_off"] = measure_form(model, teacher_forced, generate=False)
+            found["slots_off"] = measure_model(model, teacher_forced, generate=False)
         with use_variant(model, "window_off"):
             found["window_off"] = measure_texts(model, suite.texts)
     return found
@@ -325,7 +325,7 @@ class Sweep:
         if log:
             with (self.out / "logs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(about | {"log": log}) + "\n")
-        parts = [f"{key} {row[key]:.3f}" for key in ("ppl_2k", "ppl_8k", "far_2k") if key in row]
+        parts = [f"{key} {row[key]:.3f}" for key in ("ppl_2k", "ppl_8k", "repeats_2k") if key in row]
         for task, found in row.get("recall", {}).items():
             parts.append(f"{task} " + " ".join(f"{d}:{s['digits']:.2f}/{s['exact']:.2f}" for d, s in found.items()))
         self.say(row["arm"], row["seed"], f"{row['tokens_per_s'] or 0:,.0f} tokens/s", "; ".join(parts))

@@ -42,6 +42,13 @@ PICTURED = {
     "sink128": "window 128 alone",
 }
 DPI = 160
+# Settings of recall text in summaries of before their names changed.
+RENAMED = {
+    "far": "long_range_fraction",
+    "scattered": "scattered_fraction",
+    "exam": "questions_at_end_fraction",
+    "copied": "copy_words",
+}
 
 
 def name_of(row: Row, pictured: bool = False) -> str:
@@ -79,13 +86,15 @@ def distances(rows: Sequence[Row]) -> list[int]:
 def changed(settings: Row, plain: Row) -> list[str]:
     """Settings that differ from the plain ones, those of a group one by one.
 
-    >>> changed({"tokens": 1e6, "seed": 1, "recall": {"far": 0.5, "exam": 0.3}}, {"recall": {"far": 0.0, "exam": 0.3}})
-    ['seed 1', 'far 0.5']
+    >>> plain = {"recall": {"long_range_fraction": 0.0, "digits": [3, 7]}}
+    >>> changed({"tokens": 1e6, "seed": 1, "recall": {"far": 0.5, "digits": [3, 7]}}, plain)
+    ['seed 1', 'long_range_fraction 0.5']
     """
     found = []
     for name, value in settings.items():
         if isinstance(value, dict):
-            found += changed({k: v for k, v in value.items() if v != plain[name][k]}, {})
+            renamed = {RENAMED.get(k, k): v for k, v in value.items()}
+            found += changed({k: v for k, v in renamed.items() if v != plain[name].get(k)}, {})
         elif name not in ("tokens", "save_every", "full_layers"):
             found.append(f"{name} {value}")
     return found

@@ -34,7 +34,7 @@ def run(places, *arguments):
 
 
 def test_recall_of_every_form_and_of_another_model(places, tmp_path):
-    options = ["--tasks", "one_fact,copy", "--length", "900", "--rows", "2", "--distances", "300,600"]
+    options = ["--tasks", "one_fact,copy", "--length", "900", "--questions", "2", "--distances", "300,600"]
     compare = ["--ablations", "--compare", f"teacher={places / 'tiny'}", "--output", str(tmp_path / "out")]
     result = run(places, "recall", "@hybrid", *options, *compare, "--json")
     assert result.exit_code == 0, result.output
@@ -53,7 +53,7 @@ def test_recall_of_every_form_and_of_another_model(places, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_numbers(places):
-    options = ["--tasks", "one_fact", "--length", "700", "--rows", "3", "--distances", "300", "--json"]
+    options = ["--tasks", "one_fact", "--length", "700", "--questions", "3", "--distances", "300", "--json"]
     rows = [
         json.loads(run(places, "recall", "@hybrid", *options, "--seed", seed).stdout)["results"]["model"]["recall"]
         for seed in ("0", "0", "1")
@@ -63,17 +63,51 @@ def test_the_same_seed_gives_the_same_numbers(places):
 
 def test_everything_is_saved_whole(places, tmp_path):
     output = tmp_path / "results"
-    options = ["--lengths", "700,1200", "--texts", "2", "--rows", "1", "--tasks", "one_fact,mqar"]
+    options = ["--lengths", "700,1200", "--documents", "2", "--questions", "1", "--tasks", "one_fact,mqar"]
     result = run(places, "all", "@hybrid", str(output), *options, "--compare", f"teacher={places / 'tiny'}")
     assert result.exit_code == 0, result.output
     assert {path.name for path in output.iterdir()} == {"evaluation.json", "recall.png"}
     found = json.loads((output / "evaluation.json").read_text())
-    assert set(found["results"]) == {"model", "teacher"} and found["texts"] == {"700": 2, "1200": 2}
-    assert {"ppl_700", "ppl_1200", "far_700", "recall", "slot_mass"} <= set(found["results"]["model"])
+    assert set(found["results"]) == {"model", "teacher"} and found["documents"] == {"700": 2, "1200": 2}
+    assert {"ppl_700", "ppl_1200", "repeats_700", "recall", "slot_mass"} <= set(found["results"]["model"])
     assert "teacher" in result.stdout and "one fact" in result.stdout
     again = run(places, "all", "@hybrid", str(output), *options)
     assert again.exit_code == 2 and "it already holds files" in again.stderr.replace("\n", " ")
     assert json.loads((output / "evaluation.json").read_text()) == found
+
+
+def test_an_interrupted_evaluation_resumes_with_the_same_numbers(places, tmp_path, monkeypatch):
+    import nha.evaluate.compare as module
+
+    options = ["--lengths", "700", "--documents", "2", "--questions", "2", "--tasks", "one_fact"]
+    compare = ["--compare", f"[teacher]={places / 'tiny'}"]
+    whole = run(places, "all", "@hybrid", str(tmp_path / "whole"), *options, *compare)
+    assert whole.exit_code == 0, whole.output
+    assert "[teacher]" in whole.stdout
+    real, loaded = module.loading.load, []
+
+    def stopped(source, **given):
+        loaded.append(source.name)
+        if len(loaded) == 2:
+            raise KeyboardInterrupt
+        return real(source, **given)
+
+    output = tmp_path / "[out]"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.loading, "load", stopped)
+        interrupted = run(places, "all", "@hybrid", str(output), *options, *compare)
+    assert interrupted.exit_code == 130 and not output.exists()
+    other = run(places, "all", "@hybrid", str(output), *options, *compare, "--seed", "1")
+    assert other.exit_code == 2 and "seed = 0, got 1" in other.stderr.replace("\n", " ")
+    again = run(places, "all", "@hybrid", str(output), *options, *compare)
+    assert again.exit_code == 0, again.output
+    assert "resuming: 1 parts" in again.stderr and str(output) in again.stderr.replace("\n", "")
+    found, wanted = (json.loads((path / "evaluation.json").read_text()) for path in (output, tmp_path / "whole"))
+    for results in (found, wanted):
+        for row in results["results"].values():
+            row.pop("seconds")
+    assert found == wanted
+    assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -84,12 +118,12 @@ def test_everything_is_saved_whole(places, tmp_path):
             ["recall", "@tiny", "--dtype", "int8"],
             "expected --dtype to be auto, float32, bfloat16 or float16, got 'int8'",
         ),
-        (["recall", "@tiny", "--rows", "0"], "expected --rows of at least 1, got 0"),
+        (["recall", "@tiny", "--questions", "0"], "expected --questions of at least 1, got 0"),
         (["recall", "@tiny", "--metric", "vibes"], "expected --metric out of digits, exact, generated, got 'vibes'"),
         (["recall", "@tiny", "--metric", "generated", "--no-generate"], "expected --metric out of digits, exact, got"),
         (["recall", "@tiny", "--distances", "near"], "expected --distances to be integers"),
         (["recall", "@tiny", "--distances", "5", "--length", "900"], "a value too near"),
-        (["recall", "@tiny", "--length", "160"], "expected rows long enough for a question"),
+        (["recall", "@tiny", "--length", "160"], "expected sequences long enough for a question"),
         (["recall", "@tiny", "--ablations"], "expected a hybrid for --ablations"),
         (["recall", "@tiny", "--compare", "teacher"], "expected --compare as NAME=MODEL"),
         (["recall", "@tiny", "--compare", "model=x"], "expected --compare as NAME=MODEL with a name of its own"),
@@ -108,12 +142,12 @@ def test_bad_input_is_one_line_and_writes_nothing(places, arguments, message):
     result = run(places, *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr.replace("\n", " ")
-    assert result.stderr.strip().startswith("error:")
+    assert result.stderr.strip().splitlines()[-1].startswith("error:")
     assert not (places / "new").exists()
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(places, tmp_path):
-    options = ["--tasks", "one_fact", "--length", "700", "--rows", "1", "--distances", "300"]
+    options = ["--tasks", "one_fact", "--length", "700", "--questions", "1", "--distances", "300"]
     output = ["--output", str(tmp_path / "out")]
     result = run(places, "recall", "@tiny", *options, "--compare", f"other={places / 'other'}", *output)
     assert result.exit_code == 2

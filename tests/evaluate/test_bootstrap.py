@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nha.evaluate.bootstrap import interval
+from nha.evaluate.bootstrap import interval, wilson
 
 
 @pytest.mark.parametrize("draw", ["normal", "coin"])
@@ -40,3 +40,20 @@ def test_intervals_are_a_function_of_values_and_seed():
 def test_what_has_no_interval_is_refused(values, options, message):
     with pytest.raises(ValueError, match=message):
         interval(values, **options)
+
+
+@pytest.mark.parametrize("p, n", [(0.5, 40), (0.95, 40), (0.02, 200)])
+def test_wilson_intervals_cover_the_truth_as_often_as_they_say(p, n):
+    # the exact probability, a sum over all counts; Wilson's is within 4 points of its level at these sizes
+    from math import comb
+
+    covered = sum(
+        comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1) if wilson(k, n)[0] <= p <= wilson(k, n)[1]
+    )
+    assert covered == pytest.approx(0.95, abs=0.04)
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 0), (-1, 3), (4, 3)])
+def test_counts_that_cannot_be_have_no_interval(successes, trials):
+    with pytest.raises(ValueError, match="expected 0 <= successes <= trials"):
+        wilson(successes, trials)

@@ -60,12 +60,12 @@ def test_shares_are_those_of_the_definition(impl):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 def test_every_layer_with_slots_has_a_share_and_no_other(family):
     found = slot_mass(hybrid(family, [8, -1, 4]), tokens(2, 40))
-    for shares in (found.slots, found.sink, found.top_head):
+    for shares in (found.slots, found.sink, found.max_head):
         assert [share is None for share in shares] == [False, True, False]
         assert all(0 <= share <= 1 for share in shares if share is not None)
     known = [share for share in found.slots if share is not None]
     assert found.mean == pytest.approx(sum(known) / 2)
-    assert all(a <= b for a, b in zip(known, [t for t in found.top_head if t is not None], strict=True))
+    assert all(a <= b for a, b in zip(known, [t for t in found.max_head if t is not None], strict=True))
 
 
 def test_a_model_trained_from_scratch_is_measured_too():

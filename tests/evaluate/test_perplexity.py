@@ -21,7 +21,7 @@ def test_neither_segments_nor_batches_change_the_losses(model, segment, most, mo
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     whole = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    assert torch.allclose(perplexity(model, ids, most=most).losses, whole, atol=2e-4)
+    assert torch.allclose(perplexity(model, ids, max_batch_tokens=most).losses, whole, atol=2e-4)
 
 
 def test_positions_are_those_of_the_predicted_tokens():
@@ -48,7 +48,7 @@ def test_intervals_are_of_the_mean_over_texts():
 def test_progress_ends_at_the_number_of_tokens():
     seen = []
     for most in (10, 20, 1000):
-        perplexity(teacher(), tokens(2, 20), most=most, progress=lambda *x: seen.append(x))
+        perplexity(teacher(), tokens(2, 20), max_batch_tokens=most, progress=lambda *x: seen.append(x))
         assert seen[-1] == (40, 40)
 
 

@@ -32,10 +32,10 @@ def rows_of(model, length, count, right):
 def test_scores_are_those_of_greedy_decoding_whatever_is_read_together(name, most):
     model = MODELS[name]()
     sets = [rows_of(model, 40, 3, 4), rows_of(model, 40, 2, 6), rows_of(model, 56, 3, 1)]
-    found = measure_recall(model, sets, most=most)
+    found = measure_recall(model, sets, max_batch_tokens=most)
     for score, recall_set, count, right in zip(found, sets, (3, 2, 3), (4, 6, 1), strict=True):
         wanted = np.arange(6) < right
-        assert score.length == recall_set.ids.shape[1]
+        assert score.seq_len == recall_set.ids.shape[1]
         assert (score.exact == wanted).all() and score.generated is not None and (score.generated == wanted).all()
         assert np.allclose(score.digits, np.where(wanted, 1.0, (count - 1) / count))
 
@@ -45,13 +45,13 @@ def test_generation_can_be_left_out():
     (score,) = measure_recall(model, [rows_of(model, 30, 2, 3)], generate=False)
     data = score.to_dict()
     assert score.generated is None and data["generated"] is None and data["generated_interval"] is None
-    assert data["exact"] == 0.5 and data["digits"] == 0.75 and data["rows"] == 6
+    assert data["exact"] == 0.5 and data["digits"] == 0.75 and data["count"] == 6
     assert data["exact_interval"][0] < 0.5 < data["exact_interval"][1]
 
 
 def test_progress_ends_at_the_number_of_rows():
     model, seen = teacher(), []
-    measure_recall(model, [rows_of(model, 30, 2, 3)] * 2, most=90, progress=lambda *x: seen.append(x))
+    measure_recall(model, [rows_of(model, 30, 2, 3)] * 2, max_batch_tokens=90, progress=lambda *x: seen.append(x))
     assert seen[-1] == (12, 12) and len(seen) == 4
 
 
@@ -63,12 +63,12 @@ def test_distances_rise_from_twice_the_window_to_the_farthest(length):
 
 def test_sets_are_made_for_every_task_that_fits_and_every_distance():
     filler, tokenizer = np.full(3000, 2), small_tokenizer("digits")
-    found = recall_sets(tokenizer, filler, length=1500, rows=2)
+    found = recall_sets(tokenizer, filler, seq_len=1500, count=2)
     assert {s.distance for s in found} == set(recall_distances(1500))
     assert {s.task for s in found} >= {"one_fact", "four_facts", "mqar", "copy", "passkey"}
-    beyond = recall_sets(tokenizer, filler, length=1500, rows=2, beyond=600)
+    beyond = recall_sets(tokenizer, filler, seq_len=1500, count=2, min_distance=600)
     assert {s.distance for s in beyond} == {d for d in recall_distances(1500) if d > 600}
-    asked = recall_sets(tokenizer, filler, tasks=["copy"], distances=[300, 400], length=1500, rows=2)
+    asked = recall_sets(tokenizer, filler, tasks=["copy"], distances=[300, 400], seq_len=1500, count=2)
     assert [(s.task, s.distance) for s in asked] == [("copy", 300), ("copy", 400)]
 
 
@@ -77,11 +77,11 @@ def test_sets_are_made_for_every_task_that_fits_and_every_distance():
     [
         ({"tasks": ["riddle"]}, "expected a recall task in"),
         ({"distances": [3]}, "a value too near, for 'one_fact'"),
-        ({"rows": 0}, "expected at least one row"),
-        ({"length": 3001}, "expected text of at least 3001 tokens to fill rows with, got 3000"),
-        ({"length": 160}, "expected rows long enough for a question, got 160 tokens"),
+        ({"count": 0}, "expected at least one sequence"),
+        ({"seq_len": 3001}, "expected text of at least 3001 tokens as filler, got 3000"),
+        ({"seq_len": 160}, "expected sequences long enough for a question, got 160 tokens"),
     ],
 )
 def test_sets_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        recall_sets(small_tokenizer("digits"), np.full(3000, 2), **({"length": 1500, "rows": 2} | options))
+        recall_sets(small_tokenizer("digits"), np.full(3000, 2), **({"seq_len": 1500, "count": 2} | options))

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from nha.evaluate.harness.offline import cloze_rows, passages, recall_rows
-from nha.evaluate.tasks import OFFLINE, STANDARD, known_tasks, run_tasks, task_names
+from nha.evaluate.tasks import FOLDER, OFFLINE, STANDARD, known_tasks, run_tasks, task_names
 from nha.evaluate.variants import use_variant
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.tokenizers import small_tokenizer
@@ -67,8 +67,10 @@ def test_names_of_tasks():
 
 def test_offline_documents_are_fixed_and_have_their_answers():
     assert len(passages()) > 30 and len(cloze_rows()) > 60
-    rows = recall_rows(rows=8)
-    assert rows == recall_rows(rows=8) != recall_rows(rows=8, seed=1)
+    for line in (FOLDER / "passages.jsonl").read_text(encoding="utf-8").splitlines():
+        assert "public domain" in json.loads(line)["source"]
+    rows = recall_rows(count=8)
+    assert rows == recall_rows(count=8) != recall_rows(count=8, seed=1)
     for row in rows:
         assert row["choices"][row["right"]] == row["answer"] and len(set(row["choices"])) == 4
         key = row["prompt"].rsplit("\n\n", 1)[1]
@@ -79,10 +81,9 @@ def test_offline_documents_are_fixed_and_have_their_answers():
 def test_without_the_harness_the_command_says_how_to_get_it(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
-    import nha.evaluate.tasks as module
     from nha.cli import app
 
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = CliRunner().invoke(app, ["eval", "tasks", "/nowhere", "--output", str(tmp_path / "out")])
     assert result.exit_code == 2 and "pip install 'nha[eval]'" in result.stderr.replace("\n", " ")
     assert not list(tmp_path.iterdir())

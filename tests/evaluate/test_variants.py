@@ -44,7 +44,7 @@ def test_an_error_inside_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     "model, form, message",
     [
-        (hybrid(), "half", "expected a form in"),
+        (hybrid(), "half", "expected a variant in"),
         (teacher(), "slots_off", "expected a hybrid model"),
         (teacher(), "hybrid", "expected a hybrid model"),
     ],

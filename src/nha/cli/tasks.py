@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nha.cli import common
-from nha.cli import evaluate as shared
+from nha.cli import evaluate_options as options
+from nha.cli import evaluate_tables as tables
 from nha.cli.common import BadInput, command, err, out, print_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nha.evaluate.measure import Progress
 
 
 @command
 def tasks(
-    model: Annotated[str, shared.MODEL],
+    model: Annotated[str, options.MODEL],
     names: Annotated[
         str,
         typer.Option(
@@ -25,68 +30,58 @@ def tasks(
             "SQuAD, RULER; needs the Hub), or names that lm-eval knows, separated by commas.",
         ),
     ] = "offline",
-    limit: Annotated[int | None, typer.Option(help="Documents of each task at most.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts at a time.")] = 8,
-    longest: Annotated[
-        int | None, typer.Option(help="Tokens of the longest text.", show_default="what the model was made for")
+    limit: Annotated[
+        int | None, typer.Option(help="Maximum number of documents of each task.", show_default="all")
     ] = None,
-    window: Annotated[str | None, shared.WINDOW] = None,
-    ablations: Annotated[bool, shared.ABLATIONS] = False,
-    compare: Annotated[list[str] | None, shared.COMPARE] = None,
-    dtype: Annotated[str, shared.DTYPE] = "auto",
-    seed: Annotated[int, shared.SEED] = 0,
-    output: Annotated[Path | None, shared.OUTPUT] = None,
-    as_json: Annotated[bool, shared.AS_JSON] = False,
+    batch_size: Annotated[int, typer.Option(help="Documents in one forward pass.")] = 8,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of the longest document.", show_default="the configuration's")
+    ] = None,
+    window: Annotated[str | None, options.WINDOW] = None,
+    ablations: Annotated[bool, options.ABLATIONS] = False,
+    compare: Annotated[list[str] | None, options.COMPARE] = None,
+    dtype: Annotated[str, options.DTYPE] = "auto",
+    seed: Annotated[int, options.SEED] = 0,
+    output: Annotated[Path | None, options.OUTPUT] = None,
+    as_json: Annotated[bool, options.AS_JSON] = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model."""
     common.check_at_least("--batch-size", batch_size, 1)
-    for name, value in (("--limit", limit), ("--longest", longest)):
+    for name, value in (("--limit", limit), ("--max-seq-len", max_seq_len)):
         if value is not None:
             common.check_at_least(name, value, 1)
-    shared.check_output(output)
+    options.check_output(output)
     from nha.evaluate.tasks import check_harness, known_tasks, run_tasks, task_names
 
     wanted = task_names(names)
     check_harness()
-    plan = shared.make_plan(model, window, ablations, compare, dtype)
+    plan = options.checked_plan(model, window, ablations, compare, dtype)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with err.status("looking up tasks"):
+    with common.status("looking up tasks"):
         manager = known_tasks(wanted)
-    loaded, tokenizer = shared.load_planned(plan)
+    loaded, tokenizer = options.load(plan)
+    limits = {"limit": limit, "batch_size": batch_size, "max_seq_len": max_seq_len}
 
-    def measure(model: Any, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
         progress("tasks", 0, len(wanted))
         try:
-            found = run_tasks(
-                model,
-                tokenizer,
-                wanted,
-                limit=limit,
-                batch_size=batch_size,
-                longest=longest,
-                seed=seed,
-                manager=manager,
-            )
+            found = run_tasks(model, tokenizer, wanted, **limits, seed=seed, manager=manager)
         except (ConnectionError, TimeoutError) as error:
             raise BadInput(f"expected the Hub to be reachable for {names}, it is not: {error}") from None
         progress("tasks", len(wanted), len(wanted))
         return {"tasks": found}
 
-    rows = shared.measure_each(plan, loaded, tokenizer, measure)
+    from nha.evaluate.compare import measure_each
+
+    partial = options.partial_results(output, {"command": "tasks", **plan.identity, **limits, "tasks": wanted})
+    with options.named_progress() as progress:
+        rows = measure_each(plan, loaded, tokenizer, measure, progress, partial)
     results = {"model": plan.source.name, "seed": seed, "limit": limit, "results": rows}
     if output is not None:
-        shared.save(output, "tasks.json", results, "exact")
+        tables.save(output, "tasks.json", results, "exact")
+        partial.remove()
     if as_json:
         print_json(results)
         return
-    table = shared.new_table(*rows)
-    for task, metrics in next(iter(rows.values()))["tasks"].items():
-        for metric in metrics:
-            cells = []
-            for row in rows.values():
-                score = row["tasks"][task][metric]
-                shown = "" if score["interval"] is None else " " + shared.bracket(score["interval"], 3)
-                cells.append(f"{score['value']:.3f}" + shown)
-            table.add_row(f"{task}, {metric}", *cells)
-    out.print(table)
+    out.print(tables.harness_table(rows))
     err.print(f"[dim]95 % bootstrap intervals over documents, seed {seed}[/]")

@@ -1,1 +1,1 @@
-"""Measurements of language models."""
+"""Measurements of language models, hybrid or not."""

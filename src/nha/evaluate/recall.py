@@ -1,4 +1,4 @@
-"""How much of a text a model can recall, by task and distance: teacher-forced and by generation."""
+"""Recall by task and distance: teacher-forced, and written by greedy decoding."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ METRICS = ("digits", "exact", "generated")
 
 @dataclass(frozen=True)
 class RecallScore:
-    """What a model recalled of one `RecallSet`: one number per row, 0 to 1.
+    """A model's scores on one `RecallSet`: one number per sequence, 0 to 1.
 
     Attributes:
-        task, distance, length: those of the rows, distance and length in tokens.
-        digits: share of the answer's tokens that are the most likely ones, each given the right ones before it.
-        exact: whether all of them are.
-        generated: whether greedy generation writes the whole answer; None where that was not asked for.
+        task, distance, seq_len: those of the sequences, in tokens.
+        digits: fraction of the answer's tokens that are the most likely ones, each given the correct ones before it.
+        exact: 1 where all of them are.
+        generated: 1 where greedy decoding writes the whole answer; None if that was not measured.
     """
 
     task: str
     distance: int
-    length: int
+    seq_len: int
     digits: np.ndarray
     exact: np.ndarray
     generated: np.ndarray | None
 
     def to_dict(self, seed: int = 0) -> dict[str, Any]:
-        """Means of the metrics, and as `<metric>_interval` their 95 % bootstrap intervals over rows."""
-        found: dict[str, Any] = {"length": self.length, "rows": len(self.exact)}
+        """Means of the metrics, and as `<metric>_interval` their 95 % bootstrap intervals over sequences."""
+        found: dict[str, Any] = {"seq_len": self.seq_len, "count": len(self.exact)}
         for metric in METRICS:
             values = getattr(self, metric)
             found[metric] = None if values is None else float(values.mean())
@@ -48,17 +48,17 @@ class RecallScore:
         return found
 
 
-def recall_distances(length: int, window: int = 64) -> list[int]:
-    """Distances in tokens to measure in rows of `length` tokens: powers of two from twice the window, and the farthest.
+def recall_distances(seq_len: int, window: int = 64) -> list[int]:
+    """Distances to measure in sequences of `seq_len` tokens: powers of two from twice the window, and the longest.
 
     >>> recall_distances(2048)
     [128, 256, 512, 1024, 1900]
     >>> recall_distances(8192)[-2:]
     [4096, 8044]
     """
-    farthest = length - 148
-    powers = (2**k for k in range(1, length.bit_length()))
-    return [*(d for d in powers if 2 * window <= d <= 0.75 * farthest), farthest]
+    longest = seq_len - 148
+    powers = (2**k for k in range(1, seq_len.bit_length()))
+    return [*(d for d in powers if 2 * window <= d <= 0.75 * longest), longest]
 
 
 def recall_sets(
@@ -67,33 +67,33 @@ def recall_sets(
     *,
     tasks: Iterable[str] | None = None,
     distances: Sequence[int] | None = None,
-    beyond: int = 0,
-    length: int = 2048,
-    rows: int = 32,
+    min_distance: int = 0,
+    seq_len: int = 2048,
+    count: int = 32,
     seed: int = 0,
 ) -> list[RecallSet]:
-    """One `RecallSet` for every task (default: all of `EVALUATION_TASKS`) and distance, with text from `filler`.
+    """One `RecallSet` per task (default: all of `EVALUATION_TASKS`) and distance, with text from `filler`.
 
-    Without `distances` those of `recall_distances` above `beyond` are taken, as far as the task's facts fit there.
+    The default distances are those of `recall_distances` above `min_distance` at which the task's facts fit.
     Raises ValueError as `evaluation_set` does.
     """
-    if isinstance(filler, np.ndarray) and len(filler) < length:
-        raise ValueError(f"expected text of at least {length} tokens to fill rows with, got {len(filler)}")
-    wanted = [d for d in recall_distances(length) if d > beyond] if distances is None else distances
+    if isinstance(filler, np.ndarray) and len(filler) < seq_len:
+        raise ValueError(f"expected text of at least {seq_len} tokens as filler, got {len(filler)}")
+    wanted = [d for d in recall_distances(seq_len) if d > min_distance] if distances is None else distances
     found = []
     for task in EVALUATION_TASKS if tasks is None else tasks:
         for distance in wanted:
             try:
                 found.append(
                     evaluation_set(
-                        task, distance, length=length, rows=rows, seed=seed, tokenizer=tokenizer, filler=filler
+                        task, distance, seq_len=seq_len, count=count, seed=seed, tokenizer=tokenizer, filler=filler
                     )
                 )
             except ValueError:
-                if distances is not None or task not in EVALUATION_TASKS or rows < 1:
+                if distances is not None or task not in EVALUATION_TASKS or count < 1:
                     raise
     if not found:
-        raise ValueError(f"expected rows long enough for a question, got {length} tokens")
+        raise ValueError(f"expected sequences long enough for a question, got {seq_len} tokens")
     return found
 
 
@@ -102,28 +102,28 @@ def measure_recall(
     sets: Sequence[RecallSet],
     *,
     generate: bool = True,
-    most: int | None = None,
+    max_batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RecallScore]:
     """Score a model on recall sets, in their order.
 
-    Rows of equal length and answer are read together, as many as have `most` tokens (default: `batch_tokens`). Logits
-    are made for answers alone. `progress` is called with (rows done, rows in all).
+    Sequences of equal length and answer length share batches of up to `max_batch_tokens` (default: `batch_tokens`).
+    Logits are computed for answers alone. `progress` is called with (sequences done, sequences in all).
     """
     groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for number, recall_set in enumerate(sets):
-        for row, count in enumerate(recall_set.answers.sum(1).tolist()):
-            groups[recall_set.ids.shape[1], count].append((number, row))
+        for index, count in enumerate(recall_set.answers.sum(1).tolist()):
+            groups[recall_set.ids.shape[1], count].append((number, index))
     results = [np.zeros((3, len(s.ids))) for s in sets]
     done, total = 0, sum(len(s.ids) for s in sets)
-    for (length, count), members in groups.items():
-        step = max(1, (batch_tokens(model) if most is None else most) // length)
+    for (seq_len, count), members in groups.items():
+        step = max(1, (batch_tokens(model) if max_batch_tokens is None else max_batch_tokens) // seq_len)
         for start in range(0, len(members), step):
             some = members[start : start + step]
-            ids = torch.from_numpy(np.stack([sets[number].ids[row] for number, row in some])).to(model.device)
+            ids = torch.from_numpy(np.stack([sets[number].ids[index] for number, index in some])).to(model.device)
             right, written = score_batch(model, ids, count, generate)
-            for (number, row), hits, whole in zip(some, right.tolist(), written.tolist(), strict=True):
-                results[number][:, row] = np.mean(hits), all(hits), whole
+            for (number, index), correct, whole in zip(some, right.tolist(), written.tolist(), strict=True):
+                results[number][:, index] = np.mean(correct), all(correct), whole
             done += len(some)
             if progress is not None:
                 progress(done, total)
@@ -135,8 +135,11 @@ def measure_recall(
 
 @torch.no_grad()
 def score_batch(model: Any, ids: Tensor, count: int, generate: bool) -> tuple[Tensor, Tensor]:
-    """For rows ids [B, T] that end in answers of `count` tokens: which tokens are right [B, count], each given the
-    right ones before it, and which answers are written whole [B]."""
+    """Score sequences ids [B, T] that end in answers of `count` tokens.
+
+    Returns bool [B, count], which tokens are correct given the correct ones before them, and bool [B], which answers
+    greedy decoding writes whole.
+    """
     prompt, answer = ids[:, :-count], ids[:, -count:]
     hidden = hidden_states(model, ids[:, :-1])[:, -count:]
     right = head_logits(model, hidden).argmax(-1) == answer
@@ -152,6 +155,6 @@ def score_batch(model: Any, ids: Tensor, count: int, generate: bool) -> tuple[Te
             pad_token_id=0,
         )
         new = generated[:, prompt.shape[1] :]
-        if new.shape[1] == count:  # shorter where every row ended early
+        if new.shape[1] == count:  # shorter if every sequence ended early
             written = (new == answer).all(1)
     return right.cpu(), written.cpu()

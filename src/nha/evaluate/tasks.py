@@ -1,16 +1,16 @@
-"""Tasks of lm-evaluation-harness on a model: those that come with this package, and its own."""
+"""Tasks of lm-evaluation-harness: the offline ones of this package, and the harness's own."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import cache as memoize
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nha.data.packages import check_package
 from nha.evaluate.bootstrap import interval
 
 FOLDER = Path(__file__).parent / "harness"
@@ -27,8 +27,11 @@ STANDARD = (
     "squad_completion",
     "ruler",
 )
-MADE = ("ruler", "niah_")  # tasks that make texts of several lengths themselves, with the model's tokenizer by its name
-MIXED = {"perplexity"}  # metrics that are no mean over documents, so that an interval of them needs another way
+GENERATED = (
+    "ruler",
+    "niah_",
+)  # tasks that generate documents of several lengths, with the model's tokenizer by its name
+MIXED = {"perplexity"}  # metrics that are no mean over documents
 
 
 def task_names(wanted: str) -> list[str]:
@@ -46,9 +49,8 @@ def task_names(wanted: str) -> list[str]:
 
 
 def check_harness() -> None:
-    """Raise ImportError, saying how to install it, where lm-evaluation-harness is absent."""
-    if find_spec("lm_eval") is None:
-        raise ImportError("expected the package lm-eval to run tasks, got none: pip install 'nha[eval]'")
+    """Raise ImportError with the line that installs lm-evaluation-harness, if it is absent."""
+    check_package("lm_eval", "eval", "to run tasks")
 
 
 @memoize
@@ -60,9 +62,9 @@ def _index(offline: bool, metadata: str) -> Any:
 
 
 def known_tasks(names: Sequence[str], metadata: dict[str, Any] | None = None) -> Any:
-    """The harness's index of tasks that has these names; its own tasks are looked up only if asked for.
+    """The harness's index of tasks that has these names; its own tasks are indexed only on request.
 
-    `metadata` is for tasks that make their own texts. Raises ValueError for a task that there is not.
+    `metadata` is for tasks that generate their documents. Raises ValueError for an unknown task.
     """
     check_harness()
     manager = _index(set(names) <= set(OFFLINE), json.dumps(metadata))
@@ -80,7 +82,7 @@ def run_tasks(
     *,
     limit: int | None = None,
     batch_size: int = 8,
-    longest: int | None = None,
+    max_seq_len: int | None = None,
     seed: int = 0,
     manager: Any = None,
 ) -> dict[str, dict[str, Any]]:
@@ -89,17 +91,17 @@ def run_tasks(
     Args:
         model, tokenizer: any causal language model of transformers, so hybrids too.
         names: of tasks, as `task_names` gives them.
-        limit: at most so many documents of each task.
-        batch_size: texts at a time.
-        longest: tokens of the longest text (default: what the model's configuration says).
+        limit: maximum number of documents of each task.
+        batch_size: documents in one forward pass.
+        max_seq_len: tokens of the longest document (default: the configuration's).
         seed: of the bootstrap, and of few-shot examples.
-        manager: what `known_tasks` gave for these names.
+        manager: the result of `known_tasks` for these names.
 
     Intervals are 95 % bootstrap intervals over documents, None for a metric that is no mean of them. Raises
-    ImportError without lm-eval, ValueError for a task that there is not; what the Hub lacks raises as datasets does.
+    ImportError without lm-eval, ValueError for an unknown task; a data set that the Hub lacks raises as datasets does.
     """
-    length = longest or getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
-    if any(name.startswith(MADE) for name in names):
+    length = max_seq_len or getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
+    if any(name.startswith(GENERATED) for name in names):
         lengths = [n for n in (4096, 8192, 16384, 32768) if n <= length] or [length]
         manager = known_tasks(names, {"pretrained": tokenizer.name_or_path, "max_seq_lengths": lengths})
     elif manager is None:
@@ -108,7 +110,7 @@ def run_tasks(
     from lm_eval.models import huggingface
 
     run, wrap = vars(evaluator)["simple_evaluate"], vars(huggingface)["HFLM"]
-    harness = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
+    harness = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_seq_len)
     found: Any = run(
         model=harness,
         tasks=list(names),

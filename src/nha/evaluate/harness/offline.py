@@ -1,4 +1,4 @@
-"""Documents of the offline tasks, made from `passages.jsonl`, this project's own prose, and from recall words.
+"""Documents of the offline tasks, from public-domain prose (`passages.jsonl`) and from the words of recall text.
 
 lm-evaluation-harness imports this file by its path and calls the functions with the settings in the YAML files.
 """
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from nha.data.recall_words import EVALUATION
+from nha.data.recall.words import EVALUATION
 
 Split = dict[str, Any]
-SENTENCE = re.compile(r"(?<=[a-z])\. (?=[A-Z`])")
+SENTENCE = re.compile(r"(?<=[a-z])\. (?=[A-Z‘“])")
 
 
 def passages() -> list[str]:
-    """Paragraphs of prose."""
+    """Passages of public-domain books; `passages.jsonl` names the source and licence of each."""
     lines = (Path(__file__).parent / "passages.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
@@ -30,8 +30,8 @@ def _split(rows: list[dict[str, Any]]) -> Split:
     return {"test": Dataset.from_list(rows)}
 
 
-def cloze_rows(least: int = 120) -> list[dict[str, str]]:
-    """Beginnings of paragraphs, at least `least` characters long, that end with a sentence, and its last word.
+def cloze_rows(min_characters: int = 120) -> list[dict[str, str]]:
+    """Beginnings of passages of at least `min_characters` characters up to the last word of a sentence, and that word.
 
     >>> row = cloze_rows()[0]
     >>> row["word"].isalpha(), row["text"].endswith(" ")
@@ -42,23 +42,25 @@ def cloze_rows(least: int = 120) -> list[dict[str, str]]:
         ends = [match.start() for match in SENTENCE.finditer(passage)] + [len(passage) - 1]
         for end in ends:
             text, _, word = passage[:end].rpartition(" ")
-            if len(text) >= least and re.fullmatch(r"[a-z]{3,}", word):
+            if len(text) >= min_characters and re.fullmatch(r"[a-z]{3,}", word):
                 rows.append({"text": text, "word": word})
     return rows
 
 
-def recall_rows(rows: int = 40, facts: int = 4, words: int = 500, seed: int = 0) -> list[dict[str, Any]]:
+def recall_rows(count: int = 40, facts: int = 4, words: int = 500, seed: int = 0) -> list[dict[str, Any]]:
     """Facts, about `words` words of prose, and a question; `choices` are the values of all facts.
 
-    >>> row = recall_rows(rows=1)[0]
+    >>> row = recall_rows(count=1)[0]
     >>> row["answer"] in row["prompt"] and row["answer"] == row["choices"][row["right"]]
     True
     """
     texts, found = passages(), []
-    for number in range(rows):
+    for number in range(count):
         generator = np.random.default_rng([seed, number])
         first = generator.choice(len(EVALUATION.first), facts, replace=False)
-        names = [f"{EVALUATION.first[i]} {EVALUATION.last[int(generator.integers(28))]}" for i in first]
+        names = [
+            f"{EVALUATION.first[i]} {EVALUATION.last[int(generator.integers(len(EVALUATION.last)))]}" for i in first
+        ]
         values = [str(value) for value in generator.choice(9000, facts, replace=False) + 1000]
         asked = int(generator.integers(facts))
         prose: list[str] = []
@@ -77,6 +79,6 @@ def cloze(**_: Any) -> Split:
     return _split(cloze_rows())
 
 
-def recall(rows: int = 40, facts: int = 4, words: int = 500, seed: int = 0, **_: Any) -> Split:
+def recall(count: int = 40, facts: int = 4, words: int = 500, seed: int = 0, **_: Any) -> Split:
     """Facts to recall over prose."""
-    return _split(recall_rows(rows, facts, words, seed))
+    return _split(recall_rows(count, facts, words, seed))
