@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nha.distill.loss as loss_module
-from nha.data.stream import pack
+from nha.data.packing import pack
 from nha.distill.cuda_graphs import CudaGraphs, Recorder
 from nha.distill.student import Distillation
 from nha.distill.trainer import combine

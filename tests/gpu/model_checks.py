@@ -192,7 +192,7 @@ def autocast(setting: Setting) -> None:
 
 def distilling_in_cuda_graphs(setting: Setting) -> None:
     """Passes of distillation in CUDA graphs give the losses and gradients of eager passes."""
-    from nha.data.stream import pack
+    from nha.data.packing import pack
     from nha.distill.cuda_graphs import WARM, Recorder, forward_backward
     from nha.distill.student import Distillation
 
