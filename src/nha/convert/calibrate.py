@@ -36,9 +36,7 @@ def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
         distance = centres.square().sum(-1)[:, None] - 2 * points @ centres.mT
         nearest = distance.argmin(-1)
         total = torch.zeros_like(centres).scatter_add_(1, nearest[..., None].expand(-1, -1, dim), points)
-        size = torch.zeros(heads, clusters, device=points.device).scatter_add_(
-            1, nearest, torch.ones_like(nearest, dtype=points.dtype)
-        )
+        size = points.new_zeros(heads, clusters).scatter_add_(1, nearest, torch.ones_like(nearest, dtype=points.dtype))
         centres = torch.where(size[..., None] > 0, total / size[..., None].clamp_min(1), centres)
     return centres
 
@@ -79,7 +77,7 @@ def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, init: str = "km
     deviation = logits.std(0).clamp_min(1e-6)
     if init in ("soft", "spread"):
         heads, slots = direction.shape[:2]
-        rise = torch.linspace(0, SPREAD if init == "spread" else 0, slots, device=hidden.device)
+        rise = torch.linspace(0, SPREAD if init == "spread" else 0, slots, dtype=hidden.dtype, device=hidden.device)
         scale = SOFT_DEVIATION / deviation
         bias = SOFT_MEAN + rise.repeat(heads) - logits.mean(0) * scale
     else:

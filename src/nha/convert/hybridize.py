@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from types import MethodType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.convert.calibrate import calibrate_gates, calibrate_sinks, copy_gates
+from nha.convert.check import check_conversion, check_structure, in_eval_mode, reasons, reference
+from nha.convert.undo import unchanged_on_error
 from nha.data.text import blocks, calibration_text
 from nha.models.auto import to_hybrid
 from nha.models.config import FULL, plan_windows
@@ -17,7 +20,8 @@ from nha.models.families import check_family
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
-INITS = ("kmeans", "soft", "spread", "keys", "paper")
+Init = Literal["kmeans", "soft", "spread", "keys", "paper"]
+INITS: tuple[str, ...] = get_args(Init)
 
 
 def calibration_ids(model: PreTrainedModel, calibration: Calibration, tokenizer: Any, slots: int) -> Tensor:
@@ -72,7 +76,7 @@ def hybridize(
     window_size: int | Sequence[int] = 64,
     full_layers: Sequence[int] = (),
     *,
-    init: Literal["kmeans", "soft", "spread", "keys", "paper"] = "kmeans",
+    init: Init = "kmeans",
     calibration: Calibration = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     slot_distance: int = 128,
@@ -83,19 +87,20 @@ def hybridize(
     """Turn a pretrained causal language model into a Native Hybrid Attention model, in place.
 
     The weights stay as they are; every converted layer gains a gate and a sink, calibrated on text without any
-    training. What the model predicts for inputs up to the smallest window does not change by one bit.
+    training. Predictions for inputs up to the smallest window do not change by one bit; a few tokens are read before
+    and after to check that. A model that cannot be converted is left as it was.
 
     Args:
-        model: a model that `AutoModelForCausalLM` loaded, of one of the families in `nha.models.families.FAMILIES`.
+        model: a model that `AutoModelForCausalLM` loaded. The families of `nha.models.families.FAMILIES` are tested;
+            any other family is tried, unless it is known not to work.
         num_slots: slots per KV head.
         window_size: tokens in the window of every layer that has full attention, or a list with one int per layer
             (-1 leaves a layer as it is).
         full_layers: layers that keep full attention.
-        init: "kmeans" routes tokens to slots by k-means of their keys and calibrates a sink; "soft" does so with gates
-            that have a gradient everywhere, as a start for training, and "spread" with such that are written ever more
-            rarely from a head's first slot to its last. For comparison, "keys" copies gates from
-            `k_proj`, and "paper" is the authors' form: that, zero slots that take part from the first token, no sink,
-            no positions.
+        init: how gates start. "kmeans" routes tokens to slots by k-means of their keys. "soft" does so with gates
+            that have a gradient everywhere, as a start for training; "spread" as well, with slots written ever more
+            rarely from a head's first to its last. For comparison, "keys" copies gates from `k_proj`, and "paper" is
+            the authors' form: copied gates, zero slots that take part from the first token, no sink, no positions.
         calibration: texts, or token ids [N, T]; default: a part of the Python language reference.
         tokenizer: reads the texts; default: the one saved beside the model.
         slot_distance: how many tokens back a query sees the slots.
@@ -107,8 +112,8 @@ def hybridize(
         The same model, now of a class whose name starts with NHA; `save_pretrained` and `AutoModelForCausalLM` know it.
 
     Raises:
-        ValueError: a family that cannot work (with the reason), windows or layers that do not fit the model, text that
-            is too short; before anything has changed.
+        ValueError: a family that cannot work (with the reason), windows or layers that do not fit the model, weights
+            that are elsewhere than in memory, text that is too short.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> _ = torch.manual_seed(0)
@@ -120,31 +125,55 @@ def hybridize(
     ('NHALlamaForCausalLM', [16, -1])
     """
     if init not in INITS:
-        raise ValueError(f"expected init to be one of {INITS}, got {init!r}")
+        raise ValueError(f"expected init to be one of {', '.join(INITS)}, got {init!r}")
     check_family(model.config)
-    windows = plan_windows(model.config, window_size, full_layers)
+    check_structure(model)
+    with reasons(model):
+        windows = plan_windows(model.config, window_size, full_layers)
     if all(window == FULL for window in windows):
         raise ValueError(f"expected at least one layer to convert, got windows {windows}")
     paper = init == "paper"
     ids = calibration_ids(model, calibration, tokenizer, num_slots)
-    to_hybrid(
-        model,
-        windows,
-        num_slots=num_slots,
-        num_sinks=0 if paper else num_sinks,
-        slot_distance=0 if paper else slot_distance,
-        slots_from_start=paper,
-    )
-    training = model.training
-    model.eval()
-    if num_sinks and not paper:
-        calibrate_sinks(model, ids)
-    if init in ("keys", "paper"):
-        copy_gates(model, ids)
-    else:
-        calibrate_gates(model, ids, seed=seed, init=init, progress=progress)
+    with reasons(model), unchanged_on_error(model), in_eval_mode(model):
+        before = reference(model, ids)
+        to_hybrid(
+            model,
+            windows,
+            num_slots=num_slots,
+            num_sinks=0 if paper else num_sinks,
+            slot_distance=0 if paper else slot_distance,
+            slots_from_start=paper,
+        )
+        renew_hooks(model)
+        check_conversion(model, before)
+        if num_sinks and not paper:
+            calibrate_sinks(model, ids)
+        if init in ("keys", "paper"):
+            copy_gates(model, ids)
+        else:
+            calibrate_gates(model, ids, seed=seed, init=init, progress=progress)
     forget_gguf(model)
-    return model.train(training)
+    keep_slots_unquantized(model)
+    return model
+
+
+def renew_hooks(model: PreTrainedModel) -> None:
+    """Let the hooks of a device map call the forward of a module's new class: they hold that of the old one."""
+    for module in model.modules():
+        held = getattr(vars(module).get("_old_forward"), "__func__", None)
+        if held in [base.forward for base in type(module).__mro__[1:] if hasattr(base, "forward")]:
+            vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def keep_slots_unquantized(model: PreTrainedModel) -> None:
+    """Let a quantised model that is saved be loaded again: its gates are plain linear layers."""
+    quantization: Any = getattr(model.config, "quantization_config", None)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization, name):
+            from transformers.quantizers.base import get_keys_to_not_convert
+
+            skipped = getattr(quantization, name)
+            setattr(quantization, name, [*(get_keys_to_not_convert(model) if skipped is None else skipped), "g_proj"])
 
 
 def forget_gguf(model: PreTrainedModel) -> None:

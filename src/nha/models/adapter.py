@@ -375,7 +375,7 @@ def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
     config, parameter = model.config, next(model.parameters())
     with torch.device(parameter.device):
         rotary = type(decoder(model).rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
-    x = torch.zeros(1, 1, 1, device=parameter.device)
+    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=parameter.device)
     position = torch.full((1, 1), distance, device=parameter.device)
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = config.layer_types if typed else [None] * config.num_hidden_layers
@@ -396,19 +396,28 @@ def reset_slots(model: PreTrainedModel) -> None:
         init.copy_(module.nha.slot_sin, sin)
 
 
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's hidden states: that of its embeddings or norms, which are never in 4 or 8 bits."""
+    embeddings: Any = model.get_input_embeddings()
+    for weight in (*embeddings.parameters(), *model.parameters()):
+        if weight.is_floating_point() and weight.dtype.itemsize > 1:
+            return weight.dtype
+    return torch.float32
+
+
 def install(model: PreTrainedModel) -> None:
     """Give every attention module of a model whose configuration is a hybrid's the class and parameters it needs.
 
     The modules' weights stay as they are. Parameters of the slots start as in `SlotParameters.reset_parameters`.
     """
     config: Any = model.config
-    tables = slot_tables(model, config.slot_distance)
+    tables, dtype = slot_tables(model, config.slot_distance), compute_dtype(model)
     for module, window, table in zip(attention_layers(model), config.window_sizes, tables, strict=True):
         weight = next(module.parameters())
         if not hasattr(module, NAME):
             heads = config.num_key_value_heads
             new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
-            module.nha = new.to(device=weight.device, dtype=weight.dtype)
+            module.nha = new.to(device=weight.device, dtype=dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
         module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
         module.rotates = rotates(config, module)
