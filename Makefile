@@ -32,7 +32,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu and not long" tests/models
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/bench/test_op.py
 
 test-long: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(PYTEST) -m long

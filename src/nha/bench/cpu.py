@@ -1,27 +1,23 @@
-"""Time the PyTorch implementation on the CPU beside full causal attention (SDPA), in one run.
-
-    python src/nha/bench/cpu.py [--quick] [--out benchmarks/results/cpu.csv]
-
-Medians in milliseconds; one row per shape. With --lengths the cost per token from 2K to 64K tokens.
-"""
+"""Time the PyTorch implementation on the CPU beside full causal attention (SDPA), in one run."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nha import nha_attention
-from nha.io import atomic_write
+from nha.bench.timing import Table
 
 COLUMNS = (
     "impl",
@@ -41,12 +37,35 @@ COLUMNS = (
     "torch",
     "date",
 )
-Shape = tuple[int, int, int, int]  # T, HQ, H, W
 D, M = 64, 64
 
 
-def inputs(length: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
-    """q, k, v and log-gates like those of a converted model: a token overwrites a few slots, and leaves the rest."""
+@dataclass(frozen=True)
+class Row:
+    """One measurement, forward and forward with backward, of "nha" or "sdpa"."""
+
+    impl: str
+    length: int
+    query_heads: int
+    heads: int
+    window: int
+
+    def __str__(self) -> str:
+        return f"{self.impl} T{self.length} HQ{self.query_heads} H{self.heads} W{self.window}"
+
+
+def rows(lengths: bool, tiny: bool = False) -> list[Row]:
+    """Windows and heads at 8,192 tokens beside SDPA, or with `lengths` 2,048 to 65,536 tokens at a window of 64."""
+    if tiny:
+        return [Row("nha", 40, 4, 2, 8), Row("sdpa", 40, 4, 2, -1)]
+    if lengths:
+        return [Row("nha", 2**n, 9, 3, 64) for n in range(11, 17)]
+    found = [Row("nha", 8192, 9, 3, w) for w in (64, 0, 512, -1)] + [Row("sdpa", 8192, 9, 3, -1)]
+    return [*found, Row("nha", 8192, 9, 9, 64), Row("sdpa", 8192, 9, 9, -1)]
+
+
+def inputs(length: int, heads: int, kv_heads: int) -> list[Tensor]:
+    """q, k, v and log-gates like a converted model's: a token overwrites a few slots and leaves the rest."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, length, heads, D, generator=generator)
     k, v = (torch.randn(1, length, kv_heads, D, generator=generator) for _ in range(2))
@@ -55,7 +74,7 @@ def inputs(length: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of `repeats` calls after one that is not counted."""
+    """Median milliseconds of `repeats` calls after a warm-up call."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -64,7 +83,7 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def time_both(call: Callable[..., torch.Tensor], tensors: list[torch.Tensor], repeats: int) -> tuple[float, float]:
+def time_both(call: Callable[..., Tensor], tensors: list[Tensor], repeats: int) -> tuple[float, float]:
     """(forward, forward and backward) in milliseconds."""
     with torch.no_grad():
         forward = median_ms(lambda: call(*tensors), repeats)
@@ -77,56 +96,35 @@ def time_both(call: Callable[..., torch.Tensor], tensors: list[torch.Tensor], re
     return forward, median_ms(both, repeats)
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Full causal attention on the same tensors."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def main() -> None:
-    """Run the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repetition, no long sequences")
-    parser.add_argument("--lengths", action="store_true", help="only the cost per token against length")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.csv"))
-    arguments = parser.parse_args()
-    repeats = 1 if arguments.quick else 5
-    shapes: list[Shape] = [(8192, 9, 3, w) for w in (64, 0, 512, -1)] + [(8192, 9, 9, 64)]
-    if arguments.lengths:
-        shapes = [(2**n, 9, 3, 64) for n in range(11, 15 if arguments.quick else 17)]
-    stamp = {
+def measure(row: Row, repeats: int) -> tuple[float, float]:
+    """Milliseconds (forward, forward and backward) of a row."""
+    tensors = inputs(row.length, row.query_heads, row.heads)
+    if row.impl == "sdpa":
+        return time_both(sdpa, tensors, min(repeats, 2))
+    return time_both(lambda *x: nha_attention(*x, window_size=row.window, impl="chunked").out, tensors, repeats)
+
+
+def run(wanted: list[Row], path: Path, repeats: int = 5, log: Callable[[str], None] = print) -> None:
+    """Measure rows into the table at `path`."""
+    about: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
+        "date": date.today().isoformat(),
     }
-    rows = []
-    print(f"{'impl':8} {'T':>6} {'HQ':>3} {'H':>3} {'W':>5} {'fwd ms':>9} {'fwd+bwd ms':>11} {'us/token':>9}")
-    for length, heads, kv_heads, window in shapes:
-        tensors = inputs(length, heads, kv_heads)
-        peers: dict[str, Callable[..., torch.Tensor]] = {
-            "nha": lambda *x, w=window: nha_attention(*x, window_size=w, impl="chunked").out
-        }
-        if window == 64 and length <= 8192:
-            peers["sdpa"] = sdpa
-        for name, call in peers.items():
-            timed = time_both(call, tensors, repeats if name == "nha" else min(repeats, 2))
-            print(
-                f"{name:8} {length:6} {heads:3} {kv_heads:3} {window:5} {timed[0]:9.1f} {timed[1]:11.1f} "
-                f"{1000 * timed[1] / length:9.2f}",
-                flush=True,
-            )
-            for kind, ms in zip(("fwd", "fwd+bwd"), timed, strict=True):
-                shape = {"B": 1, "T": length, "HQ": heads, "H": kv_heads, "D": D, "M": M, "W": window}
-                row = {"impl": name, "pass": kind, **shape, "dtype": "fp32", "ms": round(ms, 2)}
-                rows.append(row | {"ns_per_token": round(1e6 * ms / length)} | stamp)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(arguments.out) as work, work.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {arguments.out}")
-
-
-if __name__ == "__main__":
-    main()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Table(path, COLUMNS) as table:
+        for row in wanted:
+            times = measure(row, repeats)
+            log(f"{times[0]:>9.1f} ms forward {times[1]:>9.1f} ms forward and backward  {row}")
+            for kind, ms in zip(("fwd", "fwd+bwd"), times, strict=True):
+                shape = {"B": 1, "T": row.length, "HQ": row.query_heads, "H": row.heads, "D": D, "M": M}
+                found = {"impl": row.impl, "pass": kind, **shape, "W": row.window, "dtype": "fp32"}
+                table.add(found | {"ms": round(ms, 2), "ns_per_token": round(1e6 * ms / row.length)} | about)
+    log(f"{len(table.rows)} rows in {path}")

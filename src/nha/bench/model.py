@@ -1,25 +1,19 @@
-"""Time a whole model with full attention and as a hybrid: `PYTHONPATH=src python3 -m nha.bench.model`.
+"""Time a whole model with full attention and as a hybrid: prompts (model.csv), and decoding (decode.csv).
 
-    --out DIR        where model.csv goes (default: benchmarks/results)
-    --budget-s N     start no new row after so long (default 500); rows come in order of importance
-    --only PATTERN   only rows whose line (see --list) has this regular expression in it, such as "^hybrid decode"
-    --list           print the rows and stop
-    --tiny           the same paths on a tiny model, on a CPU (times mean nothing)
-
-Llama-3-8B's shape with random weights in bf16; the hybrid keeps full attention in 4 of 32 layers, the others have a
-window of 64 and 64 slots. Rows are written as soon as they are known. `task` and `how`:
+Llama-3-8B's shape with random weights in bf16. The hybrid keeps full attention in 4 of 32 layers; the other layers have
+a window of 64 and 64 slots. "full" is the model as transformers runs it. "full-kernels" has full attention in every
+layer too, on this library's decoding kernels. `task` and `how`:
 
 prefill     reading a prompt of T tokens into a cache: in one call, or in segments; ms and the peak of memory, weights
             included
-decode      one more token of one text after T: eager (a cache that grows), graph (a static cache, replayed as a CUDA
-            graph), compiled (torch.compile of the step), both (a CUDA graph of the compiled step)
-throughput  one more token of as many texts of T tokens as fit into the memory; B is how many
+decode      one more token of one sequence after T: eager (a cache that grows), graph (a static cache, replayed as a
+            CUDA graph), compiled (torch.compile of the step), both (a CUDA graph of the compiled step)
+throughput  one more token of as many sequences of T tokens as fit into the memory; B is their number
 """
 
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nha.bench.timing import CUDA, DEVICE, Table, captured, median_ms, stamp, synchronize, timing
+from nha.bench.timing import CUDA, DEVICE, Table, captured, median_ms, require_gpu, stamp, synchronize
 
 COLUMNS = (
     "model",
@@ -55,7 +49,7 @@ SPARE = 3  # GiB that throughput leaves free for activations
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement of a model, "full" or "hybrid"."""
+    """One measurement of a model: "hybrid", "full" or "full-kernels"."""
 
     model: str
     task: str
@@ -66,24 +60,31 @@ class Row:
         return f"{self.model} {self.task} {self.how} T{self.length}"
 
 
-def rows(tiny: bool) -> list[Row]:
-    """Every row, the most important first, and few changes of the model."""
-    scale = 1024 if not tiny else 1
-    lengths = [n * scale for n in ((2, 8, 32, 128, 64) if not tiny else (20, 30))]
-    far, long = (32 * scale, 128 * scale) if not tiny else (20, 30)
-    found = [Row("hybrid", "prefill", "one call", n) for n in lengths] + [Row("hybrid", "prefill", "segments", long)]
-    found += [Row("hybrid", "decode", "graph", n) for n in (far, long)] + [Row("hybrid", "decode", "both", far)]
-    found += [Row("hybrid", "throughput", how, far) for how in ("graph", "eager")]
-    found += [Row("hybrid", "decode", "eager", lengths[0])]
-    found += [Row("full", "prefill", "one call", n) for n in lengths]
-    found += [Row("full", "throughput", how, far) for how in ("eager", "graph")]
-    found += [Row("full", "decode", "eager", n) for n in lengths[:2]]
-    found += [Row("full", "decode", how, far) for how in ("graph", "both", "compiled")]
-    last = (("compiled", far), ("both", long), ("compiled", long))
+def prompt_rows(tiny: bool) -> list[Row]:
+    """Rows of prompts, the most important first, with few changes of the model."""
+    lengths = [n * 1024 for n in (2, 8, 32, 128, 64)] if not tiny else [20, 30]
+    found = [Row("hybrid", "prefill", "one call", n) for n in lengths]
+    found += [Row("hybrid", "prefill", "segments", lengths[3] if not tiny else 30)]
+    return found + [Row("full", "prefill", "one call", n) for n in lengths]
+
+
+def decode_rows(tiny: bool) -> list[Row]:
+    """Rows of decoding, the most important first, with few changes of the model."""
+    near, middle, far = (2048, 32768, 131072) if not tiny else (10, 20, 30)
+    found = [Row("hybrid", "decode", "graph", n) for n in (middle, far)]
+    found += [Row("hybrid", "throughput", how, middle) for how in ("graph", "eager")]
+    found += [Row("hybrid", "decode", how, n) for how, n in (("both", middle), ("eager", near))]
+    found += [Row("full-kernels", "decode", "graph", n) for n in (middle, far)]
+    found += [Row("full-kernels", "throughput", "graph", middle)]
+    found += [Row("full", "throughput", how, middle) for how in ("eager", "graph")]
+    found += [Row("full", "decode", how, n) for how, n in (("graph", middle), ("eager", near), ("both", middle))]
+    found += [Row("full", "decode", "compiled", middle)]
+    last = (("compiled", middle), ("both", far), ("compiled", far))
     return found + [Row("hybrid", "decode", how, n) for how, n in last]
 
 
-def shape(tiny: bool) -> Any:
+def model_config(tiny: bool) -> Any:
+    """Llama-3-8B's config with a context of 256K, or a tiny one."""
     from transformers import LlamaConfig
 
     if tiny:
@@ -109,24 +110,24 @@ def shape(tiny: bool) -> Any:
 
 
 def build(name: str, tiny: bool) -> Any:
-    """The model, made where it runs."""
+    """A model with random weights, made on the device."""
     from transformers import AutoModelForCausalLM
 
     from nha.models.auto import to_hybrid
 
-    config, dtype = shape(tiny), torch.float32 if tiny else torch.bfloat16
+    config, dtype = model_config(tiny), torch.float32 if tiny else torch.bfloat16
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        if name == "hybrid":
-            full = FULL_LAYERS if not tiny else (1,)
+        if name != "full":
+            layers = range(config.num_hidden_layers)
+            full = layers if name == "full-kernels" else FULL_LAYERS if not tiny else (1,)
             window, slots = (WINDOW, SLOTS) if not tiny else (8, 6)
-            windows = [-1 if i in full else window for i in range(config.num_hidden_layers)]
-            to_hybrid(model, windows, num_slots=slots)
+            to_hybrid(model, [-1 if i in full else window for i in layers], num_slots=slots)
     return model.to(DEVICE).requires_grad_(False)
 
 
-def ids(model: Any, batch: int, length: int) -> Tensor:
+def random_ids(model: Any, batch: int, length: int) -> Tensor:
     generator = torch.Generator(DEVICE).manual_seed(length)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator, device=DEVICE)
 
@@ -136,10 +137,10 @@ def peak_gib() -> float | None:
 
 
 def prefill(model: Any, row: Row, segment: int) -> dict[str, Any]:
-    """Read a prompt into an empty cache."""
+    """Time and peak of reading a prompt into an empty cache."""
     from transformers import DynamicCache
 
-    prompt, size = ids(model, 1, row.length), segment if row.how == "segments" else row.length
+    prompt, size = random_ids(model, 1, row.length), segment if row.how == "segments" else row.length
 
     def read() -> None:
         cache = DynamicCache(config=model.config)
@@ -149,16 +150,16 @@ def prefill(model: Any, row: Row, segment: int) -> dict[str, Any]:
     read()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    ms = median_ms(read, seconds=1, least=3, hidden=False)
+    ms = median_ms(read, seconds=1, min_calls=3, host_ahead=False)
     return {"B": 1, "ms": ms, "tokens_s": row.length / ms * 1e3, "peak_gib": peak_gib()}
 
 
 def grown_cache(model: Any, batch: int, length: int) -> Any:
-    """A cache that grows, as if `length` tokens of each text had been read: those of full layers are random."""
+    """A growing cache after `length` tokens of each sequence; keys and values of full layers are random."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    prompt = ids(model, batch, WINDOW + 8)
+    prompt = random_ids(model, batch, WINDOW + 8)
     model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     layers: list[Any] = cache.layers
     for layer in layers:
@@ -178,11 +179,11 @@ def grown_cache(model: Any, batch: int, length: int) -> Any:
 
 
 def static_cache(model: Any, batch: int, length: int) -> Any:
-    """A cache of fixed addresses after `length` tokens of each text: what is in it does not matter for its time."""
+    """A cache of fixed addresses after `length` random tokens of each sequence."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=length + 64)
-    model(ids(model, batch, WINDOW + 8), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(random_ids(model, batch, WINDOW + 8), past_key_values=cache, use_cache=True, logits_to_keep=1)
     layers: list[Any] = cache.layers
     for layer in layers:
         if hasattr(layer, "state"):
@@ -195,9 +196,9 @@ def static_cache(model: Any, batch: int, length: int) -> Any:
     return cache
 
 
-def step_of(model: Any, how: str, batch: int, length: int) -> Callable[[], object]:
-    """One more token of every text; a static cache is set back before each, so that it never runs over."""
-    token, position = ids(model, batch, 1), torch.full((batch, 1), length, device=DEVICE)
+def decoding_step(model: Any, how: str, batch: int, length: int) -> Callable[[], object]:
+    """A function that decodes one token of every sequence; it resets a static cache first, so that none overflows."""
+    token, position = random_ids(model, batch, 1), torch.full((batch, 1), length, device=DEVICE)
     if how == "eager":
         cache = grown_cache(model, batch, length)
         options = {"past_key_values": cache, "use_cache": True}
@@ -206,8 +207,8 @@ def step_of(model: Any, how: str, batch: int, length: int) -> Callable[[], objec
     options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
     run = model
     if how in ("compiled", "both"):
-        chosen: dict[str, Any] = {"mode": "reduce-overhead" if how == "compiled" else "default"}
-        run = torch.compile(model, fullgraph=True, **chosen if CUDA else {"backend": "aot_eager"})
+        mode: dict[str, Any] = {"mode": "reduce-overhead" if how == "compiled" else "default"}
+        run = torch.compile(model, fullgraph=True, **mode if CUDA else {"backend": "aot_eager"})
     counts = [x.length if hasattr(x, "state") else x.cumulative_length for x in cache.layers]
 
     def step() -> object:
@@ -222,8 +223,8 @@ def step_of(model: Any, how: str, batch: int, length: int) -> Callable[[], objec
     return step
 
 
-def bytes_of_text(model: Any, length: int) -> int:
-    """Bytes that one text of so many tokens takes in a cache."""
+def cache_bytes(model: Any, length: int) -> int:
+    """Bytes of a cache for one sequence of `length` tokens."""
     config = model.config
     windows = getattr(config, "window_sizes", [-1] * config.num_hidden_layers)
     size = model.dtype.itemsize
@@ -234,25 +235,25 @@ def bytes_of_text(model: Any, length: int) -> int:
 
 
 def decode(model: Any, row: Row) -> dict[str, Any]:
-    """One token of one text, or of as many as fit."""
+    """Time and peak of one token of one sequence, or of as many as fit."""
     batch = 1
     if row.task == "throughput":
         free = (
             torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if CUDA else 0
         )
-        batch = max(int((free - SPARE * GIB) / bytes_of_text(model, row.length)), 1) if CUDA else 2
+        batch = max(int((free - SPARE * GIB) / cache_bytes(model, row.length)), 1) if CUDA else 2
     step: Callable[[], object] | None = None
     while True:
         try:
-            step = step_of(model, row.how, batch, row.length)
+            step = decoding_step(model, row.how, batch, row.length)
             if CUDA:
                 torch.cuda.reset_peak_memory_stats()
-            ms = median_ms(step, seconds=1, most=30, hidden=False)
+            ms = median_ms(step, seconds=1, max_calls=30, host_ahead=False)
             return {"B": batch, "ms": ms, "tokens_s": batch / ms * 1e3, "peak_gib": peak_gib()}
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-        batch, step = max(int(batch * 0.8), 1), None  # what did not fit goes before the next try
+        batch, step = max(int(batch * 0.8), 1), None  # free the cache that did not fit
         clear()
 
 
@@ -264,19 +265,25 @@ def clear() -> None:
 
 @torch.no_grad()
 def measure(model: Any, row: Row, tiny: bool) -> dict[str, Any]:
-    """A row's columns, rounded."""
+    """The columns of a row."""
     found = prefill(model, row, SEGMENT if not tiny else 12) if row.task == "prefill" else decode(model, row)
     found |= {"ms": round(found["ms"], 3), "tokens_s": round(found["tokens_s"], 1)}
     return {"model": row.model, "task": row.task, "how": row.how, "T": row.length, **found}
 
 
-def run(wanted: list[Row], out: Path, deadline: float, tiny: bool) -> int:
-    """Measure rows until the time is up; the number of rows that failed."""
+def run(wanted: list[Row], path: Path, budget_s: float, tiny: bool, log: Callable[[str], None] = print) -> int:
+    """Measure rows into the table at `path`, starting none after `budget_s`; the number of rows that failed.
+
+    Raises ValueError without a GPU, unless `tiny`.
+    """
+    require_gpu(tiny)
+    deadline = time.monotonic() + budget_s
     about, failed, unrun = stamp("torch", "transformers", "triton"), 0, 0
     model, current = None, None
-    with Table(out / "model.csv", COLUMNS) as table:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Table(path, COLUMNS) as table:
         for row in wanted:
-            if time.time() > deadline:
+            if time.monotonic() > deadline:
                 unrun += 1
                 continue
             if row.model != current:
@@ -285,49 +292,39 @@ def run(wanted: list[Row], out: Path, deadline: float, tiny: bool) -> int:
                 start = time.perf_counter()
                 model, current = build(row.model, tiny), row.model
                 synchronize()
-                print(f"{current} model made in {time.perf_counter() - start:.0f} s", flush=True)
+                log(f"model {current} made in {time.perf_counter() - start:.0f} s")
             try:
                 table.add(measure(model, row, tiny) | about)
-                one = table.rows[-1]
-                print(
-                    f"{one['ms']:>10.2f} ms {one['tokens_s']:>10.0f} tokens/s {one['peak_gib'] or 0:>6.1f} GiB  "
-                    f"{row} B{one['B']}",
-                    flush=True,
-                )
-            except Exception as failure:
+                log(_line(row, table.rows[-1]))
+            except Exception as error:
                 failed += 1
-                print(f"failed: {row}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", flush=True)
+                log(f"failed: {row}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             torch._dynamo.reset()
             clear()
-    print(verdicts(table.rows))
-    print(f"{len(table.rows)} rows in {out / 'model.csv'}, {failed} failed, {unrun} not started for lack of time")
+    log(comparison(table.rows))
+    log(f"{len(table.rows)} rows in {path}, {failed} failed, {unrun} not started for lack of time")
     return failed
 
 
-def verdicts(found: list[dict[str, Any]]) -> str:
+def _line(row: Row, found: dict[str, Any]) -> str:
+    columns = f"{found['ms']:>10.2f} ms {found['tokens_s']:>10.0f} tokens/s {found['peak_gib'] or 0:>6.1f} GiB"
+    return f"{columns}  {row} B{found['B']}"
+
+
+def comparison(found: list[dict[str, Any]]) -> str:
     """The hybrid beside full attention, where both were measured."""
 
-    def of(model: str, task: str) -> list[dict[str, Any]]:
-        return [r for r in found if r["model"] == model and r["task"] == task]
+    def of(hybrid: bool, task: str) -> list[dict[str, Any]]:
+        return [r for r in found if (r["model"] == "hybrid") == hybrid and r["task"] == task]
 
     lines = []
-    for mine in of("hybrid", "prefill"):
-        theirs = [r for r in of("full", "prefill") if r["T"] == mine["T"]]
-        text = f"prompt of {mine['T']:,} tokens, {mine['how']}: {mine['ms'] / 1e3:.2f} s, peak {mine['peak_gib']} GiB"
-        lines.append(text + "".join(f"; full {r['ms'] / 1e3:.2f} s, {r['peak_gib']} GiB" for r in theirs))
+    for ours in of(True, "prefill"):
+        theirs = [r for r in of(False, "prefill") if r["T"] == ours["T"]]
+        text = f"prompt of {ours['T']:,} tokens, {ours['how']}: {ours['ms'] / 1e3:.2f} s, peak {ours['peak_gib']} GiB"
+        lines.append(text + "".join(f"; {r['model']} {r['ms'] / 1e3:.2f} s, {r['peak_gib']} GiB" for r in theirs))
     for task, unit in (("decode", "ms"), ("throughput", "tokens_s")):
-        for mine in of("hybrid", task):
-            theirs = [f"full, {r['how']}: {r[unit]}" for r in of("full", task) if r["T"] == mine["T"]]
-            lines.append(
-                f"{task} after {mine['T']:,} tokens, {mine['how']}: {mine[unit]} {unit}, B {mine['B']}; "
-                + ", ".join(theirs)
-            )
+        for ours in of(True, task):
+            theirs = [f"{r['model']}, {r['how']}: {r[unit]}" for r in of(False, task) if r["T"] == ours["T"]]
+            text = f"{task} after {ours['T']:,} tokens, {ours['how']}: {ours[unit]} {unit}, B {ours['B']}; "
+            lines.append(text + ", ".join(theirs))
     return "\n".join(lines)
-
-
-def main(given: list[str] | None = None) -> int:
-    return timing(given, __doc__, rows, run, "--tiny")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,21 +1,13 @@
-"""Time the operator beside every peer that is installed, in one run: `PYTHONPATH=src python3 -m nha.bench.op`.
+"""Time the operator beside every peer that is installed, in one run.
 
-    --out DIR        where ops.csv and ceilings.json go (default: benchmarks/results)
-    --budget-s N     start no new row after so long (default 500); rows come in order of importance
-    --only PATTERN   only rows whose line (see --list) has this regular expression in it, such as "^triton fwd .*W64"
-    --list           print the rows and stop
-    --tiny           the same paths on tiny float32 shapes; on a CPU under TRITON_INTERPRET=1 (times mean nothing)
-
-Medians by the GPU's clock with a cold L2 cache, the host being ahead except in rows of decoding. extra_bytes is the
-peak beyond inputs, outputs and their gradients; first_call_s has whatever a peer compiles, from a cold cache. In rows
-of decoding T is how many tokens were seen, and "-graph" means replayed as a CUDA graph.
-`python3 -m nha.bench.plots` draws the table, on any machine.
+Times are medians by CUDA events with a cold L2 cache; the host is ahead except in rows of decoding. extra_bytes is the
+peak beyond inputs, outputs and their gradients; first_call_s includes what an implementation compiles, from a cold
+cache. In rows of decoding T is the number of tokens before the timed one, and "-graph" means a replayed CUDA graph.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nha.bench import peers
-from nha.bench.roofline import share
+from nha.bench.roofline import roofline_fraction
 from nha.bench.timing import (
     CUDA,
     DEVICE,
@@ -39,8 +31,8 @@ from nha.bench.timing import (
     first_call,
     median_ms,
     peak_bytes,
+    require_gpu,
     stamp,
-    timing,
 )
 from nha.io import write_atomically
 
@@ -73,7 +65,7 @@ GRAPH = "-graph"
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement."""
+    """One measurement: an implementation, a pass and a shape."""
 
     impl: str
     kind: str  # fwd, fwd+bwd or decode
@@ -89,7 +81,9 @@ class Row:
         return f"{self.impl} {self.kind} {sizes} {self.dtype}"
 
 
-def row(impl: str, kind: str, sizes: dict[str, int], batch: int, length: int, window: int, dtype: str = "bf16") -> Row:
+def make_row(
+    impl: str, kind: str, sizes: dict[str, int], batch: int, length: int, window: int, dtype: str = "bf16"
+) -> Row:
     """A row of the table; W is -1 for full attention."""
     window = -1 if impl.removesuffix(GRAPH) in peers.FULL else window
     shape = {"B": batch, "T": length, **sizes, "W": window}
@@ -97,7 +91,7 @@ def row(impl: str, kind: str, sizes: dict[str, int], batch: int, length: int, wi
 
 
 def tensors(fields: dict[str, Any], length: int) -> dict[str, Tensor]:
-    """Random leaf tensors of `length` tokens."""
+    """Random leaf tensors q, k, v [B, length, heads, D] and log_gate [B, length, H, M]."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     dtype = DTYPES[fields["dtype"]]
 
@@ -110,11 +104,11 @@ def tensors(fields: dict[str, Any], length: int) -> dict[str, Tensor]:
     return {n: x.requires_grad_() for n, x in flat.items()}
 
 
-def prepared(chosen: Row) -> tuple[Callable[[], object], int]:
-    """What is timed, and the bytes of its outputs and gradients."""
-    fields = chosen.fields
-    name = chosen.impl.removesuffix(GRAPH)
-    if chosen.kind == "decode":
+def prepare(row: Row) -> tuple[Callable[[], object], int]:
+    """The call that a row times, and the bytes of its outputs and gradients."""
+    fields = row.fields
+    name = row.impl.removesuffix(GRAPH)
+    if row.kind == "decode":
         flat = {n: x.detach() for n, x in tensors(fields, 1).items()}
         step = peers.decoding(name, fields["W"], fields["T"], flat)
 
@@ -122,13 +116,13 @@ def prepared(chosen: Row) -> tuple[Callable[[], object], int]:
             with torch.no_grad():
                 return step()
 
-        return (captured(one) if chosen.impl.endswith(GRAPH) else one), 0
+        return (captured(one) if row.impl.endswith(GRAPH) else one), 0
     flat = tensors(fields, fields["T"])
     leaves = [flat[n] for n in ("q", "k", "v")]
     if name in peers.GATED and fields["W"] >= 0:
         leaves.append(flat["log_gate"])
     forward = peers.forward_of(name, fields["W"], flat)
-    if chosen.kind == "fwd":
+    if row.kind == "fwd":
 
         def run() -> object:
             with torch.no_grad():
@@ -140,13 +134,13 @@ def prepared(chosen: Row) -> tuple[Callable[[], object], int]:
     return run, flat["q"].nbytes + sum(x.nbytes for x in leaves)
 
 
-def measure(chosen: Row) -> dict[str, Any]:
-    """A row's ms, extra_bytes and first_call_s."""
-    run, expected = prepared(chosen)
+def measure(row: Row) -> dict[str, Any]:
+    """The columns ms, extra_bytes and first_call_s of a row."""
+    run, expected = prepare(row)
     found: dict[str, Any] = {"first_call_s": round(first_call(run), 3)}
     peak = peak_bytes(run)
     found["extra_bytes"] = None if peak is None else max(peak - expected, 0)
-    return found | {"ms": round(median_ms(run, hidden=chosen.kind != "decode"), 4)}
+    return found | {"ms": round(median_ms(run, host_ahead=row.kind != "decode"), 4)}
 
 
 def rows(tiny: bool) -> list[Row]:
@@ -156,16 +150,20 @@ def rows(tiny: bool) -> list[Row]:
     both, sdpa, windows = ("fwd", "fwd+bwd"), tuple(peers.FULL), ("flex-window", "fa2-window")
     constant = [(max(TOKENS // 2**n, 1), 2**n) for n in range(10, 18)]
     single = [(1, 2**n) for n in range(10, 15)]
-    short, far = (16, 2048), (1, 32768)
+    short, long = (16, 2048), (1, 32768)
 
     def block(impls: Iterable[str], sizes: dict, where: Iterable, of: Iterable[int], passes=both, dtype="bf16"):
         return [
-            row(impl, kind, sizes, b, t, w, dtype) for b, t in where for w in of for impl in impls for kind in passes
+            make_row(impl, kind, sizes, b, t, w, dtype)
+            for b, t in where
+            for w in of
+            for impl in impls
+            for kind in passes
         ]
 
     def decode(impls: Iterable[str], sizes: dict, batches: Iterable[int], seen: int, of: Iterable[int] = (64,)):
         return [
-            row(impl + end, "decode", sizes, b, seen, w)
+            make_row(impl + end, "decode", sizes, b, seen, w)
             for b in batches
             for w in of
             for impl in impls
@@ -173,29 +171,29 @@ def rows(tiny: bool) -> list[Row]:
         ]
 
     found = block(("triton", *sdpa), LLAMA, [short], [64])
-    found += block(("triton",), LLAMA, [far, (4, 8192)], [64])
+    found += block(("triton",), LLAMA, [long, (4, 8192)], [64])
     found += block(("triton",), LLAMA, [short], [0, 512, -1])
     found += decode(("triton",), LLAMA, (64, 1, 8, 256), 32768)
     found += block(windows, LLAMA, [short], [64, 512]) + block(("gsa+window", "w0+window"), LLAMA, [short], [64])
     found += block(("gsa", "gsa-expanded"), LLAMA, [short], [0])
     found += block(("triton", *sdpa), LLAMA, [c for c in constant if c[1] <= 32768 and c != short], [64])
     for sizes in (SMOLLM, QWEN):
-        found += block(("triton", *sdpa), sizes, [short, far], [64]) + block(("triton",), sizes, [short], [0, 512, -1])
+        found += block(("triton", *sdpa), sizes, [short, long], [64]) + block(("triton",), sizes, [short], [0, 512, -1])
         found += decode(("triton",), sizes, (64, 1), 32768)
-    found += block(("triton",), LLAMA, [short, far], [32, 128, 2048])
+    found += block(("triton",), LLAMA, [short, long], [32, 128, 2048])
     found += block(("triton",), LLAMA, [c for c in constant if c != short], [0, 512])
     found += decode(("sdpa-flash",), LLAMA, (1, 8, 64), 32768) + decode(("sdpa-flash",), LLAMA, (1, 64, 256), 2048)
     found += block(("triton",), LLAMA, constant[-2:], [64]) + block(sdpa, LLAMA, constant[-2:], [64], ("fwd",))
     found += block(("triton", *sdpa), LLAMA, single, [64])
-    found += block(windows, LLAMA, [far], [64, 512]) + block(("w0+window", "gsa+window"), LLAMA, [far], [64])
+    found += block(windows, LLAMA, [long], [64, 512]) + block(("w0+window", "gsa+window"), LLAMA, [long], [64])
     found += block(sdpa, LLAMA, constant[-2:], [64], ("fwd+bwd",))
     for sizes in (SMOLLM, QWEN):
-        found += block(("triton", *sdpa), sizes, [c for c in constant if c not in (short, far)], [64])
-        found += block(("triton",), sizes, [short, far], [32, 128, 2048]) + block(("triton",), sizes, [far], [0, 512])
+        found += block(("triton", *sdpa), sizes, [c for c in constant if c not in (short, long)], [64])
+        found += block(("triton",), sizes, [short, long], [32, 128, 2048]) + block(("triton",), sizes, [long], [0, 512])
         found += block(windows, sizes, [short], [64])
         found += decode(("triton",), sizes, (8, 256), 32768)
     found += block(("triton",), LLAMA, single, [0, 512]) + decode(("triton",), LLAMA, (64,), 32768, (0, 512))
-    found += block(("triton",), LLAMA, [c for c in constant if c not in (short, far)], [32, 128, 2048])
+    found += block(("triton",), LLAMA, [c for c in constant if c not in (short, long)], [32, 128, 2048])
     found += block(("triton",), LLAMA, [c for c in constant if c != short], [-1])
     found += block(("triton",), LLAMA, [short], [64], dtype="fp16") + block(
         ("triton",), SMOLLM, [short], [64], dtype="fp32"
@@ -207,15 +205,20 @@ def rows(tiny: bool) -> list[Row]:
 def _tiny_rows() -> list[Row]:
     sizes, other = {"HQ": 2, "H": 1, "D": 16, "M": 4}, {"HQ": 3, "H": 1, "D": 8, "M": 4}
     both = ("fwd", "fwd+bwd")
-    found = [row(impl, kind, sizes, 2, 40, 9, "fp32") for impl in ("triton", "sdpa-cudnn", "chunked") for kind in both]
-    found += [row("triton", kind, other, 1, 20, w, "fp32") for w in (0, 5, -1) for kind in both]
-    found += [row("triton" + end, "decode", sizes, 2, 50, 9, "fp32") for end in ("", GRAPH)]
-    found += [row("sdpa-flash", "decode", sizes, 2, 50, 9, "fp32"), row("gsa", "fwd", sizes, 1, 20, 0, "fp32")]
+    found = [
+        make_row(impl, kind, sizes, 2, 40, 9, "fp32") for impl in ("triton", "sdpa-cudnn", "chunked") for kind in both
+    ]
+    found += [make_row("triton", kind, other, 1, 20, w, "fp32") for w in (0, 5, -1) for kind in both]
+    found += [make_row("triton" + end, "decode", sizes, 2, 50, 9, "fp32") for end in ("", GRAPH)]
+    found += [
+        make_row("sdpa-flash", "decode", sizes, 2, 50, 9, "fp32"),
+        make_row("gsa", "fwd", sizes, 1, 20, 0, "fp32"),
+    ]
     return found
 
 
 def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
-    """One line per implementation and shape: ms of each pass, share of the roofline, extra MiB, first call."""
+    """One line per implementation and shape: ms of each pass, percentage of the roofline, extra MiB, first call."""
     lines: dict[tuple, dict] = {}
     for one in done:
         key = tuple(one[n] for n in ("HQ", "H", "D", "dtype", "B", "T", "impl", "W"))
@@ -223,7 +226,7 @@ def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
     text = [f"{'shape':<34}{'impl':<16}{'W':>5}   pass: ms (% of roofline, extra MiB, first call s)"]
     for (hq, h, d, label, b, t, name, window), passes in lines.items():
         cells = [
-            f"{kind} {r['ms']:.3f} ({100 * share(r, limits):.0f}%, {(r['extra_bytes'] or 0) / 2**20:.0f}, "
+            f"{kind} {r['ms']:.3f} ({100 * roofline_fraction(r, limits):.0f}%, {(r['extra_bytes'] or 0) / 2**20:.0f}, "
             f"{r['first_call_s']:.1f})"
             for kind, r in passes.items()
         ]
@@ -231,48 +234,43 @@ def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
     return "\n".join(text)
 
 
-def run(wanted: list[Row], out: Path, deadline: float, tiny: bool) -> int:
-    """Measure rows until the time is up; the number of rows of this library that failed."""
+def run(wanted: list[Row], out: Path, budget_s: float, tiny: bool, log: Callable[[str], None] = print) -> int:
+    """Measure rows into `out`/ops.csv, starting none after `budget_s`; the number of rows of this library that failed.
+
+    Raises ValueError without a GPU, unless `tiny`.
+    """
+    require_gpu(tiny)
+    deadline = time.monotonic() + budget_s
     if find_spec("triton") is not None:
         import triton  # pyright: ignore[reportMissingImports]
 
         # Kernels compile anew, so that first_call_s is that of a cold cache.
         triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")
     torch._dynamo.config.recompile_limit = 256  # a peer that compiles does so for every shape
+    out.mkdir(parents=True, exist_ok=True)
     limits, about = ceilings(), stamp("torch", "triton")
     write_atomically(out / "ceilings.json", json.dumps(limits | about, indent=1) + "\n")
-    print(
-        f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {limits['operations_per_s'] / 1e12:.0f} TFLOP/s"
-    )
+    log(f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {limits['operations_per_s'] / 1e12:.0f} TFLOP/s")
     absent: dict[str, str] = {}
     failed = unrun = 0
     with Table(out / "ops.csv", COLUMNS) as table:
-        for chosen in wanted:
-            reason = peers.missing(chosen.impl)
+        for row in wanted:
+            reason = peers.missing(row.impl)
             if reason is not None:
-                absent[chosen.impl] = reason
-                continue
-            if time.time() > deadline:
+                absent[row.impl] = reason
+            elif time.monotonic() > deadline:
                 unrun += 1
-                continue
-            try:
-                table.add(chosen.fields | measure(chosen) | about)
-                print(f"{table.rows[-1]['ms']:>10.3f} ms  {chosen}", flush=True)
-            except Exception as failure:
-                failed += chosen.impl.removesuffix(GRAPH) in peers.OURS
-                print(f"failed: {chosen}: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", flush=True)
+            else:
+                try:
+                    table.add(row.fields | measure(row) | about)
+                    log(f"{table.rows[-1]['ms']:>10.3f} ms  {row}")
+                except Exception as error:
+                    failed += row.impl.removesuffix(GRAPH) in peers.OURS
+                    log(f"failed: {row}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             if CUDA:
                 torch.cuda.empty_cache()
-    print(summary(table.rows, limits))
+    log(summary(table.rows, limits))
     for name, reason in absent.items():
-        print(f"{name}: {reason}")
-    print(f"{len(table.rows)} rows in {out / 'ops.csv'}; {failed} of this library failed, for {unrun} no time was left")
+        log(f"{name}: {reason}")
+    log(f"{len(table.rows)} rows in {out / 'ops.csv'}; {failed} of this library failed, for {unrun} no time was left")
     return failed
-
-
-def main(given: list[str] | None = None) -> int:
-    return timing(given, __doc__, rows, run, "--tiny with TRITON_INTERPRET=1")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
-"""What is timed: the kernels of this library and every peer that is installed, on the same tensors [B, T, heads, D].
+"""Implementations to time on the same tensors [B, T, heads, D]: this library's, and every peer that is installed.
 
 triton, chunked         nha_attention by that implementation
 sdpa-cudnn, sdpa-flash  full causal attention through SDPA
 flex-window             FlexAttention over a sliding window, compiled
 fa2-window              FlashAttention-2 over a sliding window (torch.nn.attention.varlen)
 gsa, gsa-expanded       flash-linear-attention's chunk_gsa, with grouped heads or with keys and values repeated
-gsa+window              the composition: chunk_gsa and flex-window, merged; w0+window: with these kernels' W = 0 instead
+gsa+window              chunk_gsa and flex-window, merged; w0+window: nha_attention with W = 0 and flex-window, merged
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMPILED = ("flex-window", "gsa+window", "w0+window")
 
 
 def missing(name: str) -> str | None:
-    """Why a peer cannot run here, or None."""
+    """The reason why a peer cannot run here, or None."""
     if name in ("gsa", "gsa-expanded", "gsa+window") and find_spec("fla") is None:
         return "flash-linear-attention is not installed"
     if name == "fa2-window" and not CUDA:
@@ -56,7 +56,7 @@ def full(name: str, flat: Inputs) -> Forward:
 
 
 def window_mask(length: int, window: int, device: torch.device | str):
-    """The block mask of a causal sliding window, without ever making a mask of T x T."""
+    """The block mask of a causal sliding window, made without a mask of T x T."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def inside(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -68,9 +68,9 @@ def window_mask(length: int, window: int, device: torch.device | str):
     touched = (column <= row) & (row * BLOCK - (column * BLOCK + BLOCK - 1) < window)
     whole = (column < row) & (row * BLOCK + BLOCK - 1 - column * BLOCK < window)
 
-    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        order = chosen.int().argsort(dim=1, descending=True, stable=True)
-        return chosen.sum(1).int()[None, None], order.int()[None, None]
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.int().argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1).int()[None, None], order.int()[None, None]
 
     return BlockMask.from_kv_blocks(
         *listed(touched & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=inside, seq_lengths=(length, length)
@@ -91,11 +91,11 @@ def compiled_flex(merging: bool) -> Callable:
         grouped = q.shape[1] != k.shape[1]
         out, aux = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
         assert aux.lse is not None
-        share = torch.sigmoid(aux.lse - other_lse)[..., None].to(out.dtype)
-        return out * share + other * (1 - share)
+        weight = torch.sigmoid(aux.lse - other_lse)[..., None].to(out.dtype)
+        return out * weight + other * (1 - weight)
 
-    chosen = merge if merging else attend
-    return torch.compile(chosen, dynamic=False) if CUDA else chosen
+    function = merge if merging else attend
+    return torch.compile(function, dynamic=False) if CUDA else function
 
 
 def flex_window(window: int, flat: Inputs) -> Forward:
@@ -106,7 +106,7 @@ def flex_window(window: int, flat: Inputs) -> Forward:
 
 
 def flash_window(window: int, flat: Inputs) -> Forward:
-    """FlashAttention-2 over the window alone; keys and values are repeated where it takes no grouped heads."""
+    """FlashAttention-2 over the window alone; keys and values are repeated where it does not support grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch, length = flat["q"].shape[:2]
@@ -146,9 +146,9 @@ def slots_alone(flat: Inputs) -> Forward:
 
 
 def composition(name: str, window: int, flat: Inputs) -> Forward:
-    """Slots and window apart, merged by log-sum-exps: what NHA costs without kernels of its own, at least.
+    """Slots and window in separate calls, merged by their log-sum-exps: NHA without kernels of its own.
 
-    No implementation of the slots returns theirs, so that a constant stands in for it.
+    No implementation of the slots returns its log-sum-exp; a constant takes its place, which makes this a lower bound.
     """
     slots = gated_slots(flat, False) if name == "gsa+window" else slots_alone(flat)
     q, k, v = (flat[n].transpose(1, 2) for n in ("q", "k", "v"))
@@ -158,7 +158,7 @@ def composition(name: str, window: int, flat: Inputs) -> Forward:
 
 
 def forward_of(name: str, window: int, flat: Inputs) -> Forward:
-    """A call of an implementation on tensors q, k, v and log_gate; gives [B, T, HQ, D]."""
+    """A function that calls an implementation on q, k, v and log_gate, and returns [B, T, HQ, D]."""
     if name in OURS:
         return lambda: nha_attention(**flat, window_size=window, impl=name).out  # type: ignore[arg-type]
     if name in FULL:
@@ -175,12 +175,11 @@ def forward_of(name: str, window: int, flat: Inputs) -> Forward:
 
 
 def decoding(name: str, window: int, length: int, flat: Inputs) -> Forward:
-    """One more token of rows that have seen `length`, from tensors of one token; the kernels write into the state."""
+    """A function that decodes one token after `length` tokens; the kernels write into the state."""
     q, k = flat["q"], flat["k"]
     batch, _, heads, dim = k.shape
     if name in FULL:
-        past = (torch.randn(batch, heads, length, dim, device=k.device, dtype=k.dtype) for _ in range(2))
-        keys, values = past
+        keys, values = (torch.randn(batch, heads, length, dim, device=k.device, dtype=k.dtype) for _ in range(2))
         backend = FULL[name] if CUDA else SDPBackend.MATH
 
         def forward() -> Tensor:
@@ -197,7 +196,7 @@ def decoding(name: str, window: int, length: int, flat: Inputs) -> Forward:
 
 
 def running_state(window: int, length: int, flat: Inputs):
-    """A random state of rows that have seen `length` tokens."""
+    """A random state after `length` tokens."""
     from nha import NHAState
 
     k, v, gate = (flat[n] for n in ("k", "v", "log_gate"))

@@ -1,26 +1,21 @@
-"""Draw the tables of benchmarks/results; needs matplotlib and no GPU: `PYTHONPATH=src python3 -m nha.bench.plots`.
+"""Draw the tables of benchmarks/results; needs matplotlib and no GPU.
 
-    --results DIR   where ops.csv, ceilings.json and model.csv are (default: benchmarks/results)
-    --out DIR       where the pictures go (default: docs/images)
-
-length-NAME.png   time against length at a constant number of tokens, with the length from which on slots and window win
-speedup.png       how many times as fast as the best full attention each window is, slowdowns included
-roofline.png      the share of the machine's bandwidth or arithmetic that a call reaches
-decode.png        time of one token against the number of texts
-model.png         a whole model: reading a prompt and writing a token
+length-NAME.png   time against length at a constant number of tokens, with the length from which the hybrid is faster
+speedup.png       speed-up of each window over the fastest full attention, slowdowns included
+roofline.png      the percentage of the machine's bandwidth or arithmetic that a call reaches
+decode.png        time of one token against the number of sequences
+model.png         a whole model: reading a prompt and decoding a token
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nha.bench.roofline import share
+from nha.bench.roofline import roofline_fraction
 from nha.bench.timing import read_table
 from nha.io import atomic_write
 from nha.report.plots import LIGHT, spread, tokens
@@ -41,7 +36,7 @@ SHAPES = {
 FULL = ("sdpa-cudnn", "sdpa-flash")
 BLUE, ORANGE, GREY, GREEN, PINK, SKY = "#0072b2", "#c75000", "#3d444c", "#007a5a", "#a8558a", "#56b4e9"
 # (implementation, W) -> (label, colour, dash, marker); W None for any.
-LOOKS: dict[tuple[str, int | None], tuple[str, str, Any, str]] = {
+STYLES: dict[tuple[str, int | None], tuple[str, str, Any, str]] = {
     ("triton", 64): ("nha, W 64", BLUE, "-", "o"),
     ("triton", 0): ("nha, W 0", SKY, "-", "v"),
     ("triton", 512): ("nha, W 512", BLUE, (0, (4, 1.5)), "^"),
@@ -55,18 +50,18 @@ LOOKS: dict[tuple[str, int | None], tuple[str, str, Any, str]] = {
 }
 
 
-def chosen(records: Iterable[Record], **wanted: Any) -> list[Record]:
-    """The records with these values; `passed` stands for the column "pass"."""
-    wanted = {("pass" if n == "passed" else n): x for n, x in wanted.items()}
+def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
+    """The records with these values; `kind` stands for the column "pass"."""
+    wanted = {("pass" if n == "kind" else n): x for n, x in wanted.items()}
     return [r for r in records if all(r.get(n) == x for n, x in wanted.items())]
 
 
 def of_shape(records: Iterable[Record], shape: tuple[int, int, int], dtype: str = "bf16") -> list[Record]:
-    return chosen(records, HQ=shape[0], H=shape[1], D=shape[2], dtype=dtype)
+    return select(records, HQ=shape[0], H=shape[1], D=shape[2], dtype=dtype)
 
 
 def constant_tokens(records: list[Record]) -> list[Record]:
-    """The records of the longest rows at the most common number of tokens, and single rows that are longer."""
+    """The records with the most common number of tokens, and single sequences that are longer."""
     counts = [r["B"] * r["T"] for r in records if r["B"] > 1]
     if not counts:
         return records
@@ -81,7 +76,7 @@ def curve(records: Iterable[Record], impl: str, window: int | None) -> Points:
 
 
 def best(curves: Iterable[Points]) -> Points:
-    """The fastest of several curves at every length."""
+    """The fastest of several curves at each length."""
     found: dict[float, float] = {}
     for points in curves:
         for t, ms in points:
@@ -90,9 +85,9 @@ def best(curves: Iterable[Points]) -> Points:
 
 
 def crossover(ours: Points, theirs: Points) -> float | None:
-    """The length from which on `ours` is the faster one at every length in common; 0 if always, None if not at the end.
+    """The length from which on `ours` is faster at every common length: 0 if always, None if not at the longest.
 
-    Between two lengths both curves are straight lines of logarithms.
+    Curves are interpolated linearly in logarithms.
 
     >>> crossover([(1024, 2.0), (4096, 2.0)], [(1024, 1.0), (4096, 4.0)])
     2048.0
@@ -164,7 +159,7 @@ def _legend(figure: Figure, axes: list[Axes], columns: int = 4) -> None:
 
 
 def about(records: list[Record]) -> str:
-    """Where and when: the machine, the date."""
+    """The machine and the date of records."""
     return ", ".join(sorted({f"{r['gpu']}, {r['date']}" for r in records}))
 
 
@@ -176,9 +171,9 @@ def length(records: list[Record], name: str) -> Figure | None:
     figure, axes = _figure(
         2, (10.5, 4.9), f"{name}: attention of one layer, constant number of tokens ({about(records)})"
     )
-    for one, passed in zip(axes, PASSES, strict=True):
-        rows = chosen(records, passed=passed)
-        for (impl, window), (label, colour, dash, marker) in LOOKS.items():
+    for one, kind in zip(axes, PASSES, strict=True):
+        rows = select(records, kind=kind)
+        for (impl, window), (label, colour, dash, marker) in STYLES.items():
             points = curve(rows, impl, window)
             if points:
                 one.plot(
@@ -195,7 +190,7 @@ def length(records: list[Record], name: str) -> Figure | None:
         _by_log(one)
         total = max((r["B"] * r["T"] for r in rows if r["B"] > 1), default=0)
         one.set_xlabel(f"tokens of a sequence ({total:,} in all; one sequence beyond)" if total else "tokens")
-        one.set_ylabel(f"{PASSES[passed]}, ms")
+        one.set_ylabel(f"{PASSES[kind]}, ms")
         _mark_crossover(one, curve(rows, "triton", 64), best(curve(rows, impl, -1) for impl in FULL))
     _legend(figure, axes)
     return figure
@@ -227,16 +222,16 @@ def _mark_crossover(axes: Axes, ours: Points, theirs: Points) -> None:
 
 
 def speedup(records: list[Record]) -> Figure | None:
-    """Windows by lengths: full attention's best time over the kernels' time."""
+    """Windows by lengths: the time of the fastest full attention over the kernels' time."""
     records = constant_tokens(records)
-    windows = sorted({r["W"] for r in chosen(records, impl="triton")}, key=lambda w: (w < 0, w))
-    lengths = sorted({r["T"] for r in records if r["impl"] in FULL} & {r["T"] for r in chosen(records, impl="triton")})
+    windows = sorted({r["W"] for r in select(records, impl="triton")}, key=lambda w: (w < 0, w))
+    lengths = sorted({r["T"] for r in records if r["impl"] in FULL} & {r["T"] for r in select(records, impl="triton")})
     if not windows or not lengths:
         return None
-    title = f"Times as fast as the best full attention; below 1 is slower ({about(records)})"
+    title = f"Speed-up over the fastest full attention; below 1 is slower ({about(records)})"
     figure, axes = _figure(2, (10.5, 1.4 + 0.42 * len(windows)), title)
-    for one, passed in zip(axes, PASSES, strict=True):
-        rows = chosen(records, passed=passed)
+    for one, kind in zip(axes, PASSES, strict=True):
+        rows = select(records, kind=kind)
         full = dict(best(curve(rows, impl, -1) for impl in FULL))
         one.grid(visible=False)
         for y, window in enumerate(windows):
@@ -249,7 +244,7 @@ def speedup(records: list[Record]) -> Figure | None:
         one.set_xticks(range(len(lengths)), [tokens(t) for t in lengths])
         one.set_yticks(range(len(windows)), ["full (-1)" if w < 0 else f"W {w}" for w in windows])
         one.tick_params(length=0)
-        one.set_xlabel(f"tokens of a sequence; {PASSES[passed]}")
+        one.set_xlabel(f"tokens of a sequence; {PASSES[kind]}")
     return figure
 
 
@@ -266,29 +261,27 @@ def _cell(axes: Axes, x: float, y: float, factor: float) -> None:
 
 
 def roofline(records: list[Record], limits: dict[str, float]) -> Figure | None:
-    """Bars: the share of the roofline that implementations reach at the shortest common length, by pass."""
+    """Bars: the percentage of the roofline that implementations reach at 2,048 tokens, by pass."""
     records = [r for r in constant_tokens(records) if r["pass"] in PASSES]
-    ours = chosen(records, impl="triton")
+    ours = select(records, impl="triton")
     if not ours:
         return None
     t = 2048 if any(r["T"] == 2048 for r in ours) else min(r["T"] for r in ours)
-    rows = chosen(records, T=t)
+    rows = select(records, T=t)
     order = sorted(rows, key=lambda r: (r["impl"] != "triton", r["impl"] not in FULL, r["impl"], r["W"] % 2**31))
     names = list(dict.fromkeys((r["impl"], r["W"]) for r in order))
     figure, axes = _figure(
-        1, (8.5, 1.3 + 0.4 * len(names)), f"Share of the roofline at {tokens(t)} tokens ({about(rows)})"
+        1, (8.5, 1.3 + 0.4 * len(names)), f"Percentage of the roofline at {tokens(t)} tokens ({about(rows)})"
     )
     one = axes[0]
-    for shift, (passed, colour) in zip((-0.2, 0.2), (("fwd", BLUE), ("fwd+bwd", SKY)), strict=True):
+    for shift, (kind, colour) in zip((-0.2, 0.2), (("fwd", BLUE), ("fwd+bwd", SKY)), strict=True):
         bars = [
-            (y, 100 * share(r, limits))
+            (y, 100 * roofline_fraction(r, limits))
             for y, (impl, w) in enumerate(names)
-            for r in chosen(rows, impl=impl, W=w, passed=passed)[:1]
+            for r in select(rows, impl=impl, W=w, kind=kind)[:1]
         ]
         if bars:
-            drawn = one.barh(
-                [y + shift for y, _ in bars], [x for _, x in bars], 0.36, color=colour, label=PASSES[passed]
-            )
+            drawn = one.barh([y + shift for y, _ in bars], [x for _, x in bars], 0.36, color=colour, label=PASSES[kind])
             one.bar_label(drawn, fmt="%.0f %%", padding=3, fontsize=8, color=LIGHT.muted)
     one.set_yticks(range(len(names)), [_named(impl, w) for impl, w in names])
     one.invert_yaxis()
@@ -307,9 +300,9 @@ def _named(impl: str, window: int) -> str:
 
 
 def decode(records: list[Record]) -> Figure | None:
-    """Time of one token against the number of texts, called and as CUDA graphs."""
-    rows = [r for r in chosen(records, passed="decode") if r["W"] in (64, -1)]
-    if not chosen(rows, W=64):
+    """Time of one token against the number of sequences, called and as CUDA graphs."""
+    rows = [r for r in select(records, kind="decode") if r["W"] in (64, -1)]
+    if not select(rows, W=64):
         return None
     figure, axes = _figure(1, (7.5, 4.4), f"One token of one layer ({about(rows)})")
     one, batches = axes[0], sorted({r["B"] for r in rows})
@@ -336,7 +329,7 @@ def decode(records: list[Record]) -> Figure | None:
     one.set_xscale("log", base=2)
     one.set_xticks(batches, [str(b) for b in batches])
     _by_log(one)
-    one.set_xlabel("texts")
+    one.set_xlabel("sequences")
     one.set_ylabel("ms")
     _legend(figure, axes, 2)
     return figure
@@ -346,20 +339,20 @@ def model(records: list[Record]) -> Figure | None:
     """Prompt and token times of whole models against the context, one line per way to run."""
     figure, axes = _figure(2, (10.5, 4.6), f"Llama-3-8B shape, random weights, bf16 ({about(records)})")
     drawn = False
-    for one, task, unit in ((axes[0], "prefill", "reading a prompt, s"), (axes[1], "decode", "writing a token, ms")):
+    for one, task, unit in ((axes[0], "prefill", "reading a prompt, s"), (axes[1], "decode", "decoding a token, ms")):
         series: dict[tuple[str, str], Points] = {}
-        for r in chosen(records, task=task, B=1):
+        for r in select(records, task=task, B=1):
             series.setdefault((r["model"], r["how"]), []).append((r["T"], r["ms"] / (1e3 if task == "prefill" else 1)))
         ends = []
         for (name, how), points in sorted(series.items()):
-            colour = BLUE if name == "hybrid" else GREY
+            colour = {"hybrid": BLUE, "full": GREY}.get(name, ORANGE)
             dash = "-" if how in ("one call", "graph") else (0, (4, 1.5))
             points.sort()
             one.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker="o", markersize=4)
             ends.append((points[-1], f"{name}, {how}: {points[-1][1]:.3g}", colour))
             drawn = True
         if ends:
-            _by_tokens(one, [r["T"] for r in chosen(records, task=task, B=1)])
+            _by_tokens(one, [r["T"] for r in select(records, task=task, B=1)])
             _by_log(one)
             _end_labels(one, ends)
         one.set_xlabel("tokens")
@@ -368,7 +361,7 @@ def model(records: list[Record]) -> Figure | None:
 
 
 def _end_labels(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> None:
-    """Texts left above the last points, moved apart where they would overlap."""
+    """Labels beside the last points, moved apart where they would overlap."""
     low, high = (math.log(y) for y in axes.get_ylim())
     places = spread([math.log(y) for (_, y), _, _ in ends], (high - low) / 16, low, high)
     for ((x, _), text, colour), y in zip(ends, places, strict=True):
@@ -385,7 +378,7 @@ def _end_labels(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) ->
 
 
 def pictures(results: Path) -> dict[str, Callable[[], Any]]:
-    """What can be drawn of the tables in a folder, by file name."""
+    """Functions that draw the tables in a folder, by the name of the picture."""
     found: dict[str, Callable[[], Any]] = {}
     table = results / "ops.csv"
     if table.exists():
@@ -401,31 +394,27 @@ def pictures(results: Path) -> dict[str, Callable[[], Any]]:
         if (results / "ceilings.json").exists():
             limits = json.loads((results / "ceilings.json").read_text())
             found["roofline.png"] = lambda: roofline(llama, limits)
-    if (results / "model.csv").exists():
-        rows = read_table(results / "model.csv")
+    tables = [results / name for name in ("model.csv", "decode.csv") if (results / name).exists()]
+    if tables:
+        rows = [row for path in tables for row in read_table(path)]
         found["model.png"] = lambda: model(rows)
     return found
 
 
-def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--out", type=Path, default=Path("docs/images"))
-    options = parser.parse_args(given)
-    wanted = pictures(options.results)
+def draw(results: Path, out: Path, log: Callable[[str], None] = print) -> None:
+    """Draw every table in `results` into `out`.
+
+    Raises ValueError if there is no table.
+    """
+    wanted = pictures(results)
     if not wanted:
-        sys.exit(f"expected ops.csv or model.csv in {options.results}, found neither")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in wanted.items():
-        figure = draw()
+        raise ValueError(f"expected ops.csv, model.csv or decode.csv in {results}, found none of them")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in wanted.items():
+        figure = picture()
         if figure is None:
-            print(f"{name}: not enough rows")
+            log(f"{name}: not enough rows")
             continue
-        with atomic_write(options.out / name) as work:
+        with atomic_write(out / name) as work:
             figure.savefig(work, format="png")
-        print(options.out / name)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        log(str(out / name))

@@ -1,4 +1,4 @@
-"""How fast a call can be at best: the bytes it has to move and the operations it has to do, over what a machine can.
+"""A lower bound for the time of a call: the bytes it must move and the operations it must do, over the machine's rates.
 
 Each input is read once and each output written once. Operations are those of matrix products by the definition: a
 query reads M slots, its window and the sinks; a token is written into M slots. The backward pass reads what the forward
@@ -40,20 +40,20 @@ def work(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _decode(b: int, t: int, hq: int, h: int, d: int, slots: int, window: int, size: int) -> tuple[float, float]:
-    """One token of every row: state read, slots and the new token written."""
+    """One token of every sequence: the state is read, the slots and the new token are written."""
     seen = t if window < 0 else window
-    slot_bytes, tail = 2 * slots * d * 4, seen * (2 * d + slots) * size
+    slot_bytes, window_bytes = 2 * slots * d * 4, seen * (2 * d + slots) * size
     new = (2 * d + slots) * size
-    moved = b * (h * (2 * slot_bytes + tail + new) + 2 * hq * d * size)
+    moved = b * (h * (2 * slot_bytes + window_bytes + new) + 2 * hq * d * size)
     return float(moved), 4.0 * d * b * (hq * (slots + seen) + h * slots)
 
 
 def floor_ms(row: dict[str, Any], ceilings: dict[str, float]) -> float:
-    """Milliseconds below which no version of a row's call runs."""
+    """Milliseconds that a row's call takes at least on a machine with these rates."""
     moved, operations = work(row)
     return 1e3 * max(moved / ceilings["bytes_per_s"], operations / ceilings["operations_per_s"])
 
 
-def share(row: dict[str, Any], ceilings: dict[str, float]) -> float:
-    """The part of a row's time that its floor takes; 1 is as fast as the machine."""
+def roofline_fraction(row: dict[str, Any], ceilings: dict[str, float]) -> float:
+    """The lower bound over a row's time: 1 is as fast as the machine allows."""
     return floor_ms(row, ceilings) / float(row["ms"])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import re
 import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+R = TypeVar("R")
 FLUSH = 256 << 20  # bytes that push everything else out of the L2 cache
 
 
@@ -29,13 +27,17 @@ def synchronize() -> None:
 
 
 def median_ms(
-    function: Callable[[], object], seconds: float = 0.3, least: int = 5, most: int = 60, hidden: bool = True
+    function: Callable[[], object],
+    seconds: float = 0.3,
+    min_calls: int = 5,
+    max_calls: int = 60,
+    host_ahead: bool = True,
 ) -> float:
-    """Median milliseconds of a call, with the L2 cache flushed between calls; without a GPU one call by the wall clock.
+    """Median milliseconds of a call with a cold L2 cache; without a GPU one call by the wall clock.
 
-    If the host's work is to be `hidden`, the flush is repeated until the call has been queued, so that kernels follow
-    one another without gaps, as they do wherever the host is ahead. Takes about so many seconds, and at least `least`
-    calls, of slow ones (0.3 s and more) three.
+    With `host_ahead` the cache is flushed again and again until the call has been queued. Its kernels then follow one
+    another without gaps, as they do wherever the host is ahead of the GPU. Measures for about `seconds`, and at least
+    `min_calls`; of calls of 0.3 s and more, three.
     """
     start = time.perf_counter()
     if not CUDA:
@@ -46,11 +48,11 @@ def median_ms(
     torch.cuda.synchronize()
     begun = time.perf_counter()
     function()
-    flushes = flushes_for(time.perf_counter() - begun) if hidden else 1
+    flushes = flushes_for(time.perf_counter() - begun) if host_ahead else 1
     torch.cuda.synchronize()
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < most:
+    while len(times) < max_calls:
         for _ in range(flushes):
             flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -60,13 +62,13 @@ def median_ms(
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
         slow = times[0] > 300
-        if len(times) >= (3 if slow else least) and time.perf_counter() - start > seconds:
+        if len(times) >= (3 if slow else min_calls) and time.perf_counter() - start > seconds:
             break
     return statistics.median(times)
 
 
 def flushes_for(host_s: float) -> int:
-    """Flushes of the cache that take longer than the host does, with half as much again to spare; 400 at most.
+    """How many flushes of the cache take longer than the host, with half as much to spare; 400 at most.
 
     >>> flushes_for(0.001)  # each takes 50 microseconds or more
     31
@@ -91,7 +93,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def first_call(run: Callable[[], object]) -> float:
-    """Seconds of a call, with whatever it compiles."""
+    """Seconds of a call, compilation included."""
     start = time.perf_counter()
     run()
     synchronize()
@@ -99,7 +101,7 @@ def first_call(run: Callable[[], object]) -> float:
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Bytes that a call needs at its peak beyond what is there before it; None without a GPU."""
+    """Peak bytes of a call beyond those allocated before it; None without a GPU."""
     if not CUDA:
         return None
     synchronize()
@@ -126,7 +128,7 @@ def stamp(*packages: str) -> dict[str, str]:
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes a second of a large copy (read and written) and operations a second of a large bfloat16 matrix product."""
+    """Bytes per second of a large copy, read and written, and operations per second of a bfloat16 matrix product."""
     size, side = (4 << 30, 8192) if CUDA else (1 << 20, 64)
     source = torch.empty(size, dtype=torch.int8, device=DEVICE).random_()
     target = torch.empty_like(source)
@@ -138,41 +140,31 @@ def ceilings() -> dict[str, float]:
     return {"bytes_per_s": copy, "operations_per_s": product}
 
 
-def timing(
-    given: list[str] | None,
-    about: str | None,
-    rows: Callable[[bool], list],
-    run: Callable[[list, Path, float, bool], int],
-    instead: str,
-) -> int:
-    """The command line of a program that times rows: `run` those chosen, into a folder, until a deadline.
+def select(rows: Sequence[R], only: str | None) -> list[R]:
+    """The rows whose text matches a regular expression; all of them without one.
 
-    `rows` and `run` are told whether all is to be tiny; `instead` says what a machine without a GPU needs. 1 if a row
-    failed, else 0.
+    Raises ValueError if there are none, or if the expression cannot be read.
+
+    >>> select(["triton fwd", "triton decode", "chunked fwd"], "^triton .*fwd")
+    ['triton fwd']
     """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--budget-s", type=float, default=500)
-    parser.add_argument("--only", metavar="PATTERN")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args(given)
-    deadline = time.time() + options.budget_s
-    warnings.simplefilter("ignore")
-    wanted = [r for r in rows(options.tiny) if options.only is None or re.search(options.only, str(r))]
-    if not wanted:
-        sys.exit(f"expected --only to name a row, got {options.only!r}")
-    if options.list:
-        print(*wanted, sep="\n")
-        return 0
-    if not CUDA and not options.tiny:
-        sys.exit(f"expected a CUDA device, or {instead}; found neither")
-    options.out.mkdir(parents=True, exist_ok=True)
-    return 1 if run(wanted, options.out, deadline, options.tiny) else 0
+    try:
+        found = [row for row in rows if only is None or re.search(only, str(row))]
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got {only!r}: {error}") from None
+    if not found:
+        raise ValueError(f"expected a pattern that names a row, got {only!r}")
+    return found
+
+
+def require_gpu(tiny: bool) -> None:
+    """Raises ValueError without a GPU, unless the shapes are tiny."""
+    if not CUDA and not tiny:
+        raise ValueError("expected a CUDA device, or tiny shapes; found neither")
 
 
 class Table:
-    """A CSV whose rows are on disk as soon as they are known: in PATH.partial, which becomes PATH at the end."""
+    """A CSV file that is complete or absent: rows go to PATH.partial at once, which becomes PATH at the end."""
 
     def __init__(self, path: Path, columns: Sequence[str]):
         self.path, self.partial, self.columns = path, path.with_name(path.name + ".partial"), list(columns)

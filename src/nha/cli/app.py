@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from nha.cli import common
+from nha.cli.bench import bench_app
 from nha.cli.distill import distill
 from nha.cli.doctor import doctor
 from nha.cli.evaluate import everything, perplexity, recall
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 evaluate_app = typer.Typer(help="Measure a model.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(evaluate_app, name="eval")
+app.add_typer(bench_app, name="bench")
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,44 @@
+"""`nha bench` lists rows, runs them, and refuses bad options in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nha.cli import app
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.mark.parametrize("what", ["op", "model", "decode"])
+def test_rows_are_listed(what):
+    done = run(what, "--list")
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) > 8
+
+
+def test_a_table_is_written_and_drawn_from(tmp_path):
+    done = run("cpu", "--tiny", "--repeats", "1", "--out", str(tmp_path))
+    assert done.exit_code == 0 and (tmp_path / "cpu.csv").exists()
+    done = run("plots", "--results", str(tmp_path), "--out", str(tmp_path))
+    assert done.exit_code == 2 and "ops.csv" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["op", "--only", "nothing like it"], ["nothing like it"]),
+        (["op"], ["CUDA"]),
+        (["decode", "--budget-s", "-1"], ["--budget-s", "-1"]),
+        (["cpu", "--repeats", "0"], ["--repeats", "0"]),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(arguments, names, tmp_path):
+    done = run(*arguments, "--out", str(tmp_path))
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    assert all(name in done.stderr for name in names)
+    assert not list(tmp_path.iterdir())
