@@ -1,4 +1,4 @@
-"""Measure alone what each part of a distillation step brings: python experiments/rent.py [--tiny].
+"""Measure alone what each part of a distillation step brings: python experiments/rent.py [--tiny] [--only PATTERN].
 
 Shape: SmolLM2-135M with random weights, 16 sequences of 2,048 tokens (2 of them recall text), windows of 64, layers
 8, 18, 20 and 23 full, the teacher's forward pass included. Each variant lacks or replaces one part of the baseline; its
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import importlib.metadata
 import json
 import os
+import re
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +34,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import nha.distill.loss as loss_module
 from nha.data.packing import pack
 from nha.distill.cuda_graphs import CudaGraphs, Recorder
 from nha.distill.student import Distillation
@@ -72,14 +75,12 @@ class Bench:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     gradients: Callable[[Batches], Gradients] | None = None
-    patches: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     state_bytes: int = 0
 
     def step(self, batches: Batches) -> None:
         """One optimizer step."""
         assert self.gradients is not None
-        with self.patches():
-            combine(self.gradients(batches), self.parameters, "normalise", 1.0, 0.5)
+        combine(self.gradients(batches), self.parameters, "normalise", 1.0, 0.5)
         self.optimizer.step()
 
 
@@ -207,41 +208,8 @@ def copy_of(bench: Bench) -> Bench:
     return Bench(bench.student, bench.parameters, bench.optimizer, state_bytes=bench.state_bytes)
 
 
-@contextlib.contextmanager
-def beside(student: Distillation, value: bool) -> Iterator[None]:
-    """Within the context the teacher's pass runs on a stream of its own, or not."""
-    before, student.beside = student.beside, value
-    try:
-        yield
-    finally:
-        student.beside = before
-
-
-@contextlib.contextmanager
-def loss_of(function: Any) -> Iterator[None]:
-    """Within the context a chunk's loss is this function's."""
-    before, loss_module.best_for = loss_module.best_for, lambda hidden: function
-    try:
-        yield
-    finally:
-        loss_module.best_for = before
-
-
 def variants(base: Bench, settings: Settings) -> dict[str, Callable[[], Bench]]:
-    """What is measured beside the baseline, cheapest first: those that share its compiled student, then the others."""
-
-    def no_side_stream() -> Bench:
-        bench = with_runner(copy_of(base), settings)
-        bench.patches = lambda: beside(base.student, False)
-        return bench
-
-    def loss_by(function: Any) -> Callable[[], Bench]:
-        def make() -> Bench:
-            bench = with_runner(copy_of(base), settings)
-            bench.patches = lambda: loss_of(function)
-            return bench
-
-        return make
+    """Each variant by name; the one that hung once comes last."""
 
     def reduce_overhead() -> Bench:
         options = {} if settings.backend else {"mode": "reduce-overhead"}
@@ -261,16 +229,35 @@ def variants(base: Bench, settings: Settings) -> dict[str, Callable[[], Bench]]:
         bench.gradients = gradients
         return bench
 
-    compiled_loss = torch.compile(loss_module.chunk_loss, dynamic=False, **settings.backend)
     return {
-        "no side stream for the teacher": no_side_stream,
-        "loss: compiled PyTorch": loss_by(compiled_loss),
-        "loss: plain PyTorch in chunks": loss_by(loss_module.chunk_loss),
-        "make_graphed_callables": lambda: with_graphed_callables(copy_of(base), settings),
-        "no CUDA graphs": lambda: with_runner(copy_of(base), settings, graphs=False),
         "no fused linear layers": lambda: with_runner(build(settings, fused=False), settings),
         "torch.compile(mode='reduce-overhead')": reduce_overhead,
+        "no CUDA graphs": lambda: with_runner(copy_of(base), settings, graphs=False),
+        "make_graphed_callables": lambda: with_graphed_callables(copy_of(base), settings),
     }
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[None]:
+    """Within the context show where Python is after most of the time, raise TimeoutError after all of it, and end the
+    process if it hangs where no exception arrives."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(0.7 * seconds, exit=False)
+    killer = threading.Timer(seconds + 15, os._exit, (3,))
+    killer.daemon = True
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def synchronize(settings: Settings) -> None:
@@ -369,7 +356,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sample-s", type=float, default=1.2, help="seconds of one sample")
-    parser.add_argument("--budget-s", type=float, default=400.0, help="no variant begins after this many seconds")
+    parser.add_argument("--budget-s", type=float, default=230.0, help="no variant begins after this many seconds")
+    parser.add_argument("--variant-s", type=float, default=100.0, help="a variant is given up after this many seconds")
+    parser.add_argument("--only", default="", help="a pattern: measure the variants whose name it matches")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -396,11 +385,15 @@ def main(arguments: list[str] | None = None) -> int:
     keep({"variant": "baseline", **speed, "peak_gib": peak, **seconds})
     failed = 0
     for name, make in variants(base, settings).items():
+        if not re.search(options.only, name):
+            continue
         if time.monotonic() - began > options.budget_s:
             keep({"variant": name, "error": "no time left"})
             continue
         try:
-            keep({"variant": name, **compare(base, make, settings, options)})
+            with watchdog(options.variant_s):
+                row = compare(base, make, settings, options)
+            keep({"variant": name, **row})
         except Exception as error:
             failed += 1
             keep({"variant": name, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
