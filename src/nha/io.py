@@ -256,6 +256,8 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> NHAState
     tensors.setdefault("window_slot_key", None)  # type: ignore[arg-type]
     state = NHAState(window_size=window_size, slots_active=metadata[active] == "1", **tensors)
     try:
+        if kind == OLD_STATE_FORMAT and window_size >= 0 and state.key.shape[1:2] != (window_size,):
+            raise ValueError(f"expected key [B, W, H, D] with W = {window_size}, got {list(state.key.shape)}")
         check_state(state)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} in {path}") from None

@@ -102,7 +102,7 @@ def layer_bytes(model: PreTrainedModel, window: int, context: int) -> int:
     like = torch.empty(1, 1, heads, dim, dtype=kind, device="meta")
     gate = torch.empty(1, 1, heads, config.num_slots, dtype=kind, device="meta")
     rotates = getattr(config, "rope_parameters", None) is not None
-    return NHAState.empty(window, key=like, value=like, log_gate=gate, shared=not rotates).nbytes
+    return NHAState.empty(window, key=like, value=like, log_gate=gate, shared=not rotates).padded().nbytes
 
 
 def cache_bytes(model: PreTrainedModel, windows: Sequence[int], context: int) -> int:

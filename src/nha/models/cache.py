@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nha.io import atomic_write
 from nha.models.config import FULL
 from nha.ops import NHAState, RingState, nha_attention
+from nha.ops.validation import check_state
 
 FORMAT = "nha-cache-v1"
 
@@ -147,6 +148,8 @@ class NHACacheLayer(CacheLayerMixin):
     def keep(self, state: NHAState | None) -> None:
         """Hold this state; a static layer copies it into the tensors that it has."""
         held = self.state
+        if self.is_compileable and state is not None:
+            state = state.padded()
         if not self.is_compileable:
             self.state = state
         elif state is None:
@@ -345,6 +348,10 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
         if isinstance(layer, NHACacheLayer):
             parts.setdefault("window_slot_key", None)  # type: ignore[arg-type]
             layer.state = NHAState(window_size=entry["window"], slots_active=entry["live"], **parts)
+            try:
+                check_state(layer.state)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{error} of layer {index} at {path}") from None
             layer.length = entry["length"]
             layer.is_initialized = True
         else:
@@ -369,7 +376,8 @@ def check_parts(parts: dict[str, Tensor], entry: dict[str, Any], layer: Any, whe
         raise ValueError(f"expected a tensor {missing[0]!r} {where}, got {sorted(parts)}")
     if is_nha:
         batch, heads, slots, dim = parts["slot_key"].shape
-        window, value_dim = entry["window"], parts["slot_value"].shape[-1]
+        value_dim = parts["slot_value"].shape[-1]
+        window = min(entry["window"], parts["key"].shape[1])
         shapes = {
             "slot_value": (batch, heads, slots, value_dim),
             "key": (batch, window, heads, dim),

@@ -116,10 +116,13 @@ def nha_attention(
         short = short and unsupported(q, v, log_gate, softcap, decoding=True) is None
         name = _triton_or_chunked(impl, q, v, log_gate, softcap, short)
     fresh = state is None
-    within = window_size == -1 or (fresh and window_size >= q.shape[1])
+    # Nothing leaves the window. The kernels read later segments even then: the size of their state is fixed.
+    within = window_size == -1 or (_holds_all(state, window_size, q.shape[1]) and (fresh or name != "triton"))
     if fresh and (return_state or within or name != "triton"):
         shared = k_slot is None
         state = NHAState.empty(window_size, key=k, value=v, log_gate=log_gate, shared=shared, cu_seqlens=cu_seqlens)
+    if state is not None and name == "triton" and not within:
+        state = state.padded()
     q_slot = q if q_slot is None else q_slot
     k_slot = k if k_slot is None else k_slot
     options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5 if scale is None else float(scale), "state": state}
@@ -141,6 +144,13 @@ def nha_attention(
     else:
         out, mass, after = chunked(q, k, v, log_gate, q_slot, k_slot, sink, **options, **packing)
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)
+
+
+def _holds_all(state: NHAState | None, window_size: int, length: int) -> bool:
+    """Whether the window holds all tokens so far and `length` more, and no slots are active."""
+    if state is None:
+        return length <= window_size
+    return not state.slots_active and state.key.shape[1] + length <= window_size
 
 
 def _can_decode(

@@ -44,7 +44,7 @@ def full_attention(
         count = attention_mask.sum(1)
     past, length = state.key.shape[1], q.shape[1]
     keys, values, mask = k, v, None
-    if state.window_size < 0 and past:
+    if past:
         keys, values = torch.cat([state.key, k], 1), torch.cat([state.value, v], 1)
         token = torch.arange(past + length, device=q.device)
         query = past + torch.arange(length, device=q.device)[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
 MAX_NEW = 16  # tokens that can be written into a ring at a time
-WINDOW_CACHE = ("key", "value", "window_slot_key", "window_log_gate")  # fields [B, W, H, ...]
+WINDOW_CACHE = ("key", "value", "window_slot_key", "window_log_gate")  # fields [B, n, H, ...]
 
 
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,12 +41,15 @@ class NHAState:
     """The memory of a layer for a batch of sequences. A call of `nha_attention` returns a new one.
 
     `B` sequences, `H` KV heads, `M` slots, `D`/`Dv` head dims, `W` the window size. The window cache holds the last
-    `W` tokens, oldest first and right-aligned: after fewer than `W` tokens its first entries are unused.
-    With `window_size == -1` (full attention) it holds every token and nothing is written to the slots.
+    `n <= W` tokens of each sequence, oldest first and right-aligned, and grows as tokens come, so that a wide window
+    costs a short sequence nothing. A sequence with fewer than `n` tokens leaves its first entries unused. With
+    `window_size == -1` (full attention) the cache holds every token and nothing is written to the slots.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), window_size=3)
     >>> state.slots_active, state.num_tokens.tolist(), tuple(state.key.shape)
-    (True, [0], (1, 3, 2, 4))
+    (True, [0], (1, 0, 2, 4))
+    >>> tuple(state.padded().key.shape)
+    (1, 3, 2, 4)
     >>> state.nbytes == sum(t.numel() * t.element_size() for t in state.tensors().values())
     True
     """
@@ -54,10 +57,10 @@ class NHAState:
     window_size: int
     slot_key: Tensor  # [B, H, M, D], float32 (float64 next to float64 inputs)
     slot_value: Tensor  # [B, H, M, Dv]
-    key: Tensor  # [B, W, H, D]
-    value: Tensor  # [B, W, H, Dv]
-    window_slot_key: Tensor | None  # [B, W, H, D]; None where the slots see the same keys as the window
-    window_log_gate: Tensor  # [B, W, H, M]
+    key: Tensor  # [B, n, H, D]
+    value: Tensor  # [B, n, H, Dv]
+    window_slot_key: Tensor | None  # [B, n, H, D]; None where slots and window have the same keys
+    window_log_gate: Tensor  # [B, n, H, M]
     num_tokens: Tensor  # [B] int64, tokens read by each sequence so far
     slots_active: bool = False  # slots handed in by the caller are active from token 0
 
@@ -80,16 +83,15 @@ class NHAState:
         batch, _, heads, dim = key.shape
         batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         value_dim, slots = value.shape[-1], log_gate.shape[-1]
-        width = max(window_size, 0)
         slots_in = slot_dtype(key.dtype)
         return cls(
             window_size=window_size,
             slot_key=key.new_zeros(batch, heads, slots, dim, dtype=slots_in),
             slot_value=key.new_zeros(batch, heads, slots, value_dim, dtype=slots_in),
-            key=key.new_zeros(batch, width, heads, dim),
-            value=value.new_zeros(batch, width, heads, value_dim),
-            window_slot_key=None if shared else key.new_zeros(batch, width, heads, dim),
-            window_log_gate=log_gate.new_zeros(batch, width, heads, slots),
+            key=key.new_zeros(batch, 0, heads, dim),
+            value=value.new_zeros(batch, 0, heads, value_dim),
+            window_slot_key=None if shared else key.new_zeros(batch, 0, heads, dim),
+            window_log_gate=log_gate.new_zeros(batch, 0, heads, slots),
             num_tokens=torch.zeros(batch, dtype=torch.int64, device=key.device),
         )
 
@@ -155,6 +157,15 @@ class NHAState:
         """The state with its window oldest first: this one."""
         return self
 
+    def padded(self) -> NHAState:
+        """The state with a window cache of all W entries, whose size no longer changes; unused ones are zero."""
+        missing = self.window_size - self.key.shape[1]
+        if missing <= 0:
+            return self
+        cache = {name: getattr(self, name) for name in WINDOW_CACHE}
+        wide = {name: F.pad(x, (0, 0, 0, 0, missing, 0)) for name, x in cache.items() if x is not None}
+        return replace(self, **wide)
+
     def to(self, device: torch.device | str) -> NHAState:
         """The state on another device."""
         return self.map(lambda t: t.to(device))
@@ -193,15 +204,16 @@ def advance(
 
     `count` [B] is the number of real tokens of each (left-aligned) sequence, None if all are.
     """
-    length = k.shape[1]
-    width = state.key.shape[1] + length if state.window_size < 0 else state.window_size
+    past, length = state.key.shape[1], k.shape[1]
+    width = past + length if state.window_size < 0 else min(past + length, state.window_size)
 
     def last(old: Tensor, new: Tensor) -> Tensor:
         joined = torch.cat([old, new.to(old.dtype)], 1)
         if count is None:
-            return joined[:, joined.shape[1] - width :].clone()
-        index = torch.arange(joined.shape[1] - width, joined.shape[1], device=new.device) - length + count[:, None]
-        return joined.gather(1, index.clamp_min(0)[..., None, None].expand(-1, -1, *new.shape[2:]))
+            return joined[:, past + length - width :].clone()
+        joined = F.pad(joined, (0, 0, 0, 0, width - past, 0))
+        index = torch.arange(width, device=new.device) + count[:, None]
+        return joined.gather(1, index[..., None, None].expand(-1, -1, *new.shape[2:]))
 
     return replace(
         state,
@@ -221,9 +233,10 @@ class RingState(NHAState):
 
     Writing a token moves no other, and all tensors keep their addresses, so that a CUDA graph can replay a step. The
     tensors are those of `NHAState`, contiguous and shared with no other state. `aligned` returns the state with its
-    window in order; `nha_attention` and `nha.save_state` call it themselves.
+    window in order; `nha_attention` and `nha.save_state` call it themselves. The ring has all W entries from the start.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3)
+    >>> state = state.padded()
     >>> state.key[0, :, 0, 0] = torch.tensor([4.0, 5.0, 6.0])
     >>> state.num_tokens += 7  # the last were tokens 4, 5 and 6
     >>> ring = RingState.of(state)
@@ -247,7 +260,7 @@ class RingState(NHAState):
             window_size=state.window_size,
             slots_active=state.slots_active,
             arrival_counter=arrival_counter,
-            **_copies(state, -1),
+            **_copies(state.padded(), -1),
         )
 
     def aligned(self) -> NHAState:

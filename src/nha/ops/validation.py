@@ -197,8 +197,8 @@ def check_state(state: NHAState) -> None:
     if not isinstance(state, NHAState):
         raise TypeError(f"expected state to be an NHAState, got {type(state).__name__}")
     check_window_size(state.window_size)
-    shapes = {"slot_key": "[B, H, M, D]", "slot_value": "[B, H, M, Dv]", "key": "[B, W, H, D]"}
-    shapes |= {"value": "[B, W, H, Dv]", "window_slot_key": "[B, W, H, D]", "window_log_gate": "[B, W, H, M]"}
+    shapes = {"slot_key": "[B, H, M, D]", "slot_value": "[B, H, M, Dv]", "key": "[B, n, H, D]"}
+    shapes |= {"value": "[B, n, H, Dv]", "window_slot_key": "[B, n, H, D]", "window_log_gate": "[B, n, H, M]"}
     shapes |= {"num_tokens": "[B]"}
     if isinstance(state, RingState):
         shapes["arrival_counter"] = "[B, H + 1]"
@@ -206,14 +206,18 @@ def check_state(state: NHAState) -> None:
         if name != "window_slot_key" or state.window_slot_key is not None:
             _check_tensor(f"state.{name}", getattr(state, name), shape)
     batch, heads, slots, dim = state.slot_key.shape
-    width = state.key.shape[1] if state.window_size < 0 else state.window_size
+    width, window_size = state.key.shape[1], state.window_size
+    exact = isinstance(state, RingState)
+    if window_size >= 0 and (width != window_size if exact else width > window_size):
+        limit = f"{window_size}" if exact else f"at most {window_size}"
+        raise ValueError(f"expected state.key of {limit} tokens with window_size={window_size}, got {width}")
     sizes = {
         "B": batch,
         "H": heads,
         "M": slots,
         "D": dim,
         "Dv": state.slot_value.shape[3],
-        "W": width,
+        "n": width,
         "H + 1": heads + 1,
     }
     of_inputs, of_slots = state.key.dtype, slot_dtype(state.key.dtype)
@@ -222,7 +226,7 @@ def check_state(state: NHAState) -> None:
     for name, x in state.tensors().items():
         letters = shapes[name]
         expected = tuple(sizes[letter] for letter in letters.strip("[]").split(", "))
-        _check_shape(f"state.{name}", x, expected, f"{letters} with window_size={state.window_size}")
+        _check_shape(f"state.{name}", x, expected, letters)
         if x.dtype != dtypes.get(name, x.dtype):
             raise TypeError(f"expected state.{name} of {dtypes[name]} beside keys of {of_inputs}, got {x.dtype}")
         if name in ("key", "window_log_gate") and x.dtype not in DTYPES:
@@ -231,8 +235,8 @@ def check_state(state: NHAState) -> None:
             raise ValueError(f"expected state.{name} on {state.key.device} like state.key, got {x.device}")
     if batch and readable(state.num_tokens):
         lowest, highest = (int(x) for x in state.num_tokens.aminmax())
-        if lowest < 0 or (state.window_size < 0 and highest > width):
-            limit = f"0 to {width}" if state.window_size < 0 else "0 or more"
+        if lowest < 0 or (width != window_size and highest > width):
+            limit = "0 or more" if width == window_size else f"0 to {width}, all of a window of {window_size} so far"
             raise ValueError(f"expected state.num_tokens of {limit}, got {lowest} to {highest}")
 
 
