@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from nha.cli import common
 from nha.cli.bench import bench_app
+from nha.cli.chat import chat
 from nha.cli.distill import distill
 from nha.cli.doctor import doctor
 from nha.cli.evaluate import everything, perplexity, recall
@@ -92,6 +93,7 @@ app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 -
 app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
 app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(search)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
+app.command(epilog="Example: [cyan]nha chat my-hybrid --temperature 0.7[/]")(chat)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
 evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
     recall

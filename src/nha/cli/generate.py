@@ -4,139 +4,126 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nha.cli import common
-from nha.cli.common import BadInput, command, err, print_json
+from nha.cli.common import BadInput, command, err, escape, print_json
 from nha.models import loading
 
-if TYPE_CHECKING:
-    import torch
-
-
-class Printer:
-    """A transformers streamer that prints text as it comes, or moves a progress bar when the text is for a program."""
-
-    def __init__(self, tokenizer: Any, bar: Any, total: int) -> None:
-        self.tokenizer = tokenizer
-        self.bar = bar
-        self.task = bar.add_task("writing", total=total) if bar else None
-        self.ids: list[int] = []
-        self.printed = 0
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt (the first call) or one new token."""
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        self.ids += value.reshape(-1).tolist()
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=len(self.ids))
-            return
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # the middle of a character of several tokens
-            sys.stdout.write(text[self.printed :])
-            sys.stdout.flush()
-            self.printed = len(text)
-
-    def end(self) -> None:
-        """Print what is left."""
-        if self.bar is None:
-            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            sys.stdout.write(text[self.printed :] + "\n")
-            sys.stdout.flush()
+MODEL = typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")
+MAX_NEW_TOKENS = typer.Option(help="Stop after so many tokens.")
+TEMPERATURE = typer.Option(help="0 takes the likeliest token; higher is more varied.")
+TOP_P = typer.Option(help="Sample from the likeliest tokens that add up to this.")
+WINDOW = typer.Option(help="Change a hybrid's windows for this run; -1 is full attention.", show_default="as saved")
+RAW = typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+SEED = typer.Option(help="Seed for sampling.")
 
 
 @command
 def generate(
-    model: Annotated[str, typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")],
+    model: Annotated[str, MODEL],
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that add up to this.")] = 1.0,
-    window: Annotated[
-        str | None,
-        typer.Option(help="Change a hybrid's windows for this run; -1 is the original.", show_default="as saved"),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    max_new_tokens: Annotated[int, MAX_NEW_TOKENS] = 200,
+    temperature: Annotated[float, TEMPERATURE] = 0.0,
+    top_p: Annotated[float, TOP_P] = 1.0,
+    window: Annotated[str | None, WINDOW] = None,
+    raw: Annotated[bool, RAW] = False,
+    seed: Annotated[int, SEED] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Write text; the memory a conversation takes is shown at the end."""
-    common.check_at_least("--max-new-tokens", max_new_tokens, 1)
-    common.check_at_least("--temperature", temperature, 0)
-    if not 0 < top_p <= 1:
-        raise BadInput(f"expected --top-p above 0 and at most 1, got {top_p}")
+    """Write text; the memory that the conversation takes is shown at the end."""
+    options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise BadInput("expected a prompt, got nothing")
+    loaded, tokenizer, source = load(model, windows, seed)
+    from nha.models.conversation import Conversation, say
+
+    conversation = Conversation()
+    started = time.perf_counter()
+    if as_json:
+        with common.steps("writing") as advance:
+            streamer = Counter(advance, max_new_tokens)
+            answer = say(loaded, tokenizer, conversation, text, raw=raw, streamer=streamer, **options)
+    else:
+        answer = say(loaded, tokenizer, conversation, text, raw=raw, streamer=printer(tokenizer), **options)
+    seconds = time.perf_counter() - started
+    if as_json:
+        found = {
+            "model": source.name,
+            "text": answer.text,
+            "prompt_tokens": answer.read,
+            "new_tokens": answer.written,
+            "seconds": round(seconds, 3),
+            "cache_bytes": conversation.nbytes,
+        }
+        print_json(found)
+    else:
+        err.print(f"[dim]{escape(summary(answer, seconds, conversation.nbytes))}[/]", soft_wrap=True)
+
+
+def sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    """The options of `generate` for these settings. Raises BadInput for settings outside their bounds."""
+    common.check_at_least("--max-new-tokens", max_new_tokens, 1)
+    common.check_at_least("--temperature", temperature, 0)
+    common.check_range("--top-p", top_p, above=0, at_most=1)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    return options | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
+
+
+def load(model: str, windows: int | list[int] | None, seed: int) -> tuple[Any, Any, loading.Source]:
+    """A model with these windows (None: its own), its tokenizer and its source; seeds the sampling."""
     source = loading.find(model)
     if windows is not None:
         loading.check_windows_changeable(source, windows)
     import torch
 
-    with err.status(f"loading {source.label}"):
+    torch.manual_seed(seed)
+    with common.status(f"loading {source.label}"):
         loaded, tokenizer = loading.load(source)
     if windows is not None:
         from nha.models.adapter import set_windows
 
         set_windows(loaded, windows)
-    ids = encode(tokenizer, text, raw=raw).to(loaded.device)
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options.update(temperature=temperature, top_p=top_p)
-    from nha.models.cache import cache_nbytes
+    return loaded, tokenizer, source
 
-    started = time.perf_counter()
-    if as_json:
-        with common.progress_bar() as bar:
-            result = _generate(loaded, tokenizer, ids, bar, max_new_tokens, options)
-    else:
-        result = _generate(loaded, tokenizer, ids, None, max_new_tokens, options)
-    seconds = time.perf_counter() - started
-    new = result.sequences[0, ids.shape[1] :]
-    found = {
-        "model": source.name,
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new),
-        "seconds": round(seconds, 3),
-        "cache_bytes": cache_nbytes(result.past_key_values),
-    }
-    if as_json:
-        print_json(found)
-        return
-    err.print(
-        f"[dim]{found['prompt_tokens']} tokens read, {found['new_tokens']} written in {seconds:.1f} s; "
-        f"the conversation's memory is {common.human_bytes(found['cache_bytes'])}[/]"
+
+def summary(answer: Any, seconds: float, nbytes: int) -> str:
+    """Tokens, speed and memory after an answer."""
+    speed = f", {answer.written / seconds:.1f} tokens/s" if seconds > 0 else ""
+    return (
+        f"{answer.read} tokens read, {answer.written} written{speed}; "
+        f"the conversation's memory is {common.human_bytes(nbytes)}"
     )
 
 
-def encode(tokenizer: Any, text: str, *, raw: bool) -> torch.Tensor:
-    """Token ids [1, T] of a prompt, inside the chat template if the tokenizer has one and `raw` is not set."""
-    if raw or not getattr(tokenizer, "chat_template", None):
-        return tokenizer(text, return_tensors="pt").input_ids
-    messages = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
+def printer(tokenizer: Any) -> Any:
+    """A streamer of transformers that writes text to stdout as it comes."""
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _generate(model: Any, tokenizer: Any, ids: Any, bar: Any, limit: int, options: dict[str, Any]) -> Any:
-    import torch
+class Counter:
+    """A streamer of transformers that moves a progress bar; the first call brings the prompt."""
 
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=limit,
-        streamer=Printer(tokenizer, bar, limit),
-        return_dict_in_generate=True,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **options,
-    )
+    def __init__(self, advance: Any, total: int) -> None:
+        self.advance, self.total, self.calls = advance, total, -1
+
+    def put(self, value: Any) -> None:
+        """One more token."""
+        self.calls += 1
+        if self.calls:
+            self.advance(self.calls, self.total)
+
+    def end(self) -> None:
+        """The answer may be shorter than it could be."""
+        self.advance(self.total, self.total)

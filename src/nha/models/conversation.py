@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,6 +54,11 @@ class Answer:
     read: int
     written: int
     stopped: bool
+
+
+def cache_keyword(model: Any) -> str:
+    """The name that a model's forward gives its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -131,11 +137,11 @@ def say(
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList([asked]),  # pyright: ignore[reportArgumentType]
         pad_token_id=pad,
         return_dict_in_generate=True,
+        **{cache_keyword(model): cache},
         **options,
     )
     written = output.sequences[0, ids.shape[1] :]

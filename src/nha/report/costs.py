@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,11 +53,12 @@ def token_milliseconds(model: PreTrainedModel, ids: torch.Tensor, context: int, 
     import torch
 
     from nha.models.cache import cache_nbytes
+    from nha.models.conversation import cache_keyword
 
     cache = filled_cache(model, ids, context)
     size = cache_nbytes(cache)
     token = ids[:, -1:]
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_keyword(model)
     times = []
     with torch.no_grad():
         for step in range(steps + 1):
