@@ -210,7 +210,7 @@ class Revision:
         )
 
     def time(self, row: Row, seconds: float) -> Answer:
-        """What the process answers; an error if it has ended."""
+        """The answer of the process, or an error if it has ended."""
         try:
             _pipe(self.process.stdin).write(_request(row, seconds))
             _pipe(self.process.stdin).flush()

@@ -207,8 +207,9 @@ def decoding_step(model: Any, how: str, batch: int, length: int) -> Callable[[],
     options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
     run = model
     if how in ("compiled", "both"):
-        mode: dict[str, Any] = {"mode": "reduce-overhead" if how == "compiled" else "default"}
-        run = torch.compile(model, fullgraph=True, **mode if CUDA else {"backend": "aot_eager"})
+        mode = "reduce-overhead" if how == "compiled" else "default"
+        compiling: dict[str, Any] = {"mode": mode} if CUDA else {"backend": "aot_eager"}
+        run = torch.compile(model, fullgraph=True, **compiling)
     counts = [x.length if hasattr(x, "state") else x.cumulative_length for x in cache.layers]
 
     def step() -> object:
