@@ -262,7 +262,7 @@ def run(
     }
     if found.finished:
         with err.status("writing the hybrid"), atomic_directory(output / "hybrid") as work:
-            saved_hybrid(found, tokenizer, work, source.label, corpus, settings)
+            saved_hybrid(found, tokenizer, work, source.base, corpus, settings)
         result["hybrid"] = str(output / "hybrid")
     if as_json:
         print_json(result)

@@ -86,7 +86,7 @@ def hybridize(
         with ablate(hybrid, "slots_off"):
             measure_form(forms, "hybrid, slots off", hybrid, ids)
     with err.status(f"writing {output}"):
-        save(hybrid, tokenizer, output, source.label, forms)
+        save(hybrid, tokenizer, output, source.base, forms, seed)
     found: dict[str, Any] = {
         "model": source.name,
         "output": str(output),
@@ -158,11 +158,11 @@ def measure_form(forms: dict[str, Any], name: str, model: Any, ids: Any) -> None
         forms[name] = perplexity(model, ids, progress=advance)
 
 
-def save(model: Any, tokenizer: Any, output: Path, base: str, forms: dict[str, Any]) -> None:
-    """Write model, tokenizer and model card into a directory that appears only when it is whole."""
-    from nha.convert.card import model_card, write_card
+def save(model: Any, tokenizer: Any, output: Path, base: str, forms: dict[str, Any], seed: int) -> None:
+    """Write the hybrid and its model card into a directory that appears only when it is whole."""
+    from nha.convert.card import CardFacts, save_hybrid
 
+    text = "4 texts of 512 tokens of the Python language reference"
+    facts = CardFacts(base, {name: form.value for name, form in forms.items()}, text, seed)
     with atomic_directory(output) as work:
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        write_card(work, model_card(model.config, base, forms, "the Python language reference"))
+        save_hybrid(model, tokenizer, work, facts)

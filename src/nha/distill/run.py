@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from nha.convert.align import align
 from nha.convert.calibrate import SINK_TOKENS
-from nha.convert.card import model_card, write_card
+from nha.convert.card import CardFacts, save_hybrid
 from nha.convert.hybridize import INITS, hybridize
 from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
@@ -426,12 +426,10 @@ def saved_hybrid(
     found: Distilled, tokenizer: Any, folder: Path, base: str, corpus: Corpus, settings: DistillSettings
 ) -> None:
     """Write the hybrid, its tokenizer, what it was trained with and a model card into a folder."""
-    found.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     told = {"settings": dataclasses.asdict(settings), "tokens": corpus.meta["tokens"], "log": found.log[-1:]}
     (folder / "distillation.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    text = f"Trained on {settings.tokens:,.0f} tokens; see distillation.json.\n"
-    write_card(folder, model_card(found.model.config, base, {}, "") + "\n" + text)
+    notes = f"Trained on {settings.tokens:,.0f} tokens with seed {settings.seed}; see distillation.json."
+    save_hybrid(found.model, tokenizer, folder, CardFacts(base, seed=settings.seed, notes=notes))
 
 
 def _plain(windows: int | tuple[int, ...]) -> int | list[int]:

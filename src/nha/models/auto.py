@@ -14,9 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from nha.models.adapter import HybridGenerationMixin, install, reset_slots
 from nha.models.config import NHAConfig, check_sizes, check_windows, hybrid_config_class
 from nha.models.families import check_family
+from nha.models.remote import SavedWithCode
 
 
-class HybridModelMixin(HybridGenerationMixin):
+class HybridModelMixin(SavedWithCode, HybridGenerationMixin):
     """What a family's causal language model gains as a hybrid."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -87,3 +88,17 @@ def to_hybrid(
     config.architectures = [hybrid_model_class(config_class).__name__]
     model.__class__ = hybrid_model_class(config_class)
     install(model)
+
+
+def hybrid_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The configuration and the model class of a hybrid's model type; the file saved beside hybrids calls this.
+
+    >>> [found.__name__ for found in hybrid_classes("nha-llama")]
+    ['NHALlamaConfig', 'NHALlamaForCausalLM']
+    """
+    if model_type == NHAConfig.model_type:
+        from nha.models.nha import NHAForCausalLM
+
+        return NHAConfig, NHAForCausalLM
+    config_class = hybrid_config_class(model_type.removeprefix("nha-"))
+    return config_class, hybrid_model_class(config_class)

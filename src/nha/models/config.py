@@ -110,6 +110,10 @@ class HybridConfigMixin:
 
         register_model(type(self))  # type: ignore[arg-type]
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy a file of this package beside saved weights."""
+
 
 @strict
 class NHAConfig(HybridConfigMixin, LlamaConfig):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
+EMBEDDED_ID, EMBEDDED_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -35,6 +36,13 @@ class Source:
         if self.name == EMBEDDED:
             return "SmolLM2-135M-Instruct"
         return self.directory.resolve().name if self.directory else self.name
+
+    @property
+    def base(self) -> str:
+        """What a model card names as the model this one came from: its Hub id, or its directory."""
+        if self.name == EMBEDDED:
+            return EMBEDDED_ID
+        return str(self.directory.resolve()) if self.directory else self.name
 
 
 def quiet_transformers() -> None:

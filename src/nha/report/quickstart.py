@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nha import __version__
 from nha.convert.align import align
-from nha.convert.card import model_card, write_card
+from nha.convert.card import CardFacts, save_hybrid
 from nha.convert.hybridize import hybridize
 from nha.data.text import blocks, calibration_text, evaluation_documents
 from nha.evaluate.measure import bucket_edges
@@ -141,10 +141,9 @@ def run(source: loading.Source, settings: Settings, report: Report, saved: Path 
         checks += run_checks(hybrid, texts)
     if saved is not None:
         with clock.step("saving the hybrid"), kept(checks, "saving the hybrid"):
-            hybrid.save_pretrained(saved)
-            tokenizer.save_pretrained(saved)
-            named = {VARIANTS[name][0]: measured[name] for name in VARIANTS if name in measured}
-            write_card(saved, model_card(hybrid.config, source.label, named, DOCUMENT))
+            named = {VARIANTS[name][0]: measured[name].value for name in VARIANTS if name in measured}
+            text = f"{DOCUMENTS} texts of {settings.length:,} tokens of {DOCUMENT}"
+            save_hybrid(hybrid, tokenizer, saved, CardFacts(source.base, named, text, settings.seed))
     edges = bucket_edges(settings.length)
     variants = [Variant(name, p.value, p.error, p.by_position(edges)) for name, p in measured.items()]
     with kept(checks, "measuring memory of the variants"):
