@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def render(results: Results, figures: Mapping[str, Mapping[str, bytes]]) -> str:
     from markupsafe import Markup
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.filters |= {"tokens": tokens, "megabytes": megabytes}
+    environment.filters |= {"tokens": tokens, "megabytes": megabytes, "unbroken": unbroken}
     css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         results=results,
@@ -83,6 +84,15 @@ def render(results: Results, figures: Mapping[str, Mapping[str, bytes]]) -> str:
         figures={name: _figure(name, images) for name, images in figures.items()},
         python=python_example(results),
     )
+
+
+def unbroken(text: str) -> str:
+    """Text whose numbers and units stay on one line.
+
+    >>> unbroken("15 % of 3 MB").count("\N{NO-BREAK SPACE}")
+    2
+    """
+    return re.sub(r"(?<=\d) (?=(%|bytes|[kMG]B|ms|s)(?!\w))", "\N{NO-BREAK SPACE}", text)
 
 
 def _figure(name: str, images: Mapping[str, bytes]) -> dict[str, str]:

@@ -291,6 +291,26 @@ def speed(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     return _two_lines(results, theme, size, values, lambda ms: f"{ms:.0f} ms", title, log=False)
 
 
+def _cell(axes: Axes, x: float, y: float, size: tuple[float, float], face: str, edge: str, alpha: float = 1.0) -> None:
+    """A box with round corners; x, y and size in inches."""
+    from matplotlib.patches import FancyBboxPatch
+
+    style = "round,pad=0,rounding_size=0.045"
+    axes.add_patch(
+        FancyBboxPatch((x, y), *size, boxstyle=style, facecolor=face, edgecolor=edge, linewidth=1.0, alpha=alpha)
+    )
+
+
+def _label(axes: Axes, x: float, y: float, text: str, colour: str, **options: Any) -> None:
+    """Text in the middle of its line at x, y in inches."""
+    options = {"fontsize": 9, "va": "center", "ha": "left", "linespacing": 1.3, **options}
+    axes.text(x, y, text, color=colour, **options)
+
+
+def _arrow(theme: Theme, **more: Any) -> dict[str, Any]:
+    return {"arrowstyle": "-|>", "color": theme.muted, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0, **more}
+
+
 def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """What a layer keeps of a text: every token, or slots and a window."""
     narrow = size[0] < 6
@@ -301,88 +321,76 @@ def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figur
     axes.axis("off")
     left, right = 0.25, width - 0.25
     grey, blue = theme.variants["teacher"][0], theme.hybrid
-
-    def cell(x: float, y: float, w: float, h: float, face: str, edge: str, alpha: float = 1.0) -> None:
-        from matplotlib.patches import FancyBboxPatch
-
-        shape = FancyBboxPatch(
-            (x, y),
-            w,
-            h,
-            boxstyle="round,pad=0,rounding_size=0.045",
-            facecolor=face,
-            edgecolor=edge,
-            linewidth=1.0,
-            alpha=alpha,
-        )
-        axes.add_patch(shape)
-
-    def label(x: float, y: float, text: str, colour: str, **options: Any) -> None:
-        options = {"fontsize": 9, "va": "center", "ha": "left", "linespacing": 1.3, **options}
-        axes.text(x, y, text, color=colour, **options)
-
-    count = 16 if narrow else 30
-    inside = 5 if narrow else 8
+    count, inside = (16, 5) if narrow else (30, 8)
     pitch = (right - left) / count
-    box = pitch * 0.78
+    box = (pitch * 0.78, 0.26)
+    end = right - (pitch - box[0])
+
     top = height - (0.9 if narrow else 0.95)
-    label(left, height - 0.22, "Full attention", grey, fontsize=10.5, fontweight="bold")
-    label(left, height - 0.47, "a layer keeps every token, so its memory grows", theme.muted)
+    _label(axes, left, height - 0.22, "Full attention", grey, fontsize=10.5, fontweight="bold")
+    _label(axes, left, height - 0.47, "a layer keeps every token, so its memory grows", theme.muted)
     for i in range(count):
-        cell(left + i * pitch, top, box, 0.26, theme.fill, grey)
-    label(left, top - 0.17, "first token", theme.muted, fontsize=8)
-    label(right - (pitch - box), top - 0.17, "newest", theme.muted, fontsize=8, ha="right")
+        _cell(axes, left + i * pitch, top, box, theme.fill, grey)
+    _label(axes, left, top - 0.17, "first token", theme.muted, fontsize=8)
+    _label(axes, end, top - 0.17, "newest", theme.muted, fontsize=8, ha="right")
 
     base = top - (1.85 if narrow else 1.62)
-    window = results.window
     above = base + (1.23 if narrow else 0.97)
-    label(left, above, "Hybrid layer", blue, fontsize=10.5, fontweight="bold")
-    label(left, above - 0.25, "keeps a fixed amount, whatever the length of the text", theme.muted)
-    for i in range(count - inside):
-        cell(left + i * pitch, base, box, 0.26, theme.background, theme.line)
-    for i in range(count - inside, count):
-        cell(left + i * pitch, base, box, 0.26, blue, blue)
-    start = left + (count - inside) * pitch
-    end = right - (pitch - box)
-    label(end, base + 0.43, f"window: the last {window} tokens, exact", blue, fontsize=8.5, ha="right")
+    _label(axes, left, above, "Hybrid layer", blue, fontsize=10.5, fontweight="bold")
+    _label(axes, left, above - 0.25, "keeps a fixed amount, whatever the length of the text", theme.muted)
+    for i in range(count):
+        recent = i >= count - inside
+        colours = (blue, blue) if recent else (theme.background, theme.line)
+        _cell(axes, left + i * pitch, base, box, *colours)
+    window = f"window: the last {results.window} tokens, exact"
+    _label(axes, end, base + 0.43, window, blue, fontsize=8.5, ha="right")
+    leaving = left + (count - inside - 1) * pitch + box[0] / 2
+    _slots(axes, results, theme, (left + (0.1 if narrow else 1.6), 0.34), (leaving, base), end, narrow)
+    return figure
 
-    low = 0.34
-    slots = 6 if narrow else 8
-    slot_pitch, slot = 0.3, 0.235
-    slots_left = left + (0.1 if narrow else 1.6)
-    shades = [0.35, 0.8, 0.5, 0.95, 0.3, 0.65, 0.45, 0.75]
-    for i in range(slots):
-        cell(slots_left + i * slot_pitch, low, slot, slot, theme.hybrid_soft, blue)
-        cell(slots_left + i * slot_pitch, low, slot, slot * shades[i], blue, "none", alpha=0.55)
-    slots_end = slots_left + (slots - 1) * slot_pitch + slot
-    name = f"slots: {results.num_slots} running\nsummaries of the rest"
+
+def _slots(
+    axes: Axes,
+    results: Results,
+    theme: Theme,
+    origin: tuple[float, float],
+    leaving: tuple[float, float],
+    end: float,
+    narrow: bool,
+) -> None:
+    """The slots, the token that is written to them, and the query that reads them and the window."""
+    (x, low), (leaving_x, base) = origin, leaving
+    pitch, slot, count = 0.3, 0.235, 6 if narrow else 8
+    for i, shade in enumerate((0.35, 0.8, 0.5, 0.95, 0.3, 0.65, 0.45, 0.75)[:count]):
+        _cell(axes, x + i * pitch, low, (slot, slot), theme.hybrid_soft, theme.hybrid)
+        _cell(axes, x + i * pitch, low, (slot, slot * shade), theme.hybrid, "none", alpha=0.55)
+    slots_end = x + (count - 1) * pitch + slot
     if narrow:
-        label(slots_left, low - 0.19, f"{results.num_slots} slots: summaries of the rest", blue, fontsize=8.5)
+        name = f"{results.num_slots} slots: summaries of the rest"
+        _label(axes, x, low - 0.19, name, theme.hybrid, fontsize=8.5)
     else:
-        label(slots_left - 0.12, low + slot / 2, name, blue, fontsize=8.5, ha="right", multialignment="right")
-    arrow = {"arrowstyle": "-|>", "color": theme.muted, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+        name = f"slots: {results.num_slots} running\nsummaries of the rest"
+        options = {"fontsize": 8.5, "ha": "right", "multialignment": "right"}
+        _label(axes, x - 0.12, low + slot / 2, name, theme.hybrid, **options)
     axes.annotate(
         "",
         xy=(slots_end - slot / 2, low + slot + 0.05),
-        xytext=(start - pitch + box / 2, base - 0.05),
-        arrowprops={**arrow, "connectionstyle": "arc3,rad=-0.12"},
+        xytext=(leaving_x, base - 0.05),
+        arrowprops=_arrow(theme, connectionstyle="arc3,rad=-0.12"),
     )
-    between = (slots_end + start) / 2
-    label(
-        between - (0.0 if narrow else 0.1),
-        (base + low + slot) / 2 + 0.16,
-        "leaving the window" if narrow else "a token that leaves the window\nis written to the slots",
-        theme.muted,
-        fontsize=8,
-        ha="right",
-        multialignment="right",
-    )
+    text = "leaving the window" if narrow else "a token that leaves the window\nis written to the slots"
+    options = {"fontsize": 8, "ha": "right", "multialignment": "right"}
+    between = (slots_end + leaving_x) / 2
+    _label(axes, between - (0.16 if narrow else 0.0), (base + low + slot) / 2 + 0.16, text, theme.muted, **options)
     query_x, query_y = end - 0.45, low + slot / 2
-    cell(query_x - 0.42, query_y - 0.15, 0.84, 0.3, theme.background, theme.ink)
-    label(query_x, query_y, "next token", theme.ink, fontsize=8, ha="center")
-    axes.annotate("", xy=(query_x - 0.46, query_y), xytext=(slots_end + 0.06, query_y), arrowprops=arrow)
-    axes.annotate("", xy=(query_x, query_y + 0.18), xytext=(query_x, base - 0.05), arrowprops=arrow)
-    return figure
+    _cell(axes, query_x - 0.42, query_y - 0.15, (0.84, 0.3), theme.background, theme.ink)
+    _label(axes, query_x, query_y, "next token", theme.ink, fontsize=8, ha="center")
+    reads = (
+        ((query_x - 0.46, query_y), (slots_end + 0.06, query_y)),
+        ((query_x, query_y + 0.18), (query_x, base - 0.05)),
+    )
+    for to, start in reads:
+        axes.annotate("", xy=to, xytext=start, arrowprops=_arrow(theme))
 
 
 FIGURES: dict[str, Callable[[Results, Theme, tuple[float, float]], Figure]] = {

@@ -138,7 +138,7 @@ def memory_text(results: Results) -> list[str]:
             lines.append(f"The hybrid's memory is the same after {first.context:,} tokens: it does not grow.")
         elif teacher > first.teacher_bytes:
             share = grown / (teacher - first.teacher_bytes)
-            lines.append(f"Each further token adds {100 * share:.0f} % of what it adds to the original.")
+            lines.append(f"Each further token takes {100 * share:.0f} % of the memory that it takes in the original.")
     return lines
 
 
@@ -254,7 +254,9 @@ def quality_text(results: Results) -> list[str]:
     every = results.variant("all_hybrid")
     if every is not None:
         ratio = every.perplexity / hybrid
-        compared = "the same" if abs(ratio - 1) <= SAME else f"{number(every.perplexity)}, {change(ratio)}"
+        compared = (
+            "the same" if abs(ratio - 1) <= SAME else f"{number(every.perplexity)}, {change(ratio)} than with them"
+        )
         memory = "" if every.bytes is None else f", and memory after {last_context(results)} {megabytes(every.bytes)}"
         lines.append(f"With the {results.full} full layers converted as well, perplexity is {compared}{memory}.")
     off = results.variant("slots_off")
