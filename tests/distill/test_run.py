@@ -212,7 +212,7 @@ def test_a_teacher_that_cannot_become_a_hybrid_is_refused(given, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=300))
-    refused(given, tmp_path / "run", "expected a model of one of llama, .*, got gpt2: its positions", model=model)
+    refused(given, tmp_path / "run", "got gpt2: its positions", model=model)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,12 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nha.models.adapter import HybridGenerationMixin, install, reset_slots
+from nha.models.checkpoint import CheckpointMixin
 from nha.models.config import NHAConfig, check_sizes, check_windows, hybrid_config_class
 from nha.models.families import check_family
-from nha.models.remote import SavedWithCode
 
 
-class HybridModelMixin(SavedWithCode, HybridGenerationMixin):
+class HybridModelMixin(CheckpointMixin, HybridGenerationMixin):
     """What a family's causal language model gains as a hybrid."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

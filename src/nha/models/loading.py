@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from nha.errors import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -70,32 +72,33 @@ def find(name: str) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(f"expected a model directory with a config.json, {path} has none")
-        check_weights(path)
+        check_files(path)
     elif path.exists():
         raise BadInput(f"expected a model directory, {path} is a file")
     elif not HUB_ID.fullmatch(name):
         raise BadInput(f"expected a model directory or a Hub id, there is nothing at {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers raise, the file is the reason
         if path.is_dir():
-            raise BadInput(f"expected a config.json that transformers can read in {path}: {error}") from None
+            raise BadInput(f"expected a config.json that transformers can read in {path}: {one_line(error)}") from None
         reason = one_line(error).split(". ")[0]
         raise BadInput(f"expected a model directory or a Hub id that can be reached, got {name}: {reason}") from None
     return Source(name, config, path if path.is_dir() else None)
 
 
-def check_weights(path: Path) -> None:
+def check_files(path: Path) -> None:
     """Raise BadInput unless every safetensors file of the directory is whole and none of its index is absent."""
-    from safetensors import SafetensorError, safe_open
-
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = wanted - {file.name for file in files}
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            missing = sorted(wanted - {file.name for file in files})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(f"expected an index of weight files, {index} is none: {one_line(error)}") from None
         if missing:
-            raise BadInput(f"expected {len(wanted)} weight files in {path}, {min(missing)} is missing")
+            raise BadInput(f"expected {len(wanted)} weight files in {path}, {missing[0]} is missing")
     elif not files and not list(path.glob("pytorch_model*.bin")):
         raise BadInput(f"expected weights (*.safetensors) in {path}, there are none")
     for file in files:
@@ -106,10 +109,31 @@ def check_weights(path: Path) -> None:
             raise BadInput(f"expected a whole safetensors file, {file} is truncated or foreign: {error}") from None
 
 
-def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode on the fastest device, and its tokenizer."""
-    import torch
+def load_weights(source: Source, dtype: str) -> PreTrainedModel:
+    """The model of a directory or a Hub id. Raises BadInput, naming them, for weights that do not fit its config."""
     import transformers
+
+    from nha.models.checkpoint import check_loaded
+
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=dtype, output_loading_info=True
+        )
+        check_loaded(model, info)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise BadInput(f"expected weights of {source.name} that fit its config.json: {one_line(error)}") from None
+    return model
+
+
+def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on the fastest device, and its tokenizer.
+
+    Raises BadInput for weights that are missing, left over or of other shapes than the configuration says, and for a
+    tokenizer that cannot be read.
+    """
+    import torch
 
     local = os.environ.get("LOCAL_RANK", "0")  # which GPU is this process's, under torchrun
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
@@ -117,16 +141,16 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
         from nha.data.smollm2 import load_smollm2
 
         model, tokenizer = load_smollm2()
+        if dtype != "auto":
+            model = model.to(getattr(torch, dtype))
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.name)
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype))
+        tokenizer = load_tokenizer(source)
+        model = load_weights(source, dtype)
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer alone."""
+    """The tokenizer alone. Raises BadInput for one that cannot be read."""
     import transformers
 
     if source.name == EMBEDDED:
@@ -134,7 +158,12 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
         path = gguf_path()
         return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return transformers.AutoTokenizer.from_pretrained(source.name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.name)
+    except Exception as error:  # whatever a damaged file makes transformers raise, the file is the reason
+        raise BadInput(
+            f"expected a tokenizer with {source.name}, got none that can be read: {one_line(error)}"
+        ) from None
 
 
 def layers_of(config: Any) -> int:

@@ -21,8 +21,8 @@ from nha.models.adapter import (
     split_mask,
 )
 from nha.models.attend import Segment, attend, base_attention, packed_base_attention
+from nha.models.checkpoint import CheckpointMixin
 from nha.models.config import FULL, NHAConfig
-from nha.models.remote import SavedWithCode
 from nha.ops.rotary import rotate
 
 
@@ -114,7 +114,7 @@ class NHAModel(LlamaModel):
             torch.nn.init.zeros_(module.sink_value)
 
 
-class NHAForCausalLM(SavedWithCode, HybridGenerationMixin, LlamaForCausalLM):
+class NHAForCausalLM(CheckpointMixin, HybridGenerationMixin, LlamaForCausalLM):
     """A language model of `NativeHybridAttention` layers; everything else is Llama's.
 
     >>> _ = torch.manual_seed(0)

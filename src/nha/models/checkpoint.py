@@ -1,0 +1,79 @@
+"""Hybrids on disk: weights are checked as they are loaded, and saved with a file that loads them anywhere.
+
+The file is a few lines that import nha, for `trust_remote_code=True` in a process that did not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from nha.io import write_atomically
+
+FILE = "modeling_nha.py"
+TEXT = '''"""Lets transformers load this Native Hybrid Attention model with trust_remote_code=True."""
+
+try:
+    import nha.models.auto
+except ModuleNotFoundError as error:
+    if error.name != "nha":
+        raise
+    raise ImportError("this model needs the package nha: pip install nha") from None
+
+{config}, {model} = nha.models.auto.hybrid_classes("{model_type}")
+'''
+
+
+def check_loaded(model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise ValueError, listing them, where a checkpoint's weights are not those of the model it was loaded into.
+
+    `info` is what `from_pretrained(..., output_loading_info=True)` gives. Weights that the model has no place for are
+    wrong in a hybrid; other families leave some out on purpose.
+    """
+    hybrid = isinstance(model, CheckpointMixin)
+    found = {
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
+        "unknown": sorted(info["unexpected_keys"]) if hybrid else [],
+    }
+    wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in found.items() if names]
+    if wrong:
+        raise ValueError(f"expected the weights of {type(model).__name__}, got {', '.join(wrong)}")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+class CheckpointMixin:
+    """Hybrids save a file that loads them anywhere, and load nothing but all of their weights."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load as transformers does. Raises ValueError for missing, unknown or misshapen weights, which it lists."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        check_loaded(model, info)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with a modelling file that imports nha and an entry of it in `auto_map`."""
+        config, model = type(self.config).__name__, type(self).__name__
+        stem = FILE.removesuffix(".py")
+        self.config.auto_map = {"AutoConfig": f"{stem}.{config}", "AutoModelForCausalLM": f"{stem}.{model}"}
+        if kwargs.get("is_main_process", True):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            text = TEXT.format(config=config, model=model, model_type=self.config.model_type)
+            write_atomically(Path(save_directory) / FILE, text)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            mode = (Path(save_directory) / FILE).stat().st_mode  # safetensors makes its files private
+            for path in Path(save_directory).glob("*.safetensors"):
+                path.chmod(mode)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would copy a file of this package beside the weights and point `auto_map` to it."""
