@@ -292,7 +292,7 @@ def _sizes_of_score_gradients(
     read = {n: x.detach().double() for n, x in flat.items() if x.numel()}
     value = max(read[n].square().sum(-1).max() for n in VALUES if n in read) ** 0.5
     key = max(read[n].abs().max() for n in KEYS if n in read)
-    largest = dict.fromkeys(("dq", "dq_slot"), (value * key).item() * scale)
+    largest = {name: float(value * key) * scale for name in ("dq", "dq_slot")}
     out = rms(exact["out"].square().sum(-1).sqrt()) * scale
     queries, keys = (
         {n: rms(read[n]) for n in names if n in read}

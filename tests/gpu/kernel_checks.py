@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
 from nha import nha_attention
 from nha.bench.timing import captured
@@ -256,11 +256,11 @@ def unrotating(setting: Setting) -> None:
     for batch, length, heads, groups, dim, size in shapes:
         q, k = (drawn(batch, n, length, dim, dtype=dtype).transpose(1, 2) for n in (heads * groups, heads))
         near, far = (drawn(1, n, size // 2).repeat(1, 1, 2) for n in (length, 1))
-        tables, distance = ((x.cos().to(dtype), x.sin().to(dtype)) for x in (near, far))
+        tables, distance = [(x.cos().to(dtype), x.sin().to(dtype)) for x in (near, far)]
         found = unrotate_kernel(q, k, *tables, *distance)
         last = slice(max(0, length - 1000), None)  # whose offsets are the largest
         exact = unrotate_for_slots(
-            q[:, last].double(), k[:, last].double(), tuple(x[:, last] for x in tables), distance
+            q[:, last].double(), k[:, last].double(), (tables[0][:, last], tables[1][:, last]), distance
         )
         for mine, wanted in zip(found, exact, strict=True):
             off = rms(mine[:, last].double() - wanted) / (torch.finfo(dtype).eps * rms(wanted))
@@ -281,7 +281,7 @@ def losses(setting: Setting) -> None:
         student, teacher, weight = (x.to(dtype) for x in (own, own + 0.3 * more, 0.2 * weight))
         target = torch.randint(vocabulary, (count,), generator=generator, device=setting.device)
         by = torch.rand(2, count, generator=generator, device=setting.device)
-        found = chunk_loss(student, teacher, weight, target, *by, 1.0, cap)
+        found = chunk_loss(student, teacher, weight, target, by[0], by[1], 1.0, cap)
         # From the same rounded logits: their rounding is not the kernel's.
         raw = (student @ weight.T).double().requires_grad_()
         logits, wanted = (x if cap is None else cap * torch.tanh(x / cap) for x in (raw, (teacher @ weight.T).double()))
@@ -314,8 +314,8 @@ def compiling_once(setting: Setting) -> None:
         torch.autograd.grad(out, list(flat.values()), torch.ones_like(out))
         torch.cuda.synchronize()
 
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
+    with knobs.cache.scope():
+        knobs.cache.dir = folder
         run(1, 300)
         run(1, 20000)
         kernels = len(list(Path(folder).rglob("*.cubin")))

@@ -123,7 +123,7 @@ def many_keys(setting: Setting) -> None:
 
 def far_apart(setting: Setting) -> None:
     """Sequences 2^31 elements apart in memory give the bits of adjacent ones."""
-    sizes = {"batch": 2, "length": 300, "groups": 4, "heads": 2, "slots": 64, "dim": 128}
+    sizes: dict[str, Any] = {"batch": 2, "length": 300, "groups": 4, "heads": 2, "slots": 64, "dim": 128}
     if setting.tiny:
         sizes |= {"length": 20, "heads": 1, "slots": 5, "dim": 8}
     flat, grad = drawn(setting, **sizes)

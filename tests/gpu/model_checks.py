@@ -112,21 +112,13 @@ def packed(setting: Setting) -> None:
     for name, slots, initial in cases[:1] if setting.device == "cpu" else cases:  # a CPU runs them one by one
         gate = -drawn(1, total, 2, slots).abs()
 
-        def read(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            q_slot: Tensor,
-            k_slot: Tensor,
-            cu: Tensor,
-            gate: Tensor = gate,
-            initial: Any = initial,
-        ) -> Tensor:
+        def read(given: list[Tensor], cu: Tensor, gate: Tensor = gate, initial: Any = initial) -> Tensor:
+            q, k, v, q_slot, k_slot = given
             segment = Segment(q, k, v, gate, q_slot, k_slot, mask=None, cu_seqlens=cu)
             return attend(segment, window_size=window, scale=None, sink=sink, layer=None, initial=initial)
 
-        eager = read(*given, cu).double()
-        off = rms(compiled(read, setting, dynamic=False)(*given, cu).double() - eager)
+        eager = read(given, cu).double()
+        off = rms(compiled(read, setting, dynamic=False)(given, cu).double() - eager)
         if not off <= 2 * torch.finfo(dtype).eps * rms(eager):
             wrong.append(f"{name}: off by {off:.1e} rms")
     expect_none(wrong)
