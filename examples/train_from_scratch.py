@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from nha import NHAConfig, NHAForCausalLM
-from nha.models.adapter import ablate
+from nha.models.observe import ablate
 
 
 def batch(rows: int, generator: torch.Generator) -> torch.Tensor:

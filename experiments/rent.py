@@ -39,7 +39,7 @@ from nha.distill.cuda_graphs import CudaGraphs, Recorder
 from nha.distill.student import Distillation
 from nha.distill.trainer import combine
 from nha.io import write_atomically
-from nha.models.auto import to_hybrid
+from nha.models.adapter import to_hybrid
 
 Batches = list[tuple[str, dict[str, Tensor]]]
 Gradients = dict[str, list[Tensor | None]]

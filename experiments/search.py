@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nha.convert.search import Evaluator, SearchData
-from nha.models.auto import to_hybrid
+from nha.models.adapter import to_hybrid
 
 SHAPES = {
     "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, vocab_size=1024),

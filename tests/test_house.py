@@ -151,8 +151,9 @@ def test_the_package_says_that_it_is_typed():
     assert (SRC / "py.typed").exists()
 
 
-def test_importing_the_package_is_quick():
+def test_importing_the_package_adds_little_to_torch_and_transformers():
     """Processor time, the best of three: other work on the machine must not count."""
-    code = "import time; start = time.process_time(); import nha; print(time.process_time() - start)"
+    first = "import time, torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+    code = f"{first}; start = time.process_time(); import nha; print(time.process_time() - start)"
     times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
     assert min(times) < IMPORT_S

@@ -7,7 +7,7 @@ import torch
 
 from nha import hybridize, set_windows
 from nha.convert.align import align
-from nha.models.adapter import attention_layers
+from nha.models.windows import attention_layers
 from tests.models.families import teacher, tokens
 
 TEXT = tokens(4, 64, seed=3)

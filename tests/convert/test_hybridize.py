@@ -16,7 +16,8 @@ from nha.convert.calibrate import (
     key_map,
     kmeans,
 )
-from nha.models.adapter import attention_layers, observe
+from nha.models.observe import observe
+from nha.models.windows import attention_layers
 from tests.models.families import FAMILIES, teacher, tokens
 
 WINDOW, SLOTS = 8, 6

@@ -11,7 +11,7 @@ from nha import hybridize
 from nha.data.smollm2 import load_smollm2
 from nha.data.text import blocks, evaluation_documents
 from nha.evaluate.perplexity import perplexity
-from nha.models.adapter import ablate
+from nha.models.observe import ablate
 
 pytestmark = pytest.mark.real
 WINDOW = 64

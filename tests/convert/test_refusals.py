@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nha import hybridize
 from nha.convert import hybridize as module
 from nha.models import families
-from nha.models.adapter import attention_layers
+from nha.models.windows import attention_layers
 from tests.models.families import COMMON, EXPERTS, MIXED, teacher, tokens
 
 TEXT = tokens(4, 64, seed=3)

@@ -23,9 +23,9 @@ from nha.convert.search import (
     search_data,
     windows_from_search,
 )
-from nha.models.adapter import attention_layers, set_windows
 from nha.models.cache import cache_nbytes
 from nha.models.head import token_losses
+from nha.models.windows import attention_layers, set_windows
 from tests.data.tokenizers import small_tokenizer
 from tests.models.families import FAMILIES, hybrid, sliding, tokens
 

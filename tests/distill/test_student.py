@@ -10,7 +10,7 @@ import torch
 from nha import hybridize
 from nha.data.packing import pack
 from nha.distill.student import Distillation, TeacherStudentLinear, linear_layers
-from nha.models.adapter import attention_layers
+from nha.models.windows import attention_layers
 from tests.inputs import assert_close_to
 from tests.models.families import FAMILIES, teacher, tokens
 

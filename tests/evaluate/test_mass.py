@@ -7,8 +7,9 @@ import torch
 
 from nha import NHAConfig, NHAForCausalLM
 from nha.evaluate.mass import slot_mass
-from nha.models.adapter import attention_layers, observe_mass
-from nha.models.attend import Segment, attend
+from nha.models.observe import observe_mass
+from nha.models.segment import Reading, Segment, attend
+from nha.models.windows import attention_layers
 from tests.models.families import hybrid, teacher, tokens
 
 
@@ -49,9 +50,8 @@ def test_shares_are_those_of_the_definition(impl):
         draw(1, 20, 4, 8), draw(1, 20, 2, 8), draw(1, 20, 2, 8), -draw(1, 20, 2, 5).abs(), None, None, None, None
     )
     sink, seen = (draw(2, 2, 8), draw(2, 2, 8)), []
-    options = {"window_size": 6, "scale": None, "sink": sink, "layer": None, "initial": None, "impl": impl}
-    out = attend(segment, see_mass=lambda *shares: seen.append(shares), **options)
-    assert torch.equal(out, attend(segment, **options))
+    out, _ = attend(segment, Reading(6, sink=sink, impl=impl, observe_mass=lambda *shares: seen.append(shares)))
+    assert torch.equal(out, attend(segment, Reading(6, sink=sink, impl=impl))[0])
     slots, sinks = definition(segment, 6, sink)
     assert torch.allclose(seen[0][0][0].double(), slots, atol=1e-5)
     assert torch.allclose(seen[0][1][0].double(), sinks, atol=1e-5)

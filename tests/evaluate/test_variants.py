@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nha.evaluate.variants import VARIANTS, use_variant
-from nha.models.adapter import ablate, set_windows
+from nha.models.observe import ablate
+from nha.models.windows import set_windows
 from tests.models.families import hybrid, teacher, tokens
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nha import nha_attention
-from nha.models.attend import Segment, attend
+from nha.models.segment import Reading, Segment, attend
 from nha.ops import implementations, resolve_impl
 from tests.gpu.cases import make, place, rms
 from tests.gpu.kernel_checks import small
@@ -115,7 +115,7 @@ def packed(setting: Setting) -> None:
         def read(given: list[Tensor], cu: Tensor, gate: Tensor = gate, initial: Any = initial) -> Tensor:
             q, k, v, q_slot, k_slot = given
             segment = Segment(q, k, v, gate, q_slot, k_slot, mask=None, cu_seqlens=cu)
-            return attend(segment, window_size=window, scale=None, sink=sink, layer=None, initial=initial)
+            return attend(segment, Reading(window, sink=sink, initial=initial))[0]
 
         eager = read(given, cu).double()
         off = rms(compiled(read, setting, dynamic=False)(given, cu).double() - eager)

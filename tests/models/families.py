@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nha.models.auto import to_hybrid
+from nha.models.adapter import to_hybrid
 from nha.models.families import FAMILIES as SUPPORTED
 
 VOCAB = 97

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
 from nha import NHAConfig, NHAForCausalLM, NHAState, load_cache, save_cache, save_state, set_windows
-from nha.models.adapter import ablate
+from nha.io import read_tensors, write_tensors
 from nha.models.cache import cache_nbytes, nha_layers
+from nha.models.observe import ablate
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, sliding, teacher, tokens
 
@@ -179,20 +180,21 @@ def test_a_missing_file_says_so(tmp_path):
 
 
 def test_a_cache_whose_tensors_do_not_fit_its_description_is_refused(tmp_path):
-    from safetensors import safe_open
-
     model, path = hybrid("llama", 8), tmp_path / "cache"
     save_cache(filled(model), path, model)
-    with safe_open(path, framework="pt") as file:
-        meta = file.metadata()
-    tensors = load_file(path)
+    tensors, meta = read_tensors(path)
+    del meta["sha256"]
     for name in ("0.slot_value", "2.num_tokens"):
-        save_file({n: x for n, x in tensors.items() if n != name}, path, metadata=meta)
+        write_tensors(path, {n: x for n, x in tensors.items() if n != name}, meta)
         assert_refused(lambda: load_cache(path, model), *name.split("."))
-    save_file(tensors | {"1.key": tensors["1.key"][:, 1:].contiguous()}, path, metadata=meta)
-    assert_refused(lambda: load_cache(path, model), "layer 1", "7", "8")
-    save_file(tensors, path, metadata=meta | {"layers": "[]"})
+    write_tensors(path, tensors | {"0.more": torch.zeros(1)}, meta)
+    assert_refused(lambda: load_cache(path, model), "more", "layer 0")
+    write_tensors(path, tensors | {"1.key": tensors["1.key"][:, 1:]}, meta)
+    assert_refused(lambda: load_cache(path, model), "key", "layer 1")
+    write_tensors(path, tensors, meta | {"layers": "[]"})
     assert_refused(lambda: load_cache(path, model), "layers")
+    save_file(tensors, path, metadata=meta | {"format": "nha-cache-v1"})
+    assert_refused(lambda: load_cache(path, model), "nha-cache-v2", "nha-cache-v1")
 
 
 def test_the_cache_of_another_model_is_refused(tmp_path):
@@ -238,7 +240,7 @@ def test_a_cache_made_with_other_windows_is_refused(windows):
     before = copied(cache)
     set_windows(model, windows)
     assert_refused(lambda: read(model, tokens(1, 3), cache), "windows", "layer")
-    set_windows(model, 8)
+    set_windows(model, [8, 8, 8])
     assert torch.equal(read(model, tokens(1, 3), cache).logits, read(model, tokens(1, 3), before).logits)
 
 

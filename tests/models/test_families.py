@@ -6,8 +6,10 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from nha import set_windows
-from nha.models.adapter import ablate, attention_layers, hybrid_mask, observe
-from nha.models.attend import LAST, base_attention
+from nha.models.full_attention import base_attention
+from nha.models.masks import hybrid_mask
+from nha.models.observe import ablate, observe
+from nha.models.windows import attention_layers
 from tests.models.families import ALL_FAMILIES, FAMILIES, hybrid, teacher, tokens
 
 WINDOW = 8
@@ -69,11 +71,11 @@ def test_only_padding_spare_room_and_sliding_windows_give_a_later_segment_a_mask
     seen, padded = torch.ones(2, 10, dtype=torch.bool), torch.ones(2, 10, dtype=torch.bool)
     padded[1, :2] = False
     sliding = sliding_window_causal_mask_function(4)
-    assert hybrid_mask(2, 4, 10, 6, config=config).shape == LAST
-    assert hybrid_mask(2, 4, 10, 6, attention_mask=seen, config=config).shape == LAST
-    assert hybrid_mask(2, 4, 10, 6, attention_mask=padded, config=config).shape == (2, 1, 5, 10)
-    assert hybrid_mask(2, 4, 20, 6, config=config).shape == (2, 1, 5, 20)
-    assert hybrid_mask(2, 4, 10, 6, mask_function=sliding, local_size=4, config=config).shape == (2, 1, 5, 10)
+    assert hybrid_mask(2, 4, 10, 6, config=config) == (None, None, True)
+    assert hybrid_mask(2, 4, 10, 6, attention_mask=seen, config=config) == (None, None, True)
+    assert hybrid_mask(2, 4, 10, 6, attention_mask=padded, config=config).base.shape == (2, 1, 4, 10)
+    assert hybrid_mask(2, 4, 20, 6, config=config).base.shape == (2, 1, 4, 20)
+    assert hybrid_mask(2, 4, 10, 6, mask_function=sliding, local_size=4, config=config).base.shape == (2, 1, 4, 10)
 
 
 def test_a_later_segment_without_a_mask_of_its_own_sees_all_that_came_before():
@@ -81,7 +83,8 @@ def test_a_later_segment_without_a_mask_of_its_own_sees_all_that_came_before():
     q = torch.randn(2, 4, 5, 8, generator=generator)
     k, v = (torch.randn(2, 2, 12, 8, generator=generator) for _ in range(2))
     mask = torch.ones(5, 12, dtype=torch.bool).tril(7)[None, None]
-    masked, free = (base_attention(module, q, k, v, m, softcap=None, scaling=0.3)[0] for m in (mask, torch.empty(LAST)))
+    masked = base_attention(module, q, k, v, mask, softcap=None, scaling=0.3)[0]
+    free = base_attention(module, q, k, v, None, softcap=None, scaling=0.3, appended=True)[0]
     close(free, masked)
 
 

@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from nha import NHAConfig, NHAForCausalLM, set_windows
-from nha.models.adapter import ablate, attention_layers
-from nha.models.auto import to_hybrid
+from nha.models.adapter import to_hybrid
 from nha.models.cache import nha_layers
+from nha.models.observe import ablate
+from nha.models.windows import attention_layers
 from tests.inputs import assert_close_to
 from tests.models.families import tokens
 

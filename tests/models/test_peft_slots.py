@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from nha.models.adapter import attention_layers
 from nha.models.peft_slots import SlotsConfig, SlotsLayer, read
+from nha.models.windows import attention_layers
 from nha.ops import NHAState, nha_attention
 from tests.inputs import assert_close_to
 from tests.models.families import FAMILIES, hybrid, teacher, tokens

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from nha.models.adapter import attention_layers
 from nha.models.rotary import RotaryStyle, rotary_style
+from nha.models.windows import attention_layers
 from nha.ops.rotary import rotate, unrotate
 from tests.models.families import ALL_FAMILIES, hybrid, tokens
 

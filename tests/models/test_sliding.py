@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nha import hybridize
-from nha.models.adapter import attention_layers
 from nha.models.config import plan_windows
+from nha.models.windows import attention_layers
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, sliding, teacher, tokens
 

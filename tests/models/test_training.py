@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from nha import NHAConfig, NHAForCausalLM
-from nha.models.adapter import attention_layers
 from nha.models.cache import nha_layers
+from nha.models.windows import attention_layers
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, sliding, tokens
 

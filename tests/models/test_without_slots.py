@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nha.models import attend as attending
-from nha.models.adapter import ablate, observe_mass
-from nha.models.attend import Segment, attend
+from nha.models import segment as attending
 from nha.models.cache import NHACacheLayer
+from nha.models.observe import ablate, observe_mass
+from nha.models.segment import Reading, Segment, attend
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, tokens
 from tests.models.test_nha import build, generate, logits
@@ -59,10 +61,10 @@ def sinks(count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
 @pytest.mark.parametrize("count", [0, 2])
 def test_batches_equal_the_definition_gradients_too(window, count, separate, softcap, blocks):
     read, sink = segment(separate), sinks(count)
-    options = dict(window_size=window, scale=0.3, sink=sink, layer=None, initial=None, softcap=softcap)
-    found = attend(read, **options)
+    reading = Reading(window, 0.3, sink, softcap)
+    found, _ = attend(read, reading)
     assert bool(blocks) == (window < LENGTH)
-    wanted = attend(read, impl="reference", **options)
+    wanted, _ = attend(read, replace(reading, impl="reference"))
     assert_close_to(found, wanted)
     leaves = [x for x in (read.query, read.key, read.value, read.slot_query, *(sink or ())) if x is not None]
     weight = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
@@ -81,10 +83,10 @@ def test_a_prefill_leaves_the_state_that_chunks_leave(window, separate, blocks):
     for impl in ("auto", "chunked"):
         layer = NHACacheLayer(window)
         layer.activate_past_recording()
-        options = dict(window_size=window, scale=0.3, sink=sink, layer=layer, initial=None, impl=impl)
-        first = attend(read, **options)
+        reading = Reading(window, 0.3, sink, impl=impl)
+        first = layer.attend(read, reading)
         state = layer.state
-        found.append((first, state, attend(more, **options), layer))
+        found.append((first, state, layer.attend(more, reading), layer))
     assert len(blocks) == (window < LENGTH)
     (first, state, then, layer), (wanted_first, wanted_state, wanted_then, wanted_layer) = found
     assert_close_to(first, wanted_first)
@@ -105,7 +107,7 @@ def test_models_say_what_they_say_through_chunks(make, blocks, monkeypatch):
     with ablate(model, "slots_off"):
         found, written = logits(model, ids), generate(model, ids)
         assert len(blocks) == 4
-        monkeypatch.setattr(attending, "banded", lambda *_: False)
+        monkeypatch.setattr(attending, "has_window_only", lambda *_: False)
         assert_close_to(found, logits(model, ids))
         assert torch.equal(written, generate(model, ids))
     assert len(blocks) == 4
@@ -138,4 +140,4 @@ def test_a_window_of_nothing_without_slots_is_refused(packed):
         rows = (x.flatten(0, 1)[None] for x in (read.query, read.key, read.value, read.log_gate))
         read = Segment(*rows, None, None, None, torch.tensor([0, LENGTH, 3 * LENGTH], dtype=torch.int32))
     with pytest.raises(ValueError, match="at least one slot"):
-        attend(read, window_size=0, scale=None, sink=sinks(1), layer=None, initial=None)
+        attend(read, Reading(0, sink=sinks(1)))

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import nha.models.attend
+import nha.models.full_attention
 import nha.ops.backends
 from nha import load_cache, save_cache
 from nha.models.cache import nha_layers
@@ -108,7 +108,7 @@ def test_full_layers_generate_what_transformers_attention_does(static, fused, mo
     read_by_kernel = generate()
     assert len(calls) == 2 * 7  # two layers, seven steps after the prefill
     monkeypatch.setattr(nha.ops.backends, "resolve_impl", lambda impl, device="cpu": "chunked")
-    monkeypatch.setattr(nha.models.attend, "full_decode", before)
+    monkeypatch.setattr(nha.models.full_attention, "full_decode", before)
     wanted = generate()
     model = model.double()
     exact = generate()

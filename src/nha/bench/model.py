@@ -113,7 +113,7 @@ def build(name: str, tiny: bool) -> Any:
     """A model with random weights, made on the device."""
     from transformers import AutoModelForCausalLM
 
-    from nha.models.auto import to_hybrid
+    from nha.models.adapter import to_hybrid
 
     config, dtype = model_config(tiny), torch.float32 if tiny else torch.bfloat16
     torch.manual_seed(0)

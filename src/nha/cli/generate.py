@@ -85,7 +85,7 @@ def load(model: str, windows: int | list[int] | None, seed: int) -> tuple[Any, A
     with common.status(f"loading {source.label}"):
         loaded, tokenizer = loading.load(source)
     if windows is not None:
-        from nha.models.adapter import set_windows
+        from nha.models.windows import set_windows
 
         set_windows(loaded, windows)
     return loaded, tokenizer, source

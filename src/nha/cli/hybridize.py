@@ -80,7 +80,7 @@ def hybridize(
             progress=advance,
         )
     if ids is not None:
-        from nha.models.adapter import ablate
+        from nha.models.observe import ablate
 
         measure_form(forms, "hybrid", hybrid, ids)
         with ablate(hybrid, "slots_off"):

@@ -68,7 +68,7 @@ def search(
         search_data,
     )
     from nha.convert.search import search as find
-    from nha.models.cache import fingerprint
+    from nha.models.cache_file import fingerprint
 
     with err.status(f"loading {source.label}"):
         loaded, tokenizer = loading.load(source, dtype=dtype)

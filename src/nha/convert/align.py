@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nha.models.adapter import hybrid_layers, set_windows
 from nha.models.config import FULL
+from nha.models.windows import hybrid_layers, set_windows
 
 GATE_RATE, SINK_RATE = 1e-2, 1e-3
 
@@ -53,12 +53,14 @@ def align(
         if windows[index] == FULL:
             errors.append((0.0, 0.0))
             return
-        module.training_now, module.window_size = True, windows[index]
+        module.training_now = True
+        set_windows(model, [window if place == index else FULL for place, window in enumerate(windows)])
         try:
             with torch.enable_grad():
                 errors.append(_train_layer(module, kwargs, output[0], steps, rows, (gate_lr, sink_lr), generator))
         finally:
-            module.training_now, module.window_size = False, FULL
+            module.training_now = False
+            set_windows(model, FULL)
         if progress is not None:
             progress(index + 1, len(modules))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nha.models.adapter import Observation, attention_layers, observe
+from nha.models.observe import Observation, observe
+from nha.models.windows import attention_layers
 
 ROUNDS = 10
 GATE_DEVIATION = 100.0
@@ -85,9 +86,7 @@ def set_gate(parameters: Any, direction: Tensor, hidden: Tensor, init: str = "km
         share = min(0.5, WRITES_PER_TOKEN / direction.shape[1])
         place = max(1, round(share * len(logits)))
         bias = -logits.kthvalue(place, dim=0).values * scale
-    with torch.no_grad():
-        parameters.g_proj.weight.copy_(weight * scale[:, None])
-        parameters.g_proj.bias.copy_(bias)
+    parameters.set_gates(weight * scale[:, None], bias)
 
 
 @torch.no_grad()
@@ -135,8 +134,7 @@ def copy_gates(model: PreTrainedModel, ids: Tensor) -> None:
         hidden = seen.hidden.flatten(0, 1).float()
         weight = key_map(modules[index], hidden, seen.slot_key.flatten(0, 1).transpose(0, 1).float())
         rows = torch.arange(slots, device=weight.device) % weight.shape[1]
-        modules[index].nha.g_proj.weight.copy_(weight[:, rows].flatten(0, 1))
-        modules[index].nha.g_proj.bias.zero_()
+        modules[index].nha.set_gates(weight[:, rows].flatten(0, 1))
 
     with observe(model, copy):
         model.get_decoder()(ids.to(model.device), use_cache=False)
@@ -155,8 +153,8 @@ def calibrate_sinks(model: PreTrainedModel, ids: Tensor) -> None:
     modules = attention_layers(model)
 
     def average(index: int, seen: Observation) -> None:
-        modules[index].nha.sink_key.copy_(seen.slot_key.float().mean(0).transpose(0, 1))
-        modules[index].nha.sink_value.copy_(seen.value.float().mean(0).transpose(0, 1))
+        key, value = (x.float().mean(0).transpose(0, 1) for x in (seen.slot_key, seen.value))
+        modules[index].nha.set_sinks(key, value)
 
     with observe(model, average):
         model.get_decoder()(starts[::step].to(model.device), use_cache=False)

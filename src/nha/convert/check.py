@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nha.errors import one_line
-from nha.models.adapter import Observation, hybrid_layers, observe, temporary_windows
 from nha.models.config import FULL, sliding_layers
 from nha.models.families import FAMILIES
+from nha.models.observe import Observation, observe
+from nha.models.windows import hybrid_layers, temporary_windows
 
 TOKENS = 6
 SHIFT = 97  # tokens by which the same text is moved to see whether slot keys change

@@ -14,7 +14,7 @@ from nha.convert.calibrate import calibrate_gates, calibrate_sinks, copy_gates
 from nha.convert.check import check_conversion, check_structure, in_eval_mode, reasons, reference
 from nha.convert.undo import unchanged_on_error
 from nha.data.text import blocks, calibration_text
-from nha.models.auto import to_hybrid
+from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
 

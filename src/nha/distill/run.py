@@ -25,11 +25,11 @@ from nha.data.stream import Mixture, Stream
 from nha.distill.student import TRAINED, Distillation
 from nha.distill.trainer import GRADIENTS, DistillTrainer, JsonlLogger, latest_checkpoint, load_trained
 from nha.io import write_atomically
-from nha.models.adapter import attention_layers
-from nha.models.auto import to_hybrid
-from nha.models.cache import fingerprint
+from nha.models.adapter import to_hybrid
+from nha.models.cache_file import fingerprint
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
+from nha.models.windows import attention_layers
 
 RUN = "run.json"
 COMPILED = ("layers", "nothing")

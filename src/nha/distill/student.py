@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from nha.distill.fused_linear import SAME_INPUT, FrozenLinear, Joint, Pair, join_frozen, part, share
 from nha.distill.loss import Head, head_loss
-from nha.models.adapter import attention_layers, hybrid_layers
 from nha.models.config import FULL
+from nha.models.windows import attention_layers, hybrid_layers, temporary_windows
 
 TRAINED = ("attention", "layers", "lora", "slots")
 SUMS = ("divergence", "cross_entropy", "tokens", "answer_loss", "answers", "answers_right")
@@ -188,7 +188,7 @@ class Distillation(nn.Module):
     @property
     def windows_in_use(self) -> list[int]:
         """The window of every layer."""
-        return [module.window_size for module in attention_layers(self.causal)]
+        return list(self.config.window_sizes)
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -204,15 +204,9 @@ class Distillation(nn.Module):
     @contextmanager
     def using(self, windows: int | Sequence[int]) -> Iterator[None]:
         """Within the context, attention has other windows: one for all layers, or one per layer."""
-        modules, before = attention_layers(self.causal), self.windows_in_use
-        given = [windows] * len(modules) if isinstance(windows, int) else windows
-        for module, window in zip(modules, given, strict=True):
-            module.window_size = window
-        try:
+        given = [windows] * len(self.windows) if isinstance(windows, int) else windows
+        with temporary_windows(self.causal, given):
             yield
-        finally:
-            for module, window in zip(modules, before, strict=True):
-                module.window_size = window
 
     def side(self) -> torch.cuda.Stream | None:
         """The stream for the teacher's pass, which belongs to the current one and waits for it; None for the same."""

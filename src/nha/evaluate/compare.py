@@ -15,7 +15,7 @@ from nha.evaluate.measure import Progress
 from nha.evaluate.partial import PartialResults
 from nha.evaluate.variants import VARIANTS, use_variant
 from nha.models import loading
-from nha.models.adapter import set_windows
+from nha.models.windows import set_windows
 
 MODEL = "model"  # the name of the evaluated model in results
 Measure = Callable[[PreTrainedModel, Progress], dict[str, Any]]

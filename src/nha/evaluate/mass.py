@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nha.models.adapter import hybrid_layers, observe_mass
 from nha.models.head import hidden_states
+from nha.models.observe import observe_mass
+from nha.models.windows import hybrid_layers
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from nha.models.adapter import ablate, hybrid_layers, temporary_windows
+from nha.models.observe import ablate
+from nha.models.windows import hybrid_layers, temporary_windows
 
 VARIANTS: dict[str, str] = {
     "hybrid": "window and slots",

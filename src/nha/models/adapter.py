@@ -2,140 +2,81 @@
 
 A family's attention projects, normalises and rotates as it always did and then calls the attention function that
 its configuration names. Here that function is "nha". Each attention module's class is swapped for a subclass that
-passes on what the slots need as well: the hidden states (for the gate), the rotary tables and the cache layer.
+hands over what slots need as well: the hidden states (for the gate), the rotary tables and the cache layer.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass
 from functools import cache as memoize
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers import initialization as init
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from nha.layer import log_gate
-from nha.models.attend import (
-    LAST,
-    Segment,
-    attend,
-    base_attention,
-    causal_mask,
-    mask_first_token_write,
-    packed_base_attention,
-    remember,
-    zero_slots,
-)
 from nha.models.cache import NHACacheLayer, prepare_cache
-from nha.models.config import FULL, check_windows
-from nha.models.families import rotates
+from nha.models.checkpoint import CheckpointMixin
+from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class
+from nha.models.families import check_family, rotates
+from nha.models.full_attention import base_attention, packed_base_attention
+from nha.models.masks import NAME, HybridMask, cache_argument, causal_mask, mark_packing, read_mask
+from nha.models.observe import Observation
 from nha.models.rotary import rotary_style
+from nha.models.segment import Reading, Segment, attend, mask_first_token_write, zero_slots
+from nha.models.slots import SlotParameters
+from nha.models.windows import attention_layers, decoder, follow_config
 from nha.ops.rotary import unrotate, unrotate_for_slots
 
-NAME = "nha"
-ABLATIONS = (None, "slots_off", "window_off")
-PACKED = (1, 1, 0, 0)  # shape of the mask that stands for boundaries in cu_seq_lens_q, so that none of T x T is made
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a hybrid attention module hands to the attention function besides queries, keys and values.
 
-class SlotParameters(nn.Module):
-    """What one attention layer gains: the gate, the sink and where the slots sit.
-
-    `g_proj` maps hidden states to gate logits [B, T, H * M]; `sink_key` [H, S, D] and `sink_value` [H, S, Dv] are
-    constant keys and values; `slot_cos` and `slot_sin` [1, 1, R] are the family's rotary tables at the distance at
-    which a query sees the slots.
+    Attributes:
+        hidden: [B, T, hidden], what the module projects.
+        tables: rotary cosines and sines [B, T, R]; None in layers without positions.
+        cache: the layer's cache, if there is one.
     """
-
-    slot_cos: Tensor
-    slot_sin: Tensor
-    initial: tuple[Tensor, Tensor] | None = None  # what slots hold before a text (see `nha.models.peft_slots`)
-
-    def __init__(self, hidden_size: int, heads: int, head_dim: int, num_slots: int, num_sinks: int, tables: Tensor):
-        super().__init__()
-        self.g_proj = nn.Linear(hidden_size, heads * num_slots)
-        self.sink_key = nn.Parameter(torch.empty(heads, num_sinks, head_dim))
-        self.sink_value = nn.Parameter(torch.empty(heads, num_sinks, head_dim))
-        self.register_buffer("slot_cos", tables[0])
-        self.register_buffer("slot_sin", tables[1])
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Gates that leave the slots nearly alone and a sink of zeros, until calibration or training sets them."""
-        init.normal_(self.g_proj.weight, std=0.02)
-        init.zeros_(self.g_proj.bias)
-        init.zeros_(self.sink_key)
-        init.zeros_(self.sink_value)
-
-
-@dataclass
-class Observation:
-    """What an attention layer saw in the latest forward pass: hidden [B, T, hidden], the rest [B, T, H, D]."""
 
     hidden: Tensor
-    slot_key: Tensor
-    key: Tensor
-    value: Tensor
-
-
-def split_mask(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """What `hybrid_mask` made for a segment of T tokens: the unconverted layers' mask and the padding [B, T].
-
-    Raises ValueError for a mask prepared by someone else: only the padding of a text reaches slots.
-    """
-    if mask is None or mask.shape == PACKED:
-        return None, None
-    if mask.shape == LAST:
-        return mask, None
-    if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == 1:
-        if mask.shape[2] == 1 and mask.shape[3] == length:
-            return None, mask[:, 0, 0]
-        if mask.shape[2] == length + 1:
-            return mask[:, :, :-1], mask[:, 0, -1, :length]
-    raise ValueError(
-        f"expected a padding mask [B, T], got a prepared mask {list(mask.shape)} of {mask.dtype}; "
-        "only padding and packing are meaningful"
-    )
+    tables: tuple[Tensor, Tensor] | None
+    cache: NHACacheLayer | None
 
 
 def cache_windows(module: Any) -> list[int]:
     """The windows of all layers as their caches see them, from one attention module."""
     off = module.ablation == "window_off"
-    return [0 if off and window != FULL else window for window in module.config.window_sizes]
+    windows = module.config.window_sizes[: module.config.num_hidden_layers]
+    return [0 if off and window != FULL else window for window in windows]
 
 
-def cache_layer(module: Any, cache: Cache | None, cu_seqlens: Tensor | None, rows: int) -> NHACacheLayer | None:
+def layer_cache(module: Any, cache: Cache | None, rows: int) -> NHACacheLayer | None:
     """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache.
 
-    Raises ValueError for a cache that cannot go on with `rows` texts.
+    Raises ValueError for a cache of other sizes than a batch of `rows` sequences needs.
     """
     if cache is None:
         return None
-    if cu_seqlens is not None:
-        raise ValueError("expected packed sequences without a cache, got cu_seq_lens_q and past_key_values")
     if module.layer_idx == 0:
         prepare_cache(cache, cache_windows(module))
+        slots = 0 if module.ablation == "slots_off" else module.config.num_slots
+        for layer in cache.layers:
+            layer.check(rows, slots) if isinstance(layer, NHACacheLayer) else None
     layer = cache.layers[module.layer_idx]
-    if not isinstance(layer, NHACacheLayer):
-        return None
-    if layer.state is not None:
-        config: Any = module.config
-        slots = 0 if module.ablation == "slots_off" else config.num_slots
-        wanted, got = [rows, config.num_key_value_heads, slots, module.head_dim], list(layer.state.slot_key.shape)
-        if got != wanted:
-            raise ValueError(f"expected a cache of [rows, KV heads, slots, head size] {wanted}, got one of {got}")
-    layer.claimed = True
-    return layer
+    return layer if isinstance(layer, NHACacheLayer) else None
 
 
 class HybridGenerationMixin:
-    """What `generate` of a hybrid model needs: a cache whose layers can take back tokens, before it reads any."""
+    """What `generate` needs of a hybrid model: a cache whose layers can take back tokens, before it reads any."""
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -155,150 +96,69 @@ def hybrid_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: HybridMask | Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    nha_hidden: Tensor | None = None,
-    nha_tables: tuple[Tensor, Tensor] | None = None,
-    nha_layer: NHACacheLayer | None = None,
+    nha: LayerInputs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D]."""
-    if nha_hidden is None:
+    if nha is None:
         raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
     if module.observer is not None:
         slot_key = key.transpose(1, 2)
-        slot_key = (
-            slot_key
-            if nha_tables is None
-            else unrotate(slot_key, *nha_tables, interleaved=module.rotary_style.interleaved)
-        )
-        module.observer(Observation(nha_hidden, slot_key, *(x.transpose(1, 2) for x in (key, value))))
-    own_mask, padding = split_mask(attention_mask, query.shape[2])
+        if nha.tables is not None:
+            slot_key = unrotate(slot_key, *nha.tables, interleaved=module.rotary_style.interleaved)
+        module.observer(Observation(nha.hidden, slot_key, *(x.transpose(1, 2) for x in (key, value))))
     cu = kwargs.get("cu_seq_lens_q")
-    if cu is None and attention_mask is not None and attention_mask.shape == PACKED:
-        raise ValueError(
-            f"expected sequences one by one, got packed ones: {module.family.__name__} gets no cu_seq_lens_q"
-        )
-    if module.window_size == FULL and cu is not None:
-        return packed_base_attention(
-            module,
-            query,
-            key,
-            value,
-            cu,
-            softcap=softcap,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=kwargs.get("sliding_window"),
-            longest=kwargs.get("max_length_q"),
-        )
+    mask = read_mask(module, attention_mask, query.shape[2], cu)
+    base = partial(base_attention, module, query, key, value, softcap=softcap, scaling=scaling)
+    if module.window_size == FULL and cu is None:
+        return base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
     if module.window_size == FULL:
-        return base_attention(
-            module, query, key, value, own_mask, softcap=softcap, scaling=scaling, dropout=dropout, **kwargs
-        )
+        lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
+        options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
+        return packed_base_attention(module, query, key, value, cu, **options)
     check_dropout(dropout)
-    window = 0 if module.ablation == "window_off" else module.window_size
-    state = None if nha_layer is None else nha_layer.state
-    padding = None if cu is not None else padding
-    parameters = module.nha
-    gate = log_gate(parameters.g_proj(nha_hidden), key.shape[1])
+    state = None if nha.cache is None else nha.cache.state
+    slots = module.nha(nha.hidden)
+    gate, sink = slots.log_gate, slots.sink
     if module.ablation == "slots_off":
         gate = gate[..., :0]
-    sink = None
-    if parameters.sink_key.shape[1]:
-        sink = (parameters.sink_key.to(key.dtype), parameters.sink_value.to(value.dtype))
-        gate = mask_first_token_write(gate, padding, cu, state)
+    if sink is not None:
+        sink = (sink[0].to(key.dtype), sink[1].to(value.dtype))
+        gate = mask_first_token_write(gate, mask.padding, cu, state)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     slot_query = slot_key = None  # without rotary positions slots and window see the same
-    if nha_tables is not None:
-        distance = parameters.slot_cos, parameters.slot_sin
+    if nha.tables is not None:
         interleaved = module.rotary_style.interleaved
-        slot_query, slot_key = unrotate_for_slots(q, k, nha_tables, distance, interleaved=interleaved)
-    segment = Segment(q, k, v, gate, slot_query, slot_key, mask=padding, cu_seqlens=cu)
-    initial = parameters.initial
+        slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
+    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu)
+    initial = slots.initial
     if initial is None and module.config.slots_from_start:
         initial = zero_slots(segment)
-    if state is None and query.shape[2] <= window and cu is None and initial is None:
-        # The very kernel of the unconverted layer, so that short inputs give its bits.
-        if nha_layer is not None:
-            remember(segment, window, nha_layer, softcap)
-        mask = causal_mask(padding)
-        return base_attention(module, query, key, value, mask, softcap=softcap, scaling=scaling, **kwargs)
-    out = attend(
-        segment,
-        window_size=window,
+    # The mask of a static cache has room for later tokens.
+    within = causal_mask(mask.padding) if mask.base is None else mask.base[..., : query.shape[2]]
+    reading = Reading(
+        window_size=0 if module.ablation == "window_off" else module.window_size,
         scale=scaling,
         sink=sink,
-        layer=nha_layer,
-        initial=initial,
         softcap=softcap,
-        see_mass=module.mass_observer,
+        initial=initial,
+        base=lambda: base(within, **kwargs)[0],
+        observe_mass=module.mass_observer,
     )
-    return out, None
+    return read_segment(segment, reading, nha.cache), None
 
 
-def hybrid_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    *,
-    attention_mask: Tensor | None = None,
-    config: Any = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask function "nha" of transformers: a hybrid layer needs the padding of its segment and nothing of T x T.
-
-    Returns None without padding, else [B, 1, 1, T]. A model with some unconverted layers gets transformers' own mask
-    with one more row that holds the padding, [B, 1, T + 1, Tk]: where a token is in it depends on the kind of cache.
-    One of shape LAST stands for that of tokens that go on in a growing cache without padding.
-    """
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    own = None
-    if FULL in config.window_sizes:
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
-        plain = kwargs.get("mask_function") in (None, causal_mask_function) and kwargs.get("local_size") is None
-        if plain and not capped and allow_is_causal_skip and appends(q_length, kv_length, q_offset, padding):
-            return torch.empty(LAST, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-        own = sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip and not capped,
-            **kwargs,
-        )
-        if own is None:
-            return None
-    elif padding is None or (not torch.compiler.is_compiling() and bool(padding.all())):
-        return None
-    if padding is not None:
-        column = torch.arange(q_length, device=padding.device) + q_offset
-        padding = padding.index_select(1, column)[:, None, None, :]
-    if own is None:
-        return padding
-    row = own.new_ones(own.shape[0], 1, 1, own.shape[3])
-    if padding is not None:
-        row[..., :q_length] = padding
-    return torch.cat([own, row], 2)
-
-
-def appends(length: int, kv_length: int, offset: Any, padding: Tensor | None) -> bool:
-    """Whether several tokens come last in a cache that has room for no others, and nothing before is padding."""
-    if torch.compiler.is_compiling() or not isinstance(offset, int) or not 1 < length < kv_length == offset + length:
-        return False
-    return padding is None or bool(padding.all())
+def read_segment(segment: Segment, reading: Reading, cache: NHACacheLayer | None) -> Tensor:
+    """Read a segment, [B, T, HQ, Dv], with what a cache layer remembers, if there is one."""
+    return attend(segment, reading)[0] if cache is None else cache.attend(segment, reading)
 
 
 AttentionInterface.register(NAME, hybrid_attention)
-AttentionMaskInterface.register(NAME, hybrid_mask)
 
 
 def check_dropout(probability: float) -> None:
@@ -314,15 +174,9 @@ def check_implementation(config: Any) -> None:
         raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
 
 
-def cache_argument(kwargs: dict[str, Any]) -> Any:
-    """The cache among a call's arguments: `past_key_values`, which transformers calls `cache` from 5.24 on."""
-    given = kwargs.get("cache")
-    return kwargs.get("past_key_values") if given is None else given
-
-
 @memoize
 def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a family's attention class that hands the slots' inputs on."""
+    """The subclass of a family's attention class that hands over what slots need."""
     name_of_cache = "cache" if "cache" in inspect.signature(family.forward).parameters else "past_key_values"
 
     def forward(
@@ -330,8 +184,11 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
     ) -> tuple[Tensor, Tensor | None]:
         check_implementation(self.config)
         cache = cache_argument(kwargs)
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")} | {name_of_cache: cache}
-        layer = cache_layer(self, cache, kwargs.get("cu_seq_lens_q"), hidden_states.shape[0])
+        own = layer_cache(self, cache, hidden_states.shape[0])
+        for name in ("cache", "past_key_values"):
+            kwargs.pop(name, None)
+        # The family's own code updates the cache of layers with full attention alone.
+        kwargs[name_of_cache] = cache if self.window_size == FULL else None
         tables = None
         if position_embeddings is not None and self.rotates:
             tables = self.rotary_style.standard_tables(position_embeddings)
@@ -340,9 +197,7 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            nha_hidden=hidden_states,
-            nha_tables=tables,
-            nha_layer=layer,
+            nha=LayerInputs(hidden_states, tables, own),
             **kwargs,
         )
 
@@ -360,26 +215,18 @@ def _rebuild(family: type[nn.Module]) -> nn.Module:
     return new.__new__(new)
 
 
-def decoder(model: PreTrainedModel) -> Any:
-    """The stack of layers inside a causal language model."""
-    return model.get_decoder()
-
-
-def attention_layers(model: PreTrainedModel) -> list[Any]:
-    """The attention modules of a model's decoder, in order."""
-    return [layer.self_attn for layer in decoder(model).layers]
-
-
 def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
     """Per layer, cosines and sines [2, 1, 1, R] of the family's rotary embedding at a distance, for `rotate`."""
-    config, parameter = model.config, next(model.parameters())
+    stack = decoder(model)
+    config, parameter = stack.config, next(model.parameters())
     with torch.device(parameter.device):
-        rotary = type(decoder(model).rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
-    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=parameter.device)
+        rotary = type(stack.rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
+    x = torch.zeros(1, 1, 1, device=parameter.device, dtype=torch.float32)
     position = torch.full((1, 1), distance, device=parameter.device)
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = config.layer_types if typed else [None] * config.num_hidden_layers
-    style = rotary_style(getattr(type(attention_layers(model)[0]), "family", type(attention_layers(model)[0])))
+    attention = type(attention_layers(model)[0])
+    style = rotary_style(getattr(attention, "family", attention))
     found = [rotary(x, position, kind) if typed else rotary(x, position) for kind in kinds]
     return [torch.stack(style.standard_tables(tables)) for tables in found]
 
@@ -389,11 +236,10 @@ def reset_slots(model: PreTrainedModel) -> None:
     modules = attention_layers(model)
     if not hasattr(modules[0], NAME):
         return
-    tables = slot_tables(model, model.config.slot_distance)
+    tables = slot_tables(model, decoder(model).config.slot_distance)
     for module, (cos, sin) in zip(modules, tables, strict=True):
         module.nha.reset_parameters()
-        init.copy_(module.nha.slot_cos, cos)
-        init.copy_(module.nha.slot_sin, sin)
+        module.nha.reset_tables(cos, sin)
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -410,147 +256,101 @@ def install(model: PreTrainedModel) -> None:
 
     The modules' weights stay as they are. Parameters of the slots start as in `SlotParameters.reset_parameters`.
     """
-    config: Any = model.config
+    stack = decoder(model)
+    config: Any = stack.config
     tables, dtype = slot_tables(model, config.slot_distance), compute_dtype(model)
     for module, window, table in zip(attention_layers(model), config.window_sizes, tables, strict=True):
-        weight = next(module.parameters())
         if not hasattr(module, NAME):
             heads = config.num_key_value_heads
             new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
-            module.nha = new.to(device=weight.device, dtype=dtype)
+            module.nha = new.to(device=next(module.parameters()).device, dtype=dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
         module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
         module.rotates = rotates(config, module)
-    stack = decoder(model)
-    if not any(hook is mark_packing for hook in stack._forward_pre_hooks.values()):
-        stack.register_forward_pre_hook(mark_packing, with_kwargs=True)
+    watch_decoder(stack)
     config._attn_implementation = NAME
 
 
-def mark_packing(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Before a forward pass, name the boundaries of sequences packed into one row.
+def watch_decoder(stack: nn.Module) -> None:
+    """Before every forward pass of a decoder, let layers follow the configuration and find packed sequences."""
+    if not any(hook is before_decoder for hook in stack._forward_pre_hooks.values()):
+        stack.register_forward_pre_hook(before_decoder, with_kwargs=True)
 
-    They come as `cu_seq_lens_q` (which `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes) or are
-    read off `position_ids` that start again. Without them slots would leak from one sequence into the next.
+
+def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a decoder's forward pass with the boundaries of packed sequences among them."""
+    follow_config(stack)
+    if len(args) > 1:  # a mask or positions that came without a name
+        names = list(inspect.signature(type(stack).forward).parameters)[1:]
+        args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs
+    return args, mark_packing(kwargs)
+
+
+class HybridModelMixin(CheckpointMixin, HybridGenerationMixin):
+    """What a family's causal language model gains as a hybrid."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self)  # type: ignore[arg-type]
+
+    def initialize_weights(self) -> None:
+        """Fill in what a checkpoint lacks; the family's decoder initialises its own modules and knows no slots."""
+        super().initialize_weights()  # type: ignore[misc]
+        reset_slots(self)  # type: ignore[arg-type]
+
+
+@memoize
+def hybrid_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The model class that a hybrid configuration class belongs to: a subclass of the family's own."""
+    family = config_class.model_type.removeprefix("nha-")
+    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    name = f"NHA{base.__name__}"
+    body = {"config_class": config_class, "config": None, "__module__": __name__}
+    new = type(name, (HybridModelMixin, base), body)
+    setattr(sys.modules[__name__], name, new)
+    return new
+
+
+def to_hybrid(
+    model: PreTrainedModel,
+    windows: list[int],
+    *,
+    num_slots: int = 64,
+    num_sinks: int = 1,
+    slot_distance: int = 128,
+    slots_from_start: bool = False,
+) -> None:
+    """Turn a live model into its family's hybrid, in place: class, configuration and attention modules.
+
+    All weights are shared with what the model was; gates and sinks are not calibrated yet (`hybridize` does that).
+    The configuration is a new object: models that share the old one stay what they are.
+
+    Raises:
+        ValueError: an unsupported family or numbers that cannot be; nothing has changed.
     """
-    position = kwargs.get("position_ids")
-    if cache_argument(kwargs) is not None:
-        return None
-    cu = kwargs.get("cu_seq_lens_q")
-    if cu is not None:
-        return args, kwargs | {"use_cache": False, "attention_mask": _packed_mask(cu)}
-    if position is None or kwargs.get("attention_mask") is not None:
-        return None
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "expected cu_seq_lens_q beside position_ids in a compiled forward pass without a cache, got none; use "
-            "DataCollatorWithFlattening(return_flash_attn_kwargs=True), or leave position_ids out"
-        )
-    jumps = position.diff(dim=1) != 1
-    if not bool(jumps.any()):
-        return None
-    if position.shape[0] != 1:
-        raise ValueError(f"expected packed sequences in one row, got position_ids {list(position.shape)} that restart")
-    inner = jumps[0].nonzero().flatten() + 1
-    ends = torch.tensor([0, position.shape[1]], device=position.device)
-    cu = torch.cat([ends[:1], inner, ends[1:]]).to(torch.int32)
-    marks = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "use_cache": False, "attention_mask": _packed_mask(cu)}
-    return args, kwargs | marks
-
-
-def _packed_mask(cu_seqlens: Tensor) -> Tensor:
-    return torch.empty(PACKED, dtype=torch.bool, device=cu_seqlens.device)
-
-
-def hybrid_layers(model: PreTrainedModel) -> list[Any]:
-    """The attention modules of a hybrid model; raises ValueError for any other model."""
-    config = getattr(model, "config", None)
-    if not hasattr(config, "window_sizes"):
-        raise ValueError(f"expected a hybrid model, got {type(model).__name__}; call hybridize first")
-    return attention_layers(model)
-
-
-def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
-    """Change the windows of a live model: one int per layer, in tokens, or one int for all.
-
-    -1 makes a layer what it was before the conversion. Weights stay as they are; a running cache made with other
-    windows is refused by the next forward pass. Raises ValueError, before anything changes, for a list of the
-    wrong length or a window that a layer cannot have.
-
-    >>> from nha import NHAConfig, NHAForCausalLM
-    >>> model = NHAForCausalLM(NHAConfig.tiny())
-    >>> set_windows(model, [8, -1])
-    >>> model.config.window_sizes
-    [8, -1]
-    """
-    modules = hybrid_layers(model)
-    checked = check_windows(model.config, windows)
-    model.config.window_sizes = checked
-    for module, window in zip(modules, checked, strict=True):
-        module.window_size = window
-
-
-@contextmanager
-def temporary_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> Iterator[None]:
-    """Within the context, the model has other windows, as `set_windows` takes them; then its own again."""
-    before = list(model.config.window_sizes)  # type: ignore[arg-type]
-    set_windows(model, windows)
-    try:
-        yield
-    finally:
-        set_windows(model, before)
-
-
-@contextmanager
-def ablate(model: PreTrainedModel, what: str | None) -> Iterator[None]:
-    """Within the context, read hybrid layers without their slots ("slots_off") or their window ("window_off").
-
-    Slots off keeps window and sink. Window off reads slots that hold every token and the sink (a window of 0).
-    """
-    if what not in ABLATIONS:
-        raise ValueError(f"expected an ablation in {ABLATIONS}, got {what!r}")
-    modules = hybrid_layers(model)
-    before = [module.ablation for module in modules]
-    try:
-        for module in modules:
-            module.ablation = what
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            module.ablation = old
-
-
-@contextmanager
-def observe(
-    model: PreTrainedModel, see: Callable[[int, Observation], None], windows: int | Sequence[int] = FULL
-) -> Iterator[None]:
-    """Within the context, call `see(layer, observation)` in every forward pass, as soon as a layer has its keys.
-
-    Windows are -1 meanwhile (the model before its conversion), unless others are asked for.
-    """
-    modules = hybrid_layers(model)
-    with temporary_windows(model, windows):
-        try:
-            for index, module in enumerate(modules):
-                module.observer = partial(see, index)
-            yield
-        finally:
-            for module in modules:
-                module.observer = None
-
-
-@contextmanager
-def observe_mass(model: PreTrainedModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within the context, call `see(layer, slots, sink)` in every forward pass, for every layer that reads slots.
-
-    `slots` and `sink` [B, T, HQ] are the shares of the softmax that went to either. Without the context nothing of
-    this is computed. Inputs that no window is shorter than are not reported: their shares are 0.
-    """
-    modules = hybrid_layers(model)
-    try:
-        for index, module in enumerate(modules):
-            module.mass_observer = partial(see, index)
-        yield
-    finally:
-        for module in modules:
-            module.mass_observer = None
+    old: Any = model.config
+    check_family(old)
+    check_windows(old, windows)
+    changes = {
+        "num_slots": num_slots,
+        "num_sinks": num_sinks,
+        "slot_distance": slot_distance,
+        "slots_from_start": slots_from_start,
+        "window_sizes": list(windows),
+    }
+    check_sizes(SimpleNamespace(**changes))
+    config_class = hybrid_config_class(old.model_type)
+    config_class(**(old.to_dict() | changes))  # raises what loading the saved model would
+    expected: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[old.model_type]]
+    if type(model).__name__ != expected.__name__:
+        raise ValueError(f"expected a causal language model, got {type(model).__name__}")
+    config = copy.deepcopy(old)
+    config.__class__ = config_class
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.architectures = [hybrid_model_class(config_class).__name__]
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+    model.__class__ = hybrid_model_class(config_class)
+    install(model)

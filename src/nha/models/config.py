@@ -11,8 +11,6 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from nha.models.families import FAMILIES
-
 FULL = -1
 
 
@@ -106,9 +104,6 @@ class HybridConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
         check_sizes(self)
-        from nha.models.auto import register_model
-
-        register_model(type(self))  # type: ignore[arg-type]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -200,13 +195,3 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
     new = strict(type(name, (HybridConfigMixin, base), body | {"model_type": f"nha-{family}"}))
     setattr(sys.modules[__name__], name, new)
     return new
-
-
-def register() -> None:
-    """Make `AutoConfig` know every hybrid configuration; model classes follow when a configuration is made."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
-
-    AutoConfig.register("nha", NHAConfig, exist_ok=True)
-    for family in FAMILIES:
-        if family in CONFIG_MAPPING:
-            AutoConfig.register(f"nha-{family}", hybrid_config_class(family), exist_ok=True)

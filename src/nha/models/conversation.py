@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nha.io import write_atomically
-from nha.models.cache import cache_nbytes, load_cache, save_cache
+from nha.models.cache import cache_nbytes
+from nha.models.cache_file import load_cache, save_cache
 
 FORMAT = "nha-conversation-v1"
 _QUESTION, _ANSWER = "question", "the answer that this stands for"

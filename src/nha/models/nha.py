@@ -10,19 +10,19 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from nha.layer import NativeHybridAttention, log_gate
 from nha.models.adapter import (
-    NAME,
     HybridGenerationMixin,
-    Observation,
-    cache_argument,
-    cache_layer,
+    before_decoder,
     check_dropout,
     check_implementation,
-    mark_packing,
-    split_mask,
+    layer_cache,
+    read_segment,
 )
-from nha.models.attend import Segment, attend, base_attention, packed_base_attention
 from nha.models.checkpoint import CheckpointMixin
 from nha.models.config import FULL, NHAConfig
+from nha.models.full_attention import base_attention, packed_base_attention
+from nha.models.masks import NAME, HybridMask, cache_argument, read_mask
+from nha.models.observe import Observation
+from nha.models.segment import Reading, Segment
 from nha.ops.rotary import rotate
 
 
@@ -54,7 +54,7 @@ class NHAAttention(NativeHybridAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        attention_mask: HybridMask | Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend from hidden_states [B, T, hidden] with rotary tables [B, T, D]; the cache is updated in place."""
@@ -62,36 +62,27 @@ class NHAAttention(NativeHybridAttention):
         check_dropout(self.config.attention_dropout or 0.0 if self.training else 0.0)
         slot_query, slot_key, value = self.project(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
-        cu = kwargs.get("cu_seq_lens_q")
-        cache = cache_argument(kwargs)
-        layer = cache_layer(self, cache, cu, hidden_states.shape[0])
-        full: tuple[Tensor, Tensor] = (key.transpose(1, 2), value.transpose(1, 2))
-        if cache is not None:
-            full = cache.update(*full, self.layer_idx)
+        cache, cu = cache_argument(kwargs), kwargs.get("cu_seq_lens_q")
+        mask = read_mask(self, attention_mask, hidden_states.shape[1], cu)
+        layer = layer_cache(self, cache, hidden_states.shape[0])
         if self.observer is not None:
             self.observer(Observation(hidden_states, slot_key, key, value))
-        own_mask, padding = split_mask(attention_mask, query.shape[1])
         if self.window_size == FULL:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             scale = self.head_dim**-0.5
-            q, (k, v) = query.transpose(1, 2), full
             if cu is not None:
-                out, _ = packed_base_attention(self, q, k, v, cu, scaling=scale, longest=kwargs.get("max_length_q"))
+                out, _ = packed_base_attention(self, q, k, v, cu, scaling=scale, max_seq_len=kwargs.get("max_length_q"))
             else:
-                out, _ = base_attention(self, q, k, v, own_mask, softcap=None, scaling=scale)
+                k, v = (k, v) if cache is None else cache.update(k, v, self.layer_idx)
+                options = {"softcap": None, "scaling": scale, "appended": mask.appended}
+                out, _ = base_attention(self, q, k, v, mask.base, **options)
             return self.o_proj(out.flatten(2)), None
-        padding = None if cu is not None else padding
         gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
         if self.ablation == "slots_off":
             gate = gate[..., :0]
-        out = attend(
-            Segment(query, key, value, gate, slot_query, slot_key, padding, cu),
-            layer=layer,
-            window_size=0 if self.ablation == "window_off" else self.window_size,
-            scale=None,
-            sink=self.sink,
-            initial=None,
-            see_mass=self.mass_observer,
-        )
+        window = 0 if self.ablation == "window_off" else self.window_size
+        segment = Segment(query, key, value, gate, slot_query, slot_key, mask.padding, cu)
+        out = read_segment(segment, Reading(window, sink=self.sink, observe_mass=self.mass_observer), layer)
         return self.o_proj(out.flatten(2)), None
 
 
@@ -104,7 +95,7 @@ class NHAModel(LlamaModel):
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn = NHAAttention(config, index)  # type: ignore[union-attr]
-        self.register_forward_pre_hook(mark_packing, with_kwargs=True)
+        self.register_forward_pre_hook(before_decoder, with_kwargs=True)
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:

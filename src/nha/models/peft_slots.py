@@ -17,8 +17,9 @@ from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from nha.models.adapter import hybrid_layers
 from nha.models.config import FULL
+from nha.models.slots import SlotInputs
+from nha.models.windows import hybrid_layers
 
 METHOD, PREFIX = "NHA_SLOTS", "nha_slots_"
 STARTS = ("zeros", "random")
@@ -87,8 +88,9 @@ class SlotsLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_layer(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> SlotInputs:
+        """Gate, sink and tables of the layer, with this adapter's slots to start with."""
+        return self.base_layer(*args, **kwargs)._replace(initial=self.initial)
 
 
 class SlotsModel(BaseTuner):

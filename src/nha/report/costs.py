@@ -20,7 +20,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 @contextmanager
 def as_teacher(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The hybrid with all windows at -1, which is the model it was made from; the windows come back at the end."""
-    from nha.models.adapter import temporary_windows
+    from nha.models.windows import temporary_windows
 
     with temporary_windows(model, -1):
         yield model

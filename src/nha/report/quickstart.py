@@ -23,10 +23,11 @@ from nha.evaluate.measure import bucket_edges
 from nha.evaluate.perplexity import Perplexity, perplexity
 from nha.evaluate.variants import longer_window
 from nha.models import loading
-from nha.models.adapter import ablate, set_windows, temporary_windows
 from nha.models.cache import cache_nbytes, nha_layers
 from nha.models.config import FULL, plan_windows, sliding_layers
 from nha.models.conversation import encode
+from nha.models.observe import ablate
+from nha.models.windows import set_windows, temporary_windows
 from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
 from nha.report.results import VARIANTS, Check, Cost, Results, Sample, Tuning, Variant
 

@@ -1,0 +1,133 @@
+"""Caches on disk: a running conversation's memory as one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import PreTrainedModel
+
+from nha.io import read_tensors, write_tensors
+from nha.models.cache import NHACacheLayer, prepare_cache
+from nha.models.config import FULL
+from nha.models.windows import decoder
+from nha.ops import NHAState
+from nha.ops.validation import check_state
+
+FORMAT = "nha-cache-v2"
+NHA_TENSORS = {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"}
+# Settings that say where a configuration came from or how to train and write, never what a forward pass computes.
+IRRELEVANT = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "initializer_range",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest of the configuration, of every weight's name, shape and dtype, and of eight numbers of each.
+
+    Caches and runs are tied to a model by it: settings that change what the model computes (windows, rotary settings,
+    slots) change the digest, its name and the version of transformers do not.
+    """
+    settings = {k: v for k, v in decoder(model).config.to_dict().items() if k not in IRRELEVANT}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items():
+        sample = weight.detach().flatten()[:8].double().cpu()
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
+    """Write a running conversation's memory (all layers) as one safetensors file; it belongs to `model`.
+
+    An existing file is replaced only by a whole new one.
+
+    Raises:
+        ValueError: a layer is neither NHA nor one of transformers' dynamic layers (static ones do not know how full
+            they are on every device); nothing is written.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: list[dict[str, Any]] = []
+    caches: list[Any] = list(cache.layers)
+    for index, layer in enumerate(caches):
+        if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
+            parts: dict[str, Any] = {} if layer.state is None else layer.state.aligned().tensors()
+            active = layer.state is not None and layer.state.slots_active
+            layers.append({"kind": "nha", "window": layer.window_size, "length": layer.length, "active": active})
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            parts = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+            layers.append({"kind": type(layer).__name__, "length": layer.get_seq_length()})
+        else:
+            raise ValueError(f"expected a dynamic cache, got {type(layer).__name__} in layer {index}")
+        tensors |= {f"{index}.{name}": x for name, x in parts.items()}
+    write_tensors(path, tensors, {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)})
+
+
+def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
+    """Read a cache written by `save_cache`, on the device of `model`; going on from it gives the same bits.
+
+    Raises:
+        ValueError: the file is damaged, of another format, of another model, or holds tensors that do not fit
+            together; the message names the file.
+        OSError: there is no such file, or it cannot be read.
+    """
+    tensors, metadata = read_tensors(path, model.device)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"expected a cache of format {FORMAT!r} at {path}, got format {metadata.get('format')!r}")
+    if metadata.get("model") != fingerprint(model):
+        raise ValueError(f"expected a cache made by this {type(model).__name__} at {path}, got one of another model")
+    config = decoder(model).config
+    cache = DynamicCache(config=config)
+    prepare_cache(cache, getattr(config, "window_sizes", [FULL] * len(cache.layers)))
+    entries = json.loads(metadata["layers"])
+    if len(entries) != len(cache.layers):
+        raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
+    for index, entry in enumerate(entries):
+        prefix = f"{index}."
+        parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        if entry["length"]:
+            fill_layer(cache.layers[index], parts, entry, f"of layer {index} at {path}")
+    return cache
+
+
+def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: str) -> None:
+    """Put the tensors of a file into one layer of a cache.
+
+    Raises ValueError for tensors that are missing, unknown or do not fit together.
+    """
+    is_nha = isinstance(layer, NHACacheLayer)
+    kind = "nha" if is_nha else type(layer).__name__
+    if entry["kind"] != kind:
+        raise ValueError(f"expected a layer of kind {kind!r}, got {entry['kind']!r} {where}")
+    required = (
+        {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"} if is_nha else {"keys", "values"}
+    )
+    missing, unknown = sorted(required - parts.keys()), sorted(parts.keys() - required - {"window_slot_key"})
+    if missing or unknown:
+        raise ValueError(f"expected tensors {sorted(required)} {where}, got {missing} missing and {unknown} unknown")
+    if is_nha:
+        parts.setdefault("window_slot_key", None)
+        state = NHAState(window_size=entry["window"], slots_active=entry["active"], **parts)
+        try:
+            check_state(state)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error} {where}") from None
+        layer.state, layer.length, layer.is_initialized = state, entry["length"], True
+        return
+    keys, values = parts["keys"], parts["values"]
+    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"expected 'values' {[*keys.shape[:3], 'Dv']} {where}, got {list(values.shape)}")
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = entry["length"]

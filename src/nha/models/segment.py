@@ -1,0 +1,291 @@
+"""One segment of one hybrid layer: its inputs, how they are read, and the state they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nha.ops import NHAState, RingState, nha_attention, nha_decode, supports_decode
+from nha.ops.autocast import cast_for_autocast
+from nha.ops.padding import align_left
+from nha.ops.sliding_window import sliding_window_attention
+from nha.ops.state import MAX_NEW, advance
+
+Sink = tuple[Tensor, Tensor]  # key [H, S, D], value [H, S, Dv]
+Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], value [H, M, Dv]
+
+
+@dataclass
+class Inputs:
+    """What a segment writes into a state: [B, T, H, ...] each, and its padding mask [B, T]."""
+
+    key: Tensor
+    value: Tensor
+    log_gate: Tensor
+    slot_key: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.key, self.value, self.log_gate, self.slot_key, self.mask)
+        return sum(x.numel() * x.element_size() for x in parts if x is not None)
+
+    def select(self, rows: Tensor) -> Inputs:
+        return self._map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def first(self, length: int) -> Inputs:
+        return self._map(lambda x: x[:, :length])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(*(None if x is None else function(x) for x in vars(self).values()))  # type: ignore[arg-type]
+
+    def advance(self, state: NHAState | None, window_size: int) -> NHAState | None:
+        """The state after these inputs; the queries do not matter, so the keys serve as such."""
+        return nha_attention(
+            self.key,
+            self.key,
+            self.value,
+            self.log_gate,
+            window_size=window_size,
+            k_slot=self.slot_key,
+            state=state,
+            return_state=True,
+            attention_mask=self.mask,
+        ).state
+
+
+@dataclass
+class Segment:
+    """One layer's inputs for T tokens, all laid out [B, T, heads, dim] as `nha_attention` takes them.
+
+    In a region of autocast they take its dtype, so that a state keeps one dtype for the whole sequence.
+    """
+
+    query: Tensor  # [B, T, HQ, D]
+    key: Tensor  # [B, T, H, D]
+    value: Tensor  # [B, T, H, Dv]
+    log_gate: Tensor  # [B, T, H, M]
+    slot_query: Tensor | None  # [B, T, HQ, D]; None where slots see what the window sees
+    slot_key: Tensor | None  # [B, T, H, D]
+    mask: Tensor | None  # [B, T] bool, False = padding
+    cu_seqlens: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.query, self.key, self.value, self.slot_query, self.slot_key = cast_for_autocast(
+            self.query, self.key, self.value, self.slot_query, self.slot_key
+        )
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Everything that attention reads."""
+        return self.query, self.key, self.value, self.log_gate, self.slot_query, self.slot_key
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the segment writes into a state."""
+        return Inputs(self.key, self.value, self.log_gate, self.slot_key, self.mask)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a layer reads segments.
+
+    Attributes:
+        window_size: tokens in the window, >= 0.
+        scale: of the scores; None for D ** -0.5.
+        sink: constant keys and values.
+        softcap: of the scores.
+        initial: what the slots of every sequence hold before its first token, active from there on.
+        base: the attention of the unconverted layer, for a first segment that its window holds: the same bits.
+        observe_mass: gets the attention mass of slots and of the sink, [B, T, HQ] each.
+        impl: of `nha_attention`.
+    """
+
+    window_size: int
+    scale: float | None = None
+    sink: Sink | None = None
+    softcap: float | None = None
+    initial: Initial | None = None
+    base: Callable[[], Tensor] | None = None
+    observe_mass: Callable[[Tensor, Tensor], None] | None = None
+    impl: str = "auto"
+
+
+def attend(
+    segment: Segment, reading: Reading, state: NHAState | None = None, *, keep: bool = False
+) -> tuple[Tensor, NHAState | None]:
+    """Read slots and window for a segment that follows `state`.
+
+    Returns the output [B, T, HQ, Dv] and, with `keep`, the state after the segment. A `RingState` comes back where
+    kernels can write later tokens into it, and one that comes in may be overwritten.
+    """
+    window, observer = reading.window_size, reading.observe_mass
+    if state is None:
+        state = initial_state(segment, reading)
+    if state is None and reading.base is not None and segment.cu_seqlens is None and segment.length <= window:
+        return reading.base(), first_state(segment, reading) if keep else None
+    if reading.impl == "auto" and state is None and observer is None and has_window_only(segment, window):
+        return attend_window(segment, reading), first_state(segment, reading) if keep else None
+    short = keep and state is not None and observer is None and segment.length <= MAX_NEW
+    if short and writes_in_place(segment, reading, state):
+        assert state is not None
+        ring = state if isinstance(state, RingState) else RingState.of(state)
+        result = nha_decode(
+            segment.query,
+            segment.key,
+            segment.value,
+            segment.log_gate,
+            state=ring,
+            q_slot=segment.slot_query,
+            k_slot=segment.slot_key,
+            sink=reading.sink,
+            scale=reading.scale,
+            attention_mask=segment.mask,
+        )
+        return result.out, ring
+    options: dict[str, Any] = dict(
+        window_size=window,
+        q_slot=segment.slot_query,
+        k_slot=segment.slot_key,
+        scale=reading.scale,
+        state=state,
+        attention_mask=segment.mask,
+        cu_seqlens=segment.cu_seqlens,
+        softcap=reading.softcap,
+        impl=reading.impl,
+    )
+    result = nha_attention(
+        segment.query,
+        segment.key,
+        segment.value,
+        segment.log_gate,
+        sink=reading.sink,
+        return_state=keep,
+        return_slot_mass=observer is not None,
+        **options,
+    )
+    if observer is not None:
+        mass = result.slot_mass
+        assert mass is not None
+        of_sink = sink_mass(segment, reading.sink, options) if segment.log_gate.shape[3] else mass
+        observer((mass - of_sink).clamp_min(0), of_sink)
+    if not keep or result.state is None:
+        return result.out, None
+    return result.out, RingState.of(result.state) if writes_in_place(segment, reading, state) else result.state
+
+
+def writes_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:
+    """Whether later tokens of these sequences can be written into their state by one kernel."""
+    before = () if state is None else state.tensors().values()
+    return supports_decode(*segment.tensors, *(reading.sink or ()), *before, softcap=reading.softcap, impl=reading.impl)
+
+
+def has_window_only(segment: Segment, window_size: int) -> bool:
+    """Whether `attend_window` reads a first segment: one without slots or padding that its window does not hold."""
+    if segment.log_gate.shape[3] or segment.mask is not None or window_size < 1:
+        return False
+    return segment.cu_seqlens is not None or window_size < segment.length
+
+
+def attend_window(segment: Segment, reading: Reading) -> Tensor:
+    """Read window and sink for sequences from their first token on, [B, T, HQ, Dv]: all rows as one packed row."""
+    batch, length = segment.key.shape[:2]
+    cu = segment.cu_seqlens
+    if cu is None:
+        cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=segment.key.device)
+    slot_query = segment.query if segment.slot_query is None else segment.slot_query
+    q, k, v, q_slot = (x.flatten(0, 1)[None] for x in (segment.query, segment.key, segment.value, slot_query))
+    out = sliding_window_attention(
+        q,
+        k,
+        v,
+        q_slot,
+        reading.sink,
+        window_size=reading.window_size,
+        cu_seqlens=cu,
+        scale=q.shape[-1] ** -0.5 if reading.scale is None else reading.scale,
+        softcap=reading.softcap,
+    )
+    return out.view(batch, length, *out.shape[2:])
+
+
+def sink_mass(segment: Segment, sink: Sink | None, options: dict[str, Any]) -> Tensor:
+    """The sink's attention mass [B, T, HQ]: what is read where sinks hold ones and all else zeros."""
+    value, state = torch.zeros_like(segment.value), options["state"]
+    if sink is None:
+        return value.new_zeros(segment.query.shape[:3])
+    if state is not None:
+        none = {"slot_value": torch.zeros_like(state.slot_value), "value": torch.zeros_like(state.value)}
+        state = replace(state, **none)
+    options = options | {"state": state, "sink": (sink[0], torch.ones_like(sink[1]))}
+    return nha_attention(segment.query, segment.key, value, segment.log_gate, **options).out.float().mean(-1)
+
+
+def first_state(segment: Segment, reading: Reading) -> NHAState:
+    """The state after a first segment that writes no token to slots: it fits into the window, or there are no slots."""
+    key, value, gate = segment.key, segment.value, segment.log_gate
+    slot_key = key if segment.slot_key is None else segment.slot_key
+    shared = segment.slot_key is None
+    state = NHAState.empty(reading.window_size, key=key, value=value, log_gate=gate, shared=shared)
+    count = None
+    if segment.mask is not None:
+        key, value, gate, slot_key = align_left(segment.mask, key, value, gate, slot_key)
+        count = segment.mask.sum(1)
+    after = advance(state, key, value, gate, slot_key, (state.slot_key, state.slot_value), count)
+    return RingState.of(after) if writes_in_place(segment, replace(reading, sink=None, impl="auto"), None) else after
+
+
+def initial_state(segment: Segment, reading: Reading) -> NHAState | None:
+    """The state of sequences whose slots start with `reading.initial`; None where they start empty."""
+    if reading.initial is None:
+        return None
+    rows = segment.key.shape[0] if segment.cu_seqlens is None else segment.cu_seqlens.shape[0] - 1
+    key, value = (x[..., : segment.log_gate.shape[3], :].expand(rows, -1, -1, -1) for x in reading.initial)
+    shared = segment.slot_key is None
+    return NHAState.from_slots(key, value, reading.window_size, dtype=segment.key.dtype, shared_keys=shared)
+
+
+def zero_slots(segment: Segment) -> Initial:
+    """All-zero slots, which take part from token 0 in the code published with the paper."""
+    heads, slots = segment.log_gate.shape[2:]
+    key, value = (x.new_zeros(heads, slots, x.shape[-1]) for x in (segment.key, segment.value))
+    return key, value
+
+
+def mask_first_token_write(
+    log_gate: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, state: NHAState | None
+) -> Tensor:
+    """Set the log-gate of every sequence's first token to 0: the sink stands in for it, the slots skip it.
+
+    >>> gate = torch.full((1, 3, 1, 1), -1.0)
+    >>> mask_first_token_write(gate, torch.tensor([[False, True, True]]), None, None).flatten().tolist()
+    [-1.0, 0.0, -1.0]
+    """
+    length = log_gate.shape[1]
+    if length == 1 and cu_seqlens is None and state is not None:
+        return log_gate.masked_fill((state.num_tokens == 0)[:, None, None, None], 0.0)
+    place = torch.arange(length, device=log_gate.device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1] if state is None else torch.where(state.num_tokens > 0, length, cu_seqlens[:-1])
+        beyond = torch.zeros(
+            length + 1, dtype=torch.bool, device=log_gate.device
+        )  # empty sequences may start at the end
+        first = beyond.index_fill(0, starts.long(), True)[None, :length]
+    else:
+        start = 0 if mask is None else mask.int().argmax(1, keepdim=True)
+        first = (place == start)[None] if mask is None else place == start
+        if state is not None:
+            first = first & (state.num_tokens == 0)[:, None]
+    return log_gate.masked_fill(first[..., None, None], 0.0)

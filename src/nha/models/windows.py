@@ -1,0 +1,88 @@
+"""The attention layers of a hybrid and their windows, which the configuration holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from nha.models.config import FULL, check_windows
+
+
+def decoder(model: PreTrainedModel) -> Any:
+    """The stack of decoder layers inside a language model."""
+    return model.get_decoder()
+
+
+def attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of a model's decoder, in order."""
+    return [layer.self_attn for layer in decoder(model).layers]
+
+
+def hybrid_layers(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of a hybrid model; raises ValueError for any other model."""
+    found = decoder(model) if hasattr(model, "get_decoder") else None
+    if not hasattr(getattr(found, "config", None), "window_sizes"):
+        raise ValueError(f"expected a hybrid model, got {type(model).__name__}; call hybridize first")
+    return attention_layers(model)
+
+
+def follow_config(stack: Any) -> None:
+    """Let the attention layers of a decoder follow `config.window_sizes`, the one place where windows are set.
+
+    Runs before every forward pass, so that a configuration that was edited by hand counts. A layer keeps its number
+    beside its weights because `torch.compile` would build a graph per layer for an entry of the list. Raises
+    ValueError for windows that do not fit the model.
+    """
+    modules = [layer.self_attn for layer in stack.layers]
+    if [module.window_size for module in modules] == stack.config.window_sizes:
+        return
+    stack.config.window_sizes = check_windows(stack.config, stack.config.window_sizes)
+    for module, window in zip(modules, stack.config.window_sizes, strict=True):
+        module.window_size = window
+
+
+def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
+    """Change the windows of a live model, in tokens.
+
+    An int is the new window of every hybrid layer: layers with full attention (-1) keep it. A list has one int per
+    layer, and -1 there makes a layer what it was before the conversion. The int -1 does that to all layers; a list
+    brings them back. Weights stay as they are; a running cache made with other windows is refused by the next
+    forward pass. `model.config.window_sizes` holds the result.
+
+    Raises:
+        ValueError: a list of the wrong length, a window that a layer cannot have, or an int where every layer has
+            full attention; nothing has changed.
+
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model = NHAForCausalLM(NHAConfig.tiny())
+    >>> set_windows(model, [8, -1])
+    >>> set_windows(model, 32)
+    >>> model.config.window_sizes
+    [32, -1]
+    """
+    hybrid_layers(model)
+    stack = decoder(model)
+    if isinstance(windows, int) and windows != FULL:
+        now = stack.config.window_sizes
+        if all(window == FULL for window in now):
+            raise ValueError(
+                f"expected a list of {len(now)} windows where every layer has full attention, got {windows}"
+            )
+        windows = [FULL if window == FULL else windows for window in now]
+    stack.config.window_sizes = check_windows(stack.config, windows)
+    follow_config(stack)
+
+
+@contextmanager
+def temporary_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> Iterator[None]:
+    """Within the context, the model has other windows, as `set_windows` takes them; then its own again."""
+    hybrid_layers(model)
+    before = list(decoder(model).config.window_sizes)
+    set_windows(model, windows)
+    try:
+        yield
+    finally:
+        set_windows(model, before)
