@@ -116,9 +116,8 @@ def load_weights(source: Source, dtype: str) -> PreTrainedModel:
     from nha.models.checkpoint import check_loaded
 
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=dtype, output_loading_info=True
-        )
+        read: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model, info = read(source.name, dtype=dtype, output_loading_info=True)
         check_loaded(model, info)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
