@@ -63,7 +63,7 @@ def oracle(
     sink: tuple[Array, Array] | None = None,
     initial: tuple[Array, Array] | None = None,
 ) -> Result:
-    """Outputs and slots of one sequence; sink (key [H, S, D], value [H, S, Dv]), initial slots (key [H, M, D], value)."""
+    """One sequence with a sink (key [H, S, D], value [H, S, Dv]) and initial slots ([H, M, D], [H, M, Dv])."""
     length, query_heads, _ = tokens.q.shape
     heads, groups = tokens.k.shape[1], query_heads // tokens.k.shape[1]
     out = np.zeros((length, query_heads, tokens.v.shape[2]))
