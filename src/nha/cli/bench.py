@@ -86,13 +86,21 @@ def cpu(
     lengths: Annotated[
         bool, typer.Option("--lengths", help="Time 2K to 64K tokens at a window of 64 instead: cpu-lengths.csv.")
     ] = False,
+    model: Annotated[
+        bool, typer.Option("--model", help="Time a model of SmolLM2-135M's shape instead: cpu-model.csv.")
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Calls of each row; the median counts.")] = 5,
     tiny: Tiny = False,
 ) -> None:
     """Time the PyTorch implementation on the CPU beside full attention: cpu.csv."""
+    from nha.bench import cpu_model
     from nha.bench.cpu import rows, run
 
     check_at_least("--repeats", repeats, 1)
+    if model:
+        warnings.simplefilter("ignore")
+        cpu_model.run(out / "cpu-model.csv", repeats, tiny, log)
+        return
     run(rows(lengths, tiny), out / ("cpu-lengths.csv" if lengths else "cpu.csv"), repeats, log)
 
 
