@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Colours of the report's variants first, then others.
 KNOWN = {"model": "hybrid", "full attention": "teacher"}
 SPARE = ("#d55e00", "#009e73", "#8a6d00", "#56b4e9", "#7f3c8d", "#5f6871")
+MARKERS = "osD^vPX"  # colours alone are hard to tell apart in grey
+WIDTH = 4.9  # inches: text of 9 points is readable where the picture is 390 pixels wide
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (3, 1.5, 1, 1.5)))
 
 
@@ -49,6 +51,22 @@ def _place(figure: Figure, axes: Axes, left: float, bottom: float, width: float,
     axes.set_position((left / w, bottom / h, width / w, height / h))
 
 
+def _legend_above(figure: Figure, columns: int) -> None:
+    """A legend between the title and the axes, where it covers no point."""
+    height = float(figure.get_size_inches()[1])
+    figure.legend(
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.24 / height),
+        ncols=columns,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=LIGHT.ink,
+        handlelength=1.8,
+        columnspacing=1.2,
+        labelspacing=0.3,
+    )
+
+
 def recall_png(variants: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     """Recall by distance, one panel a task and one line a variant, as a PNG file's bytes.
 
@@ -56,20 +74,20 @@ def recall_png(variants: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
     intervals.
     """
     tasks = list(dict.fromkeys(task for scores in variants.values() for task in scores))
-    columns = min(3, len(tasks))
+    columns = 1 if len(tasks) <= 2 else 2
     rows = math.ceil(len(tasks) / columns)
-    named = max(1, min(6, int(8.9 / (0.5 + 0.07 * max(map(len, variants))))))  # names side by side, in inches
+    named = max(1, min(4, int(WIDTH / (0.5 + 0.075 * max(map(len, variants))))))  # names side by side, in inches
     lines = math.ceil(len(variants) / named)
-    gap, head, foot = (0.42, 0.78), 0.56 + 0.2 * lines, 0.62
-    panel = (8.3 / columns - gap[0], 1.55 if rows > 1 else 2.3)
-    size = (8.92, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
+    gap, head, foot = (0.42, 0.72), 0.6 + 0.2 * lines, 0.62
+    panel = ((WIDTH - 0.4) / columns - gap[0], 1.7)
+    size = (WIDTH, head + rows * (panel[1] + gap[1]) - gap[1] + foot)
     figure, first = _figure(LIGHT, size)
     styles = line_styles(list(variants))
     distances = sorted({int(d) for scores in variants.values() for found in scores.values() for d in found})
     for number, task in enumerate(tasks):
         axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
         row, column = divmod(number, columns)
-        for name, scores in variants.items():
+        for index, (name, scores) in enumerate(variants.items()):
             known = {int(d): s for d, s in scores.get(task, {}).items() if s[metric] is not None}
             x = sorted(known)
             colour, dash = styles[name]
@@ -79,8 +97,8 @@ def recall_png(variants: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
                 color=colour,
                 linestyle=dash,
                 linewidth=1.8,
-                marker="o",
-                markersize=3.5,
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4.5,
                 label=name if number == 0 else None,
                 clip_on=False,
                 zorder=3,
@@ -89,7 +107,7 @@ def recall_png(variants: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
             low, high = ([100 * band[i] for band in bands] for i in (0, 1))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set_ylim(0, 100)
-        _context_axis(axes, distances, "", narrow=True)
+        _context_axis(axes, distances, "", most=5 if columns == 1 else 3)
         axes.set_xlim(distances[0] / 1.1, distances[-1] * 1.1)
         _style(figure, axes, LIGHT, right=0.2)
         bottom = foot + (rows - 1 - row) * (panel[1] + gap[1])
@@ -99,17 +117,7 @@ def recall_png(variants: Mapping[str, Mapping[str, Any]], metric: str) -> bytes:
             axes.set_xlabel("tokens between fact and answer")
     names = {"digits": "Tokens of the answer", "exact": "Whole answers", "generated": "Answers written"}
     _title(first, LIGHT, f"{names[metric]} that are right (%), bands: 95 % intervals")
-    figure.legend(
-        loc="upper left",
-        bbox_to_anchor=(0.0, 1 - 0.24 / size[1]),
-        ncols=named,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=LIGHT.ink,
-        handlelength=1.8,
-        columnspacing=1.2,
-        labelspacing=0.3,
-    )
+    _legend_above(figure, named)
     return _png(figure)
 
 
@@ -118,10 +126,11 @@ def front_png(result: Mapping[str, Any]) -> bytes:
 
     `result` is a `SearchResult` as plain data: its front as a line, the placements by rule as points.
     """
-    figure, axes = _figure(LIGHT, (7.7, 3.85))
+    size = (WIDTH, 3.9)
+    figure, axes = _figure(LIGHT, size)
     rows = result["front"]
     sizes = {len(row["full_layers"]): row["bytes"] / 1e6 for row in rows}
-    grey, blue = LIGHT.variants["teacher"][0], LIGHT.hybrid
+    blue = LIGHT.hybrid
     axes.plot(
         [row["bytes"] / 1e6 for row in rows],
         [row["loss"] for row in rows],
@@ -152,8 +161,9 @@ def front_png(result: Mapping[str, Any]) -> bytes:
     low, high = axes.get_xlim()
     _plain_log_ticks(axes.xaxis, low, high)
     axes.set_xlabel(f"cache of one text of {result['context']:,} tokens (MB, logarithmic)")
-    _style(figure, axes, LIGHT, right=0.25)
-    _title(axes, LIGHT, "Loss in nats, recall and text weighted; numbers: layers with full attention")
-    axes.legend(loc="upper right", frameon=False, fontsize=8.5, labelcolor=grey)
     axes.margins(x=0.05, y=0.14)
+    _style(figure, axes, LIGHT, right=0.25)
+    _place(figure, axes, 0.62, 0.56, size[0] - 0.87, size[1] - 1.4)
+    _title(axes, LIGHT, "Loss (nats, recall and text weighted); numbers: full layers")
+    _legend_above(figure, 4)
     return _png(figure)

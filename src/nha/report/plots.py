@@ -171,12 +171,12 @@ def _plain_log_ticks(axis: Any, low: float, high: float) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _context_axis(axes: Axes, contexts: Sequence[int], label: str, narrow: bool) -> None:
+def _context_axis(axes: Axes, contexts: Sequence[int], label: str, most: int) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axes.set_xscale("log", base=2)
     shown = list(contexts)
-    while len(shown) > (5 if narrow else 9):
+    while len(shown) > most:
         shown = shown[::-1][::2][::-1]
     axes.xaxis.set_major_locator(FixedLocator(shown))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -222,7 +222,7 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
     axes.set_ylim(low, high)
     _plain_log_ticks(axes.yaxis, low, high)
     ticks = sorted({2 ** math.ceil(math.log2(max(edge, 1))) for edge in edges[1:]})
-    _context_axis(axes, ticks, "position in the document (tokens)", narrow)
+    _context_axis(axes, ticks, "position in the document (tokens)", 5 if narrow else 9)
     axes.set_xlim(middles[0] / 1.15, middles[-1] * 1.04)
     _style(figure, axes, theme, right=1.12)
     if shaded:
@@ -269,7 +269,7 @@ def _two_lines(
     axes.set_ylim(low, high)
     if log:
         _plain_log_ticks(axes.yaxis, low, high)
-    _context_axis(axes, contexts, "context already read (tokens)", narrow)
+    _context_axis(axes, contexts, "context already read (tokens)", 5 if narrow else 9)
     axes.set_xlim(contexts[0] / 1.12, contexts[-1] * 1.06)
     _style(figure, axes, theme, right=0.98)
     _title(axes, theme, title)
