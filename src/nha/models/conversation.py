@@ -149,7 +149,7 @@ def say(
     answer = tokenizer.decode(written, skip_special_tokens=True)
     conversation.turns += [Turn("user", text), Turn("assistant", answer)]
     conversation.ids = output.sequences.cpu()
-    conversation.cache = output.past_key_values
+    conversation.cache = cache
     conversation.closed = bool(len(written)) and int(written[-1]) == tokenizer.eos_token_id
     return Answer(answer, ids.shape[1] - before, len(written), stopped)
 
@@ -174,7 +174,7 @@ def save_conversation(conversation: Conversation, path: str | Path, model: Any) 
 
 
 def load_conversation(path: str | Path, model: Any) -> Conversation:
-    """Read a conversation written by `save_conversation`; it goes on with the same bits.
+    """Read a conversation written by `save_conversation`; continuing it gives the same bits.
 
     Raises ValueError for files that are damaged, foreign, of another model, or that do not belong together.
     """

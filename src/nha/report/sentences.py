@@ -309,7 +309,7 @@ def limits_text(results: Results) -> list[tuple[str, str]]:
     found.append(
         (
             "Recall",
-            "Perplexity says little about single facts. Whether a name or a number from far back is recalled is what "
+            "Perplexity says little about single facts. Whether a name or a number many tokens back is recalled is what "
             "nha eval recall measures.",
         )
     )
