@@ -309,8 +309,8 @@ def limits_text(results: Results) -> list[tuple[str, str]]:
     found.append(
         (
             "Recall",
-            "Perplexity says little about single facts. Whether a name or a number many tokens back is recalled is what "
-            "nha eval recall measures.",
+            "Perplexity says little about single facts. nha eval recall measures whether a name or a number is "
+            "recalled after many tokens.",
         )
     )
     slower = [cost for cost in results.timed if cost.hybrid_ms > cost.teacher_ms]
