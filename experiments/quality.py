@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 -m experiments.quality results/hybridize
 
-Reads summary.json there, prints a table of all arms and writes table.md, recall.png (whole answers that are right, by
+Reads summary.json there, prints a table of all runs and writes table.md, recall.png (whole answers that are right, by
 distance), perplexity.png (by position in the longest texts) and, from logs.jsonl, learning.png (the longest run, or
 the last of them) beside it. Perplexities are compared on the texts that both models read.
 """
@@ -10,7 +10,6 @@ the last of them) beside it. Perplexities are compared on the texts that both mo
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.distill import TEACHER
-from nha.distill.run import DistillSettings
 from nha.io import write_atomically
 from nha.report.curves import line_styles, recall_png
 from nha.report.plots import LIGHT, tokens
-from nha.report.results import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,35 +33,28 @@ SHOWN = ("one_fact", "four_facts")
 PICTURED = {
     TEACHER: "teacher",
     "hybrid4": "4 full layers",
-    "long_recall": "no full layer, 8K rows, asked from far",
-    "long": "no full layer, 8K rows",
+    "long_recall": "no full layer, 8K tokens, long-range",
+    "long": "no full layer, 8K tokens",
     "hybrid": "no full layer",
     "sink128": "window 128 alone",
 }
 DPI = 160
-# Settings of recall text in summaries of before their names changed.
-RENAMED = {
-    "far": "long_range_fraction",
-    "scattered": "scattered_fraction",
-    "exam": "questions_at_end_fraction",
-    "copied": "copy_words",
-}
 
 
 def name_of(row: Row, pictured: bool = False) -> str:
-    """An arm, what it was trained on, and its seed where it is not the first; for pictures in words.
+    """A run, its tokens, and its seed if that is not 0; for pictures in words.
 
-    >>> name_of({"arm": "hybrid4", "tokens": 11_993_088, "seed": 0})
+    >>> name_of({"run": "hybrid4", "tokens": 11_993_088, "seed": 0})
     'hybrid4, 12 M'
-    >>> name_of({"arm": "hybrid4", "tokens": 11_993_088, "seed": 0}, pictured=True)
+    >>> name_of({"run": "hybrid4", "tokens": 11_993_088, "seed": 0}, pictured=True)
     '4 full layers, 12 M'
     """
     count = f", {row['tokens'] / 1e6:.0f} M" if row["tokens"] else ""
-    return (PICTURED[row["arm"]] if pictured else row["arm"]) + count + (f", seed {row['seed']}" if row["seed"] else "")
+    return (PICTURED[row["run"]] if pictured else row["run"]) + count + (f", seed {row['seed']}" if row["seed"] else "")
 
 
-def over_teacher(row: Row, teacher: Row, length: str = "2k") -> float | None:
-    """Perplexity over the teacher's on the texts that both read, which are the first of each."""
+def relative_perplexity(row: Row, teacher: Row, length: str = "2k") -> float | None:
+    """Perplexity relative to the teacher's on the documents that both were measured on, the first of each."""
     key = f"by_text_{length}"
     if key not in row or key not in teacher:
         return None
@@ -73,7 +63,7 @@ def over_teacher(row: Row, teacher: Row, length: str = "2k") -> float | None:
 
 
 def percent(scores: dict[str, Any], metric: str = "exact") -> str:
-    """Shares at every distance, nearest first, in percent."""
+    """Scores at every distance, nearest first, in percent."""
     ordered = sorted(scores.items(), key=lambda pair: int(pair[0]))
     return " ".join(f"{100 * found[metric]:.0f}" for _, found in ordered)
 
@@ -83,43 +73,36 @@ def distances(rows: Sequence[Row]) -> list[int]:
     return sorted({int(d) for row in rows for task in SHOWN for d in row.get("recall", {}).get(task, {})})
 
 
-def changed(settings: Row, plain: Row) -> list[str]:
-    """Settings that differ from the plain ones, those of a group one by one.
+def changed(settings: Row) -> list[str]:
+    """Settings that are not the default, besides those with a column of their own.
 
-    >>> plain = {"recall": {"long_range_fraction": 0.0, "digits": [3, 7]}}
-    >>> changed({"tokens": 1e6, "seed": 1, "recall": {"far": 0.5, "digits": [3, 7]}}, plain)
+    >>> changed({"tokens": 1e6, "seed": 1, "long_range_fraction": 0.5})
     ['seed 1', 'long_range_fraction 0.5']
     """
-    found = []
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            renamed = {RENAMED.get(k, k): v for k, v in value.items()}
-            found += changed({k: v for k, v in renamed.items() if v != plain[name].get(k)}, {})
-        elif name not in ("tokens", "save_every", "full_layers"):
-            found.append(f"{name} {value}")
-    return found
+    return [f"{name} {value}" for name, value in settings.items() if name not in ("tokens", "full_layers")]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All arms in Markdown."""
-    teacher = next(row for row in rows if row["arm"] == TEACHER)
-    plain_settings = json.loads(to_json(dataclasses.asdict(DistillSettings())))
-    head = ["arm, tokens", "changed", "full layers", "2K", "8K", "slots off, 2K", *(f"{t}, %" for t in SHOWN)]
+    """All runs in Markdown."""
+    teacher = next(row for row in rows if row["run"] == TEACHER)
+    head = ["run, tokens", "changed", "full layers", "2K", "8K", "slots off, 2K", *(f"{t}, %" for t in SHOWN)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        ratios = [over_teacher(row, teacher, length) for length in ("2k", "8k")]
-        off = row.get("slots_off") and over_teacher(row["slots_off"], teacher)
+        ratios = [relative_perplexity(row, teacher, length) for length in ("2k", "8k")]
+        off = row.get("slots_off") and relative_perplexity(row["slots_off"], teacher)
         full = [str(i) for i, w in enumerate(row["windows"]) if w == -1]
         cells = [
             name_of(row),
-            ", ".join(changed(row.get("settings") or {}, plain_settings)),
+            ", ".join(changed(row.get("settings") or {})),
             "all" if len(full) == len(row["windows"]) else ", ".join(full) or "none",
             *("" if x is None else f"{x:.3f}" for x in (*ratios, off)),
             *(percent(row.get("recall", {}).get(task, {})) for task in SHOWN),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     far = ", ".join(f"{d:,}" for d in distances(rows))
-    about = f"Perplexity over the teacher's ({teacher['ppl_2k']:.2f} at 2K tokens, {teacher['ppl_8k']:.2f} at 8K)."
+    about = (
+        f"Perplexity relative to the teacher's ({teacher['ppl_2k']:.2f} at 2K tokens, {teacher['ppl_8k']:.2f} at 8K)."
+    )
     return f"{about} Whole answers right at distances of {far} tokens.\n\n" + "\n".join(lines) + "\n"
 
 
@@ -170,7 +153,7 @@ def by_position(rows: Sequence[Row]) -> Figure:
 
 
 def learning(run: Row, points: int = 40) -> Figure:
-    """What a run learned, against the tokens it read: divergence from the teacher on text, answers that are right.
+    """Learning curves of a run against its tokens: KL from the teacher on text, and accuracy of answers.
 
     `run` is a line of logs.jsonl; entries of its log are averaged to about so many points.
     """
@@ -183,8 +166,8 @@ def learning(run: Row, points: int = 40) -> Figure:
     figure = Figure(figsize=(7.7, 3.0), layout="constrained", facecolor=LIGHT.background)
     left, right = figure.subplots(1, 2)
     for axes, key, factor, title in (
-        (left, "divergence", 1, "Divergence from the teacher, nats a token"),
-        (right, "answers_right", 100, "Tokens of answers that are right, %"),
+        (left, "kl", 1, "KL from the teacher, nats per token"),
+        (right, "answer_accuracy", 100, "Correct tokens of answers, %"),
     ):
         axes.plot(
             read,
@@ -205,12 +188,12 @@ def main(given: list[str] | None = None) -> int:
     if not file.is_file():
         parser.error(f"expected summary.json in {options.folder}, found none")
     rows = json.loads(file.read_text(encoding="utf-8"))
-    if TEACHER not in [row["arm"] for row in rows]:
-        parser.error(f"expected a row of the arm {TEACHER} in {file}, found {[row['arm'] for row in rows]}")
+    if TEACHER not in [row["run"] for row in rows]:
+        parser.error(f"expected a row of the run {TEACHER} in {file}, got {[row['run'] for row in rows]}")
     text = table(rows)
     print(text)
     write_atomically(options.folder / "table.md", text)
-    drawn = [row for arm in PICTURED for row in rows if row["arm"] == arm and not row["seed"] and "recall" in row]
+    drawn = [row for name in PICTURED for row in rows if row["run"] == name and not row["seed"] and "recall" in row]
     recall = {name_of(row, pictured=True): {task: row["recall"][task] for task in SHOWN} for row in drawn}
     pictures = {"recall.png": recall_png(recall, "exact")}
     long = [row for row in drawn if "by_position_8k" in row]

@@ -91,9 +91,9 @@ def test_weights_are_means_over_the_step(material):
     )
     batches = Stream(*material, mixture)[0]
     assert [name for name, _ in batches] == [TEXT, TEXT, RECALL]
-    total = sum(float(batch["by_divergence"].sum()) for _, batch in batches)
+    total = sum(float(batch["kl_weight"].sum()) for _, batch in batches)
     assert total == pytest.approx(1.0, rel=1e-5)
-    assert sum(float(batch["by_cross_entropy"].sum()) for _, batch in batches) == pytest.approx(0.9, rel=1e-5)
+    assert sum(float(batch["ce_weight"].sum()) for _, batch in batches) == pytest.approx(0.9, rel=1e-5)
     together = Stream(*material, Mixture(2, batch_size=4, seq_len=384, recall_fraction=0.25, separate_recall=False))[0]
     assert len(together) == 1 and together[0][1]["ids"].shape == (1, 4 * 384)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nha.data.corpus import Corpus
 from nha.data.prepare import prepare
-from nha.distill.run import DistillSettings
+from nha.distill.settings import DistillSettings
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import texts
 from tests.models.families import teacher
@@ -29,16 +29,16 @@ def material(path: Path) -> tuple[Corpus, Any]:
 
 
 def settings(**changes: Any) -> DistillSettings:
-    """Six steps of two rows, one of them recall text."""
+    """Six steps of two sequences, one of them recall text."""
     short: dict[str, Any] = dict(
         window_size=WINDOW,
         num_slots=6,
         tokens=6 * 2 * LENGTH,
-        rows=2,
-        length=LENGTH,
-        recall_share=0.5,
+        batch_size=2,
+        seq_len=LENGTH,
+        recall_fraction=0.5,
         align_steps=2,
-        align_rows=2,
+        align_sequences=2,
         save_every=2,
         log_every=1,
     )

@@ -26,7 +26,7 @@ def inputs(dtype: torch.dtype, seed: int = 0):
     return [*cast[:3], target, *cast[3:]]
 
 
-def naive(student, other, weight, target, by_divergence, by_cross_entropy, scale, cap):
+def naive(student, other, weight, target, kl_weight, ce_weight, scale, cap):
     def logits(hidden):
         raw = hidden @ weight.T * scale
         return raw if cap is None else cap * torch.tanh(raw / cap)
@@ -34,22 +34,22 @@ def naive(student, other, weight, target, by_divergence, by_cross_entropy, scale
     found = F.log_softmax(logits(student), -1)
     cross = F.nll_loss(found, target, reduction="none")
     if other is None:
-        return (by_cross_entropy * cross).sum()
+        return (ce_weight * cross).sum()
     wanted = F.log_softmax(logits(other), -1)
     divergence = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-    return (by_divergence * divergence).sum() + (by_cross_entropy * cross).sum()
+    return (kl_weight * divergence).sum() + (ce_weight * cross).sum()
 
 
-@pytest.mark.parametrize("taught", [True, False], ids=["teacher", "alone"])
+@pytest.mark.parametrize("has_teacher", [True, False], ids=["teacher", "alone"])
 @pytest.mark.parametrize("scale, cap", [(1.0, None), (0.5, None), (1.0, 2.0)])
-def test_loss_and_gradient_equal_the_whole_vocabulary_at_once(scale, cap, taught):
+def test_loss_and_gradient_equal_the_whole_vocabulary_at_once(scale, cap, has_teacher):
     results = {}
     for name, dtype in (("truth", torch.float64), ("rounded", torch.float32), ("ours", torch.float32)):
         student, other, weight, target, *by = inputs(dtype)
         student.requires_grad_()
-        other = other if taught else None
+        other = other if has_teacher else None
         if name == "ours":
-            loss = head_loss(student, other, Head(weight, scale, cap), target, *by, chunk=8).loss
+            loss = head_loss(student, other, Head(weight, scale, cap), target, *by, chunk_size=8).loss
         else:
             loss = naive(student, other, weight, target, *by, scale, cap)
         (3 * loss).backward()
@@ -60,7 +60,7 @@ def test_loss_and_gradient_equal_the_whole_vocabulary_at_once(scale, cap, taught
         error = (results["ours"][index] - results["truth"][index]).abs().max()
         assert error <= 2 * (band + 2**-23 * size), what
     student, other, weight, target, *by = inputs(torch.float64)
-    ours = head_loss(student, other if taught else None, Head(weight, scale, cap), target, *by, chunk=8).loss
+    ours = head_loss(student, other if has_teacher else None, Head(weight, scale, cap), target, *by, chunk_size=8).loss
     assert_close_to(ours, results["truth"][0], "in float64")
 
 
@@ -68,11 +68,11 @@ def test_per_token_numbers_do_not_depend_on_the_chunk():
     student, other, weight, target, *by = inputs(torch.float64)
     target[:5] = (student @ weight.T).argmax(-1)[:5]
     whole = head_loss(student, other, Head(weight), target, *by)
-    parts = head_loss(student, other, Head(weight), target, *by, chunk=5)
-    assert_close_to(parts.divergence, whole.divergence, "divergence")
+    parts = head_loss(student, other, Head(weight), target, *by, chunk_size=5)
+    assert_close_to(parts.kl, whole.kl, "divergence")
     assert_close_to(parts.cross_entropy, whole.cross_entropy, "cross-entropy")
-    assert torch.equal(parts.hit, whole.hit) and whole.hit[:5].all()
-    assert torch.equal(whole.hit, (student @ weight.T).argmax(-1) == target)
+    assert torch.equal(parts.correct, whole.correct) and whole.correct[:5].all()
+    assert torch.equal(whole.correct, (student @ weight.T).argmax(-1) == target)
 
 
 def test_no_tensor_of_all_logits_is_made():
@@ -92,7 +92,7 @@ def test_no_tensor_of_all_logits_is_made():
     student, other, weight, target, *by = inputs(torch.float32)
     student.requires_grad_()
     with Watch():
-        head_loss(student, other, Head(weight), target, *by, chunk=4).loss.backward()
+        head_loss(student, other, Head(weight), target, *by, chunk_size=4).loss.backward()
     assert largest < N * VOCAB / 2
 
 

@@ -1,23 +1,23 @@
-"""A run can be stopped anywhere and goes on with the same bits; what does not fit is refused and nothing is lost."""
+"""A run resumes with the same bits wherever it was stopped; misfits are refused, and nothing is lost."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import nha.distill.student
 import nha.distill.trainer
-from nha.data.recall import RecallSettings
-from nha.distill.run import DistillSettings, distill
-from nha.distill.trainer import combine, latest_checkpoint, schedule
+from nha.distill.checkpoint import latest_checkpoint
+from nha.distill.run import distill
+from nha.distill.trainer import Reports
 from tests.distill.material import LENGTH, material, settings, tiny
 from tests.models.families import teacher
 
@@ -26,6 +26,7 @@ WORKER = """
 import sys
 from pathlib import Path
 from nha.distill.run import distill
+from nha.distill.trainer import Reports
 from nha.data.corpus import open_corpus
 from transformers import AutoTokenizer
 from tests.distill.material import settings, tiny
@@ -34,7 +35,8 @@ place, run = Path(sys.argv[1]), sys.argv[2]
 tokenizer = AutoTokenizer.from_pretrained(place)
 print("ready", flush=True)
 corpus = open_corpus(place / "corpus")
-distill(tiny(), tokenizer, corpus, run, settings(), report=lambda e: print(e["step"], flush=True))
+reports = Reports(log=lambda entry: print(entry["step"], flush=True))
+distill(tiny(), tokenizer, corpus, run, settings(), reports=reports)
 """
 
 
@@ -69,12 +71,12 @@ def test_a_run_trains_attention_and_gates_and_leaves_the_rest(whole_run):
     moved = {name for name, value in before.items() if not torch.equal(value, found.model.state_dict()[name])}
     assert moved == {name for name in before if ".self_attn." in name}
     assert [entry["step"] for entry in found.log] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "divergence", "cross_entropy", "answer_loss", "tokens_per_s"} <= found.log[0].keys()
-    assert {path.name for path in run.iterdir()} == {"run.json", "log.jsonl", "checkpoint-6", "tensorboard"}
+    assert {"loss", "kl", "cross_entropy", "answer_loss", "tokens_per_s"} <= found.log[0].keys()
+    assert {path.name for path in run.iterdir()} == {".lock", "run.json", "log.jsonl", "checkpoint-6", "tensorboard"}
     assert found.model.config.use_cache
 
 
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(given, whole_run, tmp_path):
+def test_a_killed_run_resumes_with_the_same_bits(given, whole_run, tmp_path):
     place, run = given[0].path.parent, tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
@@ -88,7 +90,9 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(given, whole_run, tmp_p
     assert process.returncode == -signal.SIGKILL and latest_checkpoint(run).name == "checkpoint-4"
     corpus, tokenizer = given
     steps = []
-    found = distill(tiny(), tokenizer, corpus, run, settings(), report=lambda entry: steps.append(entry["step"]))
+    found = distill(
+        tiny(), tokenizer, corpus, run, settings(), reports=Reports(log=lambda entry: steps.append(entry["step"]))
+    )
     assert steps == [5, 6] and found.finished
     assert_same_bits(weights(found.model), weights(whole_run[0].model))
     timeless = [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in found.log]
@@ -104,9 +108,9 @@ def test_a_finished_run_is_read_back(given, whole_run):
     assert_same_bits(weights(found.model), weights(wanted.model))
 
 
-def test_a_run_stops_in_time_and_goes_on(given, whole_run, tmp_path):
+def test_a_run_stops_in_time_and_resumes(given, whole_run, tmp_path):
     corpus, tokenizer = given
-    first = distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(), budget=0.0)
+    first = distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(budget=0.0))
     assert not first.finished and first.steps == 1
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-1"
     found = distill(tiny(), tokenizer, corpus, tmp_path / "run", settings())
@@ -116,23 +120,23 @@ def test_a_run_stops_in_time_and_goes_on(given, whole_run, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gradients": "together", "cross_entropy": 0.1},
-        {"gradients": "normalise", "window_dropout": 0.5, "grow": 0.5},
-        {"trained": "lora", "rank": 2},
-        {"trained": "layers", "full_layers": (1,), "micro_batch_size": 1},
-        {"divergence": 0.0, "cross_entropy": 1.0, "init": "paper", "align_steps": 0},
-        {"window_size": -1, "divergence": 0.0, "cross_entropy": 1.0},
-        {"slots_off": True, "checkpointing": True},
-        {"long_tokens": 2 * 2 * LENGTH, "long_length": 2 * LENGTH},
+        {"gradients": "together", "ce_weight": 0.1},
+        {"gradients": "normalise", "window_dropout": 0.5, "fact_warmup": 0.5},
+        {"trainable": "lora", "lora_rank": 2},
+        {"trainable": "layers", "full_layers": (1,), "micro_batch_size": 1},
+        {"kl_weight": 0.0, "ce_weight": 1.0, "init": "paper", "align_steps": 0},
+        {"window_size": -1, "kl_weight": 0.0, "ce_weight": 1.0},
+        {"slots_off": True, "gradient_checkpointing": True},
+        {"long_tokens": 2 * 2 * LENGTH, "long_seq_len": 2 * LENGTH},
     ],
     ids=str,
 )
-def test_every_kind_of_run_goes_on_where_it_stopped(changes, given, tmp_path):
+def test_every_kind_of_run_resumes_where_it_stopped(changes, given, tmp_path):
     corpus, tokenizer = given
     chosen = settings(tokens=4 * 2 * LENGTH, **changes)
     wanted = distill(tiny(), tokenizer, corpus, tmp_path / "one", chosen)
     assert wanted.finished
-    assert not distill(tiny(), tokenizer, corpus, tmp_path / "two", chosen, budget=0.0).finished
+    assert not distill(tiny(), tokenizer, corpus, tmp_path / "two", replace(chosen, budget=0.0)).finished
     found = distill(tiny(), tokenizer, corpus, tmp_path / "two", chosen)
     assert_same_bits(weights(found.model), weights(wanted.model))
 
@@ -168,10 +172,10 @@ def test_torch_reporting_a_full_disk_in_its_own_way_is_understood(given, tmp_pat
         distill(tiny(), given[1], given[0], tmp_path / "run", settings())
 
 
-def test_a_checkpoint_that_was_half_written_is_not_gone_on_from(given, whole_run, tmp_path):
+def test_a_half_written_checkpoint_is_ignored(given, whole_run, tmp_path):
     corpus, tokenizer = given
     run = tmp_path / "run"
-    distill(tiny(), tokenizer, corpus, run, settings(), budget=0.0)
+    distill(tiny(), tokenizer, corpus, run, settings(budget=0.0))
     (run / ".checkpoint-2.partial" / "checkpoint-2").mkdir(parents=True)
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
@@ -181,124 +185,77 @@ def test_a_checkpoint_that_was_half_written_is_not_gone_on_from(given, whole_run
 
 
 def refused(given, run, message, chosen=None, model=None, corpus=None):
+    """A run raises ValueError with a message that matches."""
     with pytest.raises(ValueError, match=message):
         distill(model or tiny(), given[1], corpus or given[0], run, chosen or settings())
 
 
-def test_going_on_with_other_settings_is_refused_and_nothing_is_lost(given, whole_run, tmp_path):
+def test_resuming_with_other_settings_is_refused_and_nothing_is_lost(given, whole_run, tmp_path):
     _, run = whole_run
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    refused(given, run, r"as it began, with rate = None, got 0.001", settings(rate=1e-3))
-    refused(given, run, r"as it began, with recall = .*digits", settings(recall=RecallSettings(digits=(2, 2))))
+    refused(given, run, "lr = None, got 0.001", settings(lr=1e-3))
+    refused(given, run, "max_facts = 16, got 2; seed = 0, got 1", settings(max_facts=2, seed=1))
     other = tiny()
     with torch.no_grad():
-        other.model.layers[0].mlp.up_proj.weight += 1
-    refused(given, run, r"as it began, with teacher = ", model=other)
-    corpus = dataclasses.replace(given[0], meta=given[0].meta | {"checksums": [1]})
-    refused(given, run, r"as it began, with corpus = ", corpus=corpus)
+        other.model.layers[0].mlp.up_proj.weight[-1, -1] += 1
+    refused(given, run, "with teacher = ", model=other)
+    other = tiny()
+    other.config.rope_parameters["rope_theta"] *= 2
+    refused(given, run, "with teacher = ", model=other)
+    for name in ("checksums", "digest"):
+        corpus = replace(given[0], meta=given[0].meta | {name: ["1"]})
+        refused(given, run, "with corpus = ", corpus=corpus)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_how_often_to_save_may_change_when_a_run_is_resumed(given, whole_run, tmp_path):
+    corpus, tokenizer = given
+    distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(budget=0.0))
+    found = distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(save_every=100, log_every=3))
+    assert_same_bits(weights(found.model), weights(whole_run[0].model))
 
 
 def test_a_directory_with_something_else_is_left_alone(given, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    refused(given, tmp_path, "it holds other files")
+    refused(given, tmp_path, "thesis.txt")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{broken")
-    refused(given, tmp_path / "run", "expected the settings of a run in")
-    refused(given, tmp_path / "thesis.txt", "to be a directory, it is a file")
+    for text, message in (("{broken", "something else"), ("", "an empty file"), ('{"lr": 1}', "an earlier version")):
+        (tmp_path / "run" / "run.json").write_text(text)
+        refused(given, tmp_path / "run", f"run.json.*got .*{message}")
+    refused(given, tmp_path / "thesis.txt", "to be a directory, got a file")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
 
 
 def test_a_teacher_that_cannot_become_a_hybrid_is_refused(given, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=300))
-    refused(given, tmp_path / "run", "got gpt2: its positions", model=model)
+    refused(given, tmp_path / "run", "gpt2", model=model)
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    refused(given, tmp_path / "run", "nan", model=model)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_corpus_that_does_not_fit_is_refused(given, tmp_path):
-    refused(given, tmp_path / "run", "expected a corpus of at most 97 different tokens", model=teacher())
+    refused(given, tmp_path / "run", "97 different tokens, the model's, got", model=teacher())
+    refused(given, tmp_path / "run", "longer than the window, 4096 tokens", settings(window_size=4096))
     refused(
-        given, tmp_path / "run", "expected documents longer than the window, 4096 tokens", settings(window_size=4096)
+        given, tmp_path / "run", "recall sequences of at least 167 tokens, got 40", settings(seq_len=40, tokens=400)
     )
-    refused(given, tmp_path / "run", "expected recall sequences of at least .* tokens", settings(length=40, tokens=400))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"rate": -1.0}, "expected rate of at least 0, got -1.0"),
-        ({"rate": float("nan")}, "expected rate of at least 0, got nan"),
-        ({"tokens": 0}, "expected tokens of at least 1, got 0"),
-        ({"recall_share": 1.5}, "expected recall_share from 0 to 1, got 1.5"),
-        ({"trained": "all"}, "expected trained to be one of"),
-        ({"init": "random"}, "expected init to be one of"),
-        ({"gradients": "sum"}, "expected gradients to be one of"),
-        ({"clip": 0.0}, "expected clip above 0, got 0.0"),
-        ({"divergence": 0.0, "cross_entropy": 0.0, "recall_share": 0.0}, "expected a loss"),
-        ({"long_tokens": 1e9}, "expected long_tokens of at most tokens"),
-    ],
-    ids=str,
-)
-def test_settings_outside_what_they_can_be_are_refused(changes, message, given, tmp_path):
-    refused(given, tmp_path / "run", message, settings(**changes))
-    assert not (tmp_path / "run").exists()
+def test_a_loss_that_is_not_finite_stops_the_run(given, tmp_path, monkeypatch):
+    head_loss = nha.distill.student.head_loss
 
+    def not_finite(*args):
+        found = head_loss(*args)
+        return found._replace(loss=found.loss * float("nan"))
 
-def test_an_unknown_choice_of_what_to_compile_is_refused(given, tmp_path):
-    with pytest.raises(ValueError, match="expected what is compiled to be one of .*, got 'all'"):
-        distill(tiny(), given[1], given[0], tmp_path / "run", settings(), compiled="all")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(given, tmp_path):
-    model = tiny()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(float("inf"))
-    refused(given, tmp_path / "run", "expected a finite loss, got nan at step 1", model=model)
-
-
-def test_settings_are_json_and_have_defaults_that_work():
-    DistillSettings().check()
-    json.dumps(dataclasses.asdict(DistillSettings()))
-    mixture = DistillSettings(tokens=1e6, rows=8, length=1024, long_tokens=1e5, long_length=4096).mixture(world=2)
-    assert mixture.steps == round(9e5 / 16384) + round(1e5 / 16384) and mixture.shape(mixture.steps - 1) == (2, 4096)
-    assert DistillSettings(window_size=256).mixture().recall.distances[0] == 264
-
-
-def test_gradients_of_text_and_recall_are_treated_apart():
-    parameters = [
-        torch.nn.Parameter(torch.zeros(2)),
-        torch.nn.Parameter(torch.zeros(1)),
-        torch.nn.Parameter(torch.zeros(1)),
-    ]
-    text, recall = [torch.tensor([3.0, 4.0]), None, None], [torch.tensor([0.0, 8.0]), torch.tensor([6.0]), None]
-
-    def run(treatment, weight=0.5):
-        copies = {"text": [None if g is None else g.clone() for g in text]}
-        if treatment == "together":
-            pairs = zip(text, recall, strict=True)
-            copies["text"] = [None if a is None and b is None else (0 if a is None else a) + b for a, b in pairs]
-        else:
-            copies["recall"] = [None if g is None else g.clone() for g in recall]
-        norms = combine(copies, parameters, treatment, 1.0, weight)
-        return {k: v.item() for k, v in norms.items()}, [p.grad for p in parameters]
-
-    norms, grads = run("clip")
-    assert norms == {"text": 5.0, "recall": 10.0}
-    assert torch.allclose(grads[0], torch.tensor([0.6, 0.8 + 0.8])) and torch.allclose(grads[1], torch.tensor([0.6]))
-    assert grads[2] is None
-    _, grads = run("normalise")
-    assert torch.allclose(grads[0], torch.tensor([0.6, 0.8 + 0.4])) and torch.allclose(grads[1], torch.tensor([0.3]))
-    norms, grads = run("together")
-    assert torch.cat(grads[:2]).norm().item() == pytest.approx(1.0)
-
-
-def test_the_schedule_rises_and_falls():
-    shares = [schedule(step, 100, 0.1) for step in range(100)]
-    assert shares[9] == max(shares) == pytest.approx(1.0, abs=0.03) and shares[0] == pytest.approx(0.1, abs=1e-2)
-    assert shares[9:] == sorted(shares[9:], reverse=True) and 0.05 <= shares[-1] < 0.06
+    monkeypatch.setattr(nha.distill.student, "head_loss", not_finite)
+    refused(given, tmp_path / "run", "nan at step 1")
 
 
 def test_only_what_can_be_seen_from_outside_waits_for_the_device(given, tmp_path, monkeypatch):

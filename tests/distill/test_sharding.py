@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 def steps(student, batches, parameters, average):
     """Two optimizer steps on batches [(name, batch)] of one rank, or of all ranks one after the other."""
-    from nha.distill.trainer import combine
+    from nha.distill.gradients import combine_gradients
 
-    optimizer = torch.optim.AdamW(student.groups(1e-2, 1e-2, 1e-2), betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameter_groups(1e-2, 1e-2, 1e-2), betas=(0.9, 0.95), weight_decay=0.0)
     norms = []
     for _ in range(2):
         parts = {}
@@ -26,7 +26,14 @@ def steps(student, batches, parameters, average):
             parts[name] = [p.grad for p in parameters]
             for p in parameters:
                 p.grad = None
-        norms.append({name: float(norm) for name, norm in combine(parts, parameters, "clip", 1.0, 0.5).items()})
+        norms.append(
+            {
+                name: float(norm)
+                for name, norm in combine_gradients(
+                    parts, parameters, how="clip", max_norm=1.0, recall_norm=0.5
+                ).items()
+            }
+        )
         optimizer.step()
     return norms
 
@@ -37,7 +44,8 @@ def work(out: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    from nha.distill.trainer import load_trained, whole
+    from nha.distill.checkpoint import load_trained
+    from nha.distill.gradients import whole
     from tests.distill.test_student import batch, student_of
 
     dist.init_process_group("gloo")
@@ -77,7 +85,7 @@ def work(out: str) -> None:
 
 
 def test_two_processes_train_like_one(tmp_path):
-    from nha.distill.trainer import load_trained
+    from nha.distill.checkpoint import load_trained
     from tests.distill.test_student import batch, student_of
 
     out = tmp_path / "out"

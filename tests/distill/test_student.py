@@ -29,31 +29,31 @@ def batch(lengths=LENGTHS, seed=0):
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     answers = (tokens(1, sum(lengths), seed=seed + 1)[0] % 5 == 0).numpy()
     made = {key: torch.from_numpy(x) for key, x in pack([(ids, starts, answers)]).items()}
-    made["by_divergence"] = made["follows"] / 50
-    made["by_cross_entropy"] = made["answers"] / 10
-    return made | {"longest": max(lengths)}
+    made["kl_weight"] = made["follows"] / 50
+    made["ce_weight"] = made["answers"] / 10
+    return made | {"max_seq_len": max(lengths)}
 
 
-@pytest.mark.parametrize("trained", ["attention", "layers", "lora", "slots"])
-def test_frozen_weights_are_in_memory_once_and_the_teachers_are_the_originals(trained):
+@pytest.mark.parametrize("trainable", ["attention", "layers", "lora", "slots"])
+def test_frozen_weights_are_in_memory_once_and_the_teachers_are_the_originals(trainable):
     model = teacher()
     places = {name: p.data_ptr() for name, p in model.named_parameters()}
-    student = student_of(model, trained=trained)
+    student = student_of(model, trainable=trainable)
     here = [p.data_ptr() for p in student.parameters()]
     assert len(here) == len(set(here))
     assert set(places.values()) <= set(here)  # nothing of the teacher was copied or thrown away
-    twice = sum(len(m.own) > 0 for m in student.modules() if isinstance(m, TeacherStudentLinear))
-    assert twice == {"attention": 12, "layers": 21}.get(trained, 0)
+    twice = sum(len(m.original) > 0 for m in student.modules() if isinstance(m, TeacherStudentLinear))
+    assert twice == {"attention": 12, "layers": 21}.get(trainable, 0)
     frozen = [p.data_ptr() for p in student.parameters() if not p.requires_grad]
     assert set(frozen) >= set(places.values())
 
 
-@pytest.mark.parametrize("trained", ["attention", "layers", "lora", "slots"])
-def test_the_teachers_predictions_keep_their_bits_while_the_student_learns(trained):
+@pytest.mark.parametrize("trainable", ["attention", "layers", "lora", "slots"])
+def test_the_teachers_predictions_keep_their_bits_while_the_student_learns(trainable):
     original = teacher()
-    student = student_of(copy.deepcopy(original), trained=trained)
+    student = student_of(copy.deepcopy(original), trainable=trainable)
     given = batch()
-    packed = (given["ids"], given["position_ids"], given["cu_seqlens"], given["longest"])
+    packed = (given["ids"], given["position_ids"], given["cu_seqlens"], given["max_seq_len"])
 
     def taught():
         with student.teacher():
@@ -64,7 +64,7 @@ def test_the_teachers_predictions_keep_their_bits_while_the_student_learns(train
         wanted = torch.cat([original.get_decoder()(part).last_hidden_state[0] for part in parts])
         before = student.hidden(*packed)
     assert torch.equal(taught(), wanted)
-    optimizer = torch.optim.AdamW(student.groups(1e-2, 1e-2, 1e-2))
+    optimizer = torch.optim.AdamW(student.parameter_groups(1e-2, 1e-2, 1e-2))
     losses = []
     for _ in range(6):
         loss, _ = student(**given)
@@ -103,8 +103,8 @@ def test_packed_texts_have_the_loss_and_gradients_of_the_texts_alone(family, abl
     alone, at = [], 0
     for length in LENGTHS:
         cut = slice(at, at + length)
-        part = {key: given[key][..., cut] for key in given if key not in ("cu_seqlens", "longest")}
-        alone.append(part | {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "longest": length})
+        part = {key: given[key][..., cut] for key in given if key not in ("cu_seqlens", "max_seq_len")}
+        alone.append(part | {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "max_seq_len": length})
         at += length
     together, grads = run(given)
     apart, wanted = run(*alone)
@@ -123,17 +123,17 @@ def test_the_linear_layers_of_attention_are_found_in_every_family(family):
     assert all(".self_attn." in name and ".nha." not in name for name in names)
 
 
-@pytest.mark.parametrize("trained", ["attention", "layers", "lora", "slots"])
-def test_a_released_student_is_the_hybrid_that_was_trained(trained, tmp_path):
+@pytest.mark.parametrize("trainable", ["attention", "layers", "lora", "slots"])
+def test_a_released_student_is_the_hybrid_that_was_trained(trainable, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    student = student_of(trained=trained)
+    student = student_of(trainable=trainable)
     given = batch()
     with torch.no_grad():
-        for group in student.groups(1, 1, 1):
+        for group in student.parameter_groups(1, 1, 1):
             for p in group["params"]:
                 p += 0.02
-        packed = (given["ids"], given["position_ids"], given["cu_seqlens"], given["longest"])
+        packed = (given["ids"], given["position_ids"], given["cu_seqlens"], given["max_seq_len"])
         wanted = student.hidden(*packed)
     model = student.release()
     assert not any(isinstance(m, TeacherStudentLinear) for m in model.modules())
@@ -145,7 +145,7 @@ def test_a_released_student_is_the_hybrid_that_was_trained(trained, tmp_path):
             found = one.get_decoder()(
                 given["ids"], position_ids=given["position_ids"], cu_seq_lens_q=given["cu_seqlens"]
             ).last_hidden_state[0]
-            if trained == "lora":
+            if trainable == "lora":
                 assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)  # merging rounds
             else:
                 assert torch.equal(found, wanted)
@@ -175,7 +175,6 @@ def test_compiled_layers_compute_the_same_and_are_released():
     student, plain = student_of(), student_of()
     given = batch()
     torch._dynamo.reset()
-    student.join_layers()
     student.compile_layers(backend="aot_eager")
     losses = []
     for one in (student, plain):
@@ -192,5 +191,5 @@ def test_compiled_layers_compute_the_same_and_are_released():
 
 
 def test_unknown_parts_to_train_are_refused():
-    with pytest.raises(ValueError, match="expected what is trained to be one of"):
-        student_of(trained="everything")
+    with pytest.raises(ValueError, match="expected trainable to be one of"):
+        student_of(trainable="everything")

@@ -8,10 +8,10 @@ import pytest
 from experiments import quality
 
 
-def row(arm, losses, tokens=6e6, **more):
+def row(name, losses, tokens=6e6, **more):
     scores = {"128": {"exact": 0.5, "exact_interval": [0.4, 0.6]}, "64": {"exact": 1.0, "exact_interval": [1.0, 1.0]}}
     found = {
-        "arm": arm,
+        "run": name,
         "seed": 0,
         "tokens": tokens,
         "windows": [64, -1],
@@ -30,19 +30,19 @@ def row(arm, losses, tokens=6e6, **more):
 def rows():
     return [
         row("teacher", [2.0, 3.0, 4.0], tokens=0, windows=[-1, -1]),
-        row("mine", [2.1, 3.1], settings={"rate": 0.5, "tokens": 6e6}, slots_off={"by_text_2k": [2.5, 3.5]}),
+        row("mine", [2.1, 3.1], settings={"lr": 0.5, "tokens": 6e6}, slots_off={"by_text_2k": [2.5, 3.5]}),
     ]
 
 
 def test_perplexities_are_compared_on_the_texts_that_both_read(rows):
-    assert quality.over_teacher(rows[1], rows[0]) == pytest.approx(math.exp(0.1))
-    assert quality.over_teacher({"arm": "other"}, rows[0]) is None
+    assert quality.relative_perplexity(rows[1], rows[0]) == pytest.approx(math.exp(0.1))
+    assert quality.relative_perplexity({"run": "other"}, rows[0]) is None
 
 
-def test_the_table_has_a_line_for_every_arm(rows):
+def test_the_table_has_a_line_for_every_run(rows):
     lines = quality.table(rows).splitlines()
     assert "| teacher |  | all | 1.000 | 1.000 |  | 100 50 | 100 50 |" in lines
-    assert "| mine, 6 M | rate 0.5 | 1 | 1.105 | 1.105 | 1.649 | 100 50 | 100 50 |" in lines
+    assert "| mine, 6 M | lr 0.5 | 1 | 1.105 | 1.105 | 1.649 | 100 50 | 100 50 |" in lines
 
 
 def test_pictures_are_drawn_and_a_folder_without_a_teacher_is_refused(rows, tmp_path, capsys):
@@ -51,15 +51,15 @@ def test_pictures_are_drawn_and_a_folder_without_a_teacher_is_refused(rows, tmp_
     assert quality.main([str(tmp_path)]) == 0
     drawn = {"summary.json", "table.md", "recall.png", "perplexity.png"}
     assert {path.name for path in tmp_path.iterdir()} == drawn
-    entries = [{"tokens": 1e6 * n, "divergence": 1 / n, "answers_right": 0.5} for n in range(1, 100)]
-    runs = [{"arm": "mine", "seed": 0, "tokens": 6e6, "log": entries[:n]} for n in (3, 99)]
+    entries = [{"tokens": 1e6 * n, "kl": 1 / n, "answer_accuracy": 0.5} for n in range(1, 100)]
+    runs = [{"run": "mine", "seed": 0, "tokens": 6e6, "log": entries[:n]} for n in (3, 99)]
     (tmp_path / "logs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     assert quality.main([str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {*drawn, "logs.jsonl", "learning.png"}
     (tmp_path / "summary.json").write_text(json.dumps(rows[1:]))
     with pytest.raises(SystemExit):
         quality.main([str(tmp_path)])
-    assert "expected a row of the arm teacher" in capsys.readouterr().err
+    assert "expected a row of the run teacher" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         quality.main([str(tmp_path / "nowhere")])
     assert "expected summary.json in" in capsys.readouterr().err

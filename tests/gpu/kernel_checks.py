@@ -21,10 +21,10 @@ from triton import knobs  # pyright: ignore[reportMissingImports, reportAttribut
 
 from nha import nha_attention
 from nha.bench.timing import captured
+from nha.distill.loss import resolve_chunk_loss
 from nha.ops import RingState, full_prefill, nha_decode
 from nha.ops.rotary import unrotate_for_slots
 from nha.ops.triton.full_decode import full_token
-from nha.ops.triton.loss import chunk_loss
 from nha.ops.triton.unrotate import unrotate_for_slots as unrotate_kernel
 from tests.gpu.cases import KernelCase, make, place, results, rms
 from tests.gpu.setting import Setting, expect_none
@@ -270,7 +270,7 @@ def unrotating(setting: Setting) -> None:
 
 
 def losses(setting: Setting) -> None:
-    """KL, cross-entropy and gradient from logits in 16 bits equal those in float64 up to rounding."""
+    """Distillation's KL, cross-entropy and gradient from logits in 16 bits equal those in float64 up to rounding."""
     shapes = [(5, 16, 40, None)] if setting.tiny else [(700, 576, 49_152, None), (200, 512, 151_665, 30.0)]
     wrong, generator = [], torch.Generator(setting.device).manual_seed(setting.seed)
     dtype = torch.float16 if setting.tiny else torch.bfloat16
@@ -281,7 +281,7 @@ def losses(setting: Setting) -> None:
         student, teacher, weight = (x.to(dtype) for x in (own, own + 0.3 * more, 0.2 * weight))
         target = torch.randint(vocabulary, (count,), generator=generator, device=setting.device)
         by = torch.rand(2, count, generator=generator, device=setting.device)
-        found = chunk_loss(student, teacher, weight, target, by[0], by[1], 1.0, cap)
+        found = resolve_chunk_loss(student)(student, teacher, weight, target, by[0], by[1], 1.0, cap)
         # From the same rounded logits: their rounding is not the kernel's.
         raw = (student @ weight.T).double().requires_grad_()
         logits, wanted = (x if cap is None else cap * torch.tanh(x / cap) for x in (raw, (teacher @ weight.T).double()))

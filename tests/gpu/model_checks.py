@@ -185,29 +185,29 @@ def autocast(setting: Setting) -> None:
 def distilling_in_cuda_graphs(setting: Setting) -> None:
     """Passes of distillation in CUDA graphs give the losses and gradients of eager passes."""
     from nha.data.packing import pack
-    from nha.distill.cuda_graphs import WARM, Recorder, forward_backward
+    from nha.distill.cuda_graphs import WARMUP_PASSES, CUDAGraphRunner, forward_backward
     from nha.distill.student import Distillation
 
     student = Distillation(hybrid(setting).bfloat16()).train()
     parameters = [p for p in student.parameters() if p.requires_grad]
-    recorder, wrong = Recorder(student, parameters), []
-    for turn in range(WARM + 3):
+    runner, wrong = CUDAGraphRunner(student, parameters), []
+    for turn in range(WARMUP_PASSES + 3):
         rights, batches = [], []
         for name, lengths in (("text", (130, 9, 61)), ("recall", (70, 130))):
             ids = token_ids(replace(setting, seed=setting.seed + turn), 1, sum(lengths))[0].cpu().numpy()
             starts = [sum(lengths[:i]) for i in range(len(lengths))]
             batch = {n: torch.from_numpy(x) for n, x in pack([(ids, starts, ids % 5 == 0)]).items()}
-            batch |= {"by_divergence": batch["follows"] / 200, "by_cross_entropy": batch["answers"] / 40}
+            batch |= {"kl_weight": batch["follows"] / 200, "ce_weight": batch["answers"] / 40}
             on_gpu = {n: x.to(setting.device) for n, x in batch.items()}
             rights.append(forward_backward(student, parameters, on_gpu, 130))
             batches.append((name, batch))
-        passes = recorder(batches, 130)
+        passes = runner(batches, 130)
         for (name, _), right, found in zip(batches, rights, passes, strict=True):
             pairs = zip((right[0], right[1], *right[2]), (found[0], found[1], *found[2]), strict=True)
             off = max(rms((x - y).double()) / max(rms(x.double()), 1e-12) for x, y in pairs if x is not None)
             if not off <= torch.finfo(torch.bfloat16).eps:
                 wrong.append(f"{name} of turn {turn} is off by {off:.1e}")
-    assert recorder.recordings
+    assert runner.captured
     expect_none(wrong)
 
 

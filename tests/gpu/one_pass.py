@@ -14,7 +14,6 @@ import torch
 
 import nha.ops.triton
 from nha.ops.triton.full_decode import full_token
-from nha.ops.triton.loss import chunk_loss
 from nha.ops.triton.unrotate import unrotate_for_slots
 from tests.gpu.cases import make, place, results
 from tests.gpu.kernel_checks import interpretable
@@ -76,10 +75,6 @@ def one_pass(setting: Setting) -> None:
             keys = k.transpose(1, 2)
             if not torch.equal(unrotate_for_slots(keys, keys, *tables, *(x[:, :1] for x in tables))[1], keys):
                 wrong.append(f"un-rotating {length} keys by nothing changes them")
-        hidden, by = torch.randn(5, 16, device=setting.device), torch.ones(5, device=setting.device)
-        grad = chunk_loss(hidden, hidden, hidden, torch.arange(5, device=by.device), by, by, 1.0, None)[3]
-        if not grad.isfinite().all():
-            wrong.append("a gradient of the loss is not finite")
     missing = sorted(kernels().keys() - names)
     expect_none(wrong + [f"{name} was not launched" for name in missing])
 

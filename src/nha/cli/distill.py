@@ -1,162 +1,162 @@
-"""`nha distill`: a teacher and some text in, a trained hybrid out; a run that was stopped goes on."""
+"""`nha distill`: a teacher and some text in, a trained hybrid out; a run that was stopped is resumed."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, searched_windows
+from nha.distill.settings import DistillSettings, option_name
+from nha.distill.stopping import Stop, handle_signals
 from nha.io import atomic_directory
 from nha.models import loading
 
 if TYPE_CHECKING:
     from nha.data.corpus import Corpus
-    from nha.distill.run import DistillSettings
+    from nha.distill.run import Distilled
 
 UNFINISHED = 3
+DTYPES = ("auto", "float32", "bfloat16")
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `DistillSettings`, in place of its parameter `settings`."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+    fields = {setting.name: setting for setting in dataclasses.fields(DistillSettings)}
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        values = {name: _read(fields[name], options.pop(name)) for name in fields}
+        function(**options, settings=make_settings(values))
+
+    options = [_option(setting) for setting in fields.values()]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _option(setting: dataclasses.Field) -> inspect.Parameter:
+    """The command line's option for a setting."""
+    metadata = setting.metadata
+    choices = metadata.get("choices")
+    text = metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+    kinds = str(setting.type).split(" | ")
+    kind: Any = str if "parse" in metadata else TYPES[kinds[0]]
+    default = setting.default
+    if "parse" in metadata:
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    option = typer.Option(option_name(setting), help=text, show_default=metadata.get("shown", True))
+    annotation = Annotated[kind | None if "None" in kinds else kind, option]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _read(setting: dataclasses.Field, value: Any) -> Any:
+    """A setting's value from what the command line gave. Raises BadInput."""
+    parse = setting.metadata.get("parse")
+    if parse is None:
+        return value
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise BadInput(f"{error} for {option_name(setting)}") from None
+
+
+def make_settings(values: dict[str, Any]) -> DistillSettings:
+    """The settings, with the options' names in the errors."""
+    try:
+        return DistillSettings(**values)
+    except ValueError as error:
+        text = str(error)
+        for setting in dataclasses.fields(DistillSettings):
+            text = text.replace(f"expected {setting.name} ", f"expected {option_name(setting)} ")
+        raise BadInput(text) from None
 
 
 @command
+@with_settings
 def distill(
     model: Annotated[str, typer.Argument(help="The teacher: a model directory, a Hub id, or 'smollm2'.")],
     output: Annotated[
-        Path, typer.Argument(help="The directory of the run: settings, checkpoint, log, and the hybrid in hybrid/.")
+        Path, typer.Argument(help="The directory of the run: settings, checkpoints, log, and the hybrid in hybrid/.")
     ],
+    settings: DistillSettings,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to train on: a file, a folder, or datasets:NAME. May be given several times."),
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the tokens of the text are kept, or were by an earlier run.", show_default="OUTPUT.corpus"
-        ),
+        typer.Option(help="Where the tokens of the text are kept, to be read again.", show_default="OUTPUT.corpus"),
     ] = None,
-    field: Annotated[str, typer.Option(help="Where texts are in .jsonl, .parquet and datasets.")] = "text",
-    held_out: Annotated[float, typer.Option(help="Share of documents that are never trained on.")] = 0.02,
+    field: Annotated[str, typer.Option(help="The field with the text in .jsonl, .parquet and datasets.")] = "text",
+    held_out: Annotated[float, typer.Option(help="Fraction of the documents that are never trained on.")] = 0.02,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Read the text and stop.")] = False,
-    window: Annotated[
-        str, typer.Option(help="Tokens each window holds, or a list with one entry per layer; -1: full attention.")
-    ] = "64",
     windows: Annotated[
         Path | None,
         typer.Option(help="A result of nha search, instead of --window and --full-layers.", show_default=False),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Slots per key-value head.")] = 64,
-    full_layers: Annotated[
-        str, typer.Option(help="Layers that keep full attention, such as 3,11,18,26.", show_default=False)
-    ] = "",
-    init: Annotated[str, typer.Option(help="How gates start: spread, soft, kmeans or paper.")] = "spread",
-    sinks: Annotated[int, typer.Option(help="Constant keys that stand in for a text's first tokens.")] = 1,
-    slot_distance: Annotated[int, typer.Option(help="How many tokens back a query sees the slots.")] = 128,
-    tokens: Annotated[float, typer.Option(help="Tokens to train on, such as 20e6.")] = 20e6,
-    rows: Annotated[int, typer.Option(help="Rows of a step, on each GPU.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
-    micro_batch_size: Annotated[int, typer.Option(help="Rows that go through the model at a time; 0: all.")] = 0,
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations, for less memory.")] = False,
-    long_tokens: Annotated[
-        float, typer.Option(help="How many of the tokens to read in longer rows, at the end.")
-    ] = 0.0,
-    long_length: Annotated[int, typer.Option(help="Tokens of such a row.")] = 8192,
-    align_steps: Annotated[int, typer.Option(help="Steps of aligning each layer first; 0: none.")] = 40,
-    trained: Annotated[str, typer.Option(help="What is trained: attention, layers, lora or slots.")] = "attention",
-    rank: Annotated[int, typer.Option(help="Rank of the adapters of lora.")] = 16,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of weights.", show_default="2e-3, less for models wider than 576"),
-    ] = None,
-    gate_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of gates.", show_default="8e-3, less for wider models")
-    ] = None,
-    divergence: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = 1.0,
-    cross_entropy: Annotated[float, typer.Option(help="Weight of the cross-entropy of text.")] = 0.5,
-    recall: Annotated[float, typer.Option(help="Share of rows that are recall text.")] = 0.125,
-    answers: Annotated[float, typer.Option(help="Weight of the cross-entropy of its answers.")] = 0.5,
-    facts: Annotated[int, typer.Option(help="Most facts in a row of recall text.")] = 16,
-    far: Annotated[float, typer.Option(help="Share of that text that asks from far, up to the whole row.")] = 0.0,
-    grow: Annotated[float, typer.Option(help="Share of the steps after which rows hold the most facts.")] = 0.0,
-    gradients: Annotated[
-        str, typer.Option(help="Gradients of text and recall text: clip or normalise each, or together.")
-    ] = "normalise",
-    window_dropout: Annotated[float, typer.Option(help="Share of steps with a quarter of the windows.")] = 0.0,
     dtype: Annotated[
-        str, typer.Option(help="auto, float32 or bfloat16.", show_default="bfloat16 on a GPU, float32 on a CPU")
-    ] = "auto",
-    compiled: Annotated[
-        str | None,
+        str,
         typer.Option(
-            "--compile",
-            help="What is compiled: layers, or nothing (a minute less before the first step).",
-            show_default="layers on one GPU, else nothing",
+            help="Dtype to compute in: auto, float32 or bfloat16.", show_default="bfloat16 on a GPU, float32 on a CPU"
         ),
-    ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
-    log_every: Annotated[int, typer.Option(help="Steps between entries of the log.")] = 10,
-    budget: Annotated[
-        float | None, typer.Option(help="Stop after this many seconds, with a checkpoint.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Turn a pretrained model into a hybrid and train it to be like what it was.
+    """Turn a pretrained model into a hybrid and train it to match what it was.
 
-    The same command goes on with a run that was stopped, in whatever way. Exit code 3: stopped by --budget.
+    Run the same command again to resume a run that was stopped, in whatever way. Exit code 3: stopped by --budget;
+    130 and 143: by SIGINT and SIGTERM, with a checkpoint.
     """
-    if text is None and corpus is None:
-        raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise BadInput(f"expected --dtype to be auto, float32 or bfloat16, got {dtype!r}")
-    layers = common.parse_ints(full_layers, "--full-layers")
-    given = common.parse_windows(window) if windows is None else searched_windows(windows, window, layers)
-    source = loading.find(model)
-    check_convertible(source, given, layers)
+    stop = Stop(settings.budget)
+    try:
+        with handle_signals(stop):
+            if text is None and corpus is None:
+                raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
+            common.check_choice("--dtype", dtype, DTYPES)
+            common.check_range("--held-out", held_out, at_least=0, below=1)
+            if windows is not None:
+                given, layers = _window_text(settings.window_size), list(settings.full_layers)
+                found = searched_windows(windows, given, layers)
+                settings = dataclasses.replace(settings, window_size=tuple(found))
+            source = loading.find(model)
+            given = settings.window_size
+            check_convertible(source, given if isinstance(given, int) else list(given), list(settings.full_layers))
+            opened = read_text(source, text, corpus or output.with_name(output.name + ".corpus"), field, held_out)
+            if prepare_only:
+                report_corpus(opened, as_json)
+                return
+            run(source, opened, output, settings, dtype, stop, as_json)
+    except KeyboardInterrupt:
+        reason = stop.reason or "SIGINT"
+        err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
+        raise typer.Exit(exit_code(reason)) from None
 
-    from nha.data.recall import RecallSettings
-    from nha.distill.run import DistillSettings
 
-    settings = DistillSettings(
-        window_size=tuple(given) if isinstance(given, list) else given,
-        num_slots=slots,
-        full_layers=tuple(layers),
-        init=init,
-        num_sinks=sinks,
-        slot_distance=slot_distance,
-        tokens=tokens,
-        long_tokens=long_tokens,
-        rows=rows,
-        length=length,
-        long_length=long_length,
-        align_steps=align_steps,
-        rate=rate,
-        gate_lr=gate_lr,
-        trained=trained,
-        rank=rank,
-        divergence=divergence,
-        cross_entropy=cross_entropy,
-        recall_share=recall,
-        recall=RecallSettings(facts=(1, facts), long_range_fraction=far),
-        grow=grow,
-        answers=answers,
-        gradients=gradients,
-        window_dropout=window_dropout,
-        micro_batch_size=micro_batch_size,
-        checkpointing=checkpointing,
-        save_every=save_every,
-        log_every=log_every,
-        seed=seed,
-    )
-    settings.check()
-    cache = corpus or output.with_name(output.name + ".corpus")
-    opened = read_text(source, text, cache, field, held_out)
-    if prepare_only:
-        report_corpus(opened, as_json)
-        return
-    run(source, opened, output, settings, dtype, compiled, budget, as_json)
+def _window_text(windows: int | tuple[int, ...]) -> str:
+    return str(windows) if isinstance(windows, int) else ",".join(map(str, windows))
+
+
+def exit_code(reason: str) -> int:
+    """The exit code of a run that was stopped.
+
+    >>> exit_code("budget"), exit_code("SIGINT"), exit_code("SIGTERM")
+    (3, 130, 143)
+    """
+    return UNFINISHED if reason == "budget" else 128 + signal.Signals[reason]
 
 
 def read_text(source: loading.Source, text: list[str] | None, cache: Path, field: str, held_out: float) -> Corpus:
@@ -167,7 +167,7 @@ def read_text(source: loading.Source, text: list[str] | None, cache: Path, field
 
     if text is not None:
         check_sources(text)
-    with err.status("loading the tokenizer"):
+    with common.status("loading the tokenizer"):
         tokenizer = loading.load_tokenizer(source)
     if text is None:
         return open_corpus(cache, tokenizer)
@@ -183,7 +183,7 @@ def read_text(source: loading.Source, text: list[str] | None, cache: Path, field
 
 
 def report_corpus(corpus: Corpus, as_json: bool) -> None:
-    """Say what a corpus holds."""
+    """Print the contents of a corpus."""
     held = corpus.meta["held_out"]
     found: dict[str, Any] = {
         "corpus": str(corpus.path),
@@ -196,8 +196,9 @@ def report_corpus(corpus: Corpus, as_json: bool) -> None:
         print_json(found)
         return
     out.print(
-        f"[green]✓[/] {found['tokens']:,} tokens of {found['documents']:,} documents in [bold]{corpus.path}[/] "
-        f"({common.human_bytes(found['bytes'])}), {held['tokens']:,} tokens of them held out",
+        f"[green]✓[/] {found['tokens']:,} tokens of {found['documents']:,} documents in "
+        f"[bold]{escape(str(corpus.path))}[/] ({common.human_bytes(found['bytes'])}), "
+        f"{held['tokens']:,} tokens of them held out",
         soft_wrap=True,
     )
 
@@ -208,86 +209,104 @@ def run(
     output: Path,
     settings: DistillSettings,
     dtype: str,
-    compiled: str | None,
-    budget: float | None,
+    stop: Stop,
     as_json: bool,
 ) -> None:
-    """Train, show how it goes, and save the hybrid."""
-    import os
-
+    """Train, show the progress, and save the hybrid."""
     import torch
 
-    from nha.distill.run import distill as train
-    from nha.distill.run import saved_hybrid
+    from nha.distill.run import save_distilled
 
-    main = os.environ.get("RANK", "0") == "0"
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    with err.status(f"loading {source.label}"):
+    with common.status(f"loading {source.label}"):
         loaded, tokenizer = loading.load(source, dtype=dtype)
-    steps = settings.mixture(int(os.environ.get("WORLD_SIZE", "1"))).steps
-    with common.progress_bar() as bar:
-        tasks: dict[str, Any] = {}  # shown once there is something to show: what does not fit is one line alone
-
-        def show(name: str, done: int, total: int, text: str) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(text, total=total)
-            bar.update(tasks[name], completed=done, total=total, description=text)
-
-        def report(entry: dict[str, float]) -> None:
-            show("train", int(entry["step"]), steps, describe(entry))
-
-        found = train(
-            loaded,
-            tokenizer,
-            corpus,
-            output,
-            settings,
-            compiled=compiled,
-            report=report,
-            budget=budget,
-            progress=lambda done, total: show("align", done, total, "aligning layers"),
-        )
-    if not main:
+    stop.check()
+    found, steps = train(loaded, tokenizer, corpus, output, settings, stop)
+    if os.environ.get("RANK", "0") != "0":
         return
-    last = found.log[-1] if found.log else {}
     result: dict[str, Any] = {
         "model": source.name,
         "output": str(output),
         "finished": found.finished,
+        "stopped_by": None if found.finished else found.stopped_by,
         "steps": found.steps,
-        "last": last,
+        "last": found.log[-1] if found.log else {},
         "hybrid": None,
         "settings": dataclasses.asdict(settings),
     }
     if found.finished:
-        with err.status("writing the hybrid"), atomic_directory(output / "hybrid") as work:
-            saved_hybrid(found, tokenizer, work, source.base, corpus, settings)
+        with common.status("writing the hybrid"), atomic_directory(output / "hybrid") as work:
+            found.model.to(base_dtype(source, found.model.dtype))  # type: ignore[arg-type]
+            save_distilled(found, tokenizer, work, source.base, corpus, settings)
         result["hybrid"] = str(output / "hybrid")
+    report(result, steps, as_json)
+
+
+def base_dtype(source: loading.Source, default: Any) -> Any:
+    """The dtype that the base model is stored in, which the hybrid is saved in."""
+    stored = getattr(source.config, "dtype", None)
+    if isinstance(stored, str):
+        import torch
+
+        stored = getattr(torch, stored, None)
+    return default if stored is None else stored
+
+
+def train(
+    model: Any, tokenizer: Any, corpus: Corpus, output: Path, settings: DistillSettings, stop: Stop
+) -> tuple[Distilled, int]:
+    """Distil with progress on stderr. Returns the outcome and the number of steps in all."""
+    from nha.distill.run import distill as train_hybrid
+    from nha.distill.run import make_mixture
+    from nha.distill.trainer import Reports
+
+    steps = make_mixture(settings, int(os.environ.get("WORLD_SIZE", "1"))).steps
+    with common.progress_bar() as bar:
+        tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
+        texts = {"align": "aligning layers", "train": "training"}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(texts[stage], total=total)
+            bar.update(tasks[stage], completed=done, total=total, description=texts[stage])
+
+        def log(entry: dict[str, float]) -> None:
+            texts["train"] = describe(entry)
+            progress("train", int(entry["step"]), steps)
+
+        reports = Reports(log=log, progress=progress)
+        return train_hybrid(model, tokenizer, corpus, output, settings, reports=reports, stop=stop), steps
+
+
+def report(result: dict[str, Any], steps: int, as_json: bool) -> None:
+    """Print the outcome; leaves with a code of its own if the run is not finished."""
     if as_json:
         print_json(result)
-    elif found.finished:
-        out.print(f"[green]✓[/] {found.steps:,} steps, saved in [bold]{output / 'hybrid'}[/]", soft_wrap=True)
-        out.print(f"  {describe(last)}", soft_wrap=True)
-        out.print(f'  try it:  [cyan]nha generate {output / "hybrid"} "Why is the sky blue?"[/]', soft_wrap=True)
-    else:
-        err.print(f"stopped after {found.steps:,} of {steps:,} steps; the same command goes on", soft_wrap=True)
-    if not found.finished:
-        raise typer.Exit(UNFINISHED)
+    elif result["finished"]:
+        hybrid = escape(result["hybrid"])
+        out.print(f"[green]✓[/] {result['steps']:,} steps, saved in [bold]{hybrid}[/]", soft_wrap=True)
+        out.print(f"  {describe(result['last'])}", soft_wrap=True)
+        out.print(f'  try it:  [cyan]nha generate {hybrid} "Why is the sky blue?"[/]', soft_wrap=True)
+    if not result["finished"]:
+        reason = result["stopped_by"] or "budget"
+        done = f"stopped by {reason} after {result['steps']:,} of {steps:,} steps, with a checkpoint"
+        err.print(f"{done}; run the same command again to resume", soft_wrap=True)
+        raise typer.Exit(exit_code(reason))
 
 
 def describe(entry: dict[str, float]) -> str:
     """An entry of the log in a few words.
 
-    >>> describe({"step": 3, "divergence": 0.1234, "answers_right": 0.5, "tokens_per_s": 96000.0})
-    'training: divergence 0.123, answers 50 %, 96,000 tokens/s'
+    >>> describe({"step": 3, "kl": 0.1234, "answer_accuracy": 0.5, "tokens_per_s": 96000.0})
+    'training: KL 0.123, answers 50 %, 96,000 tokens/s'
     """
     parts = []
-    for name, word in (("divergence", "divergence"), ("cross_entropy", "loss")):
+    for name, word in (("kl", "KL"), ("cross_entropy", "loss")):
         if entry.get(name):
             parts.append(f"{word} {entry[name]:.3f}")
             break
-    if entry.get("answer_loss") or entry.get("answers_right"):
-        parts.append(f"answers {100 * entry['answers_right']:.0f} %")
+    if entry.get("answer_loss") or entry.get("answer_accuracy"):
+        parts.append(f"answers {100 * entry['answer_accuracy']:.0f} %")
     parts.append(f"{entry.get('tokens_per_s', 0):,.0f} tokens/s")
     return "training: " + ", ".join(parts)

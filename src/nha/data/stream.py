@@ -110,10 +110,8 @@ class Stream(Dataset):
         answers = max(1.0, sum(float(batch["answers"].sum()) for _, batch in made))
         for _, batch in made:
             by_answers = batch["answers"] * np.float32(mixture.answer_weight / answers)
-            batch["by_divergence"] = batch["follows"] * np.float32(mixture.kl_weight / counted)
-            batch["by_cross_entropy"] = (
-                batch["follows"] * np.float32(mixture.cross_entropy_weight / counted) + by_answers
-            )
+            batch["kl_weight"] = batch["follows"] * np.float32(mixture.kl_weight / counted)
+            batch["ce_weight"] = batch["follows"] * np.float32(mixture.cross_entropy_weight / counted) + by_answers
         return [(name, {key: torch.from_numpy(value) for key, value in batch.items()}) for name, batch in made]
 
     def _first_text(self, step: int) -> int:

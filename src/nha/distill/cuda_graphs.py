@@ -1,4 +1,4 @@
-"""A training pass as one CUDA graph: launching its thousands of kernels takes longer than they run."""
+"""Forward and backward pass as one CUDA graph: launching its thousands of kernels takes longer than they run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-Pass = tuple[Tensor, Tensor, list[Tensor | None]]
+Pass = tuple[Tensor, Tensor, list[Tensor | None]]  # loss, sums and gradients
 
-WARM = 2  # passes before one is recorded: they compile
-MOST = 8  # recordings, each with gradients of its own
+WARMUP_PASSES = 2  # before one is captured: they compile
+MAX_GRAPHS = 8  # each has gradients of its own
 
 
-def forward_backward(model: Any, parameters: list[nn.Parameter], batch: Batch, longest: int) -> Pass:
+def forward_backward(model: Any, parameters: list[nn.Parameter], batch: Batch, max_seq_len: int) -> Pass:
     """The loss of a `Distillation`, detached, its sums, and the gradients, which the parameters do not keep."""
     for p in parameters:
         p.grad = None
-    loss, sums = model(**batch, longest=longest)
+    loss, sums = model(**batch, max_seq_len=max_seq_len)
     loss.backward()
     grads = [p.grad for p in parameters]
     for p in parameters:
@@ -30,22 +30,22 @@ def forward_backward(model: Any, parameters: list[nn.Parameter], batch: Batch, l
     return loss.detach(), sums, grads
 
 
-class Record(Protocol):
-    """Makes recordings."""
+class Capture(Protocol):
+    """Captures passes; `CUDAGraphs` does it on a GPU."""
 
     def __call__(self, name: str, run: Callable[[], Pass]) -> tuple[Pass, Callable[[], None]]:
-        """What `run` returns, of no value yet, and a function that begins to fill it in."""
+        """Return the tensors that a replay fills, and a function that starts a replay."""
         ...
 
     def join(self) -> None:
-        """What is done next comes after all replays that have begun."""
+        """Let the current stream wait for all replays that have started."""
 
 
-class CudaGraphs:
-    """Records what a function does on the GPU.
+class CUDAGraphs:
+    """Captures CUDA graphs.
 
-    Recordings of one name follow one another and share the memory of what none of them returns; those of different
-    names run side by side, the small ones where the large ones leave multiprocessors idle.
+    Graphs of one name run one after another and share the memory of what none of them returns; graphs of different
+    names run concurrently, small ones where large ones leave multiprocessors idle.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,14 @@ class CudaGraphs:
         self.streams: dict[str, torch.cuda.Stream] = {}
 
     def __call__(self, name: str, run: Callable[[], Pass]) -> tuple[Pass, Callable[[], None]]:
-        """As `Record` says."""
-        torch.cuda.empty_cache()  # the recording gets memory that earlier passes held
+        """As `Capture` specifies."""
+        torch.cuda.empty_cache()  # the graph gets the memory that earlier passes held
         stream = self.streams.setdefault(name, torch.cuda.Stream())
         graph = torch.cuda.CUDAGraph()
-        # On the stream of its name: a stream has its own workspace for matrix products, with counters that two products
-        # at a time would spoil. Another thread may pin memory meanwhile.
+        # On the stream of its name: cuBLAS has one workspace a stream, with counters that two concurrent products
+        # would spoil. Another thread may pin memory meanwhile.
         with torch.cuda.graph(graph, self.pools.get(name), stream, capture_error_mode="thread_local"):
-            found = run()
+            outputs = run()
         self.pools[name] = graph.pool()
 
         def replay() -> None:
@@ -68,69 +68,69 @@ class CudaGraphs:
             with torch.cuda.stream(stream):
                 graph.replay()
 
-        return found, replay
+        return outputs, replay
 
     def join(self) -> None:
-        """As `Record` says."""
+        """As `Capture` specifies."""
         for stream in self.streams.values():
             torch.cuda.current_stream().wait_stream(stream)
 
 
 @dataclass
-class Recording:
-    """Tensors that a replay reads and writes, where they are."""
+class CapturedPass:
+    """The tensors that a replay reads and fills."""
 
     inputs: Batch
-    found: Pass
+    outputs: Pass
     replay: Callable[[], None]
 
 
 @dataclass
-class Recorder:
-    """Forward and backward passes of a `Distillation`; one that comes often is recorded and then replayed.
+class CUDAGraphRunner:
+    """Runs forward and backward passes of a `Distillation`; passes of a shape that comes often are CUDA graphs.
 
-    A pass is known by its name, its shapes and the windows of the layers. The gradients it returns are overwritten by
-    the next pass of that name and by no other.
+    A graph belongs to a name, shapes and the windows of the layers. The gradients it returns are overwritten by the
+    next pass of that name and by no other.
     """
 
     model: Any
     parameters: list[nn.Parameter]
-    record: Record | None = field(default_factory=CudaGraphs)
-    seen: Counter = field(default_factory=Counter)
-    recordings: dict[tuple, Recording] = field(default_factory=dict)
+    capture: Capture | None = field(default_factory=CUDAGraphs)
+    counts: Counter = field(default_factory=Counter)
+    captured: dict[tuple, CapturedPass] = field(default_factory=dict)
 
-    def __call__(self, batches: Sequence[tuple[str, Batch]], longest: int) -> list[Pass]:
+    def __call__(self, batches: Sequence[tuple[str, Batch]], max_seq_len: int) -> list[Pass]:
         """For batches of different names: the loss, detached, the sums and the gradients of the parameters.
 
         A tensor of a batch may be on the CPU.
         """
-        found = [self._pass(name, batch, longest) for name, batch in batches]
-        if self.record is not None:
-            self.record.join()
-        return [(loss, sums.clone(), grads) for loss, sums, grads in found]
+        passes = [self._start(name, batch, max_seq_len) for name, batch in batches]
+        if self.capture is not None:
+            self.capture.join()
+        return [(loss, sums.clone(), grads) for loss, sums, grads in passes]
 
-    def _pass(self, name: str, batch: Batch, longest: int) -> Pass:
-        """One pass, or what its replay, which has begun, will fill in."""
-        key = (name, longest, *self.model.windows_in_use, *(x.shape for x in batch.values()))
-        self.seen[key] += 1
+    def _start(self, name: str, batch: Batch, max_seq_len: int) -> Pass:
+        """Run one pass, or start its replay and return the tensors that it fills."""
+        key = (name, max_seq_len, *self.model.current_windows, *(x.shape for x in batch.values()))
+        self.counts[key] += 1
         device = self.parameters[0].device
-        if key not in self.recordings:
+        if key not in self.captured:
             batch = {n: x.to(device, non_blocking=True) for n, x in batch.items()}
-            if self.record is None or self.seen[key] <= WARM or len(self.recordings) == MOST:
-                return forward_backward(self.model, self.parameters, batch, longest)
+            if self.capture is None or self.counts[key] <= WARMUP_PASSES or len(self.captured) == MAX_GRAPHS:
+                return forward_backward(self.model, self.parameters, batch, max_seq_len)
             inputs = {n: x.clone() for n, x in batch.items()}
-            self.record.join()
+            self.capture.join()
             try:
-                found, replay = self.record(
-                    name, lambda: forward_backward(self.model, self.parameters, inputs, longest)
+                outputs, replay = self.capture(
+                    name, lambda: forward_backward(self.model, self.parameters, inputs, max_seq_len)
                 )
             except torch.OutOfMemoryError:
                 warnings.warn("no memory for another CUDA graph, running passes without", stacklevel=3)
-                self.record = None
-                return forward_backward(self.model, self.parameters, batch, longest)
-            self.recordings[key] = Recording(inputs, found, replay)
-        recording = self.recordings[key]
-        for n, x in recording.inputs.items():
+                self.capture = None
+                return forward_backward(self.model, self.parameters, batch, max_seq_len)
+            self.captured[key] = CapturedPass(inputs, outputs, replay)
+        captured = self.captured[key]
+        for n, x in captured.inputs.items():
             x.copy_(batch[n], non_blocking=True)
-        recording.replay()
-        return recording.found
+        captured.replay()
+        return captured.outputs

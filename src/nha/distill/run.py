@@ -1,265 +1,158 @@
-"""`distill`: a pretrained model becomes a hybrid trained to be like it, in a run that can be stopped anywhere."""
+"""`distill`: a pretrained model becomes a hybrid trained to match it, in a run that can be stopped and resumed."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from nha.convert.align import align
 from nha.convert.calibrate import SINK_TOKENS
 from nha.convert.card import CardFacts, save_hybrid
-from nha.convert.hybridize import INITS, hybridize
+from nha.convert.hybridize import hybridize
 from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
 from nha.data.stream import Mixture, Stream
-from nha.distill.student import TRAINED, Distillation
-from nha.distill.trainer import GRADIENTS, DistillTrainer, JsonlLogger, latest_checkpoint, load_trained
-from nha.io import write_atomically
+from nha.distill.checkpoint import begin, check_directory, latest_checkpoint, load_trained, locked, read_log, step_of
+from nha.distill.loss import Head
+from nha.distill.settings import DistillSettings
+from nha.distill.stopping import Stop, handle_signals
+from nha.distill.student import Distillation, linear_layers
+from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback
 from nha.models.adapter import to_hybrid
-from nha.models.cache_file import fingerprint
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
 from nha.models.windows import attention_layers
 
-RUN = "run.json"
-COMPILED = ("layers", "nothing")
-RATE, GATE_RATE, TUNED_WIDTH = 2e-3, 8e-3, 576
-SOFT_ALIGN_RATE, SHARP_ALIGN_RATE = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Everything that a run depends on besides the model and the corpus; a run only goes on with the same.
-
-    Attributes:
-        window_size, num_slots, full_layers, init, num_sinks, slot_distance: as `hybridize` takes them; a window of
-            -1 in every layer trains the model itself, for comparison.
-        tokens: to train on in all, over all devices; `long_tokens` of them, at the end, in rows of `long_length`.
-        rows, length: rows of a step (on each device) and tokens of a row.
-        align_steps: steps of stage 1, in which each layer's gates and sinks learn its old output (0 leaves it out).
-        align_rows: texts of `length` tokens that stage 1 reads.
-        rate, gate_lr, sink_lr: learning rates of weights, gates and sinks; None as `rates` says.
-        warmup: share of the steps in which rates rise.
-        trained: "attention" (its linear layers), "layers" (those of the feed-forward part too), "lora" (adapters of
-            rank `rank` in attention) or "slots" (gates and sinks alone).
-        divergence, cross_entropy: weights of the divergence from the teacher and of the cross-entropy, per token.
-        recall_share: of rows that are recall text; `recall` says what it is made of, `grow` after which share of the
-            steps it has the most facts.
-        answers: weight of the cross-entropy of its answers (with gradients "normalise": the norm of recall's
-            gradient as a share of text's).
-        gradients: "clip" or "normalise" treats those of text and recall text apart, "together" clips their sum.
-        clip: the largest norm of a gradient.
-        window_dropout: share of steps with a quarter of the windows.
-        slots_off: train the window and the sinks alone (for comparison).
-        micro_batch_size: rows that go through the model at a time (0: all); `checkpointing` recomputes activations.
-        save_every, log_every: steps between checkpoints and between entries of the log.
-        seed: of everything random.
-    """
-
-    window_size: int | tuple[int, ...] = 64
-    num_slots: int = 64
-    full_layers: tuple[int, ...] = ()
-    init: str = "spread"
-    num_sinks: int = 1
-    slot_distance: int = 128
-    tokens: float = 20e6
-    long_tokens: float = 0.0
-    rows: int = 16
-    length: int = 2048
-    long_length: int = 8192
-    align_steps: int = 40
-    align_rows: int = 32
-    rate: float | None = None
-    gate_lr: float | None = None
-    sink_lr: float = 1e-3
-    warmup: float = 0.05
-    trained: str = "attention"
-    rank: int = 16
-    divergence: float = 1.0
-    cross_entropy: float = 0.5
-    recall_share: float = 0.125
-    recall: RecallSettings = field(default_factory=RecallSettings)
-    grow: float = 0.0
-    answers: float = 0.5
-    gradients: str = "normalise"
-    clip: float = 1.0
-    window_dropout: float = 0.0
-    slots_off: bool = False
-    micro_batch_size: int = 0
-    checkpointing: bool = False
-    save_every: int = 200
-    log_every: int = 10
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise ValueError, in one line, for a setting outside what it can be."""
-        least = {
-            "num_slots": 1,
-            "num_sinks": 0,
-            "slot_distance": 0,
-            "rows": 1,
-            "length": 2,
-            "long_length": 2,
-            "align_steps": 0,
-            "align_rows": 1,
-            "rank": 1,
-            "micro_batch_size": 0,
-            "save_every": 1,
-            "log_every": 1,
-            "tokens": 1,
-            "long_tokens": 0,
-            "rate": 0,
-            "gate_lr": 0,
-            "sink_lr": 0,
-            "divergence": 0,
-            "cross_entropy": 0,
-            "answers": 0,
-            "seed": 0,
-        }
-        for name, low in least.items():
-            if getattr(self, name) is not None and not getattr(self, name) >= low:
-                raise ValueError(f"expected {name} of at least {low}, got {getattr(self, name)}")
-        for name in ("warmup", "recall_share", "grow", "window_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"expected {name} from 0 to 1, got {getattr(self, name)}")
-        if not self.clip > 0:
-            raise ValueError(f"expected clip above 0, got {self.clip}")
-        for name, known in (("trained", TRAINED), ("gradients", GRADIENTS), ("init", INITS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}")
-        if self.divergence == self.cross_entropy == 0 and not self.recall_share * self.answers:
-            raise ValueError("expected a loss, got divergence, cross_entropy and answers of weight 0")
-        if self.long_tokens > self.tokens:
-            raise ValueError(f"expected long_tokens of at most tokens, {self.tokens:g}, got {self.long_tokens:g}")
-
-    def rates(self, hidden_size: int) -> tuple[float, float, float]:
-        """Learning rates of weights, gates and sinks for a model of this width.
-
-        The default, 2e-3 and 8e-3, is what was best at a width of 576. Wider models get less in proportion, as Adam's
-        steps want it (arXiv 2203.03466); that has not been measured here.
-
-        >>> DistillSettings().rates(576), DistillSettings(rate=1e-4).rates(4608)
-        ((0.002, 0.008, 0.001), (0.0001, 0.001, 0.001))
-        """
-        share = min(1.0, TUNED_WIDTH / hidden_size)
-        rate = RATE * share if self.rate is None else self.rate
-        return rate, GATE_RATE * share if self.gate_lr is None else self.gate_lr, self.sink_lr
-
-    def mixture(self, world: int = 1) -> Mixture:
-        """The batches of the run on `world` devices."""
-        step = self.rows * self.length * world
-        steps = max(1, round((self.tokens - self.long_tokens) / step))
-        long_rows = max(1, self.rows * self.length // self.long_length)
-        long_steps = round(self.long_tokens / (long_rows * self.long_length * world))
-        window = self.window_size if isinstance(self.window_size, int) else max(self.window_size)
-        distances = (max(self.recall.distances[0], window + 8), self.recall.distances[1])
-        recall = dataclasses.replace(self.recall, distances=distances)
-        return Mixture(
-            steps=steps + long_steps,
-            batch_size=self.rows,
-            seq_len=self.length,
-            long_steps=long_steps,
-            long_seq_len=self.long_length,
-            recall_fraction=self.recall_share,
-            recall=recall,
-            fact_warmup=self.grow,
-            kl_weight=self.divergence,
-            cross_entropy_weight=self.cross_entropy,
-            answer_weight=self.answers,
-            separate_recall=self.gradients != "together",
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-        )
+SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
+VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
 
 @dataclass
 class Distilled:
-    """The outcome: the hybrid with plain weights, whether all steps were made, and what was logged."""
+    """The outcome of a run.
+
+    Attributes:
+        model: the hybrid, with plain weights.
+        finished: whether all steps were made.
+        steps: how many were made.
+        log: the entries of the log.
+        aligned: the error of each layer before and after its alignment.
+        stopped_by: "SIGINT", "SIGTERM", "budget", or None.
+    """
 
     model: PreTrainedModel
     finished: bool
     steps: int
-    log: list[dict[str, float]]
+    log: list[Log]
     aligned: list[tuple[float, float]]
+    stopped_by: str | None = None
 
 
-def describe(model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, world: int) -> dict[str, Any]:
-    """What has to be equal for a run to go on, as JSON has it. How often to save and log may change."""
-    found = {"teacher": fingerprint(model), "corpus": corpus.identity, "devices": world, "dtype": str(model.dtype)}
-    found |= dataclasses.asdict(settings)
-    for name in ("save_every", "log_every"):
-        del found[name]
-    return json.loads(json.dumps(found))
+def make_mixture(settings: DistillSettings, world: int = 1) -> Mixture:
+    """The batches of a run on `world` devices."""
+    steps = max(1, round((settings.tokens - settings.long_tokens) / (settings.batch_size * settings.seq_len * world)))
+    long_size = max(1, settings.batch_size * settings.seq_len // settings.long_seq_len)
+    long_steps = round(settings.long_tokens / (long_size * settings.long_seq_len * world))
+    window = settings.window_size if isinstance(settings.window_size, int) else max(settings.window_size)
+    defaults = RecallSettings()
+    return Mixture(
+        steps=steps + long_steps,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        long_steps=long_steps,
+        long_seq_len=settings.long_seq_len,
+        recall_fraction=settings.recall_fraction,
+        recall=RecallSettings(
+            facts=(min(defaults.facts[0], settings.max_facts), settings.max_facts),
+            distances=(max(defaults.distances[0], window + 8), max(defaults.distances[1], window + 8)),
+            long_range_fraction=settings.long_range_fraction,
+        ),
+        fact_warmup=settings.fact_warmup,
+        kl_weight=settings.kl_weight,
+        cross_entropy_weight=settings.ce_weight,
+        answer_weight=settings.answer_weight,
+        separate_recall=settings.gradients != "together",
+        micro_batch_size=settings.micro_batch_size,
+        seed=settings.seed,
+    )
 
 
-def check_run(run: Path, wanted: dict[str, Any]) -> None:
-    """Begin a run in a directory, or raise ValueError if it holds something that this run cannot go on from."""
-    file = run / RUN
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"expected {run} to be a directory, it is a file")
-    if not file.is_file():
-        if run.exists() and any(run.iterdir()):
-            raise ValueError(f"expected {run} to be new, empty or a run to go on with, it holds other files")
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(wanted, indent=1) + "\n")
-        return
-    try:
-        begun = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"expected the settings of a run in {file}, got something else") from None
-    differing = sorted(k for k in wanted.keys() | begun.keys() if wanted.get(k) != begun.get(k))
-    if differing:
-        pairs = "; ".join(f"{k} = {begun.get(k)!r}, got {wanted.get(k)!r}" for k in differing)
-        raise ValueError(f"expected to go on with the run in {run} as it began, with {pairs}: name a new directory")
+def teacher_identity(model: PreTrainedModel) -> str:
+    """A digest of a model's configuration and of every byte of its weights."""
+    config = {name: x for name, x in model.config.to_diff_dict().items() if name not in VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, Tensor):
+            data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(f"{name} {list(weight.shape)} {weight.dtype} {zlib.crc32(data)}".encode())
+    return digest.hexdigest()[:32]
+
+
+def identity(model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, world: int) -> dict[str, Any]:
+    """All that must be equal for a run to be resumed."""
+    about = {"teacher": teacher_identity(model), "corpus": corpus.identity, "devices": world, "dtype": str(model.dtype)}
+    return about | settings.identity()
 
 
 def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> None:
     """Raise ValueError for a corpus that cannot train a model with these windows."""
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-    read = corpus.meta["tokenizer"]["vocabulary"]
-    if read > vocabulary:
-        raise ValueError(f"expected a corpus of at most {vocabulary} different tokens, the model's, got one of {read}")
-    shortest = min((w for w in windows if w != FULL), default=0)
+    tokens = corpus.meta["tokenizer"]["vocabulary"]
+    if tokens > vocabulary:
+        raise ValueError(f"expected a corpus of at most {vocabulary} different tokens, the model's, got {tokens}")
+    smallest = min((w for w in windows if w != FULL), default=0)
     longest = int(corpus.lengths[corpus.train_indices].max(initial=0))
-    if longest <= shortest:
+    if longest <= smallest:
         raise ValueError(
-            f"expected documents longer than the window, {shortest} tokens, the longest of {corpus.path} has {longest}"
+            f"expected documents longer than the window, {smallest} tokens, the longest of {corpus.path} has {longest}"
         )
 
 
-def stage_one_ids(corpus: Corpus, settings: DistillSettings, windows: list[int]) -> Tensor:
-    """Texts [N, T] that gates, sinks and stage 1 learn from: single documents, longer than the windows."""
-    rows = max(settings.align_rows, -(-SINK_TOKENS // settings.length))
-    return torch.from_numpy(corpus.sample(rows, settings.length, settings.seed, max(max(windows) + 1, 2)))
+def align_ids(corpus: Corpus, settings: DistillSettings, windows: list[int]) -> Tensor:
+    """Sequences [N, T] to calibrate and align gates and sinks on: single documents, longer than the windows."""
+    count = max(settings.align_sequences, -(-SINK_TOKENS // settings.seq_len))
+    return torch.from_numpy(corpus.sample(count, settings.seq_len, settings.seed, max(max(windows) + 1, 2)))
 
 
-def trainer_of(
+def fsdp_options(student: Distillation) -> dict[str, Any]:
+    """Options of TrainingArguments that shard a model over the GPUs of a `torchrun` (FSDP2); none on one device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.cuda.is_available():
+        return {}
+    kinds = sorted(student._no_split_modules or [])
+    config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": kinds, "reshard_after_forward": True}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+
+
+def make_trainer(
     student: Distillation,
     stream: Stream,
     run: Path,
     settings: DistillSettings,
-    start: int,
-    report: Callable[[dict[str, float]], None] | None,
-    budget: float | None,
+    start: int = 0,
+    reports: Reports | None = None,
+    stop: Stop | None = None,
 ) -> DistillTrainer:
-    """The Trainer of a run, with its journal and TensorBoard, where that is installed."""
-    callbacks: list[Any] = [JsonlLogger(run, start, report, budget)]
+    """The Trainer of a run, with its log, and TensorBoard where that is installed."""
+    reports, stop = reports or Reports(), stop or Stop()
+    callbacks: list[Any] = [JsonlLogger(run, start, reports.log), StopCallback(stop, reports.progress)]
     if find_spec("tensorboard") is not None:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations.integration_utils import TensorBoardCallback
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)))
-    cuda = next(student.parameters()).is_cuda
+    cuda, sharding = next(student.parameters()).is_cuda, fsdp_options(student)
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=len(stream),
@@ -276,161 +169,167 @@ def trainer_of(
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
         seed=settings.seed,
-        **sharding(student),
+        **sharding,
     )
-    trainer = DistillTrainer(
-        student,
-        stream,
-        arguments,
-        rates=settings.rates(student.config.get_text_config().hidden_size),
-        warmup=settings.warmup,
-        treatment=settings.gradients,
-        clip=settings.clip,
-        window_dropout=settings.window_dropout,
-        callbacks=callbacks,
-        recorded=cuda and not settings.checkpointing and not sharding(student),
-    )
+    graphs = cuda and not settings.gradient_checkpointing and not sharding
+    trainer = DistillTrainer(student, stream, arguments, settings, callbacks=callbacks, cuda_graphs=graphs, start=start)
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.start = start
     return trainer
 
 
-def sharding(student: Distillation) -> dict[str, Any]:
-    """Options of TrainingArguments that spread a model over the GPUs of a `torchrun` (FSDP2), none on one device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.cuda.is_available():
-        return {}
-    kinds = sorted(student._no_split_modules or [])
-    config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": kinds, "reshard_after_forward": True}
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
-
-
-def compile_student(student: Distillation, compiled: str | None = None) -> None:
-    """Compile what `compiled` names, one of COMPILED; None stands for what is fastest where the student is."""
-    spread = bool(sharding(student))
-    on_cpu = not next(student.parameters()).is_cuda
-    if (compiled or ("nothing" if on_cpu or spread else "layers")) == "layers":
-        if not spread:  # weights spread over devices are no views of a joint one
-            student.join_layers()
+def compile_student(student: Distillation, what: str = "auto") -> None:
+    """Compile "layers" or "nothing"; "auto" compiles layers on a single GPU."""
+    single_gpu = next(student.parameters()).is_cuda and not fsdp_options(student)
+    if what == "layers" or (what == "auto" and single_gpu):
         student.compile_layers()
 
 
 def distill(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
     run: Path | str,
     settings: DistillSettings | None = None,
     *,
-    compiled: str | None = None,
-    report: Callable[[dict[str, float]], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    budget: float | None = None,
+    reports: Reports | None = None,
+    stop: Stop | None = None,
 ) -> Distilled:
-    """Turn a pretrained model into a hybrid, in place, and train it to be like what it was.
+    """Turn a pretrained model into a hybrid, in place, and train it to match what it was.
 
-    Stage 1 aligns each layer's attention output with the old one on the old inputs: only gates and sinks move. Stage 2
-    minimises the divergence from the old model's predictions, from end to end, and the cross-entropy of the answers in
-    recall text; attention (and gates and sinks) moves. Stage 3, if `long_tokens` are asked for, goes on in longer rows.
+    Stage 1 aligns each layer's attention output with the original one on the original inputs: only gates and sinks
+    move. Stage 2 trains from end to end, on the KL divergence from the original model's predictions, the cross-entropy
+    of text and that of the answers in recall text. Stage 3, with `long_tokens`, goes on in longer sequences.
 
-    Everything that happens is in the directory `run`: settings, a checkpoint of what is trained, a log (JSON lines and
-    TensorBoard). Called again with the same arguments, a run that was stopped, in whatever way, goes on as if it had
-    not been: the same batches, optimizer and randomness, hence on a CPU the same bits.
+    The directory `run` holds settings, checkpoints and log (JSON lines and TensorBoard). Called again with the same
+    arguments, a run that was stopped in any way resumes with the same batches, optimizer and randomness, hence with
+    the same bits on a CPU. SIGINT and SIGTERM stop it with a checkpoint, a second one at once.
 
     Args:
-        model: a model that `AutoModelForCausalLM` loaded, of one of the supported families, on the device and in the
-            dtype to compute in (what is trained is kept in float32).
+        model: a model that `AutoModelForCausalLM` loaded, of a supported family, on the device and in the dtype to
+            compute in (what is trained is float32).
         tokenizer: the model's.
-        corpus: from `nha.data.prepare.prepare` or `open_corpus`.
+        corpus: from `nha.data.prepare.prepare` or `nha.data.corpus.open_corpus`.
         run: the directory of the run.
         settings: default `DistillSettings()`.
-        compiled: "layers" compiles decoder layers, "nothing" nothing. Default: "layers" on one GPU, else "nothing".
-        report: called with every entry of the log.
-        progress: called with (layers done, layers in all) of stage 1.
-        budget: seconds after which to stop, with a checkpoint.
+        reports: functions to call on the way.
+        stop: asks the run to stop; default: by signals and `settings.budget`. With a `stop` of its own the caller
+            handles signals.
 
     Returns:
         The hybrid with plain weights in the model's dtype (also when the run is not finished), and the log.
 
     Raises:
-        ValueError: settings, a corpus or a directory that do not fit, an unsupported family; before anything is
-            written.
+        ValueError: settings, a corpus, a model or a directory that do not fit; nothing is written then.
         OSError: the disk is full; the last checkpoint is still there.
     """
-    settings = settings or DistillSettings()
-    run = Path(run)
-    settings.check()
-    if compiled is not None and compiled not in COMPILED:
-        raise ValueError(f"expected what is compiled to be one of {COMPILED}, got {compiled!r}")
-    check_family(model.config)
-    windows = plan_windows(model.config, _plain(settings.window_size), settings.full_layers)
-    check_corpus(model, corpus, windows)
+    settings, reports, run = settings or DistillSettings(), reports or Reports(), Path(run)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    stream = Stream(corpus, tokenizer, settings.mixture(world), rank, world)
-    stream[0]  # raises for rows too short for recall text
-    if rank == 0:
-        check_run(run, describe(model, corpus, settings, world))
-    cached = model.config.use_cache
-    aligned: list[tuple[float, float]] = []
+    check_family(model.config)
+    windows = plan_windows(model.config, _as_list(settings.window_size), settings.full_layers)
+    check_corpus(model, corpus, windows)
+    Head.of(model)
+    linear_layers(model, settings.trainable)
+    stream = Stream(corpus, tokenizer, make_mixture(settings, world), rank, world)
+    stream[0]  # raises for sequences too short for recall text
+    wanted = identity(model, corpus, settings, world)
+    check_directory(run, wanted)
+    with ExitStack() as stack:
+        if stop is None:
+            stop = Stop(settings.budget)
+            stack.enter_context(handle_signals(stop))
+        cached = model.config.use_cache
+        student, ids = make_student(model, corpus, settings, windows)
+        stop.check()
+        if rank == 0:
+            stack.enter_context(locked(run))
+            begin(run, wanted)
+        checkpoint = latest_checkpoint(run)
+        start = 0 if checkpoint is None else step_of(checkpoint)
+        aligned = [] if checkpoint else align_student(student, ids, settings, reports, stop)
+        if start < len(stream):
+            student.train()
+            compile_student(student, settings.compile)
+            trainer = make_trainer(student, stream, run, settings, start, reports, stop)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            start = trainer.state.global_step
+        elif checkpoint is not None:
+            load_trained(student, checkpoint)
+        released = student.release().eval()
+        released.config.use_cache = cached
+    return Distilled(released, start >= len(stream), start, read_log(run), aligned, stop.reason)
+
+
+def make_student(
+    model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, windows: list[int]
+) -> tuple[Distillation, Tensor]:
+    """Convert a model in place and make a student of it; also the ids [N, T] that it was calibrated on."""
     torch.manual_seed(settings.seed)
-    ids = stage_one_ids(corpus, settings, windows)
-    hybrid = any(w != FULL for w in windows)
-    if hybrid:
+    ids = align_ids(corpus, settings, windows)
+    if any(window != FULL for window in windows):
         hybridize(
             model,
             settings.num_slots,
             windows,
-            init=settings.init,
-            calibration=ids,  # type: ignore[arg-type]
+            init=settings.init,  # type: ignore[arg-type]
+            calibration=ids,
             slot_distance=settings.slot_distance,
             num_sinks=settings.num_sinks,
             seed=settings.seed,
         )
     else:
         to_hybrid(model, windows, num_slots=settings.num_slots, num_sinks=settings.num_sinks)
-    if settings.checkpointing:
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = Distillation(model, trained=settings.trained, rank=settings.rank, taught=settings.divergence > 0)
+    student = Distillation(
+        model,
+        trainable=settings.trainable,
+        lora_rank=settings.lora_rank,
+        has_teacher=settings.kl_weight > 0,
+    )
     for module in attention_layers(student.causal):
         module.ablation = "slots_off" if settings.slots_off else None
-    checkpoint = latest_checkpoint(run)
-    start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    if hybrid and settings.align_steps and checkpoint is None and not settings.slots_off:
-        rates = {"gate_lr": SHARP_ALIGN_RATE if settings.init == "kmeans" else SOFT_ALIGN_RATE}
-        aligned = align(
-            student.causal,
-            ids,
-            steps=settings.align_steps,
-            rows=max(1, len(ids) // 4),
-            seed=settings.seed,
-            progress=progress,
-            **rates,
-        )
-    if start < len(stream):
-        model.train()
-        compile_student(student, compiled)
-        trainer = trainer_of(student, stream, run, settings, start, report, budget)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        start = trainer.state.global_step
-    elif checkpoint is not None:
-        load_trained(student, checkpoint)
-    released = student.release().eval()
-    released.config.use_cache = cached
-    journal = run / "log.jsonl"
-    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-    return Distilled(released, start >= len(stream), start, [json.loads(line) for line in lines], aligned)
+    return student, ids
 
 
-def saved_hybrid(
-    found: Distilled, tokenizer: Any, folder: Path, base: str, corpus: Corpus, settings: DistillSettings
+def align_student(
+    student: Distillation, ids: Tensor, settings: DistillSettings, reports: Reports, stop: Stop
+) -> list[tuple[float, float]]:
+    """Stage 1: the error of each layer before and after; an empty list if there is nothing to align."""
+    if not settings.align_steps or settings.slots_off or all(window == FULL for window in student.windows):
+        return []
+
+    def progress(done: int, total: int) -> None:
+        stop.check()
+        if reports.progress is not None:
+            reports.progress("align", done, total)
+
+    return align(
+        student.causal,
+        ids,
+        steps=settings.align_steps,
+        rows=max(1, len(ids) // 4),
+        gate_lr=SHARP_ALIGN_LR if settings.init == "kmeans" else SOFT_ALIGN_LR,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def save_distilled(
+    found: Distilled,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    base: str,
+    corpus: Corpus,
+    settings: DistillSettings,
 ) -> None:
-    """Write the hybrid, its tokenizer, what it was trained with and a model card into a folder."""
-    told = {"settings": dataclasses.asdict(settings), "tokens": corpus.meta["tokens"], "log": found.log[-1:]}
-    (folder / "distillation.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    """Write the hybrid, its tokenizer, its settings and last log entry, and a model card into a folder."""
+    about = {"settings": dataclasses.asdict(settings), "tokens": corpus.meta["tokens"], "log": found.log[-1:]}
+    (folder / "distillation.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     notes = f"Trained on {settings.tokens:,.0f} tokens with seed {settings.seed}; see distillation.json."
     save_hybrid(found.model, tokenizer, folder, CardFacts(base, seed=settings.seed, notes=notes))
 
 
-def _plain(windows: int | tuple[int, ...]) -> int | list[int]:
+def _as_list(windows: int | tuple[int, ...]) -> int | list[int]:
     return windows if isinstance(windows, int) else list(windows)
