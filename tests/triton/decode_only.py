@@ -24,7 +24,7 @@ def call(
     masked=False,
     separate=True,
     in_place=True,
-    live=False,
+    slots_active=False,
 ):
     """The launch of one shape, without running anything."""
     from nha.ops import NHAState, RingState
@@ -35,7 +35,7 @@ def call(
     gate = k.new_empty(batch, length, heads, slots)
     own = (q.clone(), k.clone()) if separate else (q, k)
     state = NHAState.empty(window, key=k, value=v, log_gate=gate, shared=not separate)
-    state.slots_active = live
+    state.slots_active = slots_active
     sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else None
     options = {"scale": 0.1, "attention_mask": torch.ones(batch, length, dtype=torch.bool) if masked else None}
     if in_place:

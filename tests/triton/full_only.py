@@ -9,7 +9,7 @@ compile_only.NAMES.setdefault(torch.int8, "i8")
 
 def call(dtype="bfloat16", batch=1, heads=8, groups=4, dim=128, value_dim=None, length=32768, masked=True):
     """The launches of one shape, without running anything."""
-    from nha.ops.triton.full_decode import full_token
+    from nha.ops.triton.full_decode import full_decode as full_token
 
     q = torch.empty(batch, heads * groups, 1, dim, dtype=getattr(torch, dtype))
     k, v = (q.new_empty(batch, heads, length, d) for d in (dim, value_dim or dim))  # memory that nothing touches

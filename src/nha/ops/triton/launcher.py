@@ -1,7 +1,8 @@
-"""Launching kernels again: what Triton compiled for a kind of call runs without another look at every argument.
+"""Launch a compiled kernel again without Triton's inspection of every argument.
 
-That look takes longer than most of these kernels run. It depends on the dtypes of pointers, on whether they are
-multiples of 16 and on the integers that a kernel is specialised for; a `kind` stands for all of it.
+That inspection takes longer on the CPU than most of these kernels run on the GPU. It depends on the dtypes of pointers,
+on whether they are multiples of 16 and on the integers that a kernel is specialised for; `cache_key` stands for all
+but the alignment.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from torch import Tensor
 _compiled: dict[Hashable, Any] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], cache_key: Hashable, *arguments: Any, **constants: Any) -> None:
     """Launch `kernel` on a grid: its arguments in order, then its constants and options by name.
 
-    Calls of one kernel, kind and set of constants differ in addresses and in the integers the kernel is not
-    specialised for, and in nothing else. It runs on the device of its first argument, a tensor.
+    Calls of one kernel, cache key and set of constants may differ in addresses and in the integers the kernel is not
+    specialised for, and in nothing else. The kernel runs on the device of its first argument, a tensor.
     """
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, kind, *arguments, **constants)
+            return launch(kernel, grid, cache_key, *arguments, **constants)
     values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     aligned = all(not isinstance(x, Tensor) or value % 16 == 0 for x, value in zip(arguments, values, strict=True))
-    key = (kernel.fn, kind, *constants.values())
+    key = (kernel.fn, cache_key, *constants.values())
     compiled = _compiled.get(key) if aligned else None
     if compiled is None:
         compiled = kernel[grid](*arguments, **constants)

@@ -1,20 +1,25 @@
-"""Pieces that all kernels share: how tokens are found, how rows are loaded, how gates are factorised.
+"""Shared by all kernels: index arithmetic, loads and stores of rows, and the factorised gates.
 
-Positions. A sequence has `count` queries and `past + count` keys, where `past` is 0 (nothing came before) or W (the
-tail of earlier segments). A query is named by `u`, the token that it commits to the slots: its own key is token
-`u + W`, its window holds tokens u + 1 .. u + W and the slots hold tokens 0 .. u. Query `t` has u = t + past - W.
+Positions. A sequence has T queries and `past + T` keys, where `past` is 0 (nothing came before) or W (the window cache
+of earlier segments). A query is named by `u`, the token that leaves its window and is written to the slots: its own key
+is token `u + W`, its window holds tokens u + 1 .. u + W and the slots hold tokens 0 .. u. Query `t` has
+u = t - offset with offset = W - past, so that the first `offset` queries write nothing.
 
-Chunks. Slots are kept at the borders of chunks of tokens. A block is the queries that commit the tokens of one chunk;
-a program takes one block of one KV head and walks its query heads, HEADS at a time, whose rows follow one another.
+Chunks. Slots are stored at the boundaries of chunks of tokens. A block is the queries that write the tokens of one
+chunk; a program takes one block of one KV head and loops over its query heads, BLOCK_H at a time, stacked as rows.
 
-Gates. With L the running sum of log-gates from a chunk's border and L* some value near its middle, query i of the block
-sees the slots at the border with exp(L_i), and token j <= i with exp(L_i - L_j) (1 - exp(a_j)). These split into
+Gates. With L the running sum of log-gates from the start of a chunk and L* a reference near its middle, query i of the
+block sees the slots at the boundary with exp(L_i), and token j <= i with exp(L_i - L_j) (1 - exp(a_j)). These factor
+into
 
-    rise_i = exp(L_i - L*)     border = exp(L*)     fall_j = exp(L* - L_j) (1 - exp(a_j))
+    q_decay_i = exp(L_i - L*)     chunk_decay = exp(L*)     k_decay_j = exp(L* - L_j) (1 - exp(a_j))
 
-In a mild chunk, whose log-gates sum to no less than -MILD in any slot, L* is half of that sum and no exponent exceeds
-MILD / 2. Any other chunk is read in several passes, one for the queries of each part of 16 tokens, with an L* of its
-own and exponents up to 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
+In most chunks the log-gates sum to at least -MAX_DECAY in every slot: L* is half of that sum and no exponent exceeds
+MAX_DECAY / 2. Any other chunk needs one pass per subchunk of 16 queries, each with its own L* and exponents up to
+16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
+
+Names. As in flash-linear-attention: `p_` pointer, `b_` block of values, `m_` mask, `o_` offsets, `i_` index. BLOCK_M,
+BLOCK_D, BLOCK_DV and BLOCK_S are M, D, DV and S rounded up to what a tile may have.
 """
 
 from __future__ import annotations
@@ -22,134 +27,135 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PART = tl.constexpr(16)
-MILD = tl.constexpr(140.0)
+SUBCHUNK = tl.constexpr(16)
+MAX_DECAY = tl.constexpr(140.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def locate(program, table, per_sequence, PACKED: tl.constexpr):
-    """(sequence, index within it) of a program; the sequence is -1 for a program that has nothing to do."""
+def locate_program(i_program, p_table, per_sequence, PACKED: tl.constexpr):
+    """(sequence, index within it) of a program; the sequence is -1 for a spare program with no work."""
     if PACKED:
-        sequence = tl.load(table + 2 * program)
-        index = tl.load(table + 2 * program + 1)
+        i_n = tl.load(p_table + 2 * i_program)
+        index = tl.load(p_table + 2 * i_program + 1)
     else:
-        sequence = program // per_sequence
-        index = program % per_sequence
-    return sequence, index
+        i_n = i_program // per_sequence
+        index = i_program % per_sequence
+    return i_n, index
 
 
 @triton.jit
-def chunk_of(block, offset, CHUNK: tl.constexpr):
-    """The chunk of tokens that a block of queries commits; below 0 for one whose queries commit none."""
-    return block - (offset + CHUNK - 1) // CHUNK
+def chunk_of_block(i_block, offset, CHUNK: tl.constexpr):
+    """The chunk of tokens that a block of queries writes; negative if its queries write none."""
+    return i_block - (offset + CHUNK - 1) // CHUNK
 
 
 @triton.jit
-def chunks_in(count, offset, CHUNK: tl.constexpr):
-    """Chunks of tokens that enter the slots, of a sequence with `count` queries whose first `offset` commit none."""
-    return (tl.maximum(count - offset, 0) + CHUNK - 1) // CHUNK
+def num_chunks(seqlen, offset, CHUNK: tl.constexpr):
+    """Chunks of tokens written to the slots by `seqlen` queries, the first `offset` of which write none."""
+    return (tl.maximum(seqlen - offset, 0) + CHUNK - 1) // CHUNK
 
 
 @triton.jit
-def far(index, stride):
-    """Where the `index`-th of what lies `stride` elements apart begins, in 64 bits."""
+def offset_i64(index, stride):
+    """`index * stride` as int64: head offsets exceed 2^31 elements."""
     return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
-def bounds(sequence, cu, chunk_base, length, past, chunks, PACKED: tl.constexpr):
+def sequence_bounds(i_n, p_cu, p_chunk_base, length, past, chunks, PACKED: tl.constexpr):
     """(batch row, first query, first key, number of queries, first chunk) of a sequence."""
     if PACKED:
-        start = tl.load(cu + sequence).to(tl.int64)
-        count = (tl.load(cu + sequence + 1) - start).to(tl.int32)
-        base = tl.load(chunk_base + sequence).to(tl.int64)
-        row = start * 0
-        first_key = start + sequence.to(tl.int64) * past
+        q_start = tl.load(p_cu + i_n).to(tl.int64)
+        seqlen = (tl.load(p_cu + i_n + 1) - q_start).to(tl.int32)
+        chunk_base = tl.load(p_chunk_base + i_n).to(tl.int64)
+        i_b = q_start * 0
+        k_start = q_start + i_n.to(tl.int64) * past
     else:
-        row = sequence.to(tl.int64)
-        start = row * 0
-        first_key = row * 0
-        base = row * chunks
-        count = length
-    return row, start, first_key, count, base
+        i_b = i_n.to(tl.int64)
+        q_start = i_b * 0
+        k_start = i_b * 0
+        chunk_base = i_b * chunks
+        seqlen = length
+    return i_b, q_start, k_start, seqlen, chunk_base
 
 
 @triton.jit
-def load_rows(base, offset, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows at `base + offset` as [len(offset), WIDTH]; zero where not `inside` and in columns beyond DIM.
+def load_rows(p_base, o_row, m_row, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows at `p_base + o_row` as [len(o_row), WIDTH]; zero where `m_row` is False and in columns beyond DIM.
 
-    `inside` is None where all rows are.
-
-    Offsets are relative to a base of the program's own, so 32 bits suffice for them, not for the base.
+    `m_row` None means all rows. Offsets are relative to a base of the program's own: 32 bits suffice for them, not for
+    the base.
     """
-    column = tl.arange(0, WIDTH)
-    if inside is not None:
-        mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
-        return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
+    o_column = tl.arange(0, WIDTH)
+    if m_row is not None:
+        mask = m_row[:, None] & (o_column < DIM)[None, :] if DIM < WIDTH else m_row[:, None]
+        return tl.load(p_base + o_row[:, None] + o_column[None, :], mask=mask, other=0.0)
     elif DIM < WIDTH:
-        return tl.load(base + offset[:, None] + column[None, :], mask=(column < DIM)[None, :], other=0.0)
+        return tl.load(p_base + o_row[:, None] + o_column[None, :], mask=(o_column < DIM)[None, :], other=0.0)
     else:
-        return tl.load(base + offset[:, None] + column[None, :])
+        return tl.load(p_base + o_row[:, None] + o_column[None, :])
 
 
 @triton.jit
-def store_rows(base, offset, inside, value, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Write [len(offset), WIDTH] to rows at `base + offset`, only `inside` and columns below DIM."""
-    column = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (column < DIM)[None, :] if DIM < WIDTH else inside[:, None]
-    tl.store(base + offset[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=mask)
+def store_rows(p_base, o_row, m_row, b_x, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Store [len(o_row), WIDTH] to rows at `p_base + o_row` where `m_row` is True, columns below DIM."""
+    o_column = tl.arange(0, WIDTH)
+    mask = m_row[:, None] & (o_column < DIM)[None, :] if DIM < WIDTH else m_row[:, None]
+    tl.store(p_base + o_row[:, None] + o_column[None, :], b_x.to(p_base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def whole_blocks(first, stop, BLOCK: tl.constexpr):
-    """How many tokens from `first` on are in whole blocks before `stop`."""
+def round_down(first, stop, BLOCK: tl.constexpr):
+    """Tokens from `first` on that fill whole blocks before `stop`."""
     return tl.maximum(stop - first, 0) // BLOCK * BLOCK
 
 
 @triton.jit
-def around(at, first, inner):
-    """The token that `at` counts where `inner` tokens from `first` on are left out."""
-    return at + tl.where(at < first, 0, inner)
+def skip_inner(i_token, first, inner):
+    """The `i_token`-th token where `inner` tokens from `first` on are skipped."""
+    return i_token + tl.where(i_token < first, 0, inner)
 
 
 @triton.jit
-def load_slots(base, here, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[SLOTS, WIDTH] of contiguous slots [M, DIM], zero beyond them and where they are not `here`."""
-    slot = tl.arange(0, SLOTS)
-    return load_rows(base, slot * DIM, (slot < M) & here, DIM, WIDTH)
+def load_slots(p_slots, m, M: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Contiguous slots [M, DIM] as [BLOCK_M, WIDTH]; zero beyond them and where the scalar `m` is False."""
+    o_m = tl.arange(0, BLOCK_M)
+    return load_rows(p_slots, o_m * DIM, (o_m < M) & m, DIM, WIDTH)
 
 
 @triton.jit
-def load_held(base, border, here, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[SLOTS, WIDTH] of the slots at a chunk's border times `border`, float32."""
-    return load_slots(base, here, M, SLOTS, DIM, WIDTH).to(tl.float32) * border[:, None]
+def load_decayed_slots(
+    p_slots, b_chunk_decay, m, M: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The slots at the start of a chunk times `chunk_decay`, float32 [BLOCK_M, WIDTH]."""
+    return load_slots(p_slots, m, M, BLOCK_M, DIM, WIDTH).to(tl.float32) * b_chunk_decay[:, None]
 
 
 @triton.jit
-def store_slots(base, value, M: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Write [SLOTS, WIDTH] to contiguous slots [M, DIM]."""
-    slot = tl.arange(0, SLOTS)
-    store_rows(base, slot * DIM, slot < M, value, DIM, WIDTH)
+def store_slots(p_slots, b_x, M: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Store [BLOCK_M, WIDTH] to contiguous slots [M, DIM]."""
+    o_m = tl.arange(0, BLOCK_M)
+    store_rows(p_slots, o_m * DIM, o_m < M, b_x, DIM, WIDTH)
 
 
 @triton.jit
-def load_gates(base, offset, there, M: tl.constexpr, SLOTS: tl.constexpr):
-    """[len(offset), SLOTS] log-gates at `base + offset`, clamped to [-5, 0]; zero for tokens that are not `there`."""
-    raw = load_rows(base, offset, there, M, SLOTS)
-    return clamp_gate(raw).to(raw.dtype)
+def load_gates(p_gate, o_row, m_row, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Log-gates [len(o_row), BLOCK_M], clamped to [-5, 0]; zero where `m_row` is False."""
+    b_raw = load_rows(p_gate, o_row, m_row, M, BLOCK_M)
+    return clamp_gate(b_raw).to(b_raw.dtype)
 
 
 @triton.jit
-def clamp_gate(raw):
+def clamp_gate(b_raw):
     """Log-gates as the definition wants them: float32 in [-5, 0]."""
-    return tl.minimum(tl.maximum(raw.to(tl.float32), -5.0), 0.0)
+    return tl.minimum(tl.maximum(b_raw.to(tl.float32), -5.0), 0.0)
 
 
 @triton.jit
-def taken(gate, DTYPE: tl.constexpr):
+def one_minus_exp(b_gate, DTYPE: tl.constexpr):
     """1 - exp(gate) in float32, without cancellation near 0; exact to DTYPE."""
-    g = gate.to(tl.float32)
+    g = b_gate.to(tl.float32)
     if tl.float32 == DTYPE:
         series = g * (1 + g * (1 / 2 + g * (1 / 6 + g * (1 / 24 + g * (1 / 120 + g * (1 / 720))))))
         return tl.where(g > -0.25, -series, 1 - tl.exp2(g * LOG2_E))
@@ -157,89 +163,93 @@ def taken(gate, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def sums(weights, gate):
-    """weights @ gate in float32; the weights are 0, 1/2 or 1 up to sign."""
-    return tl.dot(weights.to(gate.dtype), gate, input_precision="tf32x3")
+def sum_gates(b_weight, b_gate):
+    """b_weight @ b_gate in float32; the weights are 0, 1/2 or 1 up to sign."""
+    return tl.dot(b_weight.to(b_gate.dtype), b_gate, input_precision="tf32x3")
 
 
 @triton.jit
-def is_harsh(decay_at, here, M: tl.constexpr, SLOTS: tl.constexpr):
-    """1 if one of a chunk's summed log-gates [M] at `decay_at` is below -MILD, else 0; 0 where there is no chunk."""
-    slot = tl.arange(0, SLOTS)
-    sums_of_slots = tl.load(decay_at + slot, mask=(slot < M) & here, other=0.0)
-    return tl.max((sums_of_slots < -MILD).to(tl.int32), 0)
+def chunk_needs_subchunks(p_decay, m, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """1 if one of a chunk's summed log-gates [M] is below -MAX_DECAY, else 0; 0 where the scalar `m` is False."""
+    o_m = tl.arange(0, BLOCK_M)
+    b_decay = tl.load(p_decay + o_m, mask=(o_m < M) & m, other=0.0)
+    return tl.max((b_decay < -MAX_DECAY).to(tl.int32), 0)
 
 
 @triton.jit
-def in_pass(token, part, needs_subchunks):
-    """Whether the queries of some tokens of a chunk are read in a pass; all are in the only pass of a mild chunk."""
-    return (token // PART - part) * needs_subchunks == 0
+def in_subchunk(o_t, i_sub, needs_subchunks):
+    """Whether the pass `i_sub` computes the queries of some tokens of a chunk; a chunk's only pass computes all."""
+    return (o_t // SUBCHUNK - i_sub) * needs_subchunks == 0
 
 
 @triton.jit
-def middle_of(part, needs_subchunks, CHUNK: tl.constexpr):
+def reference_weights(i_sub, needs_subchunks, CHUNK: tl.constexpr):
     """[CHUNK]: the weights with which a chunk's log-gates sum to L* of a pass."""
-    token = tl.arange(0, CHUNK)
-    own = tl.where(token < part * PART, 1.0, tl.where(token < part * PART + PART, 0.5, 0.0))
-    return tl.where(token * 0 + needs_subchunks == 0, 0.5, own)
+    o_t = tl.arange(0, CHUNK)
+    b_own = tl.where(o_t < i_sub * SUBCHUNK, 1.0, tl.where(o_t < i_sub * SUBCHUNK + SUBCHUNK, 0.5, 0.0))
+    return tl.where(o_t * 0 + needs_subchunks == 0, 0.5, b_own)
 
 
 @triton.jit
-def rise_of(gate, part, needs_subchunks, CHUNK: tl.constexpr, HEADS: tl.constexpr):
-    """exp(L_i - L*) [HEADS * CHUNK, SLOTS] for the queries of a pass, 1 for others."""
-    row, token = (tl.arange(0, HEADS * CHUNK) % CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    middle = middle_of(part, needs_subchunks, CHUNK)[None, :]
-    weights = tl.where(token <= row, 1 - middle, -middle)
-    return tl.exp2(sums(tl.where(in_pass(row, part, needs_subchunks), weights, 0.0), gate) * LOG2_E)
+def q_decay(b_gate, i_sub, needs_subchunks, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr):
+    """exp(L_i - L*) [BLOCK_H * CHUNK, BLOCK_M] for the queries of a pass, 1 for others."""
+    o_row, o_t = (tl.arange(0, BLOCK_H * CHUNK) % CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    b_reference = reference_weights(i_sub, needs_subchunks, CHUNK)[None, :]
+    b_weight = tl.where(o_t <= o_row, 1 - b_reference, -b_reference)
+    return tl.exp2(sum_gates(tl.where(in_subchunk(o_row, i_sub, needs_subchunks), b_weight, 0.0), b_gate) * LOG2_E)
 
 
 @triton.jit
-def border_of(gate, part, needs_subchunks, CHUNK: tl.constexpr):
-    """exp(L*) [SLOTS] of a pass."""
-    return tl.exp2(tl.sum(gate.to(tl.float32) * middle_of(part, needs_subchunks, CHUNK)[:, None], 0) * LOG2_E)
+def chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK: tl.constexpr):
+    """exp(L*) [BLOCK_M] of a pass."""
+    b_reference = reference_weights(i_sub, needs_subchunks, CHUNK)
+    return tl.exp2(tl.sum(b_gate.to(tl.float32) * b_reference[:, None], 0) * LOG2_E)
 
 
 @triton.jit
-def share_of(gate, part, needs_subchunks, CHUNK: tl.constexpr):
-    """exp(L* - L_j) [CHUNK, SLOTS] for the tokens that queries of a pass can have committed, 0 for later ones."""
-    token = tl.arange(0, CHUNK)
-    middle = middle_of(part, needs_subchunks, CHUNK)[None, :]
-    exponent = sums(tl.where(token[None, :] <= token[:, None], middle - 1, middle), gate) * LOG2_E
-    earlier = (token - part * PART - PART) * needs_subchunks
-    return tl.exp2(tl.where((earlier < 1 - needs_subchunks)[:, None], exponent, float("-inf")))
+def token_decay(b_gate, i_sub, needs_subchunks, CHUNK: tl.constexpr):
+    """exp(L* - L_j) [CHUNK, BLOCK_M] for the tokens that queries of a pass can have written, 0 for later ones.
+
+    Times 1 - exp(a_j) it is `k_decay`.
+    """
+    o_t = tl.arange(0, CHUNK)
+    b_reference = reference_weights(i_sub, needs_subchunks, CHUNK)[None, :]
+    exponent = sum_gates(tl.where(o_t[None, :] <= o_t[:, None], b_reference - 1, b_reference), b_gate) * LOG2_E
+    beyond = (o_t - i_sub * SUBCHUNK - SUBCHUNK) * needs_subchunks
+    return tl.exp2(tl.where((beyond < 1 - needs_subchunks)[:, None], exponent, float("-inf")))
 
 
 @triton.jit
-def left_at_end(gate, CHUNK: tl.constexpr):
-    """exp of the sum of the log-gates of later tokens of a chunk [CHUNK, SLOTS]: what is left of a token at its end."""
-    token = tl.arange(0, CHUNK)
-    return tl.exp2(sums(tl.where(token[None, :] > token[:, None], 1.0, 0.0), gate) * LOG2_E)
+def decay_to_end(b_gate, CHUNK: tl.constexpr):
+    """exp of the sum of later log-gates of a chunk [CHUNK, BLOCK_M]: what remains of each token at its end."""
+    o_t = tl.arange(0, CHUNK)
+    return tl.exp2(sum_gates(tl.where(o_t[None, :] > o_t[:, None], 1.0, 0.0), b_gate) * LOG2_E)
 
 
 @triton.jit
-def sum_earlier(x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """The sum of the rows before each row of x [CHUNK, SLOTS], float32, as matrix products."""
-    row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return _summed(tl.where(other < row, 1.0, 0.0), x, DTYPE)
+def exclusive_cumsum(b_x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of the rows before each row of b_x [CHUNK, BLOCK_M], float32, as matrix products."""
+    o_row, o_t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return _cumsum_dot(tl.where(o_t < o_row, 1.0, 0.0), b_x, DTYPE)
 
 
 @triton.jit
-def sum_from(x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """The sum of each row of x [CHUNK, SLOTS] and the rows after it, float32, as matrix products."""
-    row, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return _summed(tl.where(other >= row, 1.0, 0.0), x, DTYPE)
+def reverse_cumsum(b_x, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of each row of b_x [CHUNK, BLOCK_M] and the rows after it, float32, as matrix products."""
+    o_row, o_t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return _cumsum_dot(tl.where(o_t >= o_row, 1.0, 0.0), b_x, DTYPE)
 
 
 @triton.jit
-def _summed(weights, x, DTYPE: tl.constexpr):
+def _cumsum_dot(b_weight, b_x, DTYPE: tl.constexpr):
     if tl.float32 == DTYPE:
-        return tl.dot(weights, x, input_precision="tf32x3")
+        return tl.dot(b_weight, b_x, input_precision="tf32x3")
     else:
-        # Two bfloat16 numbers hold 16 bits of x, twice as many as what is multiplied with it elsewhere.
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        weights = weights.to(tl.bfloat16)
-        return tl.dot(weights, high) + tl.dot(weights, low)
+        # Two bfloat16 numbers hold 16 bits of b_x, twice as many as its other factors have.
+        b_high = b_x.to(tl.bfloat16)
+        b_low = (b_x - b_high.to(tl.float32)).to(tl.bfloat16)
+        b_weight = b_weight.to(tl.bfloat16)
+        return tl.dot(b_weight, b_high) + tl.dot(b_weight, b_low)
 
 
 @triton.jit

@@ -9,178 +9,106 @@ from torch import Tensor
 
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance
-from nha.ops.triton.chunk import host as launch
-from nha.ops.triton.chunk.host import Inputs, Kept
+from nha.ops.triton.chunk import host
+from nha.ops.triton.chunk.call import Call, ChunkStates, Inputs
+from nha.ops.triton.chunk.host import Saved
 from nha.ops.varlen import sequence_of
 
+# Arguments of the operators, as schemas; those of `nha::triton` are the fields of `Inputs`.
+INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_slot, Tensor? k_slot, Tensor log_gate, Tensor? slot_key, "
+    "Tensor? slot_value, Tensor? sink_key, Tensor? sink_value, Tensor? first_key, Tensor? cu_seqlens, "
+    "int window, int past, float scale, bool slots_active"
+)
+GRADS = (
+    "Tensor? dout, Tensor? dmass, Tensor? dslot_key, Tensor? dslot_value, Tensor out, Tensor mass, Tensor lse, "
+    "Tensor states_key, Tensor states_value, Tensor states_decay"
+)
+TENSORS = 12  # arguments of `nha::triton` that are tensors
+DIFFERENTIABLE = 10  # the first of them, which have gradients
 
-@torch.library.custom_op("nha::triton", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_slot: Tensor | None,
-    k_slot: Tensor | None,
-    log_gate: Tensor,
-    slot_key: Tensor | None,
-    slot_value: Tensor | None,
-    sink_key: Tensor | None,
-    sink_value: Tensor | None,
-    first: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window: int,
-    past: int,
-    scale: float,
-    live: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ], final slots [N, H, M, ...] and, for the backward pass, what
-    `launch.Kept` holds; inputs as `launch.Inputs`.
-    """
-    inputs = Inputs(
-        q,
-        k,
-        v,
-        q_slot,
-        k_slot,
-        log_gate,
-        slot_key,
-        slot_value,
-        sink_key,
-        sink_value,
-        first,
-        cu_seqlens,
-        window,
-        past,
-        scale,
-        live,
-    ).shaped()
-    plan, sizes = inputs.plan()
-    kept, last = launch.slot_states(inputs, plan, sizes)
-    return *launch.outputs(inputs, plan, sizes, kept), *last, kept.key, kept.value, kept.decay
+
+@torch.library.custom_op("nha::triton", mutates_args=(), schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
+def _forward(*args):
+    """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ], final slots [N, H, M, ...] and the `ChunkStates`."""
+    call = Call.of(Inputs(*args))
+    states, final = host.slot_states(call)
+    return *host.outputs(call, states), *final, *states
 
 
 @_forward.register_fake
-def _(*given):
-    inputs = Inputs(*given)
-    q, k, v, log_gate, cu_seqlens = inputs.q, inputs.k, inputs.v, inputs.log_gate, inputs.cu_seqlens
-    batch, length, query_heads, dim = q.shape
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = (rows, k.shape[2], log_gate.shape[3])
-    per_query = (batch, length, query_heads)
+def _(*args):
+    inputs = Inputs(*args)
+    per_query = inputs.q.shape[:3]
+    final = (inputs.sequences, inputs.heads, inputs.slots)
     return (
-        v.new_empty(*per_query, v.shape[3]),
-        q.new_empty(per_query, dtype=torch.float32),
-        q.new_empty(per_query, dtype=torch.float32),
-        q.new_empty(*state, dim, dtype=torch.float32),
-        q.new_empty(*state, v.shape[3], dtype=torch.float32),
-        *inputs.kept(inputs.blocks()),
+        inputs.v.new_empty(*per_query, inputs.v.shape[3]),
+        inputs.q.new_empty(per_query, dtype=torch.float32),
+        inputs.q.new_empty(per_query, dtype=torch.float32),
+        *(inputs.q.new_empty(*final, dim, dtype=torch.float32) for dim in inputs.dims),
+        *ChunkStates.empty(inputs, inputs.block_sizes().chunk),
     )
 
 
-@torch.library.custom_op("nha::triton_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-    out: Tensor,
-    mass: Tensor,
-    lse: Tensor,
-    kept_key: Tensor,
-    kept_value: Tensor,
-    kept_decay: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_slot: Tensor | None,
-    k_slot: Tensor | None,
-    log_gate: Tensor,
-    slot_key: Tensor | None,
-    slot_value: Tensor | None,
-    sink_key: Tensor | None,
-    sink_value: Tensor | None,
-    first: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window: int,
-    past: int,
-    scale: float,
-    live: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q ... sink_value; an empty tensor for what was left out."""
-    inputs = Inputs(
-        q,
-        k,
-        v,
-        q_slot,
-        k_slot,
-        log_gate,
-        slot_key,
-        slot_value,
-        sink_key,
-        sink_value,
-        first,
-        cu_seqlens,
-        window,
-        past,
-        scale,
-        live,
-    ).shaped()
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = (rows, k.shape[2], log_gate.shape[3])
+@torch.library.custom_op(
+    "nha::triton_backward",
+    mutates_args=(),
+    schema=f"({GRADS}, {INPUTS}) -> ({', '.join(['Tensor'] * DIFFERENTIABLE)})",
+)
+def _backward(dout, dmass, dslot_key, dslot_value, out, mass, lse, *rest):
+    """Gradients of q ... sink_value; an empty tensor for those not given."""
+    states, inputs = ChunkStates(*rest[:3]), Inputs(*rest[3:])
+    final = (inputs.sequences, inputs.heads, inputs.slots)
 
-    def given(grad: Tensor | None, *shape: int) -> Tensor:
-        return q.new_zeros(shape, dtype=torch.float32) if grad is None else grad.contiguous()
+    def or_zeros(grad: Tensor | None, dim: int) -> Tensor:
+        return inputs.q.new_zeros(*final, dim, dtype=torch.float32) if grad is None else grad.contiguous()
 
-    grads = launch.gradients(
-        inputs,
-        Kept(kept_key, kept_value, kept_decay),
-        out,
-        mass,
-        lse,
-        torch.zeros_like(out) if grad_out is None else grad_out.contiguous(),
-        None if grad_mass is None else grad_mass.contiguous(),
-        given(grad_key, *state, q.shape[3]),
-        given(grad_value, *state, v.shape[3]),
-    )
-    absent = inputs[:10]
-    return tuple(q.new_empty(0) if x is None else g for x, g in zip(absent, grads, strict=True))  # type: ignore
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    saved = Saved(states, out, mass, lse, dout, None if dmass is None else dmass.contiguous())
+    dfinal = (or_zeros(grad, dim) for grad, dim in zip((dslot_key, dslot_value), inputs.dims, strict=True))
+    grads = host.gradients(Call.of(inputs), saved, *dfinal)
+    given = inputs[:DIFFERENTIABLE]
+    return tuple(inputs.q.new_empty(0) if x is None else grad for x, grad in zip(given, grads, strict=True))
 
 
 @_backward.register_fake
-def _(grad_out, grad_mass, grad_key, grad_value, out, mass, lse, kept_key, kept_value, kept_decay, *inputs):
-    like = inputs[:10]
-    nothing = inputs[0].new_empty
-    return tuple(nothing(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+def _(*args):
+    inputs = Inputs(*args[-len(Inputs._fields) :])
+    return tuple(
+        inputs.q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in inputs[:DIFFERENTIABLE]
+    )
 
 
 def _save(ctx, inputs, output) -> None:
-    out, mass, lse, _, _, *kept = output
-    ctx.save_for_backward(out, mass, lse, *kept, *inputs[:12])
-    ctx.options = inputs[12:]
+    out, mass, lse, _, _, *states = output
+    ctx.save_for_backward(out, mass, lse, *states, *inputs[:TENSORS])
+    ctx.options = inputs[TENSORS:]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_out, grad_mass, _, grad_key, grad_value, *__):
+def _differentiate(ctx, dout, dmass, _, dslot_key, dslot_value, *__):
     saved = ctx.saved_tensors
-    grads = _backward(grad_out, grad_mass, grad_key, grad_value, *saved, *ctx.options)
-    given = saved[6:16]
-    return *(None if x is None else g for x, g in zip(given, grads, strict=True)), *[None] * 6
+    grads = _backward(dout, dmass, dslot_key, dslot_value, *saved, *ctx.options)
+    given = saved[-TENSORS:][:DIFFERENTIABLE]
+    without = [None] * (len(Inputs._fields) - DIFFERENTIABLE)
+    return *(None if x is None else grad for x, grad in zip(given, grads, strict=True)), *without
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _pack(cu_seqlens: Tensor, window: int, tails: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    """The tail [N, W, ...] of every sequence before its tokens: tensors [1, T + N * W, ...] of new ones [1, T, ...]."""
+def _pack(cu_seqlens: Tensor, window: int, caches: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Insert each sequence's window cache [N, W, ...] before its tokens [1, T, ...]: tensors [1, T + N * W, ...]."""
     count, length = cu_seqlens.shape[0] - 1, new[0].shape[1]
     device = cu_seqlens.device
     token = torch.arange(length, device=device)
     sequence = sequence_of(cu_seqlens, token).clamp_max(count - 1)
     row = torch.arange(count, device=device)[:, None]
-    tail_place = cu_seqlens[:-1, None] + row * window + torch.arange(window, device=device)
-    place = torch.cat([tail_place.flatten(), token + (sequence + 1) * window])
-    source = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=device))
-    return [torch.cat([a.flatten(0, 1), b[0]]).index_select(0, source)[None] for a, b in zip(tails, new, strict=True)]
+    cached = cu_seqlens[:-1, None] + row * window + torch.arange(window, device=device)
+    index = torch.cat([cached.flatten(), token + (sequence + 1) * window])
+    source = torch.empty_like(index).scatter_(0, index, torch.arange(index.shape[0], device=device))
+    return [torch.cat([a.flatten(0, 1), b[0]]).index_select(0, source)[None] for a, b in zip(caches, new, strict=True)]
 
 
 def _advance_packed(
@@ -222,9 +150,9 @@ def triton_attention(
     fresh: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, NHAState | None]:
-    """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and, to `keep`, the state after the segment (as `nha_attention`).
+    """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and, with `keep`, the state after the segment (as `nha_attention`).
 
-    `fresh` says that `state` has seen nothing and holds no slots; it may then be None, if none is to be kept.
+    `fresh` means that `state` holds no tokens and no slots; it may then be None, unless `keep`.
     """
     shared_query, shared_key = q_slot is q, k_slot is k
     count = None
@@ -235,17 +163,17 @@ def triton_attention(
         count = attention_mask.sum(1)
     window, before = window_size, None if fresh else state
     past = window if before is not None else 0
-    first = None if before is None else window - before.num_tokens.clamp_max(window)
+    first_key = None if before is None else window - before.num_tokens.clamp_max(window)
     keys, values, token_keys, gates = k, v, k_slot, log_gate
     packed = cu_seqlens is not None and window > 0
     joined = None
     if state is not None and (past or (packed and keep)):
-        slot_tail = state.key if state.window_slot_key is None else state.window_slot_key
-        tails = [state.key, state.value, slot_tail, state.window_log_gate.to(log_gate.dtype)]
+        slot_cache = state.key if state.window_slot_key is None else state.window_slot_key
+        caches = [state.key, state.value, slot_cache, state.window_log_gate.to(log_gate.dtype)]
         new = [k, v, k_slot, log_gate]
-        joined = _pack(cu_seqlens, window, tails, new) if packed and cu_seqlens is not None else None
+        joined = _pack(cu_seqlens, window, caches, new) if packed and cu_seqlens is not None else None
         if past:
-            keys, values, token_keys, gates = joined or [torch.cat(pair, 1) for pair in zip(tails, new, strict=True)]
+            keys, values, token_keys, gates = joined or [torch.cat(pair, 1) for pair in zip(caches, new, strict=True)]
     if count is not None:
         token = torch.arange(gates.shape[1], device=q.device)
         gates = torch.where((token < (count + past - window)[:, None])[..., None, None], gates, 0)
@@ -261,7 +189,7 @@ def triton_attention(
         None if before is None else before.slot_value,
         sink_key,
         sink_value,
-        first,
+        first_key,
         cu_seqlens,
         window,
         past,

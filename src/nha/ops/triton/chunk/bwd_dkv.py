@@ -7,104 +7,260 @@ import triton.language as tl
 
 from nha.ops.triton.primitives import (
     LOG2_E,
-    around,
-    bounds,
     clamp_gate,
-    far,
-    left_at_end,
+    decay_to_end,
+    exclusive_cumsum,
     load_gates,
     load_rows,
     load_slots,
-    locate,
+    locate_program,
     matmul,
+    offset_i64,
+    one_minus_exp,
+    round_down,
+    sequence_bounds,
+    skip_inner,
     store_rows,
-    sum_earlier,
-    taken,
-    whole_blocks,
 )
 
 
 @triton.jit
-def receive(
-    keys,
-    values,
-    dkeys,
-    dvalues,
-    q,
-    grad_out,
-    lse,
-    delta,
+def dkv_of_queries(
+    b_k,
+    b_v,
+    b_dk,
+    b_dv,
+    p_q,
+    p_do,
+    p_lse,
+    p_delta,
     q_b,
     q_t,
     q_h,
-    row,
-    start,
+    i_b,
+    q_start,
     length,
     offset,
-    count,
-    u0,
-    near,
-    query_head,
-    query_heads,
-    shown,
+    seqlen,
+    u_start,
+    i_hq,
+    q_heads,
+    o_token,
     window,
     scale,
     D: tl.constexpr,
     DV: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(dkeys, dvalues) with what the queries `u0 + near` of one head add to them.
+    """(b_dk, b_dv) plus what the BLOCK_N queries of one head from `u_start` on contribute.
 
-    MASKED: only those that there are, each to the keys of its own window, whose tokens are `shown`.
+    MASKED: only queries that exist, each to the keys of its own window; `o_token` are the keys' tokens.
     """
-    query0 = start + u0 + offset
-    real = u0 + near < count - offset if MASKED else None
-    query_at = q + row * q_b + query0 * q_t + far(query_head, q_h)
-    query = load_rows(query_at, near * q_t, real, D, KEY)
-    place = (row * length + query0) * query_heads + query_head
-    grad = load_rows(grad_out + place * DV, near * (query_heads * DV), real, DV, VALUE)
+    o_n = tl.arange(0, BLOCK_N)
+    query0 = q_start + u_start + offset
+    m_q = u_start + o_n < seqlen - offset if MASKED else None
+    p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
+    b_q = load_rows(p_q_row, o_n * q_t, m_q, D, BLOCK_D)
+    o_out = (i_b * length + query0) * q_heads + i_hq
+    b_do = load_rows(p_do + o_out * DV, o_n * (q_heads * DV), m_q, DV, BLOCK_DV)
     if MASKED:
-        total = tl.load(lse + place + near * query_heads, mask=real, other=float("inf"))
-        taken_off = tl.load(delta + place + near * query_heads, mask=real, other=0.0)
+        b_lse = tl.load(p_lse + o_out + o_n * q_heads, mask=m_q, other=float("inf"))
+        b_delta = tl.load(p_delta + o_out + o_n * q_heads, mask=m_q, other=0.0)
     else:
-        total = tl.load(lse + place + near * query_heads)
-        taken_off = tl.load(delta + place + near * query_heads)
-    score = matmul(keys, tl.trans(query), DTYPE, PRECISION) * (scale * LOG2_E) - total[None, :]
+        b_lse = tl.load(p_lse + o_out + o_n * q_heads)
+        b_delta = tl.load(p_delta + o_out + o_n * q_heads)
+    b_s = matmul(b_k, tl.trans(b_q), DTYPE, PRECISION) * (scale * LOG2_E) - b_lse[None, :]
     if MASKED:
-        inside = (shown[:, None] - (u0 + 1 + near)[None, :]).to(tl.uint32) < window.to(tl.uint32)
-        score = tl.where(inside, score, float("-inf"))
-    weight = tl.exp2(score)
-    dvalues += matmul(weight, grad, DTYPE, PRECISION)
-    dscore = weight * (matmul(values, tl.trans(grad), DTYPE, PRECISION) - taken_off[None, :])
-    dkeys += matmul(dscore, query, DTYPE, PRECISION)
-    return dkeys, dvalues
+        m_window = (o_token[:, None] - (u_start + 1 + o_n)[None, :]).to(tl.uint32) < window.to(tl.uint32)
+        b_s = tl.where(m_window, b_s, float("-inf"))
+    b_p = tl.exp2(b_s)
+    b_dv += matmul(b_p, b_do, DTYPE, PRECISION)
+    b_ds = b_p * (matmul(b_v, tl.trans(b_do), DTYPE, PRECISION) - b_delta[None, :])
+    b_dk += matmul(b_ds, b_q, DTYPE, PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def dkv_of_window(
+    b_k,
+    b_v,
+    b_dk,
+    b_dv,
+    p_q,
+    p_do,
+    p_lse,
+    p_delta,
+    q_b,
+    q_t,
+    q_h,
+    i_b,
+    q_start,
+    length,
+    offset,
+    seqlen,
+    j_start,
+    i_h,
+    q_heads,
+    first_key,
+    window,
+    scale,
+    groups,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_PREFIX_MASK: tl.constexpr,
+    SPLIT_INNER_LOOP: tl.constexpr,
+):
+    """(dk, dv) of the chunk from token `j_start` on, from all queries whose window holds one of its keys."""
+    o_token = j_start + tl.arange(0, CHUNK)
+    # Nobody sees tokens before `first_key`: moved below every window, they are masked like any other.
+    o_token = tl.where(o_token >= first_key, o_token, -window - CHUNK) if HAS_PREFIX_MASK else o_token
+    u_first, u_stop = tl.maximum(j_start - window, -offset), tl.minimum(j_start + CHUNK - 1, seqlen - offset)
+    inner = 0
+    if SPLIT_INNER_LOOP:
+        # The windows of these queries hold all keys of the chunk, none of which may then lie before `first_key`.
+        inner_stop = tl.minimum(j_start, seqlen - offset)
+        if HAS_PREFIX_MASK:
+            inner_stop = tl.where(j_start < first_key, u_first, inner_stop)
+        inner = round_down(u_first + CHUNK, inner_stop, BLOCK_N)
+    steps = tl.maximum(u_stop - inner - u_first + BLOCK_N - 1, 0) // BLOCK_N
+    if SPLIT_INNER_LOOP:
+        for step in range(0, inner // BLOCK_N * groups):
+            u_start = u_first + CHUNK + step // groups * BLOCK_N
+            b_dk, b_dv = dkv_of_queries(
+                b_k,
+                b_v,
+                b_dk,
+                b_dv,
+                p_q,
+                p_do,
+                p_lse,
+                p_delta,
+                q_b,
+                q_t,
+                q_h,
+                i_b,
+                q_start,
+                length,
+                offset,
+                seqlen,
+                u_start,
+                i_h * groups + step % groups,
+                q_heads,
+                o_token,
+                window,
+                scale,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_N,
+                DTYPE,
+                PRECISION,
+                MASKED=False,
+            )
+    for step in range(0, steps * groups):
+        u_outer = u_first + step // groups * BLOCK_N
+        u_start = skip_inner(u_outer, u_first + CHUNK, inner) if SPLIT_INNER_LOOP else u_outer
+        b_dk, b_dv = dkv_of_queries(
+            b_k,
+            b_v,
+            b_dk,
+            b_dv,
+            p_q,
+            p_do,
+            p_lse,
+            p_delta,
+            q_b,
+            q_t,
+            q_h,
+            i_b,
+            q_start,
+            length,
+            offset,
+            seqlen,
+            u_start,
+            i_h * groups + step % groups,
+            q_heads,
+            o_token,
+            window,
+            scale,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            DTYPE,
+            PRECISION,
+            MASKED=True,
+        )
+    return b_dk, b_dv
+
+
+@triton.jit
+def dgate_of_chunk(
+    p_gate,
+    p_dgate,
+    p_dend,
+    g_t,
+    i_end,
+    b_dweight,
+    m_written,
+    heads,
+    parts,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Gradients of a chunk's raw log-gates [CHUNK, BLOCK_M]; zero where the clamp cut them off.
+
+    b_dweight is the gradient of the weight with which each token enters the slots after the chunk.
+    """
+    o_t, o_m = tl.arange(0, CHUNK), tl.arange(0, BLOCK_M)
+    b_raw = load_rows(p_gate, o_t * g_t, m_written, M, BLOCK_M)
+    b_gate = clamp_gate(b_raw)
+    # The sum over the chunk gains weight * dweight of every token; each token's own running sum loses it again.
+    b_dweight *= decay_to_end(b_gate.to(b_raw.dtype), CHUNK)
+    b_dgate = exclusive_cumsum(one_minus_exp(b_gate, DTYPE) * b_dweight, CHUNK, DTYPE)
+    b_dgate -= tl.exp2(b_gate * LOG2_E) * b_dweight
+    for i_part in range(0, parts):
+        b_dgate += tl.load(p_dend + (i_end + i_part) * M + o_m, mask=o_m < M, other=0.0)[None, :]
+    b_dgate += load_rows(p_dgate, o_t * heads * M, m_written, M, BLOCK_M).to(tl.float32)
+    return tl.where((b_gate == b_raw.to(tl.float32)) & m_written[:, None], b_dgate, 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "key_length"])
-def key_kernel(
-    q,
-    k,
-    v,
-    k_slot,
-    log_gate,
-    dslot_key,
-    dslot_value,
-    dend,
-    grad_out,
-    lse,
-    delta,
-    first,
-    cu,
-    chunk_base,
-    table,
-    dk,
-    dk_slot,
-    dv,
-    dgate,
+def nha_chunk_bwd_kernel_dkv(
+    p_q,
+    p_k,
+    p_v,
+    p_k_slot,
+    p_gate,
+    p_dslot_k,
+    p_dslot_v,
+    p_dend,
+    p_do,
+    p_lse,
+    p_delta,
+    p_first,
+    p_cu,
+    p_chunk_base,
+    p_table,
+    p_dk,
+    p_dk_slot,
+    p_dv,
+    p_dgate,
     q_b,
     q_t,
     q_h,
@@ -133,165 +289,121 @@ def key_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    SLOTS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
-    LATE: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    WIDE: tl.constexpr,
+    HAS_PREFIX_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SLOT_QK: tl.constexpr,
+    SPLIT_INNER_LOOP: tl.constexpr,
 ):
     """dk, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk of keys; programs (chunk, KV head).
 
-    Adds up what the keys receive from all queries whose window holds them, what `slots_kernel` left in dk_slot, dv and
-    dgate, and what comes through the slots after the chunk, whose gradients are `dslot_*` and whose inner products with
-    the slots that decay into them are `dend` [chunks, H, parts, M]. SEPARATE: the slots' part of the keys stays in
-    dk_slot. WIDE: queries whose windows hold the whole chunk have a loop without masks.
+    Adds up three contributions: all queries whose window holds the keys; what `nha_chunk_bwd_kernel_dstate` stored in
+    dk_slot, dv and dgate; and the slots after the chunk, whose gradients are `dslot_*` and whose inner products with
+    the slots that decay into them are `dend` [chunks, H, parts, M]. HAS_SLOT_QK: the slots' part of the keys stays in
+    dk_slot. SPLIT_INNER_LOOP: queries whose windows hold the whole chunk have a loop without masks.
     """
-    sequence, chunk = locate(tl.program_id(0), table, blocks, PACKED)
-    if sequence < 0:
+    i_n, i_chunk = locate_program(tl.program_id(0), p_table, blocks, PACKED)
+    if i_n < 0:
         return
-    head = tl.program_id(1)
-    row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
+    i_h = tl.program_id(1)
+    i_b, q_start, k_start, seqlen, chunk_base = sequence_bounds(i_n, p_cu, p_chunk_base, length, past, chunks, PACKED)
     offset = window - past
-    committed = count - offset
-    begin = 0
-    if LATE:
-        begin = tl.load(first + sequence).to(tl.int32)
-    j0 = chunk * CHUNK
-    line = tl.arange(0, CHUNK)
-    token = j0 + line
-    there = token < past + count
-    token0, query_heads = key_start + j0, heads * groups
-    values = load_rows(v + row * v_b + token0 * v_t + far(head, v_h), line * v_t, there, DV, VALUE)
-    to = (row * key_length + token0) * heads + head
-    to_line = line * heads
-    dkeys = tl.zeros([CHUNK, KEY], tl.float32)
-    dvalues = tl.zeros([CHUNK, VALUE], tl.float32)
-    if WINDOWED:
-        keys = load_rows(k + row * k_b + token0 * k_t + far(head, k_h), line * k_t, there, D, KEY)
-        # Tokens before `begin` are seen by nobody: they lie outside every window that is moved up to it.
-        shown = tl.where(token >= begin, token, -window - CHUNK) if LATE else token
-        first_u, stop_u = tl.maximum(j0 - window, -offset), tl.minimum(j0 + CHUNK - 1, count - offset)
-        inner = 0
-        if WIDE:
-            # The windows of these queries hold all keys of the chunk, none of which must then lie before `begin`.
-            stop_inner = tl.minimum(j0, count - offset)
-            if LATE:
-                stop_inner = tl.where(j0 < begin, first_u, stop_inner)
-            inner = whole_blocks(first_u + CHUNK, stop_inner, BLOCK)
-        steps = tl.maximum(stop_u - inner - first_u + BLOCK - 1, 0) // BLOCK
-        near = tl.arange(0, BLOCK)
-        if WIDE:
-            for step in range(0, inner // BLOCK * groups):
-                u0 = first_u + CHUNK + step // groups * BLOCK
-                dkeys, dvalues = receive(
-                    keys,
-                    values,
-                    dkeys,
-                    dvalues,
-                    q,
-                    grad_out,
-                    lse,
-                    delta,
-                    q_b,
-                    q_t,
-                    q_h,
-                    row,
-                    start,
-                    length,
-                    offset,
-                    count,
-                    u0,
-                    near,
-                    head * groups + step % groups,
-                    query_heads,
-                    shown,
-                    window,
-                    scale,
-                    D,
-                    DV,
-                    KEY,
-                    VALUE,
-                    DTYPE,
-                    PRECISION,
-                    MASKED=False,
-                )
-        for step in range(0, steps * groups):
-            at = first_u + step // groups * BLOCK
-            u0 = around(at, first_u + CHUNK, inner) if WIDE else at
-            dkeys, dvalues = receive(
-                keys,
-                values,
-                dkeys,
-                dvalues,
-                q,
-                grad_out,
-                lse,
-                delta,
-                q_b,
-                q_t,
-                q_h,
-                row,
-                start,
-                length,
-                offset,
-                count,
-                u0,
-                near,
-                head * groups + step % groups,
-                query_heads,
-                shown,
-                window,
-                scale,
-                D,
-                DV,
-                KEY,
-                VALUE,
-                DTYPE,
-                PRECISION,
-                MASKED=True,
-            )
-        dkeys *= scale
-    if SEPARATE and WINDOWED:
-        store_rows(dk + to * D, to_line * D, there, dkeys, D, KEY)
-        dkeys = tl.zeros([CHUNK, KEY], tl.float32)
-    change = tl.zeros([CHUNK, SLOTS], tl.float32)
-    if j0 < committed:
-        taken_in = token < committed
-        gate_at = log_gate + row * g_b + token0 * g_t + far(head, g_h)
-        place = (base + chunk) * heads + head
-        gate = load_gates(gate_at, line * g_t, taken_in, M, SLOTS)
-        weight = (left_at_end(gate, CHUNK) * taken(gate, DTYPE)).to(DTYPE)
-        grad = load_slots(dslot_value + place * M * DV, True, M, SLOTS, DV, VALUE)
-        dvalues += load_rows(dv + to * DV, to_line * DV, taken_in, DV, VALUE).to(tl.float32)
-        dvalues += matmul(weight, grad, DTYPE, PRECISION)
-        dweight = matmul(values, tl.trans(grad), DTYPE, PRECISION)
-        store_rows(dv + to * DV, to_line * DV, there, dvalues, DV, VALUE)
-        grad = load_slots(dslot_key + place * M * D, True, M, SLOTS, D, KEY)
-        dkeys += load_rows(dk_slot + to * D, to_line * D, taken_in, D, KEY).to(tl.float32)
-        dkeys += matmul(weight, grad, DTYPE, PRECISION)
-        store_rows(dk_slot + to * D, to_line * D, there, dkeys, D, KEY)
-        keys = load_rows(k_slot + row * ks_b + token0 * ks_t + far(head, ks_h), line * ks_t, taken_in, D, KEY)
-        dweight += matmul(keys, tl.trans(grad), DTYPE, PRECISION)
-
-        # The sum over the chunk gains weight * dweight of every token; each token's own running sum loses it again.
-        raw = load_rows(gate_at, line * g_t, taken_in, M, SLOTS)
-        gate = clamp_gate(raw)
-        dweight *= left_at_end(gate.to(raw.dtype), CHUNK)
-        change = sum_earlier(taken(gate, DTYPE) * dweight, CHUNK, DTYPE)
-        change -= tl.exp2(gate * LOG2_E) * dweight
-        slot = tl.arange(0, SLOTS)
-        for part in range(0, parts):
-            change += tl.load(dend + (place * parts + part) * M + slot, mask=slot < M, other=0.0)[None, :]
-        change += load_rows(dgate + to * M, to_line * M, taken_in, M, SLOTS).to(tl.float32)
-        change = tl.where((gate == raw.to(tl.float32)) & taken_in[:, None], change, 0.0)
+    written = seqlen - offset
+    first_key = 0
+    if HAS_PREFIX_MASK:
+        first_key = tl.load(p_first + i_n).to(tl.int32)
+    j_start = i_chunk * CHUNK
+    o_t = tl.arange(0, CHUNK)
+    m_t = j_start + o_t < past + seqlen
+    token0, q_heads = k_start + j_start, heads * groups
+    b_v = load_rows(p_v + i_b * v_b + token0 * v_t + offset_i64(i_h, v_h), o_t * v_t, m_t, DV, BLOCK_DV)
+    o_token = (i_b * key_length + token0) * heads + i_h
+    o_row = o_t * heads
+    b_dk = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([CHUNK, BLOCK_DV], tl.float32)
+    if HAS_WINDOW:
+        b_k = load_rows(p_k + i_b * k_b + token0 * k_t + offset_i64(i_h, k_h), o_t * k_t, m_t, D, BLOCK_D)
+        b_dk, b_dv = dkv_of_window(
+            b_k,
+            b_v,
+            b_dk,
+            b_dv,
+            p_q,
+            p_do,
+            p_lse,
+            p_delta,
+            q_b,
+            q_t,
+            q_h,
+            i_b,
+            q_start,
+            length,
+            offset,
+            seqlen,
+            j_start,
+            i_h,
+            q_heads,
+            first_key,
+            window,
+            scale,
+            groups,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            CHUNK,
+            BLOCK_N,
+            DTYPE,
+            PRECISION,
+            HAS_PREFIX_MASK,
+            SPLIT_INNER_LOOP,
+        )
+        b_dk *= scale
+    if HAS_SLOT_QK and HAS_WINDOW:
+        store_rows(p_dk + o_token * D, o_row * D, m_t, b_dk, D, BLOCK_D)
+        b_dk = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    b_dgate = tl.zeros([CHUNK, BLOCK_M], tl.float32)
+    if j_start < written:
+        m_written = j_start + o_t < written
+        p_gate += i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
+        i_state = (chunk_base + i_chunk) * heads + i_h
+        b_gate = load_gates(p_gate, o_t * g_t, m_written, M, BLOCK_M)
+        b_weight = (decay_to_end(b_gate, CHUNK) * one_minus_exp(b_gate, DTYPE)).to(DTYPE)
+        b_dslot = load_slots(p_dslot_v + i_state * M * DV, True, M, BLOCK_M, DV, BLOCK_DV)
+        b_dv += load_rows(p_dv + o_token * DV, o_row * DV, m_written, DV, BLOCK_DV).to(tl.float32)
+        b_dv += matmul(b_weight, b_dslot, DTYPE, PRECISION)
+        b_dweight = matmul(b_v, tl.trans(b_dslot), DTYPE, PRECISION)
+        store_rows(p_dv + o_token * DV, o_row * DV, m_t, b_dv, DV, BLOCK_DV)
+        b_dslot = load_slots(p_dslot_k + i_state * M * D, True, M, BLOCK_M, D, BLOCK_D)
+        b_dk += load_rows(p_dk_slot + o_token * D, o_row * D, m_written, D, BLOCK_D).to(tl.float32)
+        b_dk += matmul(b_weight, b_dslot, DTYPE, PRECISION)
+        store_rows(p_dk_slot + o_token * D, o_row * D, m_t, b_dk, D, BLOCK_D)
+        p_k_slot += i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
+        b_k_slot = load_rows(p_k_slot, o_t * ks_t, m_written, D, BLOCK_D)
+        b_dweight += matmul(b_k_slot, tl.trans(b_dslot), DTYPE, PRECISION)
+        b_dgate = dgate_of_chunk(
+            p_gate,
+            p_dgate + o_token * M,
+            p_dend,
+            g_t,
+            i_state * parts,
+            b_dweight,
+            m_written,
+            heads,
+            parts,
+            M,
+            BLOCK_M,
+            CHUNK,
+            DTYPE,
+        )
     else:
-        store_rows(dk_slot + to * D, to_line * D, there, dkeys, D, KEY)
-        store_rows(dv + to * DV, to_line * DV, there, dvalues, DV, VALUE)
-    store_rows(dgate + to * M, to_line * M, there, change, M, SLOTS)
+        store_rows(p_dk_slot + o_token * D, o_row * D, m_t, b_dk, D, BLOCK_D)
+        store_rows(p_dv + o_token * DV, o_row * DV, m_t, b_dv, DV, BLOCK_DV)
+    store_rows(p_dgate + o_token * M, o_row * M, m_t, b_dgate, M, BLOCK_M)

@@ -1,4 +1,4 @@
-"""What a chunk's tokens, their gates and the slots before it receive from the chunk's own queries, without atomics."""
+"""Gradients of a chunk's tokens, their gates and the slots before it from the chunk's own queries, without atomics."""
 
 from __future__ import annotations
 
@@ -7,48 +7,114 @@ import triton.language as tl
 
 from nha.ops.triton.primitives import (
     LOG2_E,
-    PART,
-    bounds,
-    chunk_of,
-    far,
-    in_pass,
-    is_harsh,
+    SUBCHUNK,
+    chunk_needs_subchunks,
+    chunk_of_block,
+    in_subchunk,
     load_gates,
     load_rows,
     load_slots,
-    locate,
+    locate_program,
     matmul,
-    share_of,
+    offset_i64,
+    one_minus_exp,
+    reverse_cumsum,
+    sequence_bounds,
     store_rows,
     store_slots,
-    sum_from,
-    taken,
+    token_decay,
 )
 
 
+@triton.jit
+def accumulate_side(
+    p_x,
+    x_t,
+    x_h,
+    p_y,
+    y_t,
+    p_scores,
+    p_sink_scores,
+    b_chunk_decay,
+    p_dtoken,
+    p_dslot,
+    p_dsink,
+    m_sub,
+    m_t,
+    i_sub,
+    heads,
+    groups,
+    b_dk_decay,
+    M: tl.constexpr,
+    DIM: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GATE_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One side of a pass, keys or values: transposed scores times x, the queries or the gradients of the outputs.
+
+    Returns b_dk_decay plus the gradient of `k_decay` [CHUNK, BLOCK_M]. From the second pass on, adds to what is stored.
+    """
+    o_t = tl.arange(0, CHUNK)
+    m_causal = o_t[None, :] <= o_t[:, None]
+    b_y = load_rows(p_y, o_t * y_t, m_t, DIM, WIDTH)
+    b_dtoken = tl.zeros([CHUNK, WIDTH], tl.float32)
+    b_dslot = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    b_dsink = tl.zeros([BLOCK_S, WIDTH], tl.float32)
+    for i_g in range(0, groups):
+        b_x = load_rows(p_x + offset_i64(i_g, x_h), o_t * x_t, m_sub, DIM, WIDTH)
+        p_score, o_score = p_scores + i_g * (CHUNK * (CHUNK + BLOCK_M)), o_t * (CHUNK + BLOCK_M)
+        b_token_score = load_rows(p_score, o_score, m_sub, CHUNK, CHUNK)
+        b_slot_score = load_rows(p_score + CHUNK, o_score, m_sub, BLOCK_M, BLOCK_M)
+        b_dtoken += matmul(tl.trans(b_token_score), b_x, DTYPE, PRECISION)
+        b_dslot += matmul(tl.trans(b_slot_score), b_x, GATE_DTYPE, PRECISION)
+        b_xy = tl.where(m_causal, matmul(b_x, tl.trans(b_y), DTYPE, PRECISION), 0.0).to(GATE_DTYPE)
+        b_dk_decay += matmul(tl.trans(b_xy), b_slot_score, GATE_DTYPE, PRECISION)
+        if S > 0:
+            b_sink_score = load_rows(p_sink_scores + i_g * (CHUNK * S), o_t * S, m_sub, S, BLOCK_S)
+            b_dsink += matmul(tl.trans(b_sink_score), b_x, DTYPE, PRECISION)
+    b_dslot *= b_chunk_decay[:, None]
+    if i_sub > 0:
+        b_dtoken += load_rows(p_dtoken, o_t * (heads * DIM), m_t, DIM, WIDTH).to(tl.float32)
+        b_dslot += load_slots(p_dslot, True, M, BLOCK_M, DIM, WIDTH).to(tl.float32)
+        if S > 0:
+            b_dsink += load_slots(p_dsink, True, S, BLOCK_S, DIM, WIDTH)
+        tl.debug_barrier()
+    store_rows(p_dtoken, o_t * (heads * DIM), m_t, b_dtoken, DIM, WIDTH)
+    store_slots(p_dslot, b_dslot, M, BLOCK_M, DIM, WIDTH)
+    if S > 0:
+        store_slots(p_dsink, b_dsink, S, BLOCK_S, DIM, WIDTH)
+    return b_dk_decay
+
+
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks", "first_block", "key_length"])
-def slots_kernel(
-    v,
-    q_slot,
-    k_slot,
-    log_gate,
-    decay,
-    grad_out,
-    key_scores,
-    value_scores,
-    rise_grads,
-    sink_scores,
-    sink_weights,
-    borders,
-    cu,
-    chunk_base,
-    table,
-    dk_slot,
-    dv,
-    dslot_key,
-    dslot_value,
-    dsinks,
-    dgate,
+def nha_chunk_bwd_kernel_dstate(
+    p_v,
+    p_q_slot,
+    p_k_slot,
+    p_gate,
+    p_decay,
+    p_do,
+    p_key_scores,
+    p_value_scores,
+    p_q_decay_grads,
+    p_sink_scores,
+    p_sink_weights,
+    p_chunk_decays,
+    p_cu,
+    p_chunk_base,
+    p_table,
+    p_dk_slot,
+    p_dv,
+    p_dslot_k,
+    p_dslot_v,
+    p_dsinks,
+    p_dgate,
     v_b,
     v_t,
     v_h,
@@ -74,181 +140,116 @@ def slots_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
-    SLOTS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of
-    the slots before it and dsinks [chunks, H, S D + S DV] float32, keys before values, from what `query_kernel` left.
-    Programs: (block, KV head).
+    the slots before it and dsinks [chunks, H, S D + S DV] float32, keys before values, from the scores that
+    `nha_chunk_bwd_kernel_dq` stored. Programs: (block, KV head).
 
-    A log-gate reaches the scores through running sums: of the queries (`rise`) and of the tokens (`fall`). A sum over
-    later tokens of the chunk turns their gradients into that of the gates.
+    A log-gate reaches the scores through the running sums in `q_decay` and `k_decay`. A sum over later tokens of the
+    chunk turns the gradients of those sums into the gradient of the gates.
     """
-    sequence, block = locate(first_block + tl.program_id(0), table, blocks, PACKED)
-    if sequence < 0:
+    i_n, i_block = locate_program(first_block + tl.program_id(0), p_table, blocks, PACKED)
+    if i_n < 0:
         return
     offset = window - past
-    chunk = chunk_of(block, offset, CHUNK)
-    head, query_heads = tl.program_id(1), heads * groups
-    row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
-    u0 = chunk * CHUNK
-    committed = count - offset - u0
-    if (chunk < 0) | (committed <= 0):
+    i_chunk = chunk_of_block(i_block, offset, CHUNK)
+    i_h, q_heads = tl.program_id(1), heads * groups
+    i_b, q_start, k_start, seqlen, chunk_base = sequence_bounds(i_n, p_cu, p_chunk_base, length, past, chunks, PACKED)
+    u_start = i_chunk * CHUNK
+    written = seqlen - offset - u_start
+    if (i_chunk < 0) | (written <= 0):
         return
-    line = tl.arange(0, CHUNK)
-    there = line < committed
-    token0, query0 = key_start + u0, start + u0 + offset
-    place, block_head = (base + chunk) * heads + head, tl.program_id(0).to(tl.int64) * heads + head
-    to, query_head = (row * key_length + token0) * heads + head, head * groups
-    keys = k_slot + row * ks_b + token0 * ks_t + far(head, ks_h)
-    values = v + row * v_b + token0 * v_t + far(head, v_h)
-    queries = q_slot + row * qs_b + query0 * qs_t + far(query_head, qs_h)
-    grads = grad_out + ((row * length + query0) * query_heads + query_head) * DV
-    saved = block_head * groups * CHUNK
-    needs_subchunks = is_harsh(decay + place * M, True, M, SLOTS)
-    for part in tl.range(0, 1 + needs_subchunks * (CHUNK // PART - 1), disable_licm=True):
-        mine = there & in_pass(line, part, needs_subchunks)
-        border = tl.load(borders + (block_head * (CHUNK // PART) + part) * SLOTS + tl.arange(0, SLOTS))
-        dfall = _collect(
-            queries,
+    o_t = tl.arange(0, CHUNK)
+    m_t = o_t < written
+    token0, query0 = k_start + u_start, q_start + u_start + offset
+    i_state, i_bh = (chunk_base + i_chunk) * heads + i_h, tl.program_id(0).to(tl.int64) * heads + i_h
+    o_token, i_hq = (i_b * key_length + token0) * heads + i_h, i_h * groups
+    p_k_slot += i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
+    p_v += i_b * v_b + token0 * v_t + offset_i64(i_h, v_h)
+    p_q_slot += i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
+    p_do += ((i_b * length + query0) * q_heads + i_hq) * DV
+    i_saved = i_bh * groups * CHUNK
+    needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, True, M, BLOCK_M)
+    for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
+        m_sub = m_t & in_subchunk(o_t, i_sub, needs_subchunks)
+        i_pass = i_bh * (CHUNK // SUBCHUNK) + i_sub
+        b_chunk_decay = tl.load(p_chunk_decays + i_pass * BLOCK_M + tl.arange(0, BLOCK_M))
+        b_dk_decay = accumulate_side(
+            p_q_slot,
             qs_t,
             qs_h,
-            keys,
+            p_k_slot,
             ks_t,
-            key_scores + saved * (CHUNK + SLOTS),
-            sink_scores + saved * S,
-            border,
-            dk_slot + to * D,
-            dslot_key + place * M * D,
-            dsinks + place * S * (D + DV),
-            mine,
-            there,
-            part,
+            p_key_scores + i_saved * (CHUNK + BLOCK_M),
+            p_sink_scores + i_saved * S,
+            b_chunk_decay,
+            p_dk_slot + o_token * D,
+            p_dslot_k + i_state * M * D,
+            p_dsinks + i_state * S * (D + DV),
+            m_sub,
+            m_t,
+            i_sub,
             heads,
             groups,
-            tl.zeros([CHUNK, SLOTS], tl.float32),
+            tl.zeros([CHUNK, BLOCK_M], tl.float32),
             M,
             D,
             S,
-            SLOTS,
-            KEY,
-            SINKS,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_S,
             CHUNK,
             DTYPE,
-            GATED,
+            GATE_DTYPE,
             PRECISION,
         )
-        dfall = _collect(
-            grads,
-            query_heads * DV,
+        b_dk_decay = accumulate_side(
+            p_do,
+            q_heads * DV,
             DV,
-            values,
+            p_v,
             v_t,
-            value_scores + saved * (CHUNK + SLOTS),
-            sink_weights + saved * S,
-            border,
-            dv + to * DV,
-            dslot_value + place * M * DV,
-            dsinks + place * S * (D + DV) + S * D,
-            mine,
-            there,
-            part,
+            p_value_scores + i_saved * (CHUNK + BLOCK_M),
+            p_sink_weights + i_saved * S,
+            b_chunk_decay,
+            p_dv + o_token * DV,
+            p_dslot_v + i_state * M * DV,
+            p_dsinks + i_state * S * (D + DV) + S * D,
+            m_sub,
+            m_t,
+            i_sub,
             heads,
             groups,
-            dfall,
+            b_dk_decay,
             M,
             DV,
             S,
-            SLOTS,
-            VALUE,
-            SINKS,
+            BLOCK_M,
+            BLOCK_DV,
+            BLOCK_S,
             CHUNK,
             DTYPE,
-            GATED,
+            GATE_DTYPE,
             PRECISION,
         )
-        gate = load_gates(log_gate + row * g_b + token0 * g_t + far(head, g_h), line * g_t, there, M, SLOTS)
-        dshare = dfall * share_of(gate, part, needs_subchunks, CHUNK)
-        change = -taken(gate, DTYPE) * dshare
-        for group in range(0, groups):
-            rise_at = rise_grads + (saved + group * CHUNK) * SLOTS
-            change += load_rows(rise_at, line * SLOTS, mine, SLOTS, SLOTS).to(tl.float32)
-        change = sum_from(change, CHUNK, DTYPE) - tl.exp2(gate.to(tl.float32) * LOG2_E) * dshare
-        if part > 0:
-            change += load_rows(dgate + to * M, line * (heads * M), there, M, SLOTS).to(tl.float32)
+        b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
+        b_dweight = b_dk_decay * token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+        b_dgate = -one_minus_exp(b_gate, DTYPE) * b_dweight
+        for i_g in range(0, groups):
+            p_grad = p_q_decay_grads + (i_saved + i_g * CHUNK) * BLOCK_M
+            b_dgate += load_rows(p_grad, o_t * BLOCK_M, m_sub, BLOCK_M, BLOCK_M).to(tl.float32)
+        b_dgate = reverse_cumsum(b_dgate, CHUNK, DTYPE) - tl.exp2(b_gate.to(tl.float32) * LOG2_E) * b_dweight
+        if i_sub > 0:
+            b_dgate += load_rows(p_dgate + o_token * M, o_t * (heads * M), m_t, M, BLOCK_M).to(tl.float32)
             tl.debug_barrier()
-        store_rows(dgate + to * M, line * (heads * M), there, change, M, SLOTS)
+        store_rows(p_dgate + o_token * M, o_t * (heads * M), m_t, b_dgate, M, BLOCK_M)
         tl.debug_barrier()
-
-
-@triton.jit
-def _collect(
-    x,
-    x_t,
-    x_h,
-    y,
-    y_t,
-    scores,
-    sink_scores,
-    border,
-    dtoken,
-    dslot,
-    dsink,
-    mine,
-    there,
-    part,
-    heads,
-    groups,
-    dfall,
-    M: tl.constexpr,
-    DIM: tl.constexpr,
-    S: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SINKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The keys' or the values' side of one pass: transposed scores times queries or gradients of outputs x.
-
-    Returns dfall plus what `fall` [CHUNK, SLOTS] receives. After the first pass, adds to what is there.
-    """
-    line = tl.arange(0, CHUNK)
-    seen = line[None, :] <= line[:, None]
-    tokens = load_rows(y, line * y_t, there, DIM, WIDTH)
-    dtokens = tl.zeros([CHUNK, WIDTH], tl.float32)
-    dslots = tl.zeros([SLOTS, WIDTH], tl.float32)
-    dsinks = tl.zeros([SINKS, WIDTH], tl.float32)
-    for group in range(0, groups):
-        rows = load_rows(x + far(group, x_h), line * x_t, mine, DIM, WIDTH)
-        kept, at = scores + group * (CHUNK * (CHUNK + SLOTS)), line * (CHUNK + SLOTS)
-        back = load_rows(kept, at, mine, CHUNK, CHUNK)
-        score = load_rows(kept + CHUNK, at, mine, SLOTS, SLOTS)
-        dtokens += matmul(tl.trans(back), rows, DTYPE, PRECISION)
-        dslots += matmul(tl.trans(score), rows, GATED, PRECISION)
-        dots = tl.where(seen, matmul(rows, tl.trans(tokens), DTYPE, PRECISION), 0.0).to(GATED)
-        dfall += matmul(tl.trans(dots), score, GATED, PRECISION)
-        if S > 0:
-            sink_score = load_rows(sink_scores + group * (CHUNK * S), line * S, mine, S, SINKS)
-            dsinks += matmul(tl.trans(sink_score), rows, DTYPE, PRECISION)
-    dslots *= border[:, None]
-    if part > 0:
-        dtokens += load_rows(dtoken, line * (heads * DIM), there, DIM, WIDTH).to(tl.float32)
-        dslots += load_slots(dslot, True, M, SLOTS, DIM, WIDTH).to(tl.float32)
-        if S > 0:
-            dsinks += load_slots(dsink, True, S, SINKS, DIM, WIDTH)
-        tl.debug_barrier()
-    store_rows(dtoken, line * (heads * DIM), there, dtokens, DIM, WIDTH)
-    store_slots(dslot, dslots, M, SLOTS, DIM, WIDTH)
-    if S > 0:
-        store_slots(dsink, dsinks, S, SINKS, DIM, WIDTH)
-    return dfall

@@ -1,4 +1,4 @@
-"""Outputs: sink, slots and window of one block of queries under one online softmax.
+"""Outputs of one block of queries: sink, slots and window under one online softmax.
 
 Sink and slots are the first key block of the online softmax, the window's keys the following ones; nothing of size
 T x M or T x W is written.
@@ -10,97 +10,254 @@ import triton
 import triton.language as tl
 
 from nha.ops.triton.primitives import (
-    PART,
-    around,
-    border_of,
-    bounds,
-    chunk_of,
-    far,
-    in_pass,
-    is_harsh,
+    SUBCHUNK,
+    chunk_decay,
+    chunk_needs_subchunks,
+    chunk_of_block,
+    in_subchunk,
+    load_decayed_slots,
     load_gates,
-    load_held,
     load_rows,
     load_slots,
-    locate,
+    locate_program,
     matmul,
-    rise_of,
-    share_of,
+    offset_i64,
+    one_minus_exp,
+    q_decay,
+    round_down,
+    sequence_bounds,
+    skip_inner,
     store_rows,
-    taken,
-    whole_blocks,
+    token_decay,
 )
 
 
 @triton.jit
-def attend(
-    query,
-    near_key,
-    near_value,
+def attend_slots(
+    b_q,
+    b_k,
+    b_v,
+    b_slot_k,
+    b_slot_v,
+    b_q_decay,
+    b_k_decay,
+    p_sink_k,
+    p_sink_v,
+    m_causal,
+    m_chunk,
+    u,
+    first_active,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GATE_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_PREFIX_MASK: tl.constexpr,
+):
+    """(m_i, l_i, b_acc) of the softmax over slots and sink.
+
+    The slots are read in two parts, without materialising one per query: those before the chunk, and the chunk's own
+    tokens up to the query's.
+    """
+    b_qk = tl.where(m_causal, matmul(b_q, tl.trans(b_k), DTYPE, PRECISION), 0.0)
+    b_s = matmul(b_q, tl.trans(b_slot_k), GATE_DTYPE, PRECISION) + matmul(b_qk, b_k_decay, GATE_DTYPE, PRECISION)
+    b_s *= b_q_decay * scale
+    if M < BLOCK_M:
+        b_s = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], b_s, float("-inf"))
+    if HAS_PREFIX_MASK:
+        b_s = tl.where((u >= first_active)[:, None], b_s, float("-inf"))
+    m_i = tl.max(b_s, 1)
+    if S > 0:
+        b_sink = load_slots(p_sink_k, m_chunk, S, BLOCK_S, D, BLOCK_D)
+        b_sink_s = matmul(b_q, tl.trans(b_sink), DTYPE, PRECISION) * scale
+        b_sink_s = tl.where((tl.arange(0, BLOCK_S) < S)[None, :], b_sink_s, float("-inf"))
+        if HAS_PREFIX_MASK:
+            b_sink_s = tl.where((u >= first_active)[:, None], b_sink_s, float("-inf"))
+        m_i = tl.maximum(m_i, tl.max(b_sink_s, 1))
+    m_safe = tl.where(u >= first_active, m_i, 0.0) if HAS_PREFIX_MASK else m_i
+    b_p = tl.exp2(b_s - m_safe[:, None])
+    l_i = tl.sum(b_p, 1)
+    b_acc = tl.zeros([b_q.shape[0], BLOCK_DV], tl.float32)
+    if S > 0:
+        b_sink_p = tl.exp2(b_sink_s - m_safe[:, None])
+        l_i += tl.sum(b_sink_p, 1)
+        b_sink = load_slots(p_sink_v, m_chunk, S, BLOCK_S, DV, BLOCK_DV)
+        b_acc = matmul(b_sink_p, b_sink, DTYPE, PRECISION)
+    b_p_decayed = (b_p * b_q_decay).to(GATE_DTYPE)
+    b_acc += matmul(b_p_decayed, b_slot_v, GATE_DTYPE, PRECISION)
+    b_p_token = tl.where(m_causal, matmul(b_p_decayed, tl.trans(b_k_decay), GATE_DTYPE, PRECISION), 0.0)
+    b_acc += matmul(b_p_token, b_v, DTYPE, PRECISION)
+    return m_i, l_i, b_acc
+
+
+@triton.jit
+def attend_keys(
+    b_q,
+    p_k,
+    p_v,
     k_t,
     v_t,
-    key_start,
-    step,
-    high,
+    k_start,
+    i_token,
+    stop,
     u,
     window,
     scale,
-    top,
-    norm,
-    old,
-    acc,
+    m_i,
+    l_i,
+    l_slots,
+    b_acc,
     D: tl.constexpr,
     DV: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(top, norm, old, acc) of the online softmax after the BLOCK window keys from token `step` on.
+    """(m_i, l_i, l_slots, b_acc) after the BLOCK_N window keys from token `i_token` on.
 
-    MASKED: only those below `high` are there, and each query sees those of its own window.
+    MASKED: keys from `stop` on do not exist, and each query sees only the keys of its own window.
     """
-    near = tl.arange(0, BLOCK)
-    there = step + near < high if MASKED else None
-    other = load_rows(near_key + (key_start + step) * k_t, near * k_t, there, D, KEY)
-    score = matmul(query, tl.trans(other), DTYPE, PRECISION) * scale
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = i_token + o_n < stop if MASKED else None
+    b_k = load_rows(p_k + (k_start + i_token) * k_t, o_n * k_t, m_n, D, BLOCK_D)
+    b_s = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION) * scale
     if MASKED:
-        # One unsigned comparison for 0 < step + near - u <= window.
-        inside = ((step + near)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
-        score = tl.where(inside, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, 1))
-    safe = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-    shrink = tl.exp2(top - safe)
-    weight = tl.exp2(score - safe[:, None])
-    norm = norm * shrink + tl.sum(weight, 1)
-    old *= shrink
-    other = load_rows(near_value + (key_start + step) * v_t, near * v_t, there, DV, VALUE)
-    acc = acc * shrink[:, None] + matmul(weight, other, DTYPE, PRECISION)
-    return higher, norm, old, acc
+        # One unsigned comparison for 0 < i_token + o_n - u <= window.
+        m_window = ((i_token + o_n)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+        b_s = tl.where(m_window, b_s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(b_s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    alpha = tl.exp2(m_i - m_safe)
+    b_p = tl.exp2(b_s - m_safe[:, None])
+    l_i = l_i * alpha + tl.sum(b_p, 1)
+    l_slots *= alpha
+    b_v = load_rows(p_v + (k_start + i_token) * v_t, o_n * v_t, m_n, DV, BLOCK_DV)
+    b_acc = b_acc * alpha[:, None] + matmul(b_p, b_v, DTYPE, PRECISION)
+    return m_new, l_i, l_slots, b_acc
+
+
+@triton.jit
+def attend_window(
+    b_q,
+    p_k,
+    p_v,
+    k_t,
+    v_t,
+    k_start,
+    first_key,
+    seq_keys,
+    u_start,
+    u,
+    window,
+    scale,
+    m_i,
+    l_i,
+    l_slots,
+    b_acc,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT_INNER_LOOP: tl.constexpr,
+):
+    """(m_i, l_i, l_slots, b_acc) after all window keys of a block of queries."""
+    stop = tl.minimum(u_start + CHUNK + window, seq_keys)
+    start = tl.maximum(u_start + 1, first_key)
+    inner = 0
+    if SPLIT_INNER_LOOP:
+        # Between the first CHUNK keys and those beyond the first query's window all queries see all.
+        inner = round_down(start + CHUNK, u_start + 1 + window, BLOCK_N)
+        for i_token in tl.range(start + CHUNK, start + CHUNK + inner, BLOCK_N, num_stages=STAGES):
+            m_i, l_i, l_slots, b_acc = attend_keys(
+                b_q,
+                p_k,
+                p_v,
+                k_t,
+                v_t,
+                k_start,
+                i_token,
+                stop,
+                u,
+                window,
+                scale,
+                m_i,
+                l_i,
+                l_slots,
+                b_acc,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_N,
+                DTYPE,
+                PRECISION,
+                MASKED=False,
+            )
+    for i_outer in tl.range(start, stop - inner, BLOCK_N, num_stages=STAGES):
+        i_token = skip_inner(i_outer, start + CHUNK, inner) if SPLIT_INNER_LOOP else i_outer
+        m_i, l_i, l_slots, b_acc = attend_keys(
+            b_q,
+            p_k,
+            p_v,
+            k_t,
+            v_t,
+            k_start,
+            i_token,
+            stop,
+            u,
+            window,
+            scale,
+            m_i,
+            l_i,
+            l_slots,
+            b_acc,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            DTYPE,
+            PRECISION,
+            MASKED=True,
+        )
+    return m_i, l_i, l_slots, b_acc
 
 
 @triton.jit(do_not_specialize=["length", "past", "window", "chunks", "blocks"])
-def forward_kernel(
-    q,
-    k,
-    v,
-    q_slot,
-    k_slot,
-    log_gate,
-    slot_key,
-    slot_value,
-    decay,
-    sink_key,
-    sink_value,
-    first,
-    cu,
-    chunk_base,
-    table,
-    out,
-    mass,
-    lse,
+def nha_chunk_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_q_slot,
+    p_k_slot,
+    p_gate,
+    p_slot_k,
+    p_slot_v,
+    p_decay,
+    p_sink_k,
+    p_sink_v,
+    p_first,
+    p_cu,
+    p_chunk_base,
+    p_table,
+    p_out,
+    p_mass,
+    p_lse,
     q_b,
     q_t,
     q_h,
@@ -131,169 +288,143 @@ def forward_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
-    SLOTS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     DTYPE: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
-    LATE: tl.constexpr,
-    LIVE: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    WIDE: tl.constexpr,
+    HAS_PREFIX_MASK: tl.constexpr,
+    SLOTS_ACTIVE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SLOT_QK: tl.constexpr,
+    SPLIT_INNER_LOOP: tl.constexpr,
 ):
     """out [T, HQ, DV], mass [T, HQ], lse [T, HQ] (base 2) of one block; programs (block, KV head).
 
-    `scale` includes log2(e). LATE: keys before `first` are blank, and queries before it see no slots unless they are
-    LIVE. SEPARATE: q_slot is not q. WIDE: window keys that all queries of the block see have a loop without masks.
-    STAGES: loads of window keys under way.
+    `scale` includes log2(e). HAS_PREFIX_MASK: keys before `first` are empty, and queries before it see no slots unless
+    SLOTS_ACTIVE. HAS_SLOT_QK: q_slot is not q. SPLIT_INNER_LOOP: window keys that all queries of the block see have a
+    loop without masks. STAGES: loads of window keys in flight.
     """
-    rows: tl.constexpr = HEADS * CHUNK
-    sequence, block = locate(tl.program_id(0), table, blocks, PACKED)
-    if sequence < 0:
+    ROWS: tl.constexpr = BLOCK_H * CHUNK
+    i_n, i_block = locate_program(tl.program_id(0), p_table, blocks, PACKED)
+    if i_n < 0:
         return
-    head, query_heads = tl.program_id(1), heads * groups
-    row, start, key_start, count, base = bounds(sequence, cu, chunk_base, length, past, chunks, PACKED)
+    i_h, q_heads = tl.program_id(1), heads * groups
+    i_b, q_start, k_start, seqlen, chunk_base = sequence_bounds(i_n, p_cu, p_chunk_base, length, past, chunks, PACKED)
     offset = window - past
-    chunk = chunk_of(block, offset, CHUNK)
-    here = chunk >= 0
-    u0 = chunk * CHUNK
-    token, line = tl.arange(0, CHUNK), tl.arange(0, rows) % CHUNK
-    member = tl.arange(0, rows) // CHUNK
-    u = u0 + line
-    real = (u + offset >= 0) & (u < count - offset)
-    begin, live_from = 0, 0
-    if LATE:
-        begin = tl.load(first + sequence).to(tl.int32)
-        if not LIVE:
-            live_from = begin
-    committed = here & (u0 + token < count - offset)
-    place = (base + chunk) * heads + head
-    token0, query0 = key_start + u0, start + u0 + offset
-    near_key, near_value = k + row * k_b + far(head, k_h), v + row * v_b + far(head, v_h)
-    gate = load_gates(log_gate + row * g_b + token0 * g_t + far(head, g_h), token * g_t, committed, M, SLOTS)
-    keys = load_rows(k_slot + row * ks_b + token0 * ks_t + far(head, ks_h), token * ks_t, committed, D, KEY)
-    values = load_rows(near_value + token0 * v_t, token * v_t, committed, DV, VALUE)
-    seen = token[None, :] <= line[:, None]
-    needs_subchunks = is_harsh(decay + place * M, here, M, SLOTS)
-    for part in tl.range(0, 1 + needs_subchunks * (CHUNK // PART - 1), disable_licm=True):
-        mine = real & in_pass(line, part, needs_subchunks)
-        rise = rise_of(gate, part, needs_subchunks, CHUNK, HEADS)
-        border = border_of(gate, part, needs_subchunks, CHUNK)
-        held_key = load_held(slot_key + place * M * D, border, here, M, SLOTS, D, KEY).to(GATED)
-        held_value = load_held(slot_value + place * M * DV, border, here, M, SLOTS, DV, VALUE).to(GATED)
-        fall = (share_of(gate, part, needs_subchunks, CHUNK) * taken(gate, DTYPE)).to(GATED)
-        for group in tl.range(0, groups, HEADS, disable_licm=True):
-            shown = mine & (group + member < groups)
-            query_head = head * groups + group
-            query_at = q_slot + row * qs_b + query0 * qs_t + far(query_head, qs_h)
-            query = load_rows(query_at, line * qs_t + member * qs_h, shown, D, KEY)
-            top = tl.full([rows], float("-inf"), tl.float32)
-            norm = tl.zeros([rows], tl.float32)
-            old = tl.zeros([rows], tl.float32)
-            acc = tl.zeros([rows, VALUE], tl.float32)
-            if here:
-                dots = tl.where(seen, matmul(query, tl.trans(keys), DTYPE, PRECISION), 0.0)
-                score = matmul(query, tl.trans(held_key), GATED, PRECISION) + matmul(dots, fall, GATED, PRECISION)
-                score *= rise * scale
-                if M < SLOTS:
-                    score = tl.where((tl.arange(0, SLOTS) < M)[None, :], score, float("-inf"))
-                if LATE:
-                    score = tl.where((u >= live_from)[:, None], score, float("-inf"))
-                top = tl.max(score, 1)
-                if S > 0:
-                    sink = load_slots(sink_key + head * S * D, here, S, SINKS, D, KEY)
-                    sink_score = matmul(query, tl.trans(sink), DTYPE, PRECISION) * scale
-                    sink_score = tl.where((tl.arange(0, SINKS) < S)[None, :], sink_score, float("-inf"))
-                    if LATE:
-                        sink_score = tl.where((u >= live_from)[:, None], sink_score, float("-inf"))
-                    top = tl.maximum(top, tl.max(sink_score, 1))
-                safe = tl.where(u >= live_from, top, 0.0) if LATE else top
-                weight = tl.exp2(score - safe[:, None])
-                norm = tl.sum(weight, 1)
-                if S > 0:
-                    sink_weight = tl.exp2(sink_score - safe[:, None])
-                    norm += tl.sum(sink_weight, 1)
-                    sink = load_slots(sink_value + head * S * DV, here, S, SINKS, DV, VALUE)
-                    acc = matmul(sink_weight, sink, DTYPE, PRECISION)
-                old = norm
-                spread = (weight * rise).to(GATED)
-                acc += matmul(spread, held_value, GATED, PRECISION)
-                read = tl.where(seen, matmul(spread, tl.trans(fall), GATED, PRECISION), 0.0)
-                acc += matmul(read, values, DTYPE, PRECISION)
-            if WINDOWED:
-                if SEPARATE:
-                    query_at = q + row * q_b + query0 * q_t + far(query_head, q_h)
-                    query = load_rows(query_at, line * q_t + member * q_h, shown, D, KEY)
-                high = tl.minimum(u0 + CHUNK + window, past + count)
-                low = tl.maximum(u0 + 1, begin)
-                inner = 0
-                if WIDE:
-                    # Between the first CHUNK keys and those beyond the first query's window all queries see all.
-                    inner = whole_blocks(low + CHUNK, u0 + 1 + window, BLOCK)
-                    for step in tl.range(low + CHUNK, low + CHUNK + inner, BLOCK, num_stages=STAGES):
-                        top, norm, old, acc = attend(
-                            query,
-                            near_key,
-                            near_value,
-                            k_t,
-                            v_t,
-                            key_start,
-                            step,
-                            high,
-                            u,
-                            window,
-                            scale,
-                            top,
-                            norm,
-                            old,
-                            acc,
-                            D,
-                            DV,
-                            KEY,
-                            VALUE,
-                            BLOCK,
-                            DTYPE,
-                            PRECISION,
-                            MASKED=False,
-                        )
-                for at in tl.range(low, high - inner, BLOCK, num_stages=STAGES):
-                    step = around(at, low + CHUNK, inner) if WIDE else at
-                    top, norm, old, acc = attend(
-                        query,
-                        near_key,
-                        near_value,
-                        k_t,
-                        v_t,
-                        key_start,
-                        step,
-                        high,
-                        u,
-                        window,
-                        scale,
-                        top,
-                        norm,
-                        old,
-                        acc,
-                        D,
-                        DV,
-                        KEY,
-                        VALUE,
-                        BLOCK,
-                        DTYPE,
-                        PRECISION,
-                        MASKED=True,
-                    )
-            to = (row * length + query0) * query_heads + query_head
-            to_line = line * query_heads + member
-            norm = tl.where(norm > 0, norm, 1.0)
-            store_rows(out + to * DV, to_line * DV, shown, acc * (1 / norm)[:, None], DV, VALUE)
-            tl.store(lse + to + to_line, top + tl.log2(norm), mask=shown)
-            tl.store(mass + to + to_line, old / norm, mask=shown)
+    i_chunk = chunk_of_block(i_block, offset, CHUNK)
+    m_chunk = i_chunk >= 0
+    u_start = i_chunk * CHUNK
+    o_t, o_row = tl.arange(0, CHUNK), tl.arange(0, ROWS) % CHUNK
+    o_h = tl.arange(0, ROWS) // CHUNK
+    u = u_start + o_row
+    m_q = (u + offset >= 0) & (u < seqlen - offset)
+    first_key, first_active = 0, 0
+    if HAS_PREFIX_MASK:
+        first_key = tl.load(p_first + i_n).to(tl.int32)
+        if not SLOTS_ACTIVE:
+            first_active = first_key
+    m_t = m_chunk & (u_start + o_t < seqlen - offset)
+    i_state = (chunk_base + i_chunk) * heads + i_h
+    token0, query0 = k_start + u_start, q_start + u_start + offset
+    p_k, p_v = p_k + i_b * k_b + offset_i64(i_h, k_h), p_v + i_b * v_b + offset_i64(i_h, v_h)
+    b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
+    p_k_slot += i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
+    b_k = load_rows(p_k_slot, o_t * ks_t, m_t, D, BLOCK_D)
+    b_v = load_rows(p_v + token0 * v_t, o_t * v_t, m_t, DV, BLOCK_DV)
+    m_causal = o_t[None, :] <= o_row[:, None]
+    needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, m_chunk, M, BLOCK_M)
+    for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
+        m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
+        b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
+        b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+        b_slot_k = load_decayed_slots(p_slot_k + i_state * M * D, b_chunk_decay, m_chunk, M, BLOCK_M, D, BLOCK_D)
+        b_slot_k = b_slot_k.to(GATE_DTYPE)
+        b_slot_v = load_decayed_slots(p_slot_v + i_state * M * DV, b_chunk_decay, m_chunk, M, BLOCK_M, DV, BLOCK_DV)
+        b_slot_v = b_slot_v.to(GATE_DTYPE)
+        b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK) * one_minus_exp(b_gate, DTYPE)
+        b_k_decay = b_k_decay.to(GATE_DTYPE)
+        for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
+            m_row = m_sub & (i_g + o_h < groups)
+            i_hq = i_h * groups + i_g
+            p_q_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
+            b_q = load_rows(p_q_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
+            m_i = tl.full([ROWS], float("-inf"), tl.float32)
+            l_i = tl.zeros([ROWS], tl.float32)
+            l_slots = tl.zeros([ROWS], tl.float32)
+            b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+            if m_chunk:
+                m_i, l_i, b_acc = attend_slots(
+                    b_q,
+                    b_k,
+                    b_v,
+                    b_slot_k,
+                    b_slot_v,
+                    b_q_decay,
+                    b_k_decay,
+                    p_sink_k + i_h * S * D if S > 0 else None,
+                    p_sink_v + i_h * S * DV if S > 0 else None,
+                    m_causal,
+                    m_chunk,
+                    u,
+                    first_active,
+                    scale,
+                    M,
+                    D,
+                    DV,
+                    S,
+                    BLOCK_M,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    BLOCK_S,
+                    DTYPE,
+                    GATE_DTYPE,
+                    PRECISION,
+                    HAS_PREFIX_MASK,
+                )
+                l_slots = l_i
+            if HAS_WINDOW:
+                if HAS_SLOT_QK:
+                    p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
+                    b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
+                m_i, l_i, l_slots, b_acc = attend_window(
+                    b_q,
+                    p_k,
+                    p_v,
+                    k_t,
+                    v_t,
+                    k_start,
+                    first_key,
+                    past + seqlen,
+                    u_start,
+                    u,
+                    window,
+                    scale,
+                    m_i,
+                    l_i,
+                    l_slots,
+                    b_acc,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    BLOCK_N,
+                    CHUNK,
+                    STAGES,
+                    DTYPE,
+                    PRECISION,
+                    SPLIT_INNER_LOOP,
+                )
+            o_out = (i_b * length + query0) * q_heads + i_hq
+            o_out_row = o_row * q_heads + o_h
+            l_i = tl.where(l_i > 0, l_i, 1.0)
+            store_rows(p_out + o_out * DV, o_out_row * DV, m_row, b_acc * (1 / l_i)[:, None], DV, BLOCK_DV)
+            tl.store(p_lse + o_out + o_out_row, m_i + tl.log2(l_i), mask=m_row)
+            tl.store(p_mass + o_out + o_out_row, l_slots / l_i, mask=m_row)

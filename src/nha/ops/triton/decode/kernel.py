@@ -1,14 +1,14 @@
-"""The next tokens of running texts in one launch: commit what leaves the window, read, and write the window.
+"""Decode 1 to 16 tokens in one launch: write what leaves the window to the slots, attend, and update the window.
 
-Tokens. Of the `before` tokens seen so far the window holds the last W by age: age 0 is token before - W, if there is
-one. A segment has `count` new tokens. New token i commits the token of age i (from age W on: new token i - W) to the
-slots and then reads the slots and the tokens of ages i + 1 .. i + W. In a ring, token t lies at place t mod W.
+Tokens. Of the `num_tokens` tokens so far the window cache holds the last W by age: age 0 is token num_tokens - W, if it
+exists. A segment has `count` new tokens. New token i writes the token of age i (from age W on: new token i - W) to the
+slots and then reads the slots and the tokens of ages i + 1 .. i + W. In a ring buffer, token t is stored at t mod W.
 
-Programs. What the queries of a KV head see is cut into parts: blocks of slots, and shares of the window. A program
-takes one part, so that many are under way on every multiprocessor; it leaves a softmax over its part alone. The last
-program of a head to be through, whichever it is, puts the parts together in their order, and only then, when all have
-read, do new tokens take the places of those that left. The last head of a row counts the row's tokens. No result
-depends on which program was the last.
+Programs. What the queries of a KV head see is split: into blocks of slots, and into splits of the window. A program
+takes one split, so that many run on every multiprocessor, and stores a softmax over its split alone. The last program
+of a head to finish, whichever it is, combines the splits in their order; only then, when all have read, do the new
+tokens overwrite those that left. The last head of a sequence counts its tokens. No result depends on which program was
+the last.
 """
 
 from __future__ import annotations
@@ -17,463 +17,402 @@ import triton
 import triton.language as tl
 
 from nha.ops.state import MAX_NEW
-from nha.ops.triton.primitives import LOG2_E, clamp_gate, load_rows, matmul, store_rows, taken
+from nha.ops.triton.primitives import LOG2_E, clamp_gate, load_rows, matmul, one_minus_exp, store_rows
 
 NEW = tl.constexpr(MAX_NEW)  # the most tokens of a segment
-LINES = tl.constexpr(16)  # queries that read a block of slots at a time
-PARTS = tl.constexpr(8)  # parts that are put together at a time
+QUERIES = tl.constexpr(16)  # queries that read a block of slots at a time
+SPLITS = tl.constexpr(8)  # splits that are combined at a time
 
 
 @triton.jit
-def load_line(at, there, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[WIDTH] numbers at `at` in float32, zero from DIM on and where not `there`."""
-    column = tl.arange(0, WIDTH)
-    return tl.load(at + column, mask=(column < DIM) & there, other=0.0).to(tl.float32)
+def load_vector(p_x, m, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH] numbers at `p_x` in float32; zero from DIM on and where the scalar `m` is False."""
+    o_d = tl.arange(0, WIDTH)
+    return tl.load(p_x + o_d, mask=(o_d < DIM) & m, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def slots_at(base, slot, M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(addresses, mask) of some slots of [M, DIM], as [WIDTH, slots].
+def slot_pointers(p_slots, o_m, M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(pointers, mask) of some slots of [M, DIM], as [WIDTH, slots].
 
-    Turned like this, Triton gives them a layout for float32, not one that it chose for a 16-bit tile of equal shape.
+    Transposed like this, Triton gives them a layout for float32, not the one of a 16-bit tile of equal shape.
     """
-    column = tl.arange(0, WIDTH)
-    return base + slot[None, :] * DIM + column[:, None], (slot < M)[None, :] & (column < DIM)[:, None]
+    o_d = tl.arange(0, WIDTH)
+    return p_slots + o_m[None, :] * DIM + o_d[:, None], (o_m < M)[None, :] & (o_d < DIM)[:, None]
 
 
 @triton.jit
-def turn_of(before, window, RING: tl.constexpr):
-    """The place of age 0 in the window."""
-    return (before % window).to(tl.int32) if RING else 0
+def ring_start(num_tokens, window, RING: tl.constexpr):
+    """The index of age 0 in the window cache."""
+    return (num_tokens % window).to(tl.int32) if RING else 0
 
 
 @triton.jit
-def softmax_of(score, top):
-    """(weights, what earlier weights shrink by, new maximum) of scores [rows, n], base 2, after a maximum [rows]."""
-    higher = tl.maximum(top, tl.max(score, 1))
-    safe = tl.where(higher == float("-inf"), 0.0, higher)
-    return tl.exp2(score - safe[:, None]), tl.exp2(top - safe), higher
+def online_softmax(b_s, m_i):
+    """(weights, alpha, new maximum) of scores [rows, n], base 2, after a maximum m_i [rows]."""
+    m_new = tl.maximum(m_i, tl.max(b_s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return tl.exp2(b_s - m_safe[:, None]), tl.exp2(m_i - m_safe), m_new
 
 
 @triton.jit
-def commit(
-    keys,
-    values,
+def write_token(
+    b_k,
+    b_v,
     i,
-    new_key,
-    new_value,
-    new_gate,
-    old_key,
-    old_value,
-    old_gate,
-    nk_t,
-    nv_t,
-    ng_t,
-    ok_t,
-    ov_t,
-    og_t,
-    slot,
-    before,
-    count,
-    window,
+    new,
+    cached,
+    o_m,
+    counts,
     M: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     RING: tl.constexpr,
-    STEP: tl.constexpr,
+    SINGLE_TOKEN: tl.constexpr,
 ):
-    """A block of slots, keys [KEY, slots] and values [VALUE, slots], after the token that query i commits."""
-    there, late = slot < M, i - window
-    # Where nothing is committed the gate is 0, which leaves the slots as they are.
-    if WINDOWED:
-        held, turn = (before + late >= 0) & (late < 0) & (i < count), turn_of(before, window, RING)
-        place = tl.where(turn + late < 0, turn + i, turn + late)
-        gate = clamp_gate(tl.load(old_gate + place * og_t + slot, mask=there & held, other=0.0))
-        key = load_line(old_key + place * ok_t, held, D, KEY)
-        value = load_line(old_value + place * ov_t, held, DV, VALUE)
+    """A block of slots, keys [BLOCK_D, slots] and values [BLOCK_DV, slots], after new token i has written to it.
+
+    `new` and `cached` are (key, value, gate pointers, their token strides) of the new tokens and of the window cache;
+    `counts` is (num_tokens, count, window).
+    """
+    p_new_k, p_new_v, p_new_gate, new_k_t, new_v_t, new_g_t = new
+    p_k, p_v, p_gate, k_t, v_t, g_t = cached
+    num_tokens, count, window = counts
+    m_m, i_new = o_m < M, i - window
+    # Where nothing is written the gate is 0, which leaves the slots as they are.
+    if HAS_WINDOW:
+        m_cached, start = (num_tokens + i_new >= 0) & (i_new < 0) & (i < count), ring_start(num_tokens, window, RING)
+        i_cached = tl.where(start + i_new < 0, start + i, start + i_new)
+        b_gate = clamp_gate(tl.load(p_gate + i_cached * g_t + o_m, mask=m_m & m_cached, other=0.0))
+        b_key = load_vector(p_k + i_cached * k_t, m_cached, D, BLOCK_D)
+        b_value = load_vector(p_v + i_cached * v_t, m_cached, DV, BLOCK_DV)
     else:
-        gate = tl.zeros_like(slot).to(tl.float32)
-        key, value = tl.zeros([KEY], tl.float32), tl.zeros([VALUE], tl.float32)
-    if not (WINDOWED and STEP):
-        fresh = (late >= 0) & (i < count)
-        gate += clamp_gate(tl.load(new_gate + late * ng_t + slot, mask=there & fresh, other=0.0))
-        key += load_line(new_key + late * nk_t, fresh, D, KEY)
-        value += load_line(new_value + late * nv_t, fresh, DV, VALUE)
-    kept, added = tl.exp2(gate * LOG2_E)[None, :], taken(gate, tl.float32)[None, :]
-    return keys * kept + key[:, None] * added, values * kept + value[:, None] * added
+        b_gate = tl.zeros_like(o_m).to(tl.float32)
+        b_key, b_value = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_DV], tl.float32)
+    if not (HAS_WINDOW and SINGLE_TOKEN):
+        m_new = (i_new >= 0) & (i < count)
+        b_gate += clamp_gate(tl.load(p_new_gate + i_new * new_g_t + o_m, mask=m_m & m_new, other=0.0))
+        b_key += load_vector(p_new_k + i_new * new_k_t, m_new, D, BLOCK_D)
+        b_value += load_vector(p_new_v + i_new * new_v_t, m_new, DV, BLOCK_DV)
+    b_decay, b_write = tl.exp2(b_gate * LOG2_E)[None, :], one_minus_exp(b_gate, tl.float32)[None, :]
+    return b_k * b_decay + b_key[:, None] * b_write, b_v * b_decay + b_value[:, None] * b_write
 
 
 @triton.jit
-def read_block(
-    keys,
-    values,
-    shown,
-    query,
+def attend_slots(
+    b_k,
+    b_v,
+    m_m,
+    p_q,
     q_h,
-    sink_key,
-    sink_value,
-    shown_sink,
-    partial,
-    peaks,
-    norms,
+    sink,
+    m_sink,
+    split,
     groups,
     scale,
     D: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    SINKS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the queries of one token read in a block of slots, and in the sink."""
-    for group in tl.range(0, groups, LINES, num_stages=1):
-        line = group + tl.arange(0, LINES)
-        inside = line < groups
-        queries = load_rows(query, line * q_h, inside, D, KEY)
-        score = matmul(queries, keys, DTYPE, PRECISION) * scale
-        nothing = tl.full([LINES], float("-inf"), tl.float32)
-        weight, _, top = softmax_of(tl.where(shown[None, :], score, float("-inf")), nothing)
-        norm = tl.sum(weight, 1)
-        acc = matmul(weight, tl.trans(values), DTYPE, PRECISION)
+    """Store the softmax of one token's queries over a block of slots, and the sink, to `split` (acc, max, sum)."""
+    p_acc, p_max, p_sum = split
+    for i_g in tl.range(0, groups, QUERIES, num_stages=1):
+        o_g = i_g + tl.arange(0, QUERIES)
+        m_g = o_g < groups
+        b_q = load_rows(p_q, o_g * q_h, m_g, D, BLOCK_D)
+        b_s = matmul(b_q, b_k, DTYPE, PRECISION) * scale
+        m_i = tl.full([QUERIES], float("-inf"), tl.float32)
+        b_p, _, m_i = online_softmax(tl.where(m_m[None, :], b_s, float("-inf")), m_i)
+        l_i = tl.sum(b_p, 1)
+        b_acc = matmul(b_p, tl.trans(b_v), DTYPE, PRECISION)
         if S > 0:
-            at = tl.arange(0, SINKS)
-            seen_sink = (at < S) & shown_sink
-            sink = load_rows(sink_key, at * D, seen_sink, D, KEY)
-            score = matmul(queries, tl.trans(sink), DTYPE, PRECISION) * scale
-            weight, shrink, top = softmax_of(tl.where(seen_sink[None, :], score, float("-inf")), top)
-            sink = load_rows(sink_value, at * DV, seen_sink, DV, VALUE)
-            norm = norm * shrink + tl.sum(weight, 1)
-            acc = acc * shrink[:, None] + matmul(weight, sink, DTYPE, PRECISION)
-        store_rows(partial, line * DV, inside, acc, DV, VALUE)
-        tl.store(peaks + line, top, mask=inside)
-        tl.store(norms + line, norm, mask=inside)
+            o_s = tl.arange(0, BLOCK_S)
+            m_s = (o_s < S) & m_sink
+            b_sink = load_rows(sink[0], o_s * D, m_s, D, BLOCK_D)
+            b_s = matmul(b_q, tl.trans(b_sink), DTYPE, PRECISION) * scale
+            b_p, alpha, m_i = online_softmax(tl.where(m_s[None, :], b_s, float("-inf")), m_i)
+            b_sink = load_rows(sink[1], o_s * DV, m_s, DV, BLOCK_DV)
+            l_i = l_i * alpha + tl.sum(b_p, 1)
+            b_acc = b_acc * alpha[:, None] + matmul(b_p, b_sink, DTYPE, PRECISION)
+        store_rows(p_acc, o_g * DV, m_g, b_acc, DV, BLOCK_DV)
+        tl.store(p_max + o_g, m_i, mask=m_g)
+        tl.store(p_sum + o_g, l_i, mask=m_g)
 
 
 @triton.jit
-def read_slots(
-    slot_key,
-    slot_value,
-    after_key,
-    after_value,
-    new_key,
-    new_value,
-    new_gate,
-    old_key,
-    old_value,
-    old_gate,
+def update_slots(
+    slots,
+    after,
+    new,
+    cached,
     query,
-    sink_key,
-    sink_value,
-    partial,
-    peaks,
-    norms,
-    nk_t,
-    nv_t,
-    ng_t,
-    ok_t,
-    ov_t,
-    og_t,
-    q_t,
-    q_h,
-    before,
-    count,
-    window,
+    sink,
+    split,
+    counts,
     scale,
-    task,
+    i_split,
     groups,
     M: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
-    SLOTS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     RING: tl.constexpr,
-    KEPT: tl.constexpr,
-    LIVE: tl.constexpr,
-    STEP: tl.constexpr,
+    STORE_STATE: tl.constexpr,
+    SLOTS_ACTIVE: tl.constexpr,
+    SINGLE_TOKEN: tl.constexpr,
 ):
-    """A block of slots: commit token by token, and what the queries of each read in them (in block 0 with the sink)."""
-    slot = task * SLOTS + tl.arange(0, SLOTS)
-    there = slot < M
-    key_at, key_there = slots_at(slot_key, slot, M, D, KEY)
-    value_at, value_there = slots_at(slot_value, slot, M, DV, VALUE)
-    keys = tl.load(key_at, mask=key_there, other=0.0)
-    values = tl.load(value_at, mask=value_there, other=0.0)
-    to_key, _ = slots_at(after_key, slot, M, D, KEY)
-    to_value, _ = slots_at(after_value, slot, M, DV, VALUE)
-    if STEP:
-        keys, values = commit(
-            keys,
-            values,
-            0,
-            new_key,
-            new_value,
-            new_gate,
-            old_key,
-            old_value,
-            old_gate,
-            nk_t,
-            nv_t,
-            ng_t,
-            ok_t,
-            ov_t,
-            og_t,
-            slot,
-            before,
-            count,
-            window,
+    """Write the tokens one by one to a block of slots, and attend to it after each (in block 0 to the sink too).
+
+    `slots` and `after` are (key, value) pointers before and after the segment; `new`, `cached`, `counts` as in
+    `write_token`; `query` is (pointer, token stride, head stride).
+    """
+    p_q, q_t, q_h = query
+    p_acc, p_max, p_sum = split
+    num_tokens, count, window = counts
+    o_m = i_split * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    p_k, m_k = slot_pointers(slots[0], o_m, M, D, BLOCK_D)
+    p_v, m_v = slot_pointers(slots[1], o_m, M, DV, BLOCK_DV)
+    b_k, b_v = tl.load(p_k, mask=m_k, other=0.0), tl.load(p_v, mask=m_v, other=0.0)
+    p_after_k, _ = slot_pointers(after[0], o_m, M, D, BLOCK_D)
+    p_after_v, _ = slot_pointers(after[1], o_m, M, DV, BLOCK_DV)
+    for i in tl.range(0, 1 if SINGLE_TOKEN else count, num_stages=1):
+        b_k, b_v = write_token(
+            b_k,
+            b_v,
+            i,
+            new,
+            cached,
+            o_m,
+            counts,
             M,
             D,
             DV,
-            KEY,
-            VALUE,
-            WINDOWED,
+            BLOCK_D,
+            BLOCK_DV,
+            HAS_WINDOW,
             RING,
-            STEP,
+            SINGLE_TOKEN,
         )
-        if KEPT:
-            tl.store(to_key, keys, mask=key_there)
-            tl.store(to_value, values, mask=value_there)
-        live = LIVE or before >= window
-        read_block(
-            keys,
-            values,
-            there & live,
-            query,
+        if STORE_STATE and SINGLE_TOKEN:
+            tl.store(p_after_k, b_k, mask=m_k)
+            tl.store(p_after_v, b_v, mask=m_v)
+        active = SLOTS_ACTIVE or num_tokens + i >= window
+        attend_slots(
+            b_k,
+            b_v,
+            m_m & active,
+            p_q + i * q_t,
             q_h,
-            sink_key,
-            sink_value,
-            live & (task == 0),
-            partial,
-            peaks,
-            norms,
+            sink,
+            active & (i_split == 0),
+            (p_acc + i * groups * DV, p_max + i * groups, p_sum + i * groups),
             groups,
             scale,
             D,
             DV,
             S,
-            KEY,
-            VALUE,
-            SINKS,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_S,
             DTYPE,
             PRECISION,
         )
-    else:
-        for i in tl.range(0, count, num_stages=1):
-            keys, values = commit(
-                keys,
-                values,
-                i,
-                new_key,
-                new_value,
-                new_gate,
-                old_key,
-                old_value,
-                old_gate,
-                nk_t,
-                nv_t,
-                ng_t,
-                ok_t,
-                ov_t,
-                og_t,
-                slot,
-                before,
-                count,
-                window,
-                M,
-                D,
-                DV,
-                KEY,
-                VALUE,
-                WINDOWED,
-                RING,
-                STEP,
-            )
-            live = LIVE or before + i >= window
-            read_block(
-                keys,
-                values,
-                there & live,
-                query + i * q_t,
-                q_h,
-                sink_key,
-                sink_value,
-                live & (task == 0),
-                partial + i * groups * DV,
-                peaks + i * groups,
-                norms + i * groups,
-                groups,
-                scale,
-                D,
-                DV,
-                S,
-                KEY,
-                VALUE,
-                SINKS,
-                DTYPE,
-                PRECISION,
-            )
-        if KEPT:
-            tl.store(to_key, keys, mask=key_there)
-            tl.store(to_value, values, mask=value_there)
+    if STORE_STATE and not SINGLE_TOKEN:
+        tl.store(p_after_k, b_k, mask=m_k)
+        tl.store(p_after_v, b_v, mask=m_v)
 
 
 @triton.jit
-def read_window(
-    query0,
-    new_key,
-    new_value,
-    old_key,
-    old_value,
-    partial,
-    peaks,
-    norms,
-    q_t,
-    q_h,
-    nk_t,
-    nv_t,
-    ok_t,
-    ov_t,
-    before,
-    count,
-    window,
+def attend_window(
+    query,
+    new,
+    cached,
+    splits,
+    counts,
     scale,
-    share,
-    block,
-    slot_parts,
+    i_window_split,
+    i_block,
+    slot_splits,
     tiles,
-    lines,
+    queries,
     groups,
     D: tl.constexpr,
     DV: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     RING: tl.constexpr,
 ):
-    """What a block of queries reads in a share of the window; the first share begins with the new tokens."""
-    line = block * ROWS + tl.arange(0, ROWS)
-    i, group = line // groups, line % groups
-    real = i < count
-    query = load_rows(query0, i * q_t + group * q_h, real, D, KEY)
-    new = tl.arange(0, NEW)
-    inside = (new < count) & (share == 0)
-    keys = load_rows(new_key, new * nk_t, inside, D, KEY)
-    values = load_rows(new_value, new * nv_t, inside, DV, VALUE)
-    score = matmul(query, tl.trans(keys), DTYPE, PRECISION) * scale
-    distance = i[:, None] - new[None, :]
-    score = tl.where(inside[None, :] & (distance >= 0) & (distance < window), score, float("-inf"))
-    weight, _, top = softmax_of(score, tl.full([ROWS], float("-inf"), tl.float32))
-    norm = tl.sum(weight, 1)
-    acc = matmul(weight, values, DTYPE, PRECISION)
-    turn, fill = turn_of(before, window, RING), tl.minimum(before, window).to(tl.int32)
-    for start in range(share * tiles * BLOCK, tl.minimum((share + 1) * tiles * BLOCK, window), BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        age = tl.where(place < turn, place - turn + window, place - turn)
-        held = (place < window) & (age >= window - fill)
-        near = load_rows(old_key, place * ok_t, place < window, D, KEY)
-        read = load_rows(old_value, place * ov_t, held, DV, VALUE)
-        dots = matmul(query, tl.trans(near), DTYPE, PRECISION) * scale
-        dots = tl.where(held[None, :] & (age[None, :] > i[:, None]), dots, float("-inf"))
-        spread, shrink, top = softmax_of(dots, top)
-        norm = norm * shrink + tl.sum(spread, 1)
-        acc = acc * shrink[:, None] + matmul(spread, read, DTYPE, PRECISION)
-    to = (slot_parts + share) * lines + line
-    store_rows(partial, to * DV, real, acc, DV, VALUE)
-    tl.store(peaks + to, top, mask=real)
-    tl.store(norms + to, norm, mask=real)
+    """Store the softmax of a block of queries over a split of the window; the first split begins with the new tokens.
+
+    `new` and `cached` are (key, value pointers, their token strides); `splits` as `split` in `attend_slots`, the rest
+    as in `update_slots`.
+    """
+    p_q, q_t, q_h = query
+    num_tokens, count, window = counts
+    p_new_k, p_new_v, new_k_t, new_v_t = new
+    p_k, p_v, k_t, v_t = cached
+    p_acc, p_max, p_sum = splits
+    o_row = i_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_i, o_g = o_row // groups, o_row % groups
+    m_row = o_i < count
+    b_q = load_rows(p_q, o_i * q_t + o_g * q_h, m_row, D, BLOCK_D)
+    o_new = tl.arange(0, NEW)
+    m_new = (o_new < count) & (i_window_split == 0)
+    b_k = load_rows(p_new_k, o_new * new_k_t, m_new, D, BLOCK_D)
+    b_v = load_rows(p_new_v, o_new * new_v_t, m_new, DV, BLOCK_DV)
+    b_s = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION) * scale
+    distance = o_i[:, None] - o_new[None, :]
+    b_s = tl.where(m_new[None, :] & (distance >= 0) & (distance < window), b_s, float("-inf"))
+    b_p, _, m_i = online_softmax(b_s, tl.full([BLOCK_Q], float("-inf"), tl.float32))
+    l_i = tl.sum(b_p, 1)
+    b_acc = matmul(b_p, b_v, DTYPE, PRECISION)
+    start, filled = ring_start(num_tokens, window, RING), tl.minimum(num_tokens, window).to(tl.int32)
+    stop = tl.minimum((i_window_split + 1) * tiles * BLOCK_N, window)
+    for first in range(i_window_split * tiles * BLOCK_N, stop, BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        age = tl.where(o_n < start, o_n - start + window, o_n - start)
+        m_n = (o_n < window) & (age >= window - filled)
+        b_key = load_rows(p_k, o_n * k_t, o_n < window, D, BLOCK_D)
+        b_value = load_rows(p_v, o_n * v_t, m_n, DV, BLOCK_DV)
+        b_score = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION) * scale
+        b_score = tl.where(m_n[None, :] & (age[None, :] > o_i[:, None]), b_score, float("-inf"))
+        b_weight, alpha, m_i = online_softmax(b_score, m_i)
+        l_i = l_i * alpha + tl.sum(b_weight, 1)
+        b_acc = b_acc * alpha[:, None] + matmul(b_weight, b_value, DTYPE, PRECISION)
+    o_split = (slot_splits + i_window_split) * queries + o_row
+    store_rows(p_acc, o_split * DV, m_row, b_acc, DV, BLOCK_DV)
+    tl.store(p_max + o_split, m_i, mask=m_row)
+    tl.store(p_sum + o_split, l_i, mask=m_row)
 
 
 @triton.jit
 def combine_splits(
-    partial,
-    peaks,
-    norms,
-    out,
-    mass,
-    o_t,
+    splits,
+    p_out,
+    p_mass,
+    out_t,
     begin,
     count,
     length,
-    slot_parts,
-    parts,
-    lines,
+    slot_splits,
+    num_splits,
+    queries,
     groups,
     DV: tl.constexpr,
-    VALUE: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """The outputs of a head from what its parts left; what is padding comes after the real tokens and gets zeros."""
-    column = tl.arange(0, VALUE)
-    for start in range(0, lines, TOGETHER):
-        line = start + tl.arange(0, TOGETHER)
-        i, group = line // groups, line % groups
-        top = tl.full([TOGETHER], float("-inf"), tl.float32)
-        norm, old = tl.zeros([TOGETHER], tl.float32), tl.zeros([TOGETHER], tl.float32)
-        acc = tl.zeros([TOGETHER, VALUE], tl.float32)
-        for first in range(0, parts, PARTS):
-            part = first + tl.arange(0, PARTS)
-            inside = (part < parts)[:, None] & (i < count)[None, :]
-            at = part[:, None] * lines + line[None, :]
-            # What other programs wrote is not looked for in this multiprocessor's own cache.
-            peak = tl.load(peaks + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            sums = tl.load(norms + at, mask=inside, other=0.0, cache_modifier=".cg")
-            whole = inside[:, :, None] & (column < DV)[None, None, :]
-            place = at[:, :, None] * DV + column[None, None, :]
-            read = tl.load(partial + place, mask=whole, other=0.0, cache_modifier=".cg")
-            higher = tl.maximum(top, tl.max(peak, 0))
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            weight, shrink = tl.exp2(peak - safe[None, :]), tl.exp2(top - safe)
-            sums *= weight
-            norm = norm * shrink + tl.sum(sums, 0)
-            old = old * shrink + tl.sum(tl.where((part < slot_parts)[:, None], sums, 0.0), 0)
-            acc = acc * shrink[:, None] + tl.sum(read * weight[:, :, None], 0)
-            top = higher
-        to = (begin + i) % length * o_t + group
-        norm = tl.where(norm > 0, norm, 1.0)
-        store_rows(out, to * DV, line < lines, acc / norm[:, None], DV, VALUE)
-        tl.store(mass + to, old / norm, mask=line < lines)
+    """The outputs of a head from its splits; padding, moved behind the real tokens, gets zeros."""
+    p_acc, p_max, p_sum = splits
+    o_d = tl.arange(0, BLOCK_DV)
+    for first_query in range(0, queries, BLOCK_C):
+        o_row = first_query + tl.arange(0, BLOCK_C)
+        o_i, o_g = o_row // groups, o_row % groups
+        m_i = tl.full([BLOCK_C], float("-inf"), tl.float32)
+        l_i, l_slots = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+        b_acc = tl.zeros([BLOCK_C, BLOCK_DV], tl.float32)
+        for first in range(0, num_splits, SPLITS):
+            o_split = first + tl.arange(0, SPLITS)
+            mask = (o_split < num_splits)[:, None] & (o_i < count)[None, :]
+            o_stored = o_split[:, None] * queries + o_row[None, :]
+            # Other programs wrote these: do not look for them in this multiprocessor's own cache.
+            split_max = tl.load(p_max + o_stored, mask=mask, other=float("-inf"), cache_modifier=".cg")
+            split_sum = tl.load(p_sum + o_stored, mask=mask, other=0.0, cache_modifier=".cg")
+            m_acc = mask[:, :, None] & (o_d < DV)[None, None, :]
+            o_acc = o_stored[:, :, None] * DV + o_d[None, None, :]
+            split_acc = tl.load(p_acc + o_acc, mask=m_acc, other=0.0, cache_modifier=".cg")
+            m_new = tl.maximum(m_i, tl.max(split_max, 0))
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weight, alpha = tl.exp2(split_max - m_safe[None, :]), tl.exp2(m_i - m_safe)
+            split_sum *= weight
+            l_i = l_i * alpha + tl.sum(split_sum, 0)
+            l_slots = l_slots * alpha + tl.sum(tl.where((o_split < slot_splits)[:, None], split_sum, 0.0), 0)
+            b_acc = b_acc * alpha[:, None] + tl.sum(split_acc * weight[:, :, None], 0)
+            m_i = m_new
+        o_out = (begin + o_i) % length * out_t + o_g
+        l_i = tl.where(l_i > 0, l_i, 1.0)
+        store_rows(p_out, o_out * DV, o_row < queries, b_acc / l_i[:, None], DV, BLOCK_DV)
+        tl.store(p_mass + o_out, l_slots / l_i, mask=o_row < queries)
 
 
-@triton.jit(do_not_specialize=["length", "window", "shares", "tiles", "heads", "groups"])
-def decode_kernel(
-    q,
-    k,
-    v,
-    q_slot,
-    k_slot,
-    log_gate,
-    slot_key,
-    slot_value,
-    after_key,
-    after_value,
-    near_key,
-    near_value,
-    near_slot_key,
-    near_gate,
-    seen,
-    arrival_counter,
-    mask,
-    sink_key,
-    sink_value,
-    partial,
-    peaks,
-    norms,
-    out,
-    mass,
+@triton.jit
+def copy_rows(p_from, o_from, p_to, o_to, m_row, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    store_rows(p_to, o_to, m_row, load_rows(p_from, o_from, m_row, DIM, WIDTH), DIM, WIDTH)
+
+
+@triton.jit
+def update_window(
+    o_new,
+    new,
+    cached,
+    counts,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_SLOT_QK: tl.constexpr,
+):
+    """Store the new tokens in the ring buffer. `new`, `cached`: pointers and token strides of k, v, gate, k_slot."""
+    p_new_k, p_new_v, p_new_gate, p_new_k_slot, new_k_t, new_v_t, new_g_t, new_ks_t = new
+    p_k, p_v, p_gate, p_k_slot, k_t, v_t, g_t, ks_t = cached
+    num_tokens, count, window = counts
+    m_new = (o_new < count) & (o_new >= count - window)
+    o_ring = (ring_start(num_tokens, window, True) + o_new) % window
+    copy_rows(p_new_k, o_new * new_k_t, p_k, o_ring * k_t, m_new, D, BLOCK_D)
+    copy_rows(p_new_v, o_new * new_v_t, p_v, o_ring * v_t, m_new, DV, BLOCK_DV)
+    copy_rows(p_new_gate, o_new * new_g_t, p_gate, o_ring * g_t, m_new, M, BLOCK_G)
+    if HAS_SLOT_QK:
+        copy_rows(p_new_k_slot, o_new * new_ks_t, p_k_slot, o_ring * ks_t, m_new, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["length", "window", "window_splits", "tiles", "heads", "groups"])
+def nha_decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_q_slot,
+    p_k_slot,
+    p_gate,
+    p_slot_k,
+    p_slot_v,
+    p_after_k,
+    p_after_v,
+    p_window_k,
+    p_window_v,
+    p_window_k_slot,
+    p_window_gate,
+    p_num_tokens,
+    p_arrival_counter,
+    p_mask,
+    p_sink_k,
+    p_sink_v,
+    p_acc,
+    p_max,
+    p_sum,
+    p_out,
+    p_mass,
     q_b,
     q_t,
     q_h,
@@ -492,22 +431,22 @@ def decode_kernel(
     g_b,
     g_t,
     g_h,
-    nk_b,
-    nk_t,
-    nk_h,
-    nv_b,
-    nv_t,
-    nv_h,
-    ns_b,
-    ns_t,
-    ns_h,
-    ng_b,
-    ng_t,
-    ng_h,
+    wk_b,
+    wk_t,
+    wk_h,
+    wv_b,
+    wv_t,
+    wv_h,
+    ws_b,
+    ws_t,
+    ws_h,
+    wg_b,
+    wg_t,
+    wg_h,
     scale,
     length,
     window,
-    shares,
+    window_splits,
     tiles,
     heads,
     groups,
@@ -515,178 +454,149 @@ def decode_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
-    SLOTS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    SINKS: tl.constexpr,
-    GATES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     RING: tl.constexpr,
-    KEPT: tl.constexpr,
-    LIVE: tl.constexpr,
-    MASKED: tl.constexpr,
-    SEPARATE: tl.constexpr,
-    STEP: tl.constexpr,
+    STORE_STATE: tl.constexpr,
+    SLOTS_ACTIVE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SLOT_QK: tl.constexpr,
+    SINGLE_TOKEN: tl.constexpr,
 ):
-    """out [B, T, HQ, DV] and mass [B, T, HQ] of T <= NEW tokens, and the state after them; programs (row, head, part).
+    """out [B, T, HQ, DV] and mass [B, T, HQ] of T <= NEW tokens, and the state after them.
 
-    Slots go from slot_* to after_*, which may be the same, if KEPT. RING: the window near_* [B, W, H, ...] is a ring,
-    gets the new tokens, and `seen` counts them; else it is oldest first and stays as it is. SEPARATE: slots have keys
-    of their own. The window is cut into `shares` of `tiles` blocks of tokens; `scale` includes log2(e). STEP: T is 1.
-    partial [B * H, parts, T * HQ / H, DV], peaks and norms [B * H, parts, T * HQ / H] hold what the parts give.
+    Programs: (sequence, head, split) in one axis. STORE_STATE: slots go from slot_* to after_*, which may be the same.
+    RING: the window cache window_* [B, W, H, ...] is a ring buffer, gets the new tokens, and `num_tokens` counts them;
+    else it is oldest first and is not changed. HAS_SLOT_QK: slots have keys of their own. The window is cut into
+    `window_splits` of `tiles` blocks of tokens; `scale` includes log2(e). SINGLE_TOKEN: T is 1.
+    acc [B * H, splits, T * HQ / H, DV], max and sum [B * H, splits, T * HQ / H] are scratch memory of the splits.
     """
-    slot_parts: tl.constexpr = (M + SLOTS - 1) // SLOTS
-    lines = length * groups
-    blocks = (lines + ROWS - 1) // ROWS
-    programs, parts = slot_parts + shares * blocks, slot_parts + shares
-    pair = (tl.program_id(0) // programs).to(tl.int64)
-    task = tl.program_id(0) % programs
-    row, head = pair // heads, (pair % heads).to(tl.int32)
-    new = tl.arange(0, NEW)
+    SLOT_SPLITS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    queries = length * groups
+    blocks = (queries + BLOCK_Q - 1) // BLOCK_Q
+    programs, num_splits = SLOT_SPLITS + window_splits * blocks, SLOT_SPLITS + window_splits
+    i_bh = (tl.program_id(0) // programs).to(tl.int64)
+    i_task = tl.program_id(0) % programs
+    i_b, i_h = i_bh // heads, (i_bh % heads).to(tl.int32)
+    o_new = tl.arange(0, NEW)
     begin, count = 0, length
-    if MASKED and STEP:
-        count = (tl.load(mask + row) != 0).to(tl.int32)
-    elif MASKED:
-        real = (new < length) & (tl.load(mask + row * length + new, mask=new < length, other=0) != 0)
-        begin, count = tl.min(tl.where(real, new, NEW), 0), tl.sum(real.to(tl.int32), 0)
-    before = tl.load(seen + row)
-    new_key = k + row * k_b + head * k_h + begin * k_t
-    new_value = v + row * v_b + head * v_h + begin * v_t
-    new_slot_key = k_slot + row * ks_b + head * ks_h + begin * ks_t
-    new_gate = log_gate + row * g_b + head * g_h + begin * g_t
-    old_key, old_value = near_key + row * nk_b + head * nk_h, near_value + row * nv_b + head * nv_h
-    old_slot_key, old_gate = near_slot_key + row * ns_b + head * ns_h, near_gate + row * ng_b + head * ng_h
-    size = parts * lines
-    partial_at, peak_at, norm_at = partial + pair * size * DV, peaks + pair * size, norms + pair * size
+    if HAS_MASK and SINGLE_TOKEN:
+        count = (tl.load(p_mask + i_b) != 0).to(tl.int32)
+    elif HAS_MASK:
+        m_new = (o_new < length) & (tl.load(p_mask + i_b * length + o_new, mask=o_new < length, other=0) != 0)
+        begin, count = tl.min(tl.where(m_new, o_new, NEW), 0), tl.sum(m_new.to(tl.int32), 0)
+    num_tokens = tl.load(p_num_tokens + i_b)
+    counts = (num_tokens, count, window)
+    p_k += i_b * k_b + i_h * k_h + begin * k_t
+    p_v += i_b * v_b + i_h * v_h + begin * v_t
+    p_k_slot += i_b * ks_b + i_h * ks_h + begin * ks_t
+    p_gate += i_b * g_b + i_h * g_h + begin * g_t
+    p_window_k, p_window_v = p_window_k + i_b * wk_b + i_h * wk_h, p_window_v + i_b * wv_b + i_h * wv_h
+    p_window_k_slot, p_window_gate = p_window_k_slot + i_b * ws_b + i_h * ws_h, p_window_gate + i_b * wg_b + i_h * wg_h
+    size = num_splits * queries
+    p_acc, p_max, p_sum = p_acc + i_bh * size * DV, p_max + i_bh * size, p_sum + i_bh * size
 
-    if task < slot_parts:
-        read_slots(
-            slot_key + pair * M * D,
-            slot_value + pair * M * DV,
-            after_key + pair * M * D,
-            after_value + pair * M * DV,
-            new_slot_key,
-            new_value,
-            new_gate,
-            old_slot_key,
-            old_value,
-            old_gate,
-            q_slot + row * qs_b + begin * qs_t + head * groups * qs_h,
-            sink_key + head * S * D if S > 0 else None,
-            sink_value + head * S * DV if S > 0 else None,
-            partial_at + task * lines * DV,
-            peak_at + task * lines,
-            norm_at + task * lines,
-            ks_t,
-            v_t,
-            g_t,
-            ns_t,
-            nv_t,
-            ng_t,
-            qs_t,
-            qs_h,
-            before,
-            count,
-            window,
+    if i_task < SLOT_SPLITS:
+        update_slots(
+            (p_slot_k + i_bh * M * D, p_slot_v + i_bh * M * DV),
+            (p_after_k + i_bh * M * D, p_after_v + i_bh * M * DV),
+            (p_k_slot, p_v, p_gate, ks_t, v_t, g_t),
+            (p_window_k_slot, p_window_v, p_window_gate, ws_t, wv_t, wg_t),
+            (p_q_slot + i_b * qs_b + begin * qs_t + i_h * groups * qs_h, qs_t, qs_h),
+            (p_sink_k + i_h * S * D, p_sink_v + i_h * S * DV) if S > 0 else None,
+            (p_acc + i_task * queries * DV, p_max + i_task * queries, p_sum + i_task * queries),
+            counts,
             scale,
-            task,
+            i_task,
             groups,
             M,
             D,
             DV,
             S,
-            SLOTS,
-            KEY,
-            VALUE,
-            SINKS,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_S,
             DTYPE,
             PRECISION,
-            WINDOWED,
+            HAS_WINDOW,
             RING,
-            KEPT,
-            LIVE,
-            STEP,
+            STORE_STATE,
+            SLOTS_ACTIVE,
+            SINGLE_TOKEN,
         )
-    elif WINDOWED:
-        index = task - slot_parts
-        read_window(
-            q + row * q_b + begin * q_t + head * groups * q_h,
-            new_key,
-            new_value,
-            old_key,
-            old_value,
-            partial_at,
-            peak_at,
-            norm_at,
-            q_t,
-            q_h,
-            k_t,
-            v_t,
-            nk_t,
-            nv_t,
-            before,
-            count,
-            window,
+    elif HAS_WINDOW:
+        i_window_task = i_task - SLOT_SPLITS
+        attend_window(
+            (p_q + i_b * q_b + begin * q_t + i_h * groups * q_h, q_t, q_h),
+            (p_k, p_v, k_t, v_t),
+            (p_window_k, p_window_v, wk_t, wv_t),
+            (p_acc, p_max, p_sum),
+            counts,
             scale,
-            index // blocks,
-            index % blocks,
-            slot_parts,
+            i_window_task // blocks,
+            i_window_task % blocks,
+            SLOT_SPLITS,
             tiles,
-            lines,
+            queries,
             groups,
             D,
             DV,
-            KEY,
-            VALUE,
-            ROWS,
-            BLOCK,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_Q,
+            BLOCK_N,
             DTYPE,
             PRECISION,
             RING,
         )
 
-    # All threads of a program have written before one of them says so.
+    # All threads of a program have stored their results before one of them increments the counter.
     tl.debug_barrier()
-    ticket = arrival_counter + row * (heads + 1)
-    if tl.atomic_add(ticket + head, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        at = row * length * heads * groups + head * groups
+    p_arrivals = p_arrival_counter + i_b * (heads + 1)
+    if tl.atomic_add(p_arrivals + i_h, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        o_out = i_b * length * heads * groups + i_h * groups
         combine_splits(
-            partial_at,
-            peak_at,
-            norm_at,
-            out + at * DV,
-            mass + at,
+            (p_acc, p_max, p_sum),
+            p_out + o_out * DV,
+            p_mass + o_out,
             heads * groups,
             begin,
             count,
             length,
-            slot_parts,
-            parts,
-            lines,
+            SLOT_SPLITS,
+            num_splits,
+            queries,
             groups,
             DV,
-            VALUE,
-            TOGETHER,
+            BLOCK_DV,
+            BLOCK_C,
         )
-        tl.store(ticket + head, 0)
+        tl.store(p_arrivals + i_h, 0)
         if RING:
-            if WINDOWED:
-                inside = (new < count) & (new >= count - window)
-                place = (turn_of(before, window, RING) + new) % window
-                keys = load_rows(new_key, new * k_t, inside, D, KEY)
-                store_rows(old_key, place * nk_t, inside, keys, D, KEY)
-                values = load_rows(new_value, new * v_t, inside, DV, VALUE)
-                store_rows(old_value, place * nv_t, inside, values, DV, VALUE)
-                gates = load_rows(new_gate, new * g_t, inside, M, GATES)
-                store_rows(old_gate, place * ng_t, inside, gates, M, GATES)
-                if SEPARATE:
-                    keys = load_rows(new_slot_key, new * ks_t, inside, D, KEY)
-                    store_rows(old_slot_key, place * ns_t, inside, keys, D, KEY)
-            if tl.atomic_add(ticket + heads, 1, sem="acq_rel", scope="gpu") == heads - 1:
-                tl.store(seen + row, before + count)
-                tl.store(ticket + heads, 0)
+            if HAS_WINDOW:
+                update_window(
+                    o_new,
+                    (p_k, p_v, p_gate, p_k_slot, k_t, v_t, g_t, ks_t),
+                    (p_window_k, p_window_v, p_window_gate, p_window_k_slot, wk_t, wv_t, wg_t, ws_t),
+                    counts,
+                    M,
+                    D,
+                    DV,
+                    BLOCK_G,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    HAS_SLOT_QK,
+                )
+            if tl.atomic_add(p_arrivals + heads, 1, sem="acq_rel", scope="gpu") == heads - 1:
+                tl.store(p_num_tokens + i_b, num_tokens + count)
+                tl.store(p_arrivals + heads, 0)
