@@ -24,7 +24,7 @@ from nha.bench.timing import captured
 from nha.distill.loss import resolve_chunk_loss
 from nha.ops import RingState, full_prefill, nha_decode
 from nha.ops.rotary import unrotate_for_slots
-from nha.ops.triton.full_decode import full_token
+from nha.ops.triton.full_decode import full_decode as full_decode_op
 from nha.ops.triton.unrotate import unrotate_for_slots as unrotate_kernel
 from tests.gpu.cases import KernelCase, make, place, results, rms
 from tests.gpu.setting import Setting, expect_none
@@ -195,7 +195,7 @@ def full_attention_of_a_token(setting: Setting) -> None:
             other = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
             def one(read: list[Tensor] = read, inputs: tuple = (q, k, v, mask, dim**-0.5)) -> None:
-                read[0] = full_token(*inputs)
+                read[0] = full_decode_op(*inputs)
 
             with torch.no_grad():
                 replay = captured(one) if setting.device == "cuda" else one

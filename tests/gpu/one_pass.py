@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import nha.ops.triton
-from nha.ops.triton.full_decode import full_token
+from nha.ops.triton.full_decode import full_decode as full_decode_op
 from nha.ops.triton.unrotate import unrotate_for_slots
 from tests.gpu.cases import make, place, results
 from tests.gpu.kernel_checks import interpretable
@@ -69,7 +69,7 @@ def one_pass(setting: Setting) -> None:
         for length in (9, 1100):  # in one split, and in several
             q, k = (torch.randn(2, n, t, 16, device=setting.device) for n, t in ((6, 1), (2, length)))
             mask = torch.arange(length, device=q.device).expand(2, 1, 1, -1) < length - 3
-            if not full_token(q, k, k, mask, 0.25).isfinite().all():
+            if not full_decode_op(q, k, k, mask, 0.25).isfinite().all():
                 wrong.append(f"full attention of {length} keys is not finite")
             tables = torch.ones(1, length, 12, device=q.device), torch.zeros(1, length, 12, device=q.device)
             keys = k.transpose(1, 2)

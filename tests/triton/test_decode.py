@@ -1,4 +1,4 @@
-"""The laws for the fused decoding kernel, in Triton's interpreter in float32 (or on the GPU where there is one)."""
+"""The laws for the fused decoding kernel, in Triton's interpreter in float32, or on a GPU if there is one."""
 
 import itertools
 from dataclasses import replace
@@ -79,7 +79,7 @@ def whole(flat, window, state=None, **options):
 
 
 def steps(flat, state, cuts, first=None, masks=None):
-    """What segments between `cuts` give, decoded one after the other."""
+    """The outputs and the final state of the segments between `cuts`, decoded one after the other."""
     outputs = [] if first is None else [first]
     for start, stop in itertools.pairwise(cuts):
         options = {} if masks is None else {"attention_mask": masks[:, start:stop]}
@@ -124,7 +124,7 @@ def test_a_prefill_and_any_steps_equal_one_call(name, in_place):
     assert_within(steps(flat, state, CUTS, first), exact, bound)
 
 
-def test_a_long_window_is_read_in_many_shares():
+def test_a_long_window_is_read_in_many_splits():
     case = Case(batch=1, length=560, heads=1, query_heads=2, window=540, slots=70, sinks=1)
     flat = inputs(case)
     exact = whole(double(flat), 540)
@@ -163,7 +163,7 @@ def test_padded_rows_equal_the_rows_alone(window, in_place):
 
 
 @pytest.mark.parametrize("window", [0, 6])
-def test_slots_handed_in_live_from_the_first_token(window):
+def test_given_slots_are_active_from_the_first_token(window):
     case = Case(length=22, window=window)
     flat = inputs(case)
     generator = torch.Generator().manual_seed(3)
@@ -187,7 +187,7 @@ def test_extreme_gates_and_scores_stay_finite(gate, window):
         assert value.isfinite().all(), name
 
 
-def test_a_ring_stays_where_it_is_and_two_runs_give_the_same_bits():
+def test_a_ring_keeps_its_addresses_and_two_runs_give_the_same_bits():
     flat = inputs(Case(batch=1, length=46, window=5))
     first = call(part(flat, 0, PREFILL), window_size=5, impl="chunked", return_state=True, return_slot_mass=True)
     before = {n: x.clone() for n, x in first.state.tensors().items()}
@@ -205,14 +205,14 @@ def test_a_ring_stays_where_it_is_and_two_runs_give_the_same_bits():
 
 def test_layouts_with_heads_before_tokens_are_read_in_place():
     flat = inputs(Case(length=24, window=5, sinks=1))
-    turned = {n: x.transpose(1, 2).contiguous().transpose(1, 2) if n in TOKENWISE else x for n, x in flat.items()}
+    transposed = {n: x.transpose(1, 2).contiguous().transpose(1, 2) if n in TOKENWISE else x for n, x in flat.items()}
     first = call(part(flat, 0, PREFILL), window_size=5, impl="chunked", return_state=True, return_slot_mass=True)
-    plain, other = (steps(x, RingState.of(first.state), [20, 21, 24], first) for x in (flat, turned))
+    plain, other = (steps(x, RingState.of(first.state), [20, 21, 24], first) for x in (flat, transposed))
     for name, value in plain.items():
         assert torch.equal(value, other[name]), name
 
 
-def test_a_ring_goes_on_in_nha_attention_and_on_disk(tmp_path):
+def test_a_ring_continues_in_nha_attention_and_from_disk(tmp_path):
     flat = inputs(Case(length=46, window=7))
     state = call(part(flat, 0, PREFILL), window_size=7, impl="chunked", return_state=True).state
     ring = RingState.of(state)
@@ -225,8 +225,8 @@ def test_a_ring_goes_on_in_nha_attention_and_on_disk(tmp_path):
         assert torch.equal(call(rest, window_size=7, impl="reference", state=other).out, wanted)
 
 
-class Seen(TorchDispatchMode):
-    """The operators of this library that were called."""
+class OperatorRecorder(TorchDispatchMode):
+    """Records the operators of this library that are called."""
 
     def __init__(self):
         super().__init__()
@@ -238,25 +238,25 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_short_segments_without_gradients_take_the_fused_kernel():
+def test_short_segments_without_gradients_use_the_fused_kernel():
     flat = inputs(Case(length=46, window=5, sinks=1))
     state = call(part(flat, 0, 20), window_size=5, impl="chunked", return_state=True).state
 
     def called(stop, flat=flat, state=state):
-        with Seen() as seen:
+        with OperatorRecorder() as recorder:
             call(part(flat, 20, stop), window_size=5, impl="triton", state=state)
-        return seen.names
+        return recorder.names
 
     assert called(21) == called(36) == ["nha::decode"]
     assert called(37) == ["nha::triton"]
-    wanting = {n: x.requires_grad_() for n, x in inputs(Case(length=46, window=5, sinks=1)).items()}
-    assert called(21, wanting) == ["nha::triton"]
+    with_grad = {n: x.requires_grad_() for n, x in inputs(Case(length=46, window=5, sinks=1)).items()}
+    assert called(21, with_grad) == ["nha::triton"]
     with torch.no_grad():
-        assert called(21, wanting) == ["nha::decode"]
+        assert called(21, with_grad) == ["nha::decode"]
     assert called(21, state=replace(state, slot_key=state.slot_key.clone().requires_grad_())) == ["nha::triton"]
 
 
-def test_what_the_kernel_cannot_do_is_refused_in_one_line():
+def test_unsupported_inputs_are_refused_in_one_line():
     case = Case(batch=1, length=17, window=3, separate=False)
     flat = inputs(case)
 
@@ -298,7 +298,7 @@ def test_the_operators_are_well_formed(separate, masked):
     tokens = (step["q"], step["k"], step["v"], step.get("q_slot"), step.get("k_slot"), step["log_gate"])
     last = (mask, step["sink_key"], step["sink_value"], 3, 0.5, False)
 
-    def held(state):
+    def tensors(state):
         return (
             state.slot_key,
             state.slot_value,
@@ -310,5 +310,5 @@ def test_the_operators_are_well_formed(separate, masked):
         )
 
     for keep in (True, False):
-        torch.library.opcheck(torch.ops.nha.decode.default, (*tokens, *held(state), *last, keep))
-    torch.library.opcheck(torch.ops.nha.decode_in_place.default, (*tokens, *held(ring), ring.arrival_counter, *last))
+        torch.library.opcheck(torch.ops.nha.decode.default, (*tokens, *tensors(state), *last, keep))
+    torch.library.opcheck(torch.ops.nha.decode_in_place.default, (*tokens, *tensors(ring), ring.arrival_counter, *last))

@@ -78,7 +78,7 @@ def test_logits_of_a_left_padded_batch(fused):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_full_layers_generate_what_transformers_attention_does(static, fused, monkeypatch):
-    from nha.ops.triton import full_decode as full_op
+    from nha.ops.triton import full_decode as op
 
     model, ids = build([-1, 8, -1]), tokens(2, 20)
     mask = torch.ones(2, 20, dtype=torch.long)
@@ -100,9 +100,9 @@ def test_full_layers_generate_what_transformers_attention_does(static, fused, mo
         return sdpa_attention_forward(model.model.layers[0].self_attn, query, key, value, mask, scaling=scale)[0]
 
     folded = generate()
-    launched, calls = full_op.launch, []
+    original, calls = op.launch, []
     monkeypatch.setattr(
-        full_op, "launch", lambda kernel, *rest, **named: calls.append(kernel) or launched(kernel, *rest, **named)
+        op, "launch", lambda kernel, *rest, **named: calls.append(kernel) or original(kernel, *rest, **named)
     )
     fused()
     read_by_kernel = generate()
@@ -140,7 +140,7 @@ def test_cropped_saved_and_reordered_rings(fused, tmp_path):
     assert_as_exact(run(), plain, exact)
 
 
-def test_slots_to_start_with_are_not_written_into(fused):
+def test_initial_slots_are_not_written_into(fused):
     model, ids = build(3), tokens(1, 10)
     start = [torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     for layer in model.model.layers:

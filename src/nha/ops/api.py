@@ -137,10 +137,10 @@ def nha_attention(
 
         out, mass, after = decode(q, k, v, log_gate, q_slot, k_slot, sink, keep=return_state, **options)
     elif name == "triton":
-        from nha.ops.triton.chunk.autograd import triton_attention
+        from nha.ops.triton.chunk.autograd import Segment, triton_attention
 
-        options |= packing | {"window_size": window_size, "fresh": fresh, "keep": return_state}
-        out, mass, after = triton_attention(q, k, v, log_gate, q_slot, k_slot, sink, **options)
+        options |= {"cu_seqlens": cu_seqlens, "window_size": window_size, "fresh": fresh, "keep": return_state}
+        out, mass, after = triton_attention(Segment(q, k, v, log_gate, q_slot, k_slot), sink, **options)
     else:
         out, mass, after = chunked(q, k, v, log_gate, q_slot, k_slot, sink, **options, **packing)
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)

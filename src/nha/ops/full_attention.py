@@ -98,9 +98,9 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     batch, query_heads, _, dim = q.shape
     heads = k.shape[1]
     if _has_kernel(q, k, v):
-        from nha.ops.triton.full_decode import full_token
+        from nha.ops.triton.full_decode import full_decode as kernel
 
-        return full_token(q, k, v, mask, dim**-0.5 if scale is None else float(scale))
+        return kernel(q, k, v, mask, dim**-0.5 if scale is None else float(scale))
     rows = q.reshape(batch, heads, query_heads // heads, dim)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
     return out.reshape(batch, 1, query_heads, v.shape[3])

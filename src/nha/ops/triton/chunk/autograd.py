@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,17 +133,33 @@ def _advance_packed(
     )
 
 
+class Segment(NamedTuple):
+    """The tokens of a call, padded or packed; `q_slot` and `k_slot` may be `q` and `k` themselves."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_gate: Tensor
+    q_slot: Tensor
+    k_slot: Tensor
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """What the window cache stores of each token: key, value, slot key, log-gate."""
+        return [self.k, self.v, self.k_slot, self.log_gate]
+
+    def align_left(self, attention_mask: Tensor) -> Segment:
+        q, k, v, log_gate = align_left(attention_mask, self.q, self.k, self.v, self.log_gate)
+        q_slot = q if self.q_slot is self.q else align_left(attention_mask, self.q_slot)[0]
+        k_slot = k if self.k_slot is self.k else align_left(attention_mask, self.k_slot)[0]
+        return Segment(q, k, v, log_gate, q_slot, k_slot)
+
+
 def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_gate: Tensor,
-    q_slot: Tensor,
-    k_slot: Tensor,
+    segment: Segment,
     sink: tuple[Tensor, Tensor] | None,
     *,
     scale: float,
-    softcap: float | None,
     state: NHAState | None,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -154,55 +171,44 @@ def triton_attention(
 
     `fresh` means that `state` holds no tokens and no slots; it may then be None, unless `keep`.
     """
-    shared_query, shared_key = q_slot is q, k_slot is k
     count = None
     if attention_mask is not None:
-        q, k, v, log_gate = align_left(attention_mask, q, k, v, log_gate)
-        q_slot = q if shared_query else align_left(attention_mask, q_slot)[0]
-        k_slot = k if shared_key else align_left(attention_mask, k_slot)[0]
-        count = attention_mask.sum(1)
+        segment, count = segment.align_left(attention_mask), attention_mask.sum(1)
     window, before = window_size, None if fresh else state
     past = window if before is not None else 0
-    first_key = None if before is None else window - before.num_tokens.clamp_max(window)
-    keys, values, token_keys, gates = k, v, k_slot, log_gate
-    packed = cu_seqlens is not None and window > 0
-    joined = None
-    if state is not None and (past or (packed and keep)):
-        slot_cache = state.key if state.window_slot_key is None else state.window_slot_key
-        caches = [state.key, state.value, slot_cache, state.window_log_gate.to(log_gate.dtype)]
-        new = [k, v, k_slot, log_gate]
-        joined = _pack(cu_seqlens, window, caches, new) if packed and cu_seqlens is not None else None
+    keys, joined = segment.keys, None
+    if state is not None and window and (past or (cu_seqlens is not None and keep)):
+        slot_key = state.key if state.window_slot_key is None else state.window_slot_key
+        cached = [state.key, state.value, slot_key, state.window_log_gate.to(segment.log_gate.dtype)]
+        joined = None if cu_seqlens is None else _pack(cu_seqlens, window, cached, segment.keys)
         if past:
-            keys, values, token_keys, gates = joined or [torch.cat(pair, 1) for pair in zip(caches, new, strict=True)]
+            keys = joined or [torch.cat(pair, 1) for pair in zip(cached, segment.keys, strict=True)]
+    k, v, k_slot, gates = keys
     if count is not None:
-        token = torch.arange(gates.shape[1], device=q.device)
+        token = torch.arange(gates.shape[1], device=gates.device)
         gates = torch.where((token < (count + past - window)[:, None])[..., None, None], gates, 0)
-    sink_key, sink_value = (None, None) if sink is None else sink
     out, mass, _, slot_key, slot_value, *_ = _forward(
-        q,
-        keys,
-        values,
-        None if shared_query else q_slot,
-        None if shared_key else token_keys,
+        segment.q,
+        k,
+        v,
+        None if segment.q_slot is segment.q else segment.q_slot,
+        None if segment.k_slot is segment.k else k_slot,
         gates,
         None if before is None else before.slot_key,
         None if before is None else before.slot_value,
-        sink_key,
-        sink_value,
-        first_key,
+        *(sink or (None, None)),
+        None if before is None else window - before.num_tokens.clamp_max(window),
         cu_seqlens,
         window,
         past,
         scale,
         before is not None and before.slots_active,
     )
-    slots = (slot_key, slot_value)
-    after = None
+    slots, after = (slot_key, slot_value), None
     if keep and state is not None and cu_seqlens is not None:
-        joined = joined or [x[:, :0] for x in (k, v, k_slot, log_gate)]
-        after = _advance_packed(state, cu_seqlens, joined, slots)
+        after = _advance_packed(state, cu_seqlens, joined or [x[:, :0] for x in segment.keys], slots)
     elif keep and state is not None:
-        after = advance(state, k, v, log_gate, k_slot, slots, count)
+        after = advance(state, segment.k, segment.v, segment.log_gate, segment.k_slot, slots, count)
     if attention_mask is not None:
         out, mass = restore(attention_mask, out), restore(attention_mask, mass)
     return out, mass, after

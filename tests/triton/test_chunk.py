@@ -1,4 +1,4 @@
-"""The laws for impl="triton", in Triton's interpreter on small float32 shapes (or on the GPU where there is one)."""
+"""The laws for impl="triton", in Triton's interpreter on small float32 shapes, or on a GPU if there is one."""
 
 import itertools
 
@@ -66,7 +66,7 @@ def assert_within(got, exact, bound):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_err_at_most_twice_as_much_as_the_reference(name):
+def test_the_error_is_at_most_twice_that_of_the_reference(name):
     case = CASES[name]
     flat = inputs(case)
     exact = results(double(flat), case.window, "reference")
@@ -77,10 +77,10 @@ def test_kernels_err_at_most_twice_as_much_as_the_reference(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 16, 32, 33])
 def test_sixteen_bit_operands_fill_rows_of_128_bytes(dtype, size):
-    from nha.ops.triton.chunk.tiling import blocks
+    from nha.ops.triton.chunk.tiling import block_sizes
 
-    sizes = blocks(dtype, dim=size, value_dim=size, slots=size, sinks=0)
-    assert min(sizes.slots, sizes.key, sizes.value) * dtype.itemsize >= 128
+    sizes = block_sizes(dtype, dim=size, value_dim=size, slots=size, sinks=0)
+    assert min(sizes.block_m, sizes.block_d, sizes.block_dv) * dtype.itemsize >= 128
 
 
 def test_two_runs_give_the_same_bits():
@@ -113,7 +113,7 @@ def test_segments_equal_one_call_in_outputs_states_and_gradients(window):
     assert_within(split(flat, [0, 3, 4, 30, 41], "triton"), exact, bound)
 
 
-def test_slots_handed_in_live_from_the_first_token_and_get_gradients():
+def test_given_slots_are_active_from_the_first_token_and_get_gradients():
     case = Case(batch=2, length=20, window=6, separate=False)
     flat = inputs(case)
     generator = torch.Generator().manual_seed(3)
@@ -144,7 +144,7 @@ def test_packed_sequences_equal_the_sequences_alone(window):
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_packed_sequences_go_on_from_a_state(window):
+def test_packed_sequences_continue_from_a_state(window):
     case = Case(batch=1, length=50, window=window)
     flat = inputs(case)
     cuts = [torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in ([0, 3, 20], [0, 12, 30])]
@@ -192,12 +192,12 @@ def test_extreme_gates_and_scores_stay_finite(gate, window):
 def test_layouts_with_heads_before_tokens_are_read_in_place():
     case = Case(length=33, window=5)
     flat = inputs(case)
-    turned = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for n, x in flat.items()}
-    for name, value in results(turned, 5, "triton").items():
+    transposed = {n: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for n, x in flat.items()}
+    for name, value in results(transposed, 5, "triton").items():
         assert torch.equal(value, results(flat, 5, "triton")[name]) if name == "out" else value.isfinite().all(), name
 
 
-def test_what_the_kernels_cannot_do_is_refused_in_one_line():
+def test_unsupported_inputs_are_refused_in_one_line():
     flat = inputs(Case(length=9, window=3))
     for message, options in {
         "softcap": {"softcap": 1.0},

@@ -1,7 +1,7 @@
-"""Wide windows, most of whose keys are read without masks.
+"""Long windows, most of whose keys are read in a loop without masks (SPLIT_INNER_LOOP).
 
-The kernels do so for 16-bit dtypes, where the interpreter gets the gates' gradients and bfloat16 wrong; so most tests
-make them do the same in float32, with blocks that are smaller and so are the windows.
+The kernels split the loop for 16-bit dtypes, where the interpreter computes the gates' gradients and bfloat16 wrong. So
+most tests split it in float32, with smaller blocks and windows.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.builders import TOKENWISE, Case, call, gradients, leaves, make, random_loss
-from tests.triton.test_laws import DEVICE, assert_within, bounds, double, inputs, results
+from tests.triton.test_chunk import DEVICE, assert_within, bounds, double, inputs, results
 
 ODD = Case(batch=1, length=187, query_heads=3, heads=1, window=77, sinks=1)
 EVEN = Case(batch=2, length=150, query_heads=2, heads=1, window=96, separate=False)
@@ -18,20 +18,20 @@ EVEN = Case(batch=2, length=150, query_heads=2, heads=1, window=96, separate=Fal
 
 @pytest.fixture
 def changed(monkeypatch):
-    """A function that has calls made with some block sizes changed."""
-    from nha.ops.triton.chunk import host as launch
+    """A function that changes some block sizes of the calls that follow."""
+    from nha.ops.triton.chunk import call
 
-    sizes_of = launch.blocks
+    original = call.block_sizes
 
     def change(**sizes):
-        monkeypatch.setattr(launch, "blocks", lambda *args: sizes_of(*args)._replace(**sizes))
+        monkeypatch.setattr(call, "block_sizes", lambda *args: original(*args)._replace(**sizes))
 
     return change
 
 
 @pytest.fixture
-def wide(changed):
-    changed(wide=True, warps=4, stages=3, heads=2, block=32)
+def split_loop(changed):
+    changed(split_inner_loop=True, warps=4, stages=3, block_h=2, block_n=32)
 
 
 def assert_within_twice_the_error_of_the_reference(flat, case, **options):
@@ -42,13 +42,13 @@ def assert_within_twice_the_error_of_the_reference(flat, case, **options):
     return got
 
 
-@pytest.mark.parametrize("case, heads, block", [(ODD, 1, 16), (EVEN, 2, 32)], ids=["odd sizes", "two heads"])
-def test_texts_beyond_the_window(case, heads, block, changed):
-    changed(wide=True, warps=4, stages=3, heads=heads, block=block)
+@pytest.mark.parametrize("case, block_h, block_n", [(ODD, 1, 16), (EVEN, 2, 32)], ids=["odd sizes", "two heads"])
+def test_sequences_longer_than_the_window(case, block_h, block_n, changed):
+    changed(split_inner_loop=True, warps=4, stages=3, block_h=block_h, block_n=block_n)
     assert_within_twice_the_error_of_the_reference(inputs(case), case)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("split_loop")
 def test_a_padded_row():
     mask = torch.ones(2, EVEN.length, dtype=torch.bool, device=DEVICE)
     mask[1, :31] = False
@@ -56,14 +56,14 @@ def test_a_padded_row():
     assert not got["out"][~mask].any()
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("split_loop")
 def test_packed_sequences():
     cu = torch.tensor([0, 3, 3, 140, 187], dtype=torch.int32, device=DEVICE)
     assert_within_twice_the_error_of_the_reference(inputs(ODD), ODD, cu_seqlens=cu)
 
 
-@pytest.mark.usefixtures("wide")
-def test_segments_go_on_from_a_tail_whether_full_or_not():
+@pytest.mark.usefixtures("split_loop")
+def test_segments_continue_from_a_window_cache_whether_full_or_not():
     def split(flat, cuts, impl):
         outs, state = [], None
         for start, stop in itertools.pairwise(cuts):
@@ -83,7 +83,7 @@ def test_segments_go_on_from_a_tail_whether_full_or_not():
     assert_within(split(flat, [0, 20, 104, ODD.length], "triton"), exact, bound)
 
 
-def test_float16_as_it_is():
+def test_float16_without_changes():
     case = Case(batch=1, length=389, query_heads=1, heads=1, window=260)
     flat = {n: x.detach().to(DEVICE, torch.float16).requires_grad_() for n, x in leaves(make(case)).items()}
     exact = results(double(flat), case.window, "reference")
@@ -92,15 +92,16 @@ def test_float16_as_it_is():
     assert_within(results(flat, case.window, "triton"), exact, bound)
 
 
-def test_windows_are_wide_in_16_bits_from_256_on():
-    from nha.ops.triton.chunk.tiling import SHARED, blocks
+def test_the_loop_is_split_in_16_bits_from_a_window_of_256_on():
+    from nha.ops.triton.chunk.tiling import H100_SHARED_MEMORY, block_sizes
 
     def sizes(window, dtype=torch.bfloat16, groups=4, dim=128):
-        return blocks(dtype, dim, dim, 64, 0, SHARED, window, groups)
+        return block_sizes(dtype, dim, dim, 64, 0, H100_SHARED_MEMORY, window, groups)
 
-    assert sizes(256).wide and not sizes(255).wide and sizes(512, torch.float16).wide
-    assert not sizes(512, torch.float32).wide and not sizes(512, dim=256).wide
-    assert [sizes(512, groups=n).heads for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 1, 2, 2, 2]
-    assert sizes(255) == blocks(torch.bfloat16, 128, 128, 64, 0)
+    assert sizes(256).split_inner_loop and not sizes(255).split_inner_loop
+    assert sizes(512, torch.float16).split_inner_loop
+    assert not sizes(512, torch.float32).split_inner_loop and not sizes(512, dim=256).split_inner_loop
+    assert [sizes(512, groups=n).block_h for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 1, 2, 2, 2]
+    assert sizes(255) == block_sizes(torch.bfloat16, 128, 128, 64, 0)
     for made in (sizes(512), sizes(512, torch.float16)):
-        assert made.chunk % made.block == 0 and made.chunk % made.back_block == 0
+        assert made.chunk % made.block_n == 0 and made.chunk % made.bwd_block_n == 0

@@ -1,13 +1,13 @@
-"""Compile the decoding kernel for a GPU that is not there: `python -m tests.triton.decode_only '{"length": 16}' ...`.
+"""Compile the decoding kernel for a GPU that is not present: `python -m tests.triton.compile_decode '{"length": 16}' ...`.
 
-Prints a JSON line per shape, as `compile_only` does for the other kernels.
+Prints a JSON line per shape, as `compile_chunk` does.
 """
 
 import torch
 
-from tests.triton import compile_only
+from tests.triton import compile_chunk
 
-compile_only.NAMES.setdefault(torch.int8, "i8")
+compile_chunk.NAMES.setdefault(torch.int8, "i8")
 
 
 def call(
@@ -28,21 +28,21 @@ def call(
 ):
     """The launch of one shape, without running anything."""
     from nha.ops import NHAState, RingState
-    from nha.ops.triton.decode import op as step
+    from nha.ops.triton.decode import op
 
     q = torch.empty(batch, length, heads * groups, dim, dtype=getattr(torch, dtype))
     k, v = q.new_empty(batch, length, heads, dim), q.new_empty(batch, length, heads, value_dim or dim)
     gate = k.new_empty(batch, length, heads, slots)
-    own = (q.clone(), k.clone()) if separate else (q, k)
+    slot_qk = (q.clone(), k.clone()) if separate else (q, k)
     state = NHAState.empty(window, key=k, value=v, log_gate=gate, shared=not separate)
     state.slots_active = slots_active
     sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else None
     options = {"scale": 0.1, "attention_mask": torch.ones(batch, length, dtype=torch.bool) if masked else None}
     if in_place:
-        step.decode_in_place(q, k, v, gate, *own, sink, state=RingState.of(state), **options)
+        op.decode_in_place(q, k, v, gate, *slot_qk, sink, state=RingState.of(state), **options)
     else:
-        step.decode(q, k, v, gate, *own, sink, state=state, keep=True, **options)
+        op.decode(q, k, v, gate, *slot_qk, sink, state=state, keep=True, **options)
 
 
 if __name__ == "__main__":
-    compile_only.report(lambda options: compile_only.record(lambda: call(**options)))
+    compile_chunk.report(lambda options: compile_chunk.record(lambda: call(**options)))

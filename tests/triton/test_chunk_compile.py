@@ -1,11 +1,11 @@
-"""Every kernel compiles for GPUs that are not there, within their shared memory: an H100, and consumer cards."""
+"""Every kernel of a chunked call compiles within the shared memory of an H100 and of consumer GPUs."""
 
 import pytest
 
-from tests.triton import elsewhere
+from tests.triton import compilation
 
-# Bytes of a thread that its registers do not hold, by dtype; "wide": log-gates in float32 beside 16 bits.
-SPILLED = {"bf16": 512, "wide": 768, "fp16": 768, "fp32": 2560}
+# Bytes spilled per thread, by dtype; "mixed": log-gates in float32 beside 16 bits.
+MAX_SPILL = {"bf16": 512, "mixed": 768, "fp16": 768, "fp32": 2560}
 H100 = [
     {"sinks": 1},
     {"dim": 64, "value_dim": 64, "separate": True},
@@ -27,12 +27,14 @@ CONSUMER = [
 
 
 def compiled(shape):
-    """What is known of every kernel of a problem."""
-    kernels = elsewhere.compiled("compile_only", shape)
+    """The compiled kernels of a case, checked to be all of them."""
+    kernels = compilation.compiled("compile_chunk", shape)
     names = {row["kernel"] for row in kernels}
-    assert {"forward_kernel", "slots_kernel", "reverse_kernel"} <= names
-    assert ("states_kernel" in names) != ({"shares_kernel", "scan_kernel"} <= names)
-    assert ("tables_kernel" in names) == (shape.get("kind") == "packed")
+    backward = {"nha_chunk_bwd_kernel_dq", "nha_chunk_bwd_kernel_dstate", "nha_chunk_bwd_kernel_dkv"}
+    assert backward | {"nha_chunk_fwd_kernel", "nha_chunk_state_kernel_bwd"} <= names
+    scanned = {"nha_chunk_state_kernel_local", "nha_chunk_state_kernel_scan"} <= names
+    assert ("nha_chunk_state_kernel_serial" in names) != scanned
+    assert ("nha_chunk_tables_kernel" in names) == (shape.get("kind") == "packed")
     return kernels
 
 
@@ -40,7 +42,7 @@ def compiled(shape):
 def test_every_kernel_fits_an_h100(shape):
     for row in compiled(shape):
         assert row["shared"] <= 227 << 10, row
-        assert row["stack"] <= SPILLED["wide" if shape.get("wide_gates") else shape.get("dtype", "bf16")], row
+        assert row["stack"] <= MAX_SPILL["mixed" if shape.get("wide_gates") else shape.get("dtype", "bf16")], row
 
 
 def test_the_largest_shape_fits_an_h100():

@@ -1,7 +1,7 @@
-"""Compile every kernel of a call for a GPU that is not there and report its registers, spills and shared memory.
+"""Compile every kernel of a call for a GPU that is not present; report registers, spills and shared memory.
 
-Run as a program: `python -m tests.triton.compile_only '{"dtype": "bf16", "capability": 90}' ...` prints a JSON line per
-kernel of each problem (see `tests.gpu.cases.Problem`). A launch is recorded instead of run; the tensors stay on the
+Run as a program: `python -m tests.triton.compile_chunk '{"dtype": "bf16", "capability": 90}' ...` prints a JSON line per
+kernel of each case (see `tests.gpu.cases.KernelCase`). A launch is recorded instead of run; the tensors stay on the
 CPU and are never touched by a kernel.
 """
 
@@ -22,8 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import nha.ops.triton
-from tests.gpu.cases import Problem, make, place, results
-from tests.triton.elsewhere import SHARED
+from tests.gpu.cases import KernelCase, make, place, results
+from tests.triton.compilation import SHARED_MEMORY
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {
@@ -37,13 +37,13 @@ NAMES = {
 
 
 def compile_launch(kernel, args, kwargs, capability=90):
-    """The compiled kernel of one recorded launch, specialised as the launcher would."""
+    """The compiled kernel of one recorded launch, specialised as Triton would."""
     names = kernel.arg_names
-    given = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
+    values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
+        value = values[parameter.name]
         one = type(value) is int and value == 1 and parameter.name not in free
         if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
@@ -75,7 +75,7 @@ def resources(compiled):
 
 
 def record(function):
-    """(kernel, args, kwargs) of every launch that `function` makes, one for each specialisation."""
+    """(kernel, args, kwargs) of every launch of `function`, one per specialisation, without running any."""
     launches = {}
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -90,18 +90,18 @@ def record(function):
     return list(launches.values())
 
 
-def launches(problem):
-    """The launches of everything that a problem of the check runs, forward and backward, without running anything."""
+def launches(case):
+    """The launches of a case, forward and backward, without running any."""
     from nha.ops import backends
 
     backends._triton_reason = lambda: None  # as on a machine with a GPU
-    return record(lambda: results(problem, place(make(problem, seed=0), "cpu"), "triton"))
+    return record(lambda: results(case, place(make(case, seed=0), "cpu"), "triton"))
 
 
 def limit_shared_memory(limit):
-    """Let kernels be planned for a GPU whose blocks have so many bytes of shared memory."""
-    for module in pkgutil.iter_modules(nha.ops.triton.__path__):
-        loaded = importlib.import_module(f"nha.ops.triton.{module.name}")
+    """Plan kernels for a GPU whose blocks have `limit` bytes of shared memory."""
+    for module in pkgutil.walk_packages(nha.ops.triton.__path__, "nha.ops.triton."):
+        loaded = importlib.import_module(module.name)
         if hasattr(loaded, "shared_memory"):
             loaded.shared_memory = lambda device: limit
 
@@ -111,7 +111,7 @@ def report(launches_of):
     for text in sys.argv[1:]:
         options = json.loads(text)
         capability = options.pop("capability", 90)
-        limit_shared_memory(SHARED[capability])
+        limit_shared_memory(SHARED_MEMORY[capability])
         for kernel, args, kwargs in launches_of(options):
             row = {"shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
             start = time.perf_counter()
@@ -124,4 +124,4 @@ def report(launches_of):
 
 
 if __name__ == "__main__":
-    report(lambda options: launches(Problem(**options)))
+    report(lambda options: launches(KernelCase(**options)))

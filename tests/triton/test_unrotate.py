@@ -1,10 +1,10 @@
-"""What slots see of rotated queries and keys: the kernel against the formula, in the interpreter or on a GPU."""
+"""Rotary positions undone for the slots: the kernel against the formula, in the interpreter or on a GPU."""
 
 import pytest
 import torch
 
 from nha.ops import rotary
-from tests.triton.elsewhere import compiled
+from tests.triton.compilation import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -20,8 +20,8 @@ def tables(batch, length, size, seed=0, scale=1.0, dtype=torch.float32):
     [(1, 2, 3, 16, 16, torch.float32), (37, 1, 2, 24, 24, torch.float16), (20, 2, 1, 16, 12, torch.float32)],
     ids=["token", "odd", "part of the head"],
 )
-@pytest.mark.parametrize("alike", [True, False], ids=["one table", "a table for each row"])
-def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, size, dtype, alike):
+@pytest.mark.parametrize("alike", [True, False], ids=["one table", "a table per row"])
+def test_the_kernel_equals_the_formula(length, heads, groups, dim, size, dtype, alike):
     from nha.ops.triton.unrotate import unrotate_for_slots
 
     generator = torch.Generator().manual_seed(1)
@@ -29,32 +29,32 @@ def test_the_kernel_gives_what_the_formula_gives(length, heads, groups, dim, siz
         torch.randn(3, h, length, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
         for h in (heads * groups, heads)
     )
-    near = tables(1 if alike else 3, length, size, scale=1.3)
-    far = tables(1, 1, size, seed=2)
-    found = unrotate_for_slots(q, k, *near, *far)
-    exact = rotary.unrotate_for_slots(q.double(), k.double(), near, far)
-    for mine, wanted, x in zip(found, exact, (q, k), strict=True):
-        assert mine.shape == x.shape and mine.dtype == dtype and mine.is_contiguous()
-        assert (mine.double() - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * x.abs().max()
+    positions = tables(1 if alike else 3, length, size, scale=1.3)
+    distance = tables(1, 1, size, seed=2)
+    found = unrotate_for_slots(q, k, *positions, *distance)
+    exact = rotary.unrotate_for_slots(q.double(), k.double(), positions, distance)
+    for out, wanted, x in zip(found, exact, (q, k), strict=True):
+        assert out.shape == x.shape and out.dtype == dtype and out.is_contiguous()
+        assert (out.double() - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * x.abs().max()
 
 
 @pytest.mark.parametrize("size", [16, 12], ids=["whole", "part of the head"])
-def test_gradients_are_those_of_the_formula(size):
+def test_gradients_equal_those_of_the_formula(size):
     from nha.ops.triton.unrotate import unrotate_for_slots
 
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 9, 4, 16), (2, 9, 2, 16))
     pair, grads = ([torch.randn(*s, generator=generator).to(DEVICE) for s in shapes] for _ in range(2))
-    near, far = tables(1, 9, size, scale=1.3), tables(1, 1, size, seed=2)
+    positions, distance = tables(1, 9, size, scale=1.3), tables(1, 1, size, seed=2)
     found = []
     for view, dtype in (
-        (lambda q, k: unrotate_for_slots(q, k, *near, *far), torch.float32),
-        (lambda q, k: rotary.unrotate_for_slots(q, k, near, far), torch.float64),
+        (lambda q, k: unrotate_for_slots(q, k, *positions, *distance), torch.float32),
+        (lambda q, k: rotary.unrotate_for_slots(q, k, positions, distance), torch.float64),
     ):
         leaves = [x.to(dtype).requires_grad_() for x in pair]
         found.append(torch.autograd.grad(view(*leaves), leaves, [g.to(dtype) for g in grads]))
-    for mine, wanted in zip(*found, strict=True):
-        assert (mine.double() - wanted).abs().max() <= 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
+    for grad, wanted in zip(*found, strict=True):
+        assert (grad.double() - wanted).abs().max() <= 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
 
 
 def test_the_operator_passes_opcheck():
@@ -64,7 +64,7 @@ def test_the_operator_passes_opcheck():
     torch.library.opcheck(unrotate_for_slots, (q, k, *tables(1, 5, 16), *tables(1, 1, 16, seed=2)))
 
 
-def test_the_kernel_is_taken_on_a_gpu(monkeypatch):
+def test_the_kernel_runs_on_a_gpu(monkeypatch):
     monkeypatch.setattr(rotary.api, "resolve_impl", lambda impl, device: "triton")
     q = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
     assert rotary._has_kernel(q, q) and rotary._has_kernel(q.clone().requires_grad_(), q)
@@ -72,5 +72,5 @@ def test_the_kernel_is_taken_on_a_gpu(monkeypatch):
 
 
 def test_the_kernel_compiles_without_spills():
-    shapes = [{}, {"length": 1}, {"dtype": "float32", "dim": 96, "size": 48}, {"dtype": "float16", "capability": 89}]
-    assert all(row["stack"] == 0 for row in compiled("rotary_only", *shapes))
+    shapes = [{}, {"length": 1}, {"dtype": "float32", "dim": 96, "rotated": 48}, {"dtype": "float16", "capability": 89}]
+    assert all(row["stack"] == 0 for row in compiled("compile_unrotate", *shapes))

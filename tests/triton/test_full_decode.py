@@ -1,4 +1,4 @@
-"""One token under full attention against the definition, in Triton's interpreter (or on the GPU where there is one)."""
+"""Full attention for one token against the definition, in Triton's interpreter, or on a GPU if there is one."""
 
 import math
 
@@ -33,7 +33,7 @@ def make(length, groups, batch=2, heads=2, dim=16, value_dim=16, dtype=torch.flo
 
 
 def mask_of(name, length, batch=2):
-    """[B, 1, 1, Tk]; what is seen differs from row to row."""
+    """[B, 1, 1, Tk]; each row sees other keys."""
     place, row = torch.arange(length, device=DEVICE), torch.arange(batch, device=DEVICE)[:, None]
     if name == "none":
         return None
@@ -89,37 +89,37 @@ def test_any_head_size(dim, value_dim):
     assert_right(*make(700, 2, dim=dim, value_dim=value_dim), mask_of("left padding", 700))
 
 
-@pytest.mark.parametrize("programs, least, parts", [(1, 1, 1), (12, 1, 3), (528, 1, 35), (528, 4, 8)])
+@pytest.mark.parametrize("programs, min_blocks, splits", [(1, 1, 1), (12, 1, 3), (528, 1, 35), (528, 4, 8)])
 @pytest.mark.parametrize("mask", ["none", "static cache"])
-def test_any_number_of_parts(programs, least, parts, mask, monkeypatch):
-    from nha.ops.triton import full_decode as full_op
+def test_any_number_of_splits(programs, min_blocks, splits, mask, monkeypatch):
+    from nha.ops.triton import full_decode as op
 
-    monkeypatch.setattr(full_op, "PROGRAMS", programs)
-    monkeypatch.setattr(full_op, "LEAST_BLOCKS", least)
+    monkeypatch.setattr(op, "PROGRAMS", programs)
+    monkeypatch.setattr(op, "MIN_BLOCKS", min_blocks)
     q, k, v = make(1100, 2, dim=128, value_dim=128)
-    assert full_op.parts_of(1100, 4, full_op.sizes(q.dtype, 128, 128).block) == parts
+    assert op.count_splits(1100, 4, op.block_sizes(q.dtype, 128, 128).block_n) == splits
     assert_right(q, k, v, mask_of(mask, 1100))
 
 
-def test_few_texts_fill_a_gpu_and_many_are_not_cut():
-    from nha.ops.triton.full_decode import parts_of
+def test_few_sequences_fill_a_gpu_and_many_are_not_split():
+    from nha.ops.triton.full_decode import count_splits
 
-    assert [parts_of(n, 8, 64) for n in (1, 448, 512, 4096, 2**15, 2**17)] == [1, 1, 2, 16, 66, 66]
-    assert [parts_of(2**15, pairs, 64) for pairs in (64, 264, 265, 5280)] == [8, 2, 1, 1]
+    assert [count_splits(n, 8, 64) for n in (1, 448, 512, 4096, 2**15, 2**17)] == [1, 1, 2, 16, 66, 66]
+    assert [count_splits(2**15, pairs, 64) for pairs in (64, 264, 265, 5280)] == [8, 2, 1, 1]
 
 
 def test_offsets_beyond_32_bits(monkeypatch):
-    """Keys whose heads, and values whose tokens, lie more than 2^31 numbers apart, in memory that is never touched."""
+    """Keys whose heads, and values whose tokens, are more than 2^31 elements apart, in memory that is never touched."""
     q, k, v = make(300, 2, batch=1, dtype=torch.float16)
     wanted = full_decode(q, k, v, None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    far_key = q.new_empty(2**31 + 2**16).as_strided(k.shape, (0, 2**31, 16, 1))
-    far_value = q.new_empty(300 * 2**23).as_strided(v.shape, (0, 16, 2**23, 1))
-    assert torch.equal(full_decode(q, far_key.copy_(k), far_value.copy_(v), None), wanted)
+    wide_key = q.new_empty(2**31 + 2**16).as_strided(k.shape, (0, 2**31, 16, 1))
+    wide_value = q.new_empty(300 * 2**23).as_strided(v.shape, (0, 16, 2**23, 1))
+    assert torch.equal(full_decode(q, wide_key.copy_(k), wide_value.copy_(v), None), wanted)
 
 
 @pytest.mark.parametrize("length", [70, 1100])
-def test_what_is_masked_is_not_read(length):
+def test_masked_keys_are_not_read(length):
     q, k, v = make(length, 3)
     mask = mask_of("scattered", length)
     wanted = full_decode(q, k, v, mask)
@@ -129,11 +129,11 @@ def test_what_is_masked_is_not_read(length):
     assert torch.equal(full_decode(q, k, v, mask), wanted)
     hidden[:] = False
     k[0, 0, length // 2], mask[0, ..., length // 2] = math.nan, True
-    assert full_decode(q, k, v, mask)[0, 0, :3].isnan().all()  # what is seen is not hidden
+    assert full_decode(q, k, v, mask)[0, 0, :3].isnan().all()  # keys that are not masked are read
 
 
 @pytest.mark.parametrize("length", [70, 1100])
-def test_a_text_that_sees_nothing_reads_zeros(length):
+def test_a_row_that_sees_no_key_gets_zeros(length):
     q, k, v = make(length, 2)
     mask = mask_of("left padding", length)
     mask[1] = False
@@ -142,8 +142,8 @@ def test_a_text_that_sees_nothing_reads_zeros(length):
     assert torch.equal(found[:1], full_decode(q[:1], k[:1], v[:1], mask[:1]))
 
 
-def test_parts_without_a_key_weigh_nothing():
-    """Scores far below zero: were an empty part's maximum taken for 0, it would be all that counts."""
+def test_splits_without_a_key_have_no_weight():
+    """Scores far below zero: if an empty split's maximum were 0, it would outweigh all others."""
     q, k, v = make(2048, 2)
     q, k = 60 * q.abs(), -k.abs()
     mask = mask_of("one key", 2048)
@@ -151,7 +151,7 @@ def test_parts_without_a_key_weigh_nothing():
     assert error(full_decode(q, k, v, mask), wanted) <= rounding(wanted, torch.float32)
 
 
-def test_views_of_caches_and_masks_are_read_where_they_are():
+def test_views_of_caches_and_masks_are_read_in_place():
     q, k, v = make(1000, 4)
     mask = mask_of("left padding", 1000)
     wanted = full_decode(q, k, v, mask)
@@ -167,14 +167,14 @@ def test_views_of_caches_and_masks_are_read_where_they_are():
 
 
 def test_the_operator_passes_opcheck():
-    from nha.ops.triton.full_decode import full_token
+    from nha.ops.triton.full_decode import full_decode as op
 
     for mask in (None, mask_of("scattered", 300)):
-        torch.library.opcheck(full_token, (*make(300, 2), mask, 0.25))
+        torch.library.opcheck(op, (*make(300, 2), mask, 0.25))
 
 
 @pytest.mark.parametrize("groups, dtype", [(MAX_GROUPS + 1, torch.float32), (2, torch.float64)])
-def test_what_the_kernel_does_not_know_goes_through_sdpa(groups, dtype):
+def test_unsupported_inputs_go_through_sdpa(groups, dtype):
     q, k, v = make(40, groups, dtype=dtype)
     mask = mask_of("left padding", 40)
     exact = definition(*(x.double() for x in (q, k, v)), mask)
@@ -199,7 +199,7 @@ def test_gradients_go_through_sdpa():
         assert error(found, exact) <= 2 * (error(other, exact) + rounding(exact, torch.float32))
 
 
-def test_a_region_of_autocast():
+def test_autocast():
     q, k, v = make(100, 2)
     with torch.autocast(DEVICE, torch.float16):
         found = full_decode(q, k, v, None)

@@ -1,0 +1,21 @@
+"""Compile the kernels of full attention for one token for a GPU that is not present, as `compile_decode` does."""
+
+import torch
+
+from tests.triton import compile_chunk
+
+compile_chunk.NAMES.setdefault(torch.int8, "i8")
+
+
+def call(dtype="bfloat16", batch=1, heads=8, groups=4, dim=128, value_dim=None, length=32768, masked=True):
+    """The launches of one shape, without running anything."""
+    from nha.ops.triton.full_decode import full_decode
+
+    q = torch.empty(batch, heads * groups, 1, dim, dtype=getattr(torch, dtype))
+    k, v = (q.new_empty(batch, heads, length, d) for d in (dim, value_dim or dim))  # never touched
+    mask = torch.ones(1, 1, 1, length, dtype=torch.bool).expand(batch, 1, 1, length) if masked else None
+    full_decode(q, k, v, mask, 0.1)
+
+
+if __name__ == "__main__":
+    compile_chunk.report(lambda options: compile_chunk.record(lambda: call(**options)))
