@@ -1,7 +1,7 @@
 """Compile every kernel of a call for a GPU that is not present; report registers, spills and shared memory.
 
-Run as a program: `python -m tests.triton.compile_chunk '{"dtype": "bf16", "capability": 90}' ...` prints a JSON line per
-kernel of each case (see `tests.gpu.cases.KernelCase`). A launch is recorded instead of run; the tensors stay on the
+Run as a program: `python -m tests.triton.compile_chunk '{"dtype": "bf16", "capability": 90}' ...` prints a JSON line
+per kernel of each case (see `tests.gpu.cases.KernelCase`). A launch is recorded instead of run; the tensors stay on the
 CPU and are never touched by a kernel.
 """
 

@@ -1,6 +1,6 @@
-"""Compile the decoding kernel for a GPU that is not present: `python -m tests.triton.compile_decode '{"length": 16}' ...`.
+"""Compile the decoding kernel for a GPU that is not present.
 
-Prints a JSON line per shape, as `compile_chunk` does.
+`python -m tests.triton.compile_decode '{"length": 16}' ...` prints a JSON line per shape, as `compile_chunk` does.
 """
 
 import torch

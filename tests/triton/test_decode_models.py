@@ -105,14 +105,14 @@ def test_full_layers_generate_what_transformers_attention_does(static, fused, mo
         op, "launch", lambda kernel, *rest, **named: calls.append(kernel) or original(kernel, *rest, **named)
     )
     fused()
-    read_by_kernel = generate()
+    with_kernel = generate()
     assert len(calls) == 2 * 7  # two layers, seven steps after the prefill
     monkeypatch.setattr(nha.ops.backends, "resolve_impl", lambda impl, device="cpu": "chunked")
     monkeypatch.setattr(nha.models.full_attention, "full_decode", before)
     wanted = generate()
     model = model.double()
     exact = generate()
-    for found in (folded, read_by_kernel):
+    for found in (folded, with_kernel):
         assert torch.equal(found[0], wanted[0])
         assert_as_exact(found[1], wanted[1], exact[1])
 

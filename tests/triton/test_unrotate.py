@@ -65,7 +65,7 @@ def test_the_operator_passes_opcheck():
 
 
 def test_the_kernel_runs_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(rotary.api, "resolve_impl", lambda impl, device: "triton")
+    monkeypatch.setattr(rotary.backends, "resolve_impl", lambda impl, device: "triton")
     q = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
     assert rotary._has_kernel(q, q) and rotary._has_kernel(q.clone().requires_grad_(), q)
     assert not rotary._has_kernel(q.double(), q.double()) and not rotary._has_kernel(q.float(), q)
