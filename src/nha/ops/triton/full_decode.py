@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nha.ops.triton.chunk.tiling import DTYPES, padded_width
-from nha.ops.triton.decode.kernel import online_softmax
 from nha.ops.triton.launcher import launch
-from nha.ops.triton.primitives import LOG2_E, load_rows, matmul, store_rows
+from nha.ops.triton.primitives import LOG2_E, load_rows, matmul, online_softmax, store_rows
 from nha.ops.validation import MAX_GROUPS
 
 PROGRAMS = 528  # limit of programs for a small batch: four per multiprocessor, which holds two at a time

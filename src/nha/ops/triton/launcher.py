@@ -11,8 +11,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs, runtime
 
 _compiled: dict[Hashable, Any] = {}
 
@@ -38,8 +38,9 @@ def launch(kernel: Any, grid: tuple[int, ...], cache_key: Hashable, *arguments: 
         return
     names = kernel.arg_names
     fixed = [constants[name] for name in names[len(values) :]]
-    stream = triton.runtime.driver.active.get_current_stream(torch.cuda.current_device())
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    active: Any = runtime.driver.active
+    stream = active.get_current_stream(torch.cuda.current_device())
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     size = (*grid, 1, 1)[:3]
     metadata = compiled.launch_metadata(size, stream, *values, *fixed)
     compiled.run(*size, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *values, *fixed)

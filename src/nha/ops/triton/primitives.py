@@ -256,3 +256,11 @@ def _cumsum_dot(b_weight, b_x, DTYPE: tl.constexpr):
 def matmul(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b in float32 with operands rounded to DTYPE."""
     return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision=PRECISION)
+
+
+@triton.jit
+def online_softmax(b_s, m_i):
+    """(weights, alpha, new maximum) of scores [rows, n], base 2, after a maximum m_i [rows]."""
+    m_new = tl.maximum(m_i, tl.max(b_s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return tl.exp2(b_s - m_safe[:, None]), tl.exp2(m_i - m_safe), m_new

@@ -207,7 +207,7 @@ class Scores(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Tensors of a forward pass, and the gradients of its outputs, that the backward pass reads."""
+    """Tensors of a forward pass, and the gradients of its outputs, contiguous, that the backward pass reads."""
 
     states: ChunkStates
     out: Tensor
@@ -253,7 +253,7 @@ class _Grads(NamedTuple):
 
 
 def gradients(call: Call, saved: Saved, dfinal_key: Tensor, dfinal_value: Tensor) -> Gradients:
-    """Gradients of all inputs. The gradients of the outputs are contiguous, `dfinal_*` those of the final slots."""
+    """Gradients of all inputs. `dfinal_*`, float32, are those of the final slots, `saved` has those of the outputs."""
     inputs, plan, _ = call
     grads = _Grads.empty(inputs, saved)
     blocks = plan.programs(plan.blocks)
@@ -264,7 +264,7 @@ def gradients(call: Call, saved: Saved, dfinal_key: Tensor, dfinal_value: Tensor
         _dq(call, saved, grads, scores, start, count)
         _dstate(call, saved, grads, scores, start, count)
     del scores  # its memory serves the next pass
-    dinitial = [torch.empty_like(x, dtype=torch.float32) for x in (dfinal_key, dfinal_value)]
+    dinitial = (torch.empty_like(dfinal_key), torch.empty_like(dfinal_value))
     dend = _scan_dstates(call, saved.states, grads, (dfinal_key, dfinal_value), dinitial)
     _dkv(call, saved, grads, dend)
     return Gradients(
@@ -274,7 +274,8 @@ def gradients(call: Call, saved: Saved, dfinal_key: Tensor, dfinal_value: Tensor
         None if inputs.q_slot is None else grads.dq_slot,
         None if inputs.k_slot is None else grads.dk_slot,
         grads.dgate,
-        *dinitial,
+        dinitial[0],
+        dinitial[1],
         *_sink_gradients(inputs, grads.dsinks),
     )
 
@@ -364,7 +365,7 @@ def _dstate(call: Call, saved: Saved, grads: _Grads, scores: Scores, start: int,
 
 
 def _scan_dstates(
-    call: Call, states: ChunkStates, grads: _Grads, dfinal: tuple[Tensor, Tensor], dinitial: list[Tensor]
+    call: Call, states: ChunkStates, grads: _Grads, dfinal: tuple[Tensor, Tensor], dinitial: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Replace the gradients in grads.dslot_* by those of the slots after every chunk; returns `dend` for `_dkv`."""
     inputs, plan, sizes = call

@@ -55,7 +55,7 @@ class BlockSizes(NamedTuple):
 
 def padded_width(size: int, minimum: int = 16) -> int:
     """The power of two, at least `minimum`, to which an axis of `size` is padded."""
-    return max(minimum, triton.next_power_of_2(size))
+    return max(minimum, 1 << (size - 1).bit_length())
 
 
 @cache

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from nha.ops.state import MAX_NEW
-from nha.ops.triton.primitives import LOG2_E, clamp_gate, load_rows, matmul, one_minus_exp, store_rows
+from nha.ops.triton.primitives import LOG2_E, clamp_gate, load_rows, matmul, one_minus_exp, online_softmax, store_rows
 
 NEW = tl.constexpr(MAX_NEW)  # the most tokens of a segment
 QUERIES = tl.constexpr(16)  # queries that read a block of slots at a time
@@ -45,14 +45,6 @@ def slot_pointers(p_slots, o_m, M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.co
 def ring_start(num_tokens, window, RING: tl.constexpr):
     """The index of age 0 in the window cache."""
     return (num_tokens % window).to(tl.int32) if RING else 0
-
-
-@triton.jit
-def online_softmax(b_s, m_i):
-    """(weights, alpha, new maximum) of scores [rows, n], base 2, after a maximum m_i [rows]."""
-    m_new = tl.maximum(m_i, tl.max(b_s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return tl.exp2(b_s - m_safe[:, None]), tl.exp2(m_i - m_safe), m_new
 
 
 @triton.jit

@@ -207,7 +207,7 @@ def _decode(*args):
     *fields, keep = args
     num_tokens, heads = fields[12], fields[1].shape[2]
     arrival_counter = num_tokens.new_zeros(num_tokens.shape[0], heads + 1, dtype=torch.int32)
-    inputs = Inputs(*fields[:13], arrival_counter, *fields[13:])
+    inputs = Inputs._make([*fields[:13], arrival_counter, *fields[13:]])
     inputs = inputs._replace(slot_key=inputs.slot_key.contiguous(), slot_value=inputs.slot_value.contiguous())
     after = (torch.empty_like(inputs.slot_key), torch.empty_like(inputs.slot_value)) if keep else None
     out, mass = _launch(inputs, after, ring=False)
