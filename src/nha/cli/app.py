@@ -17,6 +17,7 @@ from nha.cli.doctor import doctor
 from nha.cli.evaluate import everything, perplexity, recall
 from nha.cli.generate import generate
 from nha.cli.hybridize import hybridize
+from nha.cli.public import public
 from nha.cli.quickstart import quickstart
 from nha.cli.search import search
 from nha.cli.tasks import tasks
@@ -98,6 +99,9 @@ evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text
 evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
     recall
 )
+evaluate_app.command(
+    epilog="Example: [cyan]nha eval public my-hybrid --data sets --compare control=tuned --output results[/]"
+)(public)
 evaluate_app.command(epilog="Example: [cyan]nha eval tasks my-hybrid --tasks standard --limit 200[/]")(tasks)
 evaluate_app.command(
     "all", epilog="Example: [cyan]nha eval all my-hybrid results --ablations --compare teacher=smollm2[/]"

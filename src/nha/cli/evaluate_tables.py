@@ -121,3 +121,55 @@ def harness_table(rows: dict[str, dict[str, Any]]) -> Table:
                 cells.append(f"{score['value']:.3f}" + bounds)
             table.add_row(escape(f"{task}, {metric}"), *cells, f"{first['documents']:,}")
     return table
+
+
+def save_public(output: Path, results: dict[str, Any]) -> None:
+    """Write public.json and public.png into a directory that appears only when it is whole."""
+    from nha.report.public import public_png
+    from nha.report.results import to_json
+
+    with atomic_directory(output) as work:
+        (work / "public.json").write_text(to_json(results), encoding="utf-8")
+        (work / "public.png").write_bytes(public_png(results["results"]))
+    err.print(f"[dim]saved in {escape(str(output))}[/]", soft_wrap=True)
+
+
+def public_tables(models: dict[str, dict[str, Any]], relative: dict[str, dict[str, Any]]) -> Iterator[Table]:
+    """Accuracy on every set and perplexity, a column per model and, beside it, relative to the control."""
+    from nha.evaluate.public.run import values_of
+
+    titles = [title for name in models for title in (name, *(["of control"] if name in relative else []))]
+    accuracy = {name: dict(values_of(row)) for name, row in models.items()}
+    parts = list(dict.fromkeys(part for values in accuracy.values() for part in values))
+    if parts:
+        table = new_table("n", *titles, first="accuracy, %")
+        for part in parts:
+            counts = {values[part]["count"] for values in accuracy.values() if part in values}
+            cells = [", ".join(f"{n:,}" for n in sorted(counts))]
+            for name, values in accuracy.items():
+                found = values.get(part)
+                cells.append(f"{100 * found['accuracy']:.1f} {bracket(found['interval'], 1, 100)}" if found else "-")
+                cells += _relative_cell(relative, name, part)
+            table.add_row(escape(part.replace("_", " ")), *cells)
+        yield table
+    lengths = list(dict.fromkeys(length for row in models.values() for length in row["perplexity"]))
+    if lengths:
+        table = new_table("n", *titles, first="perplexity")
+        for length in lengths:
+            found = {name: row["perplexity"].get(length) for name, row in models.items()}
+            cells = [f"{next(one['count'] for one in found.values() if one):,}"]
+            for name, one in found.items():
+                cells.append(f"{one['ppl']:.2f} {bracket(one['interval'], 2)}" if one else "-")
+                cells += _relative_cell(relative, name, f"perplexity {int(length):,}")
+            table.add_row(f"{int(length):,} tokens", *cells)
+        yield table
+
+
+def _relative_cell(relative: dict[str, dict[str, Any]], name: str, part: str) -> list[str]:
+    """The cell of a model's column that is relative to the control, none without such a column."""
+    if name not in relative:
+        return []
+    found = relative[name].get(part)
+    if found is None or found["ratio"] is None:
+        return ["-"]
+    return [f"{100 * found['ratio']:.0f} % {bracket(found['interval'], 0, 100)}"]

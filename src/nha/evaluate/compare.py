@@ -103,25 +103,24 @@ def each_model(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
     done: frozenset[str] = frozenset(),
-    same_tokenizer: bool = True,
-) -> Iterator[tuple[str, PreTrainedModel, PreTrainedTokenizerBase, str]]:
-    """(name, model, tokenizer, variant) of everything to measure but the names in `done`, one model at a time.
+) -> Iterator[tuple[str, PreTrainedModel, str]]:
+    """(name, model, variant) of everything to measure but the names in `done`, one model at a time.
 
-    Raises BadInput for a compared model with another tokenizer, if it has to be the same.
+    Raises BadInput for a compared model with another tokenizer.
     """
     for variant in plan.variants:
         name = MODEL if variant in ("hybrid", MODEL) else variant.replace("_", " ")
         if name not in done:
-            yield name, model, tokenizer, variant
+            yield name, model, variant
     for name, source in plan.compared.items():
         if name in done:
             continue
         progress(f"loading {source.label}", 0, 1)
         other, reader = loading.load(source, dtype=plan.dtype)
         progress(f"loading {source.label}", 1, 1)
-        if same_tokenizer and reader.get_vocab() != tokenizer.get_vocab():
+        if reader.get_vocab() != tokenizer.get_vocab():
             raise BadInput(f"expected {source.name} to have the tokenizer of {plan.source.name}, it has another")
-        yield name, other, reader, "hybrid" if hasattr(other.config, "window_sizes") else MODEL
+        yield name, other, "hybrid" if hasattr(other.config, "window_sizes") else MODEL
 
 
 def measure_each(
@@ -137,7 +136,7 @@ def measure_each(
     Each is kept in `partial` as soon as it is known; those that are there already are not measured again.
     """
     partial = partial or PartialResults()
-    for name, other, _, variant in each_model(plan, model, tokenizer, progress, frozenset(partial.parts)):
+    for name, other, variant in each_model(plan, model, tokenizer, progress, frozenset(partial.parts)):
 
         def named(what: str, done: int, total: int, name: str = name) -> None:
             progress(f"{name}: {what}", done, total)

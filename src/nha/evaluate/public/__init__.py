@@ -1,0 +1,1 @@
+"""Public test sets from a directory: multiple choice, last words, written answers, verbatim recall, needles."""
