@@ -33,7 +33,7 @@ from nha.models.observe import Observation
 from nha.models.rotary import rotary_style
 from nha.models.segment import Reading, Segment, attend, mask_first_token_write, zero_slots
 from nha.models.slots import SlotParameters
-from nha.models.windows import attention_layers, decoder, follow_config
+from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused
 from nha.ops.rotary import unrotate, unrotate_for_slots
 
 
@@ -116,11 +116,13 @@ def hybrid_attention(
     mask = read_mask(module, attention_mask, query.shape[2], cu)
     base = partial(base_attention, module, query, key, value, softcap=softcap, scaling=scaling)
     if module.window_size == FULL and cu is None:
-        return base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
+        out, weights = base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
+        return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     if module.window_size == FULL:
         lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
         options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
-        return packed_base_attention(module, query, key, value, cu, **options)
+        out, weights = packed_base_attention(module, query, key, value, cu, **options)
+        return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     check_dropout(dropout)
     state = None if nha.cache is None else nha.cache.state
     slots = module.nha(nha.hidden)
@@ -155,7 +157,30 @@ def hybrid_attention(
 
 def read_segment(segment: Segment, reading: Reading, cache: NHACacheLayer | None) -> Tensor:
     """Read a segment, [B, T, HQ, Dv], with what a cache layer remembers, if there is one."""
-    return attend(segment, reading)[0] if cache is None else cache.attend(segment, reading)
+    out = attend(segment, reading)[0] if cache is None else cache.attend(segment, reading)
+    packed = segment.cu_seqlens is not None and not out.is_cuda  # one by one, each perhaps within the window
+    short = packed or segment.length <= reading.window_size
+    return keep_in_graph(out, (segment.log_gate, *(reading.sink or ()))) if short else out
+
+
+def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Gate and sink of a layer that reads neither, for `keep_in_graph`; nothing where no gradient is asked for."""
+    if module.slots_frozen or not torch.is_grad_enabled():
+        return ()
+    slots = module.nha(hidden[:, :1])
+    return slots.log_gate, *(slots.sink or ())
+
+
+def keep_in_graph(out: Tensor, unused: tuple[Tensor, ...]) -> Tensor:
+    """`out`, of which `unused` tensors that ask for gradients get zeros.
+
+    Data-parallel training waits for the gradient of every parameter, also of slots that a short sequence does not read.
+    """
+    if not torch.is_grad_enabled():
+        return out
+    for x in unused:
+        out = out + x.flatten()[:0].sum().to(out.dtype) if x.requires_grad else out
+    return out
 
 
 AttentionInterface.register(NAME, hybrid_attention)
@@ -266,8 +291,9 @@ def install(model: PreTrainedModel) -> None:
             module.nha = new.to(device=next(module.parameters()).device, dtype=dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
         module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
-        module.rotates = rotates(config, module)
+        module.rotates, module.slots_frozen = rotates(config, module), False
     watch_decoder(stack)
+    freeze_unused(model)
     config._attn_implementation = NAME
 
 

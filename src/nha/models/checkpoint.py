@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from nha.io import write_atomically
+from nha.models.windows import freeze_unused
 
 FILE = "modeling_nha.py"
 TEXT = '''"""Lets transformers load this Native Hybrid Attention model with trust_remote_code=True."""
@@ -57,6 +58,7 @@ class CheckpointMixin:
         """Load as transformers does. Raises ValueError for missing, unknown or misshapen weights, which it lists."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         check_loaded(model, info)
+        freeze_unused(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

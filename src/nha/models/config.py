@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from nha.models.parallel import slot_plan
+
 FULL = -1
 
 
@@ -129,6 +131,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
 
     slot_distance = 0
     slots_from_start = False
+    base_model_tp_plan = slot_plan(LlamaConfig.base_model_tp_plan, "layers.*.self_attn")
 
     @classmethod
     def tiny(cls, **changes: Any) -> NHAConfig:
@@ -192,6 +195,7 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
     name = f"NHA{base.__name__}"
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
     body |= {"__annotations__": {field: kind for field, (kind, _) in fields.items()}, "__module__": __name__}
+    body["base_model_tp_plan"] = slot_plan(base.base_model_tp_plan, "layers.*.self_attn.nha")
     new = strict(type(name, (HybridConfigMixin, base), body | {"model_type": f"nha-{family}"}))
     setattr(sys.modules[__name__], name, new)
     return new

@@ -14,6 +14,7 @@ from nha.models.adapter import (
     before_decoder,
     check_dropout,
     check_implementation,
+    keep_in_graph,
     layer_cache,
     read_segment,
 )
@@ -23,6 +24,7 @@ from nha.models.full_attention import base_attention, packed_base_attention
 from nha.models.masks import NAME, HybridMask, cache_argument, read_mask
 from nha.models.observe import Observation
 from nha.models.segment import Reading, Segment
+from nha.models.windows import freeze_unused
 from nha.ops.rotary import rotate
 
 
@@ -49,6 +51,7 @@ class NHAAttention(NativeHybridAttention):
         self.ablation: str | None = None
         self.observer: Any = None
         self.mass_observer: Any = None
+        self.slots_frozen = False
 
     def forward(  # type: ignore[override]
         self,
@@ -76,8 +79,9 @@ class NHAAttention(NativeHybridAttention):
                 k, v = (k, v) if cache is None else cache.update(k, v, self.layer_idx)
                 options = {"softcap": None, "scaling": scale, "appended": mask.appended}
                 out, _ = base_attention(self, q, k, v, mask.base, **options)
-            return self.o_proj(out.flatten(2)), None
-        gate = log_gate(self.g_proj(hidden_states), self.num_kv_heads)
+            unused = () if self.slots_frozen else (self.g_proj(hidden_states[:, :1]), self.sink_key, self.sink_value)
+            return self.o_proj(keep_in_graph(out, unused).flatten(2)), None
+        gate = log_gate(self.g_proj(hidden_states), key.shape[2])
         if self.ablation == "slots_off":
             gate = gate[..., :0]
         window = 0 if self.ablation == "window_off" else self.window_size
@@ -124,3 +128,4 @@ class NHAForCausalLM(CheckpointMixin, HybridGenerationMixin, LlamaForCausalLM):
         self.model = NHAModel(config)
         self.config._attn_implementation = NAME
         self.post_init()
+        freeze_unused(self)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from nha.models.config import FULL, check_windows
@@ -63,6 +64,11 @@ def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
     >>> model.config.window_sizes
     [32, -1]
     """
+    _change_windows(model, windows)
+    freeze_unused(model)
+
+
+def _change_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
     hybrid_layers(model)
     stack = decoder(model)
     if isinstance(windows, int) and windows != FULL:
@@ -81,8 +87,33 @@ def temporary_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> I
     """Within the context, the model has other windows, as `set_windows` takes them; then its own again."""
     hybrid_layers(model)
     before = list(decoder(model).config.window_sizes)
-    set_windows(model, windows)
+    _change_windows(model, windows)
     try:
         yield
     finally:
-        set_windows(model, before)
+        _change_windows(model, before)
+
+
+def slot_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of an attention module's gate and sink."""
+    return [x for name, x in module.named_parameters() if name.startswith(("nha.", "g_proj.", "sink_"))]
+
+
+def freeze_unused(model: PreTrainedModel) -> None:
+    """Ask for no gradients of gates and sinks in layers with full attention, and for them again in hybrid layers.
+
+    Data-parallel training waits for a gradient of every parameter that asks for one, empty ones included. Parameters
+    that somebody else has frozen stay frozen.
+    """
+    for module in attention_layers(model):
+        parameters, full = slot_parameters(module), module.window_size == FULL
+        for x in parameters:
+            x.requires_grad_(x.requires_grad and x.numel() > 0)
+        if full and any(x.requires_grad for x in parameters):
+            module.slots_frozen = True
+        elif full or not module.slots_frozen:
+            continue
+        else:
+            module.slots_frozen = False
+        for x in parameters:
+            x.requires_grad_(not full and x.numel() > 0)

@@ -1,0 +1,28 @@
+"""Two processes compute what one does: tensor parallelism, and data parallelism with every parameter's gradient."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROUNDING = 2e-5  # float32 sums of another order, amplified by three random layers
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = [*command, "-m", "tests.models.distributed", str(folder)]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["tensor", "data"])
+def test_two_processes_compute_what_one_does(found, kind):
+    assert len(found[kind]) >= 12
+    wrong = {case: error for case, error in found[kind].items() if not error <= ROUNDING}
+    assert not wrong
