@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nha.models.cache import NHACacheLayer, prepare_cache
-from nha.models.checkpoint import CheckpointMixin
+from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class
 from nha.models.families import check_family, rotates
 from nha.models.full_attention import base_attention, packed_base_attention
@@ -375,6 +375,8 @@ def to_hybrid(
     for name, value in changes.items():
         setattr(config, name, value)
     config.architectures = [hybrid_model_class(config_class).__name__]
+    config.converted_from = old.name_or_path or None
+    config.name_or_path = model.name_or_path = in_memory_name(old)
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = config

@@ -25,6 +25,7 @@ IRRELEVANT = (
     "_name_or_path",
     "architectures",
     "auto_map",
+    "converted_from",
     "dtype",
     "initializer_range",
     "torch_dtype",

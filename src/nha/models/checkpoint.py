@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nha.io import write_atomically
 from nha.models.windows import freeze_unused
 
 FILE = "modeling_nha.py"
+IN_MEMORY = "<hybrid of"
 TEXT = '''"""Lets transformers load this Native Hybrid Attention model with trust_remote_code=True."""
 
 try:
@@ -50,6 +51,14 @@ def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def in_memory_name(config: PreTrainedConfig) -> str:
+    """The name of a hybrid that is nowhere on disk, for libraries that load a model again by its name.
+
+    Neither a directory nor a Hub id: they fail and show it, instead of loading the model before its conversion.
+    """
+    return f"{IN_MEMORY} {config.name_or_path or config.model_type}, not saved yet: call save_pretrained>"
+
+
 class CheckpointMixin:
     """Hybrids save a file that loads them anywhere, and load nothing but all of their weights."""
 
@@ -75,6 +84,8 @@ class CheckpointMixin:
             mode = (Path(save_directory) / FILE).stat().st_mode  # safetensors makes its files private
             for path in Path(save_directory).glob("*.safetensors"):
                 path.chmod(mode)
+        if not self.config.name_or_path or self.config.name_or_path.startswith(IN_MEMORY):
+            self.config.name_or_path = self.name_or_path = str(save_directory)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

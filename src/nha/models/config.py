@@ -98,6 +98,7 @@ class HybridConfigMixin:
         num_sinks: constant key/value pairs per KV head that stand in for the first tokens of a text.
         slot_distance: tokens between a query and where it sees the slots.
         slots_from_start: slots take part from token 0, at zero, as in the code published with the paper.
+        converted_from: name or path of the model before its conversion.
     """
 
     window_sizes: int | list[int]
@@ -131,6 +132,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
 
     slot_distance = 0
     slots_from_start = False
+    converted_from = None
     base_model_tp_plan = slot_plan(LlamaConfig.base_model_tp_plan, "layers.*.self_attn")
 
     @classmethod
@@ -191,6 +193,7 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
         "num_sinks": (int, 1),
         "slot_distance": (int, 128),
         "slots_from_start": (bool, False),
+        "converted_from": (str | None, None),
     }
     name = f"NHA{base.__name__}"
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
