@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance, slot_dtype
@@ -273,7 +274,7 @@ def _forward(
 
     q, q_slot [B, T, HQ, D]; k, v, k_slot [B, W + T, H, ...]; log_gate [B, W + T, H, M]; slots [B, H, M, D + Dv];
     first [B] is the first key position in use. All floating tensors share one dtype.
-    Returns out [B, T, HQ, Dv], mass [B, T, HQ], the slots after the segment and those before every group.
+    Returns out [B, T, HQ, Dv], mass [B, T, HQ], the slots after the segment, and those before every group and after.
     """
     batch, length, query_heads, dim = q.shape
     sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
@@ -296,7 +297,8 @@ def _forward(
             result += on_sink @ sink_value
         _unpack(result, per_kv, out[:, start:stop])
         _unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
-    return out, mass, slots.clone(), torch.stack(starts)
+    # Those after the segment too: a first dimension that may be 1 would be compiled apart.
+    return out, mass, slots.clone(), torch.stack([*starts, slots])
 
 
 @_forward.register_fake
@@ -304,7 +306,7 @@ def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, win
     batch, length, query_heads, _ = q.shape
     group = _group_size(batch, query_heads, log_gate.shape[-1], window)
     out = q.new_empty(batch, length, query_heads, v.shape[-1])
-    starts = slots.new_empty((length + group - 1) // group, *slots.shape)
+    starts = slots.new_empty((length + group - 1) // group + 1, *slots.shape)
     return out, q.new_empty(batch, length, query_heads), torch.empty_like(slots), starts
 
 
@@ -503,6 +505,62 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, grad_slots: Te
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def _one_by_one(operator: Any) -> Any:
+    """A `vmap` rule that runs an operator on one sample after the other."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        samples = []
+        for index in range(info.batch_size):
+            taken = (x if d is None else x.select(d, index) for x, d in zip(inputs, in_dims, strict=True))
+            samples.append(operator(*taken))
+        outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+_forward.register_vmap(_one_by_one(_forward))
+_backward.register_vmap(_one_by_one(_backward))
+
+
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError("impl='chunked' has no forward-mode or second derivatives; use impl='reference'")
+
+
+_backward.register_autograd(_refuse)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """`_backward` for `torch.func`."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_refuse)  # type: ignore[assignment]
+    jvp = staticmethod(_refuse)  # type: ignore[assignment]
+
+
+class _Transformed(torch.autograd.Function):
+    """`_forward` for `torch.func`, whose transforms do not see the gradients that operators register."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save)
+    jvp = staticmethod(_refuse)  # type: ignore[assignment]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return *_TransformedBackward.apply(*grads[:3], *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return stack is not None or forward_ad._current_level >= 0
+
+
 def chunked(
     q: Tensor,
     k: Tensor,
@@ -527,7 +585,8 @@ def chunked(
         q, k, v, log_gate, q_slot, k_slot = align_left(attention_mask, q, k, v, log_gate, q_slot, k_slot)
         count = attention_mask.sum(1)
     past, length, dtype = state.key.shape[1], q.shape[1], slot_dtype(q.dtype)
-    window = min(state.window_size, past + length)  # a wider one would hold no other token
+    # A window wider than all tokens would hold no other one; `min` would keep the compiled window a symbol.
+    window = state.window_size if past + length >= state.window_size else past + length
     window_slot_key = state.key if state.window_slot_key is None else state.window_slot_key
 
     def joined(cached: Tensor, new: Tensor) -> Tensor:
@@ -543,7 +602,8 @@ def chunked(
     heads, dim = k.shape[2:]
     if sink is None:
         sink = (k.new_zeros(heads, 0, dim), v.new_zeros(heads, 0, v.shape[-1]))
-    out, mass, slots, _ = _forward(
+    forward = _Transformed.apply if _is_transformed() else _forward
+    out, mass, slots, _ = forward(
         q.to(dtype),
         joined(state.key, k),
         joined(state.value, v),

@@ -52,9 +52,10 @@ def full_attention(
         mask = mask[:, None]
     heads = [x.transpose(1, 2) for x in (q, keys, values)]
     if softcap is None:
-        out = F.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
-        ).transpose(1, 2)
+        grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # a comparison is no bool while compiling
+        causal = mask is None
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal, scale=scale, **grouped)
+        out = out.transpose(1, 2)
     else:
         out = capped_attention(*heads, mask=mask, scale=scale, softcap=softcap).transpose(1, 2)
     mass = q.new_zeros((), dtype=slot_dtype(q.dtype)).expand(q.shape[:3])
@@ -136,8 +137,8 @@ def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dr
     attend = None if dropout or length == keys else _square_kernel(q, k, v)
     if attend is None:
         bias: Tensor = causal_lower_right(length, keys)
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, **grouped).transpose(1, 2)
     past = keys - length
     out, total = attend(q, k[:, :, past:], v[:, :, past:], True, scale)
     for start in range(0, past, length):
