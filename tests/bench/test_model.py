@@ -21,7 +21,7 @@ def test_the_tiny_benchmark_of_prompts_runs(tmp_path):
 
 def test_the_tiny_benchmark_of_decoding_runs(tmp_path):
     lines: list[str] = []
-    rows = select(model.decode_rows(tiny=True), "T20")
+    rows = select(model.decode_rows(tiny=True), "graph T20|eager T|hybrid decode both T20")
     assert model.run(rows, tmp_path / "decode.csv", 500, tiny=True, log=lines.append) == 0
     found = read_table(tmp_path / "decode.csv")
     tasks = {(r["model"], r["task"]) for r in found}

@@ -70,7 +70,7 @@ def build(size: Size, hybrid: bool) -> Any:
     """The model with random weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from nha.models.auto import to_hybrid
+    from nha.models.adapter import to_hybrid
 
     torch.manual_seed(0)
     options: dict[str, Any] = {**size.config, "tie_word_embeddings": True}
