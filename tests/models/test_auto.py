@@ -1,31 +1,40 @@
-"""Auto classes know hybrids in whatever order things are imported, and ordinary models stay as they are."""
-
-import subprocess
-import sys
+"""The other Auto classes read hybrids too."""
 
 import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from nha.models.auto import register
-from tests.models.families import hybrid
-
-LOAD = "{first}; model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model).__name__)"
-ORDERS = {
-    "nha first": "import sys, nha; from transformers import AutoModelForCausalLM",
-    "nha last": "import sys; from transformers import AutoModelForCausalLM; import nha",
-    "a name of nha": "import sys; from nha import set_windows; from transformers import AutoModelForCausalLM",
-    "models": "import sys, nha.models.auto; from transformers import AutoModelForCausalLM",
-}
+from tests.models.families import hybrid, tokens
 
 
-@pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
-def test_a_saved_hybrid_loads_in_any_order_of_imports(first, tmp_path):
-    hybrid().save_pretrained(tmp_path)
-    code = LOAD.format(first=first)
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert found.stdout.strip() == "NHALlamaForCausalLM", found.stderr
+@pytest.fixture(params=["llama", "gemma2"])
+def saved(request, tmp_path):
+    hybrid(request.param, [8, -1, 4]).save_pretrained(tmp_path)
+    return tmp_path
 
 
-def test_classes_are_registered_once():
-    before = register.cache_info().misses
-    register()
-    assert before == register.cache_info().misses == 1
+def test_the_decoder_alone(saved):
+    whole, alone = AutoModelForCausalLM.from_pretrained(saved).eval(), AutoModel.from_pretrained(saved).eval()
+    assert alone.config.window_sizes == [8, -1, 4]
+    for weight in (*whole.parameters(), *alone.parameters()):
+        weight.data = weight.data.clone()
+    with torch.no_grad():
+        assert torch.equal(alone(tokens(1, 40)).last_hidden_state, whole.model(tokens(1, 40)).last_hidden_state)
+
+
+def test_a_classifier_starts_from_the_hybrids_decoder(saved, tmp_path_factory):
+    whole, classifier = (
+        auto.from_pretrained(saved, **options).eval()
+        for auto, options in ((AutoModelForCausalLM, {}), (AutoModelForSequenceClassification, {"num_labels": 3}))
+    )
+    assert type(classifier.model.layers[0].self_attn).__name__.startswith("NHA")
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        found = classifier(ids).logits
+        wanted = classifier.score(whole.model(ids).last_hidden_state[:, -1])
+    assert found.shape == (2, 3) and (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    folder = tmp_path_factory.mktemp("classifier")
+    classifier.save_pretrained(folder)
+    again = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, found, atol=1e-5)

@@ -91,7 +91,8 @@ def hybridize(
     and after to check that. A model that cannot be converted is left as it was.
 
     Args:
-        model: a model that `AutoModelForCausalLM` loaded. The families of `nha.models.families.FAMILIES` are tested;
+        model: a model that `AutoModelForCausalLM` or `AutoModelForImageTextToText` loaded; of a multimodal model, the
+            text model inside it is converted. The families of `nha.models.families.FAMILIES` are tested;
             any other family is tried, unless it is known not to work.
         num_slots: slots per KV head.
         window_size: tokens in the window of every layer that has full attention, or a list with one int per layer
@@ -126,10 +127,11 @@ def hybridize(
     """
     if init not in INITS:
         raise ValueError(f"expected init to be one of {', '.join(INITS)}, got {init!r}")
-    check_family(model.config)
+    text: Any = model.config.get_text_config()
+    check_family(text)
     check_structure(model)
     with reasons(model):
-        windows = plan_windows(model.config, window_size, full_layers)
+        windows = plan_windows(text, window_size, full_layers)
     if all(window == FULL for window in windows):
         raise ValueError(f"expected at least one layer to convert, got windows {windows}")
     paper = init == "paper"

@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 
 from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
-from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class
+from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
 from nha.models.families import check_family, rotates
 from nha.models.full_attention import base_attention, packed_base_attention
 from nha.models.masks import NAME, HybridMask, cache_argument, causal_mask, mark_packing, read_mask
@@ -325,16 +330,45 @@ class HybridModelMixin(CheckpointMixin, HybridGenerationMixin):
         reset_slots(self)  # type: ignore[arg-type]
 
 
+TASKS = {
+    "base": MODEL_MAPPING,
+    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "image-text-to-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+
+
 @memoize
-def hybrid_model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The model class that a hybrid configuration class belongs to: a subclass of the family's own."""
+def hybrid_model_class(config_class: type[PreTrainedConfig], task: str = "causal-lm") -> type[PreTrainedModel]:
+    """The model class for a task of a hybrid configuration class: a subclass of the family's own.
+
+    Raises KeyError where the family has none.
+    """
     family = config_class.model_type.removeprefix("nha-")
-    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    base: Any = TASKS[task][CONFIG_MAPPING[family]]
     name = f"NHA{base.__name__}"
     body = {"config_class": config_class, "config": None, "__module__": __name__}
     new = type(name, (HybridModelMixin, base), body)
     setattr(sys.modules[__name__], name, new)
     return new
+
+
+def hybrid_config(old: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a model's configuration, for its hybrid; that of a multimodal model holds one for its text model.
+
+    Raises ValueError, or what loading the saved model would raise, for settings that cannot be.
+    """
+    text = old.get_text_config()
+    config_class = hybrid_config_class(text.model_type)
+    config_class(**(text.to_dict() | changes))
+    config = copy.deepcopy(old)
+    inner = config.get_text_config()
+    inner.__class__ = config_class
+    for name, value in changes.items():
+        setattr(inner, name, value)
+    if inner is not config:
+        config.__class__ = hybrid_multimodal_config_class(old.model_type)
+    return config
 
 
 def to_hybrid(
@@ -349,14 +383,16 @@ def to_hybrid(
     """Turn a live model into its family's hybrid, in place: class, configuration and attention modules.
 
     All weights are shared with what the model was; gates and sinks are not calibrated yet (`hybridize` does that).
-    The configuration is a new object: models that share the old one stay what they are.
+    The configuration is a new object: models that share the old one stay what they are. In a multimodal model the
+    text model becomes a hybrid, and the rest stays.
 
     Raises:
         ValueError: an unsupported family or numbers that cannot be; nothing has changed.
     """
     old: Any = model.config
-    check_family(old)
-    check_windows(old, windows)
+    text = old.get_text_config()
+    check_family(text)
+    check_windows(text, windows)
     changes = {
         "num_slots": num_slots,
         "num_sinks": num_sinks,
@@ -365,20 +401,19 @@ def to_hybrid(
         "window_sizes": list(windows),
     }
     check_sizes(SimpleNamespace(**changes))
-    config_class = hybrid_config_class(old.model_type)
-    config_class(**(old.to_dict() | changes))  # raises what loading the saved model would
-    expected: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[old.model_type]]
-    if type(model).__name__ != expected.__name__:
-        raise ValueError(f"expected a causal language model, got {type(model).__name__}")
-    config = copy.deepcopy(old)
-    config.__class__ = config_class
-    for name, value in changes.items():
-        setattr(config, name, value)
-    config.architectures = [hybrid_model_class(config_class).__name__]
+    task = "causal-lm" if text is old else "image-text-to-text"
+    expected: Any = TASKS[task].get(type(old), None)
+    if expected is None or type(model).__name__ != expected.__name__:
+        raise ValueError(f"expected a model for {task}, got {type(model).__name__}")
+    config = hybrid_config(old, changes)
+    new_class = hybrid_model_class(type(config), task)
+    config.architectures = [new_class.__name__]
     config.converted_from = old.name_or_path or None
     config.name_or_path = model.name_or_path = in_memory_name(old)
+    renewed = {id(old): config, id(text): config.get_text_config()}
     for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = config
-    model.__class__ = hybrid_model_class(config_class)
+        own = getattr(module, "config", None)
+        if id(own) in renewed:
+            module.config = renewed[id(own)]
+    model.__class__ = new_class
     install(model)

@@ -42,6 +42,8 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any]) -> None:
         "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
         "unknown": sorted(info["unexpected_keys"]) if hybrid else [],
     }
+    if hybrid and not model.can_generate():  # a decoder alone has no head, and a classifier gets a new one
+        found = {kind: [name for name in names if "layers." in name] for kind, names in found.items()}
     wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in found.items() if names]
     if wrong:
         raise ValueError(f"expected the weights of {type(model).__name__}, got {', '.join(wrong)}")
@@ -73,14 +75,17 @@ class CheckpointMixin:
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with a modelling file that imports nha and an entry of it in `auto_map`."""
         config, model = type(self.config).__name__, type(self).__name__
-        stem = FILE.removesuffix(".py")
-        self.config.auto_map = {"AutoConfig": f"{stem}.{config}", "AutoModelForCausalLM": f"{stem}.{model}"}
-        if kwargs.get("is_main_process", True):
+        write_code = self.can_generate() and kwargs.get("is_main_process", True)
+        if self.can_generate():
+            stem = FILE.removesuffix(".py")
+            auto = "AutoModelForImageTextToText" if hasattr(self.config, "text_config") else "AutoModelForCausalLM"
+            self.config.auto_map = {"AutoConfig": f"{stem}.{config}", auto: f"{stem}.{model}"}
+        if write_code:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             text = TEXT.format(config=config, model=model, model_type=self.config.model_type)
             write_atomically(Path(save_directory) / FILE, text)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
+        if write_code:
             mode = (Path(save_directory) / FILE).stat().st_mode  # safetensors makes its files private
             for path in Path(save_directory).glob("*.safetensors"):
                 path.chmod(mode)

@@ -202,3 +202,47 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
     new = strict(type(name, (HybridConfigMixin, base), body | {"model_type": f"nha-{family}"}))
     setattr(sys.modules[__name__], name, new)
     return new
+
+
+def _of_text(name: str) -> property:
+    def get(self: Any) -> Any:
+        return getattr(self.text_config, name)
+
+    def put(self: Any, value: Any) -> None:
+        setattr(self.text_config, name, value)
+
+    return property(get, put)
+
+
+class HybridMultimodalConfigMixin:
+    """What the configuration of a multimodal model gains when its text model becomes a hybrid.
+
+    The settings are those of `text_config`; reading or setting them here reaches through to it.
+    """
+
+    text_config: Any
+
+    window_sizes, num_slots, num_sinks = _of_text("window_sizes"), _of_text("num_slots"), _of_text("num_sinks")
+    slot_distance, slots_from_start = _of_text("slot_distance"), _of_text("slots_from_start")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):  # as read from a file
+            settings = dict(self.text_config)
+            self.text_config = hybrid_config_class(settings.pop("model_type").removeprefix("nha-"))(**settings)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would copy a file of this package beside saved weights."""
+
+
+@memoize
+def hybrid_multimodal_config_class(family: str) -> type[PreTrainedConfig]:
+    """The configuration class of multimodal models with a hybrid text model, of model type "nha-<family>"."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    base = CONFIG_MAPPING[family]
+    body = {"model_type": f"nha-{family}", "__module__": __name__}
+    new = strict(type(f"NHA{base.__name__}", (HybridMultimodalConfigMixin, base), body))
+    setattr(sys.modules[__name__], new.__name__, new)
+    return new

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
 RECURRENT = "its layers are not softmax attention"
-MULTIMODAL = "convert the text model inside it"
 
 
 @dataclass(frozen=True)
@@ -135,10 +134,16 @@ TABLE = (
     Family("mamba", refused=RECURRENT),
     Family("mamba2", refused=RECURRENT),
     Family("rwkv", refused=RECURRENT),
-    Family("gemma3", refused=MULTIMODAL),
-    Family("mistral3", refused=MULTIMODAL),
     Family("gpt2", refused="its positions are added to the embeddings, not rotated into the keys"),
 )
+MULTIMODAL = {
+    "gemma3": "text model gemma3_text; in hybrid layers the tokens of an image see each other only backwards",
+    "mistral3": "text model mistral or ministral3",
+    "qwen2_5_vl": "text model qwen2_5_vl_text; positions in three dimensions",
+}
+"""Multimodal models that are tested, with what is special; the text model inside them becomes a hybrid."""
+TEXT_MODELS = ("qwen2_5_vl_text",)
+"""Text models without a causal language model of their own."""
 FAMILIES = tuple(family.model_type for family in TABLE if not family.refused)
 ROTATES = {family.model_type: family.rotates for family in TABLE}
 REFUSED = {family.model_type: family.refused for family in TABLE if family.refused}
