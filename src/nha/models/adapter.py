@@ -404,7 +404,8 @@ def to_hybrid(
     task = "causal-lm" if text is old else "image-text-to-text"
     expected: Any = TASKS[task].get(type(old), None)
     if expected is None or type(model).__name__ != expected.__name__:
-        raise ValueError(f"expected a model for {task}, got {type(model).__name__}")
+        wanted = "a causal language model" if text is old else "a model for images and text"
+        raise ValueError(f"expected {wanted}, got {type(model).__name__}")
     config = hybrid_config(old, changes)
     new_class = hybrid_model_class(type(config), task)
     config.architectures = [new_class.__name__]
