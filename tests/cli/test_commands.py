@@ -98,6 +98,11 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
         (["eval", "perplexity", "{tiny}", "--ablations"], "expected a hybrid for --ablations"),
         (["eval", "perplexity", "{tiny}", "--length", "1"], "expected --length of at least 2, got 1"),
         (["quickstart", "--model", "{tiny}", "--window", "-1"], "expected --window to convert at least one layer"),
+        (["quickstart", "--model", "{tiny}", "--output", "{new}", "--window", "512"], "got 512"),
+        (["quickstart", "--model", "{tiny}", "--output", "{new}", "--slots", "4097"], "got 4097"),
+        (["quickstart", "--model", "{tiny}", "--output", "{new}", "--seed", "-1"], "got -1"),
+        (["quickstart", "--model", "{tiny}", "--output", "{tiny}"], "to be new or empty"),
+        (["generate", "{hybrid}", "a\udcff"], "\\udcff"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tiny, tiny_hybrid, tmp_path):

@@ -171,6 +171,12 @@ def check_range(
         raise BadInput(f"expected {name} {wanted or 'to be finite'}, got {value}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise BadInput for a seed that not every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"expected --seed from 0 to {2**32 - 1}, got {seed}")
+
+
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise BadInput for an option that is none of its choices.
 

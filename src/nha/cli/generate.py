@@ -76,6 +76,7 @@ def sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str,
 
 def load(model: str, windows: int | list[int] | None, seed: int) -> tuple[Any, Any, loading.Source]:
     """A model with these windows (None: its own), its tokenizer and its source; seeds the sampling."""
+    common.check_seed(seed)
     source = loading.find(model)
     if windows is not None:
         loading.check_windows_changeable(source, windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,7 @@ def quickstart(
     check_installed(REPORT + (EMBEDDED if model == loading.EMBEDDED else ()))
     windows = common.parse_windows(window)
     given = None if full_layers is None else common.parse_ints(full_layers, "--full-layers")
+    common.check_seed(seed)
     check_settings(slots, sinks=1, slot_distance=128, dtype="auto")
     if max([windows] if isinstance(windows, int) else windows) < 0:
         raise BadInput(f"expected --window to convert at least one layer, got {window}")
@@ -58,6 +60,7 @@ def quickstart(
     if given is None:
         given = default_full_layers(source) if isinstance(windows, int) else []
     settings = Settings(windows, slots, given, seed, quick=quick, tune=tune)
+    settings.check()
     with atomic_directory(output) as work, common.progress_bar() as bar:
         steps = Steps(planned_steps(settings), bar)
         results = run(source, settings, steps.report, work / "hybrid" if save else None)
@@ -143,4 +146,4 @@ def show(results: Results, output: Path) -> None:
     out.print()
     out.print(f"Report: [bold]{escape(str(output / 'index.html'))}[/]", soft_wrap=True)
     if results.saved_to:
-        out.print(f"Try it: [cyan]nha chat {escape(results.saved_to)}[/]", soft_wrap=True)
+        out.print(f"Try it: [cyan]nha chat {escape(shlex.quote(results.saved_to))}[/]", soft_wrap=True)

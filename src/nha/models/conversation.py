@@ -67,8 +67,18 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for text that is not Unicode, such as bytes of a command line that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text[max(0, error.start - 20) : error.end]
+        raise ValueError(f"expected text in UTF-8, got {shown!r} at character {error.start}") from None
+
+
 def encode(tokenizer: Any, text: str, *, raw: bool) -> Tensor:
     """Token ids [1, T] of a prompt, inside the chat template if the tokenizer has one and `raw` is not set."""
+    check_text(text)
     if raw or not has_template(tokenizer):
         return tokenizer(text, return_tensors="pt").input_ids
     messages = [{"role": "user", "content": text}]
@@ -96,6 +106,7 @@ def later_turn(tokenizer: Any, text: str, *, closed: bool) -> str:
 
 def turn_ids(tokenizer: Any, conversation: Conversation, text: str, *, raw: bool = False) -> Tensor:
     """Token ids [1, T] that a new message adds to a conversation."""
+    check_text(text)
     if not conversation.ids.shape[1]:
         return encode(tokenizer, text, raw=raw)
     if raw or not has_template(tokenizer):

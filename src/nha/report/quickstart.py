@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ SEARCHED_LAYERS = {"SmolLM2-135M-Instruct": (8, 18, 20, 23)}
 DOCUMENT = "the Python language reference"
 QUESTION = "Explain in two sentences what a function is in Python."
 DOCUMENTS = 2
+TRAINING_LENGTH = min(CONTEXTS)  # tokens of a text to train on; caches are filled from as many
+MAX_SLOTS = 4096  # half of the tokens that gates are calibrated on
 Report = Callable[[str, int, int], None]  # (step, done, total)
 
 # Every step with the seconds that it takes the embedded model on two idle cores.
@@ -68,6 +71,14 @@ class Settings:
     seed: int
     quick: bool = False
     tune: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that the texts of a quickstart are too short for."""
+        largest = self.windows if isinstance(self.windows, int) else max(self.windows)
+        if largest >= TRAINING_LENGTH:
+            raise ValueError(f"expected windows below {TRAINING_LENGTH} tokens in a quickstart, got {largest}")
+        if self.slots > MAX_SLOTS:
+            raise ValueError(f"expected at most {MAX_SLOTS} slots in a quickstart, got {self.slots}")
 
     @property
     def length(self) -> int:
@@ -115,7 +126,9 @@ def planned_steps(settings: Settings) -> dict[str, float]:
 
 def default_full_layers(source: loading.Source) -> list[int]:
     """The layers that a search found for this model; none for a model that was not searched."""
-    return list(SEARCHED_LAYERS.get(source.label.rsplit("/", 1)[-1], ()))
+    found = list(SEARCHED_LAYERS.get(source.label.rsplit("/", 1)[-1], ()))
+    layers = math.inf if source.config is None else loading.layers_of(source.config)
+    return found if all(layer < layers for layer in found) else []
 
 
 def run(source: loading.Source, settings: Settings, report: Report, saved: Path | None) -> Results:
@@ -238,8 +251,8 @@ def kept_sliding(config: Any) -> int:
 
 def tune(model: Any, tokenizer: Any, settings: Settings, clock: Clock) -> Tuning:
     """Train gates and sinks for a moment on text that is not measured."""
-    rows, length, steps = (4, 512, 8) if settings.quick else (8, 512, 20)
-    ids = blocks(tokenizer, [calibration_text()], rows, length)
+    rows, steps = (4, 8) if settings.quick else (8, 20)
+    ids = blocks(tokenizer, [calibration_text()], rows, TRAINING_LENGTH)
     with clock.step("training gates and sinks") as advance:
         align(model, ids, steps=steps, seed=settings.seed, progress=advance)
     return Tuning(
