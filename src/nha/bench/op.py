@@ -242,10 +242,10 @@ def run(wanted: list[Row], out: Path, budget_s: float, tiny: bool, log: Callable
     require_gpu(tiny)
     deadline = time.monotonic() + budget_s
     if find_spec("triton") is not None:
-        import triton  # pyright: ignore[reportMissingImports]
+        from triton import knobs
 
         # Kernels compile anew, so that first_call_s is that of a cold cache.
-        triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")
+        knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")
     torch._dynamo.config.recompile_limit = 256  # a peer that compiles does so for every shape
     out.mkdir(parents=True, exist_ok=True)
     limits, about = ceilings(), stamp("torch", "triton")

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs. Importing this package needs Triton; `nha.ops.api` imports it only when it is there."""
+"""Kernels for NVIDIA GPUs. Importing this package needs Triton; `nha.ops` imports it only where Triton is installed."""

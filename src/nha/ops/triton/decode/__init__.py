@@ -1,1 +1,1 @@
-"""The decoding kernel: a few new tokens of running texts."""
+"""Decoding: 1 to 16 new tokens of each sequence in one launch."""
