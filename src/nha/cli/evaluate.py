@@ -17,18 +17,17 @@ if TYPE_CHECKING:
 
     from nha.evaluate.measure import Progress
 
+DEFAULTS = options.ModelOptions()
+
 
 @command
+@options.with_groups
 def perplexity(
     model: Annotated[str, options.MODEL],
     text: Annotated[list[Path] | None, options.TEXT] = None,
     length: Annotated[int, typer.Option(help="Tokens of each document.")] = 1024,
     count: Annotated[int, typer.Option(help="Documents to read.")] = 4,
-    window: Annotated[str | None, options.WINDOW] = None,
-    ablations: Annotated[bool, options.ABLATIONS] = False,
-    compare: Annotated[list[str] | None, options.COMPARE] = None,
-    dtype: Annotated[str, options.DTYPE] = "auto",
-    seed: Annotated[int, options.SEED] = 0,
+    models: options.ModelOptions = DEFAULTS,
     output: Annotated[Path | None, options.OUTPUT] = None,
     as_json: Annotated[bool, options.AS_JSON] = False,
 ) -> None:
@@ -37,7 +36,7 @@ def perplexity(
     common.check_at_least("--count", count, 1)
     options.check_output(output)
     texts = options.read_texts(text)
-    plan = options.checked_plan(model, window, ablations, compare, dtype)
+    plan = options.checked_plan(model, models)
     loaded, tokenizer = options.load(plan)
 
     from nha.data.text import blocks, evaluation_documents
@@ -47,12 +46,12 @@ def perplexity(
     ids = blocks(tokenizer, evaluation_documents() if texts is None else texts, count, length)
 
     def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
-        return perplexity_row(model, ids, seed=seed, progress=progress)
+        return perplexity_row(model, ids, seed=models.seed, progress=progress)
 
     with options.named_progress() as progress:
         rows = measure_each(plan, loaded, tokenizer, measure, progress)
     edges = bucket_edges(length)
-    shape = {"documents": len(ids), "length": length, "bucket_edges": edges, "seed": seed}
+    shape = {"documents": len(ids), "length": length, "bucket_edges": edges, "seed": models.seed}
     results = {"model": plan.source.name, **shape, "results": rows}
     if output is not None:
         tables.save(output, "perplexity.json", results, "exact")
@@ -62,13 +61,14 @@ def perplexity(
     for table in tables.perplexity_tables(rows, edges):
         out.print(table)
     err.print(
-        f"[dim]{len(ids)} documents of {length:,} tokens, 95 % bootstrap intervals over documents, seed {seed}; "
+        f"[dim]{len(ids)} documents of {length:,} tokens, 95 % bootstrap intervals over documents, seed {models.seed}; "
         "repeats: loss on pairs of tokens last seen over 192 tokens back; slots: their attention mass; "
         "below: perplexity by position[/]"
     )
 
 
 @command
+@options.with_groups
 def recall(
     model: Annotated[str, options.MODEL],
     tasks: Annotated[str | None, options.TASKS] = None,
@@ -78,13 +78,9 @@ def recall(
     length: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 2048,
     questions: Annotated[int, options.QUESTIONS] = 32,
     text: Annotated[list[Path] | None, options.TEXT] = None,
-    window: Annotated[str | None, options.WINDOW] = None,
-    ablations: Annotated[bool, options.ABLATIONS] = False,
-    compare: Annotated[list[str] | None, options.COMPARE] = None,
     generate: Annotated[bool, typer.Option(help="Also let the model write the answers.")] = True,
     metric: Annotated[str, typer.Option(help="The metric to print: digits, exact or generated.")] = "exact",
-    dtype: Annotated[str, options.DTYPE] = "auto",
-    seed: Annotated[int, options.SEED] = 0,
+    models: options.ModelOptions = DEFAULTS,
     output: Annotated[Path | None, options.OUTPUT] = None,
     as_json: Annotated[bool, options.AS_JSON] = False,
 ) -> None:
@@ -95,7 +91,7 @@ def recall(
     options.check_metric(metric, generate)
     options.check_output(output)
     texts = options.read_texts(text)
-    plan = options.checked_plan(model, window, ablations, compare, dtype)
+    plan = options.checked_plan(model, models)
     loaded, tokenizer = options.load(plan)
 
     import numpy as np
@@ -106,17 +102,25 @@ def recall(
     from nha.evaluate.recall import recall_sets
 
     filler = np.concatenate(plain_ids(tokenizer, tokenized(tokenizer, texts)))
-    sets = recall_sets(tokenizer, filler, tasks=wanted, distances=chosen, seq_len=length, count=questions, seed=seed)
+    sets = recall_sets(
+        tokenizer, filler, tasks=wanted, distances=chosen, seq_len=length, count=questions, seed=models.seed
+    )
     asked = {"tasks": wanted, "distances": chosen, "length": length, "questions": questions, "generate": generate}
-    identity = {"command": "recall", **plan.identity, **asked, "texts": text_digest(texts), "seed": seed}
+    identity = {"command": "recall", **plan.identity, **asked, "texts": text_digest(texts), "seed": models.seed}
 
     def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
-        return recall_row(model, sets, generate=generate, seed=seed, progress=progress)
+        return recall_row(model, sets, generate=generate, seed=models.seed, progress=progress)
 
     partial = options.partial_results(output, identity)
     with options.named_progress() as progress:
         found = measure_each(plan, loaded, tokenizer, measure, progress, partial)
-    results = {"model": plan.source.name, "length": length, "questions": questions, "seed": seed, "results": found}
+    results = {
+        "model": plan.source.name,
+        "length": length,
+        "questions": questions,
+        "seed": models.seed,
+        "results": found,
+    }
     if output is not None:
         tables.save(output, "recall.json", results, metric)
         partial.remove()
@@ -125,10 +129,11 @@ def recall(
         return
     for table in tables.recall_tables({name: row["recall"] for name, row in found.items()}, metric):
         out.print(table)
-    err.print(tables.recall_note(metric, questions, seed))
+    err.print(tables.recall_note(metric, questions, models.seed))
 
 
 @command
+@options.with_groups
 def everything(
     model: Annotated[str, options.MODEL],
     output: Annotated[Path, typer.Argument(help="A new directory for results and picture.")],
@@ -137,12 +142,8 @@ def everything(
     questions: Annotated[int, options.QUESTIONS] = 32,
     tasks: Annotated[str | None, options.TASKS] = None,
     text: Annotated[list[Path] | None, options.TEXT] = None,
-    window: Annotated[str | None, options.WINDOW] = None,
-    ablations: Annotated[bool, options.ABLATIONS] = False,
-    compare: Annotated[list[str] | None, options.COMPARE] = None,
     generate: Annotated[bool, typer.Option(help="Also let the model write the answers.")] = True,
-    dtype: Annotated[str, options.DTYPE] = "auto",
-    seed: Annotated[int, options.SEED] = 0,
+    models: options.ModelOptions = DEFAULTS,
     as_json: Annotated[bool, options.AS_JSON] = False,
 ) -> None:
     """The standard evaluation: perplexity and recall at several lengths, saved with a picture.
@@ -158,7 +159,7 @@ def everything(
     common.check_at_least("--questions", questions, 1)
     options.check_output(output)
     texts = options.read_texts(text)
-    plan = options.checked_plan(model, window, ablations, compare, dtype)
+    plan = options.checked_plan(model, models)
     loaded, tokenizer = options.load(plan)
 
     from nha.evaluate.compare import measure_each
@@ -172,19 +173,19 @@ def everything(
         max_documents=documents,
         num_questions=questions,
         tasks=wanted,
-        seed=seed,
+        seed=models.seed,
     )
     asked = {"lengths": sizes, "documents": documents, "questions": questions, "tasks": wanted, "generate": generate}
-    identity = {"command": "all", **plan.identity, **asked, "texts": text_digest(texts), "seed": seed}
+    identity = {"command": "all", **plan.identity, **asked, "texts": text_digest(texts), "seed": models.seed}
 
     def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
-        return measure_model(model, suite, generate=generate, seed=seed, progress=progress)
+        return measure_model(model, suite, generate=generate, seed=models.seed, progress=progress)
 
     partial = options.partial_results(output, identity)
     with options.named_progress() as progress:
         found = measure_each(plan, loaded, tokenizer, measure, progress, partial)
     counts = {label(n): len(ids) for n, ids in suite.texts.items()}
-    shape = {"documents": counts, "questions": questions, "seed": seed}
+    shape = {"documents": counts, "questions": questions, "seed": models.seed}
     results = {"model": plan.source.name, **shape, "results": found}
     tables.save(output, "evaluation.json", results, "exact")
     partial.remove()
@@ -194,4 +195,4 @@ def everything(
     out.print(tables.summary_table(found, list(counts)))
     for table in tables.recall_tables({name: row["recall"] for name, row in found.items()}, "exact"):
         out.print(table)
-    err.print(tables.recall_note("exact", questions, seed))
+    err.print(tables.recall_note("exact", questions, models.seed))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -38,13 +42,51 @@ QUESTIONS = typer.Option(help="Questions of each task and distance.")
 TASKS = typer.Option(help="Recall tasks, separated by commas.", show_default="all")
 
 
-def checked_plan(model: str, window: str | None, ablations: bool, compare: list[str] | None, dtype: str) -> Plan:
-    """The models of a command, checked before any weight is read. Raises BadInput."""
-    common.check_choice("--dtype", dtype, common.DTYPES)
-    windows = None if window is None else common.parse_windows(window)
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of every evaluation: variants of the model, models beside it, dtype and seed."""
+
+    window: Annotated[str | None, WINDOW] = None
+    ablations: Annotated[bool, ABLATIONS] = False
+    compare: Annotated[list[str] | None, COMPARE] = None
+    dtype: Annotated[str, DTYPE] = "auto"
+    seed: Annotated[int, SEED] = 0
+
+
+def with_groups(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of its parameters that are dataclasses, in place of those."""
+    given = inspect.signature(function, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {p.name: p.annotation for p in given if dataclasses.is_dataclass(p.annotation)}
+    parameters = [p for p in given if p.name not in groups]
+    for group in groups.values():
+        hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in dataclasses.fields(group)
+        ]
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
+        function(**options)
+
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in keyword}
+    return run
+
+
+def checked_plan(model: str, models: ModelOptions, auto: str = "auto") -> Plan:
+    """The models of a command, checked before any weight is read; `auto` is the dtype for "auto". Raises BadInput."""
+    common.check_choice("--dtype", models.dtype, common.DTYPES)
+    windows = None if models.window is None else common.parse_windows(models.window)
     from nha.evaluate.compare import make_plan
 
-    return make_plan(model, windows=windows, ablations=ablations, compare=compare or [], dtype=dtype)
+    dtype = auto if models.dtype == "auto" else models.dtype
+    return make_plan(model, windows=windows, ablations=models.ablations, compare=models.compare or [], dtype=dtype)
 
 
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,15 +13,14 @@ from nha.cli import evaluate_options as options
 from nha.cli import evaluate_tables as tables
 from nha.cli.common import command, err, out, print_json
 
+if TYPE_CHECKING:
+    from nha.evaluate.public.run import PublicSettings
 
-@command
-def public(
-    model: Annotated[str, options.MODEL],
-    data: Annotated[
-        Path,
-        typer.Option(help="The directory of the sets, NAME.jsonl (also .xz, .gz), with heldout.jsonl in it or below."),
-    ],
-    output: Annotated[Path | None, options.OUTPUT] = None,
+
+@dataclass(frozen=True)
+class PublicOptions:
+    """Options for what is measured, and how much of it."""
+
     sets: Annotated[
         str | None,
         typer.Option(
@@ -28,32 +28,58 @@ def public(
             "cloze_far, needle, perplexity, separated by commas.",
             show_default="all",
         ),
-    ] = None,
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(help="Maximum number of items of a multiple-choice set.", show_default="all")
+    ] = None
+    questions: Annotated[int, typer.Option(help="Maximum number of questions answered in writing.")] = 1000
+    clozes: Annotated[int, typer.Option(help="Maximum number of near, and of far clozes.")] = 500
+    needle_lengths: Annotated[str, typer.Option(help="Tokens of a prompt with a needle.")] = "2048,4096,8192"
+    needles: Annotated[int, typer.Option(help="Needles of each length and depth (5 depths).")] = 20
+    lengths: Annotated[str, typer.Option(help="Tokens of a document for perplexity.")] = "2048,8192"
+    count: Annotated[int, typer.Option(help="Maximum number of documents of each length.")] = 64
+
+    def settings(self, seed: int) -> PublicSettings:
+        """The evaluation's settings. Raises ValueError for what cannot be."""
+        from nha.evaluate.public.run import PARTS, PublicSettings
+
+        names = None if self.sets is None else [name.strip() for name in self.sets.split(",")]
+        return PublicSettings(
+            parts=PARTS if names is None else tuple(filter(None, names)),
+            limit=self.limit,
+            questions=self.questions,
+            clozes=self.clozes,
+            needle_lengths=tuple(common.parse_ints(self.needle_lengths, "--needle-lengths")),
+            needles=self.needles,
+            lengths=tuple(common.parse_ints(self.lengths, "--lengths")),
+            documents=self.count,
+            seed=seed,
+        )
+
+
+DEFAULT_PARTS = PublicOptions()
+DEFAULTS = options.ModelOptions()
+
+
+@command
+@options.with_groups
+def public(
+    model: Annotated[str, options.MODEL],
+    data: Annotated[
+        Path,
+        typer.Option(help="The directory of the sets, NAME.jsonl (also .xz, .gz), with heldout.jsonl in it or below."),
+    ],
+    output: Annotated[Path | None, options.OUTPUT] = None,
     documents: Annotated[
         Path | None,
         typer.Option(help="Held-out documents (.jsonl), for clozes, needles and perplexity.", show_default=False),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Maximum number of items of a multiple-choice set.", show_default="all")
-    ] = None,
-    questions: Annotated[int, typer.Option(help="Maximum number of questions answered in writing.")] = 1000,
-    clozes: Annotated[int, typer.Option(help="Maximum number of near, and of far clozes.")] = 500,
-    needle_lengths: Annotated[str, typer.Option(help="Tokens of a prompt with a needle.")] = "2048,4096,8192",
-    needles: Annotated[int, typer.Option(help="Needles of each length and depth (5 depths).")] = 20,
-    lengths: Annotated[str, typer.Option(help="Tokens of a document for perplexity.")] = "2048,8192",
-    count: Annotated[int, typer.Option(help="Maximum number of documents of each length.")] = 64,
+    parts: PublicOptions = DEFAULT_PARTS,
     batch_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of a forward pass, with padding.", show_default="half of the GPU's free memory"),
     ] = None,
-    window: Annotated[str | None, options.WINDOW] = None,
-    ablations: Annotated[bool, options.ABLATIONS] = False,
-    compare: Annotated[list[str] | None, options.COMPARE] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"),
-    ] = "auto",
-    seed: Annotated[int, options.SEED] = 0,
+    models: options.ModelOptions = DEFAULTS,
     as_json: Annotated[bool, options.AS_JSON] = False,
 ) -> None:
     """Measure on public test sets: likelihoods, written answers, verbatim recall, needles, perplexity by position.
@@ -67,22 +93,11 @@ def public(
     import torch
 
     from nha.evaluate.public.compare import compare_public
-    from nha.evaluate.public.run import PARTS, PublicSettings, read_public
+    from nha.evaluate.public.run import read_public
 
-    settings = PublicSettings(
-        parts=PARTS if sets is None else tuple(name.strip() for name in sets.split(",") if name.strip()),
-        limit=limit,
-        questions=questions,
-        clozes=clozes,
-        needle_lengths=tuple(common.parse_ints(needle_lengths, "--needle-lengths")),
-        needles=needles,
-        lengths=tuple(common.parse_ints(lengths, "--lengths")),
-        documents=count,
-        seed=seed,
-    )
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    plan = options.checked_plan(model, window, ablations, compare, dtype)
+    settings = parts.settings(models.seed)
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    plan = options.checked_plan(model, models, auto=dtype)
     with common.status(f"reading {data}"):
         read = read_public(data, settings, documents)
     identity = {"command": "public", **plan.identity, **read.identity, "cuda": torch.cuda.is_available()}
@@ -90,7 +105,13 @@ def public(
     loaded, tokenizer = options.load(plan)
     with options.named_progress() as progress:
         found = compare_public(plan, loaded, tokenizer, read, partial, progress, batch_tokens)
-    results: dict[str, Any] = {"model": plan.source.name, "data": str(data), **read.identity, "dtype": dtype, **found}
+    results: dict[str, Any] = {
+        "model": plan.source.name,
+        "data": str(data),
+        **read.identity,
+        "dtype": plan.dtype,
+        **found,
+    }
     if output is not None:
         tables.save_public(output, results)
         partial.remove()
@@ -103,5 +124,5 @@ def public(
         err.print(f"note: {line}", markup=False, soft_wrap=True)
     err.print(
         "[dim]accuracy in % with 95 % intervals (Wilson); of control: relative to the control model on the same "
-        f"items, with paired bootstrap intervals, seed {seed}[/]"
+        f"items, with paired bootstrap intervals, seed {models.seed}[/]"
     )

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
     from nha.evaluate.measure import Progress
 
+DEFAULTS = options.ModelOptions()
+
 
 @command
+@options.with_groups
 def tasks(
     model: Annotated[str, options.MODEL],
     names: Annotated[
@@ -37,11 +40,7 @@ def tasks(
     max_seq_len: Annotated[
         int | None, typer.Option(help="Tokens of the longest document.", show_default="the configuration's")
     ] = None,
-    window: Annotated[str | None, options.WINDOW] = None,
-    ablations: Annotated[bool, options.ABLATIONS] = False,
-    compare: Annotated[list[str] | None, options.COMPARE] = None,
-    dtype: Annotated[str, options.DTYPE] = "auto",
-    seed: Annotated[int, options.SEED] = 0,
+    models: options.ModelOptions = DEFAULTS,
     output: Annotated[Path | None, options.OUTPUT] = None,
     as_json: Annotated[bool, options.AS_JSON] = False,
 ) -> None:
@@ -55,7 +54,7 @@ def tasks(
 
     wanted = task_names(names)
     check_harness()
-    plan = options.checked_plan(model, window, ablations, compare, dtype)
+    plan = options.checked_plan(model, models)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with common.status("looking up tasks"):
         manager = known_tasks(wanted)
@@ -65,7 +64,7 @@ def tasks(
     def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
         progress("tasks", 0, len(wanted))
         try:
-            found = run_tasks(model, tokenizer, wanted, **limits, seed=seed, manager=manager)
+            found = run_tasks(model, tokenizer, wanted, **limits, seed=models.seed, manager=manager)
         except (ConnectionError, TimeoutError) as error:
             raise BadInput(f"expected the Hub to be reachable for {names}, it is not: {error}") from None
         progress("tasks", len(wanted), len(wanted))
@@ -73,10 +72,12 @@ def tasks(
 
     from nha.evaluate.compare import measure_each
 
-    partial = options.partial_results(output, {"command": "tasks", **plan.identity, **limits, "tasks": wanted})
+    partial = options.partial_results(
+        output, {"command": "tasks", **plan.identity, **limits, "tasks": wanted, "seed": models.seed}
+    )
     with options.named_progress() as progress:
         rows = measure_each(plan, loaded, tokenizer, measure, progress, partial)
-    results = {"model": plan.source.name, "seed": seed, "limit": limit, "results": rows}
+    results = {"model": plan.source.name, "seed": models.seed, "limit": limit, "results": rows}
     if output is not None:
         tables.save(output, "tasks.json", results, "exact")
         partial.remove()
@@ -84,4 +85,4 @@ def tasks(
         print_json(results)
         return
     out.print(tables.harness_table(rows))
-    err.print(f"[dim]95 % bootstrap intervals over documents, seed {seed}[/]")
+    err.print(f"[dim]95 % bootstrap intervals over documents, seed {models.seed}[/]")
