@@ -3,254 +3,37 @@
 The sequence is processed in groups of a few hundred tokens, sized so that a group's scores stay in the cache. Inside a
 group, slots advance in chunks of 16 tokens and window scores are computed in tiles of queries. The backward pass
 recomputes one group at a time from the slots before it.
-
-Per chunk, with `L` the running sum of its log-gates, `mid = L[last] / 2` and `s = 1 - exp(log_gate)`:
-
-    q_decay = exp(L - mid)      k_decay = s * exp(mid - L)      half_decay = exp(mid)
-    slots read at token i       q_decay_i * (half_decay * S + sum_{j <= i} k_decay_j (x) x_j)
-    slots after the chunk       half_decay * (half_decay * S + sum_j k_decay_j (x) x_j)
-
-With log-gates >= -5 no exponent exceeds 16 * 5 / 2 = 40 in size, so float32 holds every factor.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from nha.ops.chunk_groups import (
+    GATE_FLOOR,
+    Group,
+    Plan,
+    Scores,
+    group_size,
+    heads_first,
+    load_group,
+    make_plan,
+    mask_unwritten,
+    scaled_queries,
+    score_group,
+    sum_tiles,
+    times_q_decay,
+    unpack,
+)
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance, slot_dtype
 from nha.ops.varlen import each_sequence
-
-CHUNK = 16  # tokens whose gates are factorised together: bounds the exponents
-MAX_TILE = 128  # queries of a window block
-GATE_FLOOR = -5.0
-GROUP_ELEMENTS = 1 << 20  # scores of one group, about what stays in the cache
-
-
-class _Plan(NamedTuple):
-    """How a segment is cut: `chunk` tokens per slot step, `tile` queries per window block, `group` tokens per pass."""
-
-    length: int
-    window: int
-    chunk: int
-    tile: int
-    group: int
-    blocks: int  # key blocks of `tile` tokens that one query tile can see
-
-    @property
-    def lookback(self) -> int:
-        """Key positions needed before the first query, in whole tiles."""
-        return (self.blocks - 1) * self.tile if self.window else 0
-
-    def spans(self) -> list[tuple[int, int]]:
-        return [(a, min(a + self.group, self.length)) for a in range(0, self.length, self.group)]
-
-
-def _tile_size(chunk: int, span: int) -> int:
-    tile = chunk
-    while tile < span // 2 and tile < MAX_TILE:
-        tile *= 2
-    return tile
-
-
-def _blocks(window: int, tile: int) -> int:
-    return 1 + -(-(window - 1) // tile) if window else 0
-
-
-def _group_size(batch: int, query_heads: int, slots: int, window: int) -> int:
-    """Tokens of a group. They do not depend on T, so that one compiled graph serves every length."""
-    tile = _tile_size(CHUNK, window)
-    scores = batch * query_heads * (slots + _blocks(window, tile) * tile) * tile
-    return tile * torch.sym_max(1, GROUP_ELEMENTS // scores)  # type: ignore[return-value]
-
-
-def _plan(batch: int, length: int, query_heads: int, slots: int, window: int) -> _Plan:
-    chunk = min(CHUNK, length)
-    tile = _tile_size(chunk, min(window, length))
-    group = _group_size(batch, query_heads, slots, window)
-    return _Plan(length, window, chunk, tile, group, _blocks(window, tile))
-
-
-class _Group(NamedTuple):
-    """One group's tensors, heads first: everything that its scores and outputs are made of."""
-
-    query: Tensor  # [B, H, tiles, tile * G, D], scaled
-    slot_query: Tensor  # [B, H, n, chunk * G, D], scaled
-    window_key: Tensor | None  # [B, H, tiles, blocks * tile, D]
-    window_value: Tensor | None
-    token_key: Tensor  # [B, H, n, chunk, D], written to the slots
-    token_value: Tensor
-    q_decay: Tensor  # [B, H, n, chunk, M]
-    k_decay: Tensor
-    half_decay: Tensor  # [B, H, n, M, 1]
-    slots: Tensor  # [B, H, n, M, D + Dv], half_decay * the slots before each chunk
-
-
-class _Scores(NamedTuple):
-    """One group's softmax weights and what their gradients need."""
-
-    weights: Tensor  # [B, H, size * G, S + M + blocks * tile]
-    slot_scores: Tensor  # [B, H, n, chunk * G, M], before `q_decay`
-    qk: Tensor  # [B, H, n, chunk * G, chunk], masked
-    slope: Tensor | None  # with a softcap the derivative of the capped scores, shaped as the weights
-
-
-def _heads_first(x: Tensor, start: int, stop: int, size: int) -> Tensor:
-    """x [B, T, H, D] -> [B, H, size, D] of tokens start..stop; positions outside the sequence are zero."""
-    inside = x[:, max(start, 0) : max(stop, 0)].transpose(1, 2)
-    before = max(-start, 0)
-    after = size - before - inside.shape[2]
-    return F.pad(inside, (0, 0, before, after)) if before or after else inside
-
-
-def _queries(q: Tensor, heads: int, start: int, stop: int, size: int, scale: float) -> Tensor:
-    """q [B, T, H * G, D] -> [B, H, size * G, D], scaled, ordered by token and then by head of the group."""
-    batch, _, query_heads, dim = q.shape
-    part = q[:, start:stop].unflatten(2, (heads, query_heads // heads)).transpose(1, 2) * scale
-    part = F.pad(part, (0, 0, 0, 0, 0, size - (stop - start)))
-    return part.reshape(batch, heads, -1, dim)
-
-
-def _tiles(x: Tensor, plan: _Plan) -> Tensor:
-    """Keys [B, H, lookback + tokens, D] -> the blocks that each query tile sees, [B, H, tiles, blocks * tile, D]."""
-    blocks = x.unflatten(2, (-1, plan.tile)).unfold(2, plan.blocks, 1)  # [B, H, tiles, tile, D, blocks]
-    return blocks.permute(0, 1, 2, 5, 3, 4).flatten(3, 4)
-
-
-def _untile(grad: Tensor, plan: _Plan) -> Tensor:
-    """The transpose of `_tiles`: gradients of the blocks summed back onto their tokens."""
-    grad = grad.unflatten(3, (plan.blocks, plan.tile))
-    batch, heads, tiles, _, _, dim = grad.shape
-    out = grad.new_zeros(batch, heads, tiles + plan.blocks - 1, plan.tile, dim)
-    for block in range(plan.blocks):
-        out[:, :, block : block + tiles] += grad[:, :, :, block]
-    return out.flatten(2, 3)
-
-
-def _decays(log_gate: Tensor, plan: _Plan, size: int, span: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """q_decay, k_decay, half_decay (module docstring) of one group of log-gates [B, T, H, M]."""
-    gate = _heads_first(log_gate, *span, size).clamp(GATE_FLOOR, 0).unflatten(2, (-1, plan.chunk))
-    total = gate.cumsum(-2)
-    mid = total[..., -1:, :] / 2
-    q_decay = torch.exp(total - mid)
-    k_decay = torch.expm1(gate).neg_() / q_decay
-    return q_decay, k_decay, mid.exp().transpose(-1, -2)
-
-
-def _advance_slots(slots: Tensor, half_decay: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots through the chunks of a group: (half_decay * the slots before each one, slots after the last)."""
-    before = []
-    for index in range(written.shape[2]):
-        before.append(half_decay[:, :, index] * slots)
-        slots = half_decay[:, :, index] * (before[-1] + written[:, :, index])
-    return torch.stack(before, 2), slots
-
-
-def _load(
-    inputs: tuple[Tensor, ...], plan: _Plan, span: tuple[int, int], slots: Tensor, scale: float
-) -> tuple[_Group, Tensor]:
-    """The group of one span and the slots after it."""
-    q, k, v, q_slot, k_slot, log_gate = inputs
-    start, stop = span
-    heads, window = k.shape[2], plan.window
-    size = -(-(stop - start) // plan.tile) * plan.tile
-    q_decay, k_decay, half_decay = _decays(log_gate, plan, size, span)
-    token_key = _heads_first(k_slot, start, stop, size).unflatten(2, (-1, plan.chunk))
-    token_value = _heads_first(v, start, stop, size).unflatten(2, (-1, plan.chunk))
-    written = k_decay.transpose(-1, -2) @ torch.cat([token_key, token_value], -1)
-    before, slots = _advance_slots(slots, half_decay, written)
-    window_key = window_value = None
-    if window:
-        first, last = start + window - plan.lookback, start + window + size
-        window_key = _tiles(_heads_first(k, first, last, plan.lookback + size), plan)
-        window_value = _tiles(_heads_first(v, first, last, plan.lookback + size), plan)
-    query = _queries(q, heads, start, stop, size, scale)
-    slot_query = _queries(q_slot, heads, start, stop, size, scale)
-    group = _Group(
-        query.unflatten(2, (size // plan.tile, -1)),
-        slot_query.unflatten(2, (size // plan.chunk, -1)),
-        window_key,
-        window_value,
-        token_key,
-        token_value,
-        q_decay,
-        k_decay,
-        half_decay,
-        before,
-    )
-    return group, slots
-
-
-def _triangle(rows: int, chunk: int, device: torch.device) -> Tensor:
-    """[chunk * G, chunk] bool: the tokens of a chunk that are in the slots at each query."""
-    token = torch.arange(rows, device=device)[:, None] // (rows // chunk)
-    return token >= torch.arange(chunk, device=device)
-
-
-def _band(plan: _Plan, groups: int, like: Tensor) -> Tensor:
-    """[tile * G, blocks * tile] of 0 and -inf: the window as a band, its last column the query's own token."""
-    query = torch.arange(plan.tile * groups, device=like.device)[:, None] // groups
-    distance = query + plan.lookback - torch.arange(plan.blocks * plan.tile, device=like.device)
-    visible = (distance >= 0) & (distance < plan.window)
-    return torch.zeros_like(visible, dtype=like.dtype).masked_fill_(~visible, float("-inf"))
-
-
-def _score(
-    group: _Group, plan: _Plan, start: int, sink_key: Tensor, first: Tensor, slots_active: bool, softcap: float
-) -> _Scores:
-    """Softmax weights of one group, whose first query is `start`."""
-    _, _, chunks, rows, dim = group.slot_query.shape
-    per_kv = rows // plan.chunk
-    qk = group.slot_query @ group.token_key.transpose(-1, -2)
-    qk *= _triangle(rows, plan.chunk, qk.device)
-    slot_scores = qk @ group.k_decay + group.slot_query @ group.slots[..., :dim].transpose(-1, -2)
-    parts = [_times_q_decay(slot_scores, group, plan).flatten(2, 3)]
-    if sink_key.shape[1]:
-        parts.insert(0, group.slot_query.flatten(2, 3) @ sink_key.transpose(-1, -2))
-    if group.window_key is not None:
-        parts.append((group.query @ group.window_key.transpose(-1, -2)).flatten(2, 3))
-    slope = None
-    if softcap:
-        parts = [torch.tanh(part / softcap) for part in parts]
-        slope = 1 - torch.cat(parts, -1).square()
-        parts = [part * softcap for part in parts]
-    if not slots_active and start < plan.window:
-        token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
-        inactive = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
-        count = len(parts) - (group.window_key is not None)
-        parts[:count] = [part.masked_fill(inactive, float("-inf")) for part in parts[:count]]
-    if group.window_key is not None:
-        score = parts[-1].unflatten(2, (group.window_key.shape[2], -1))
-        score += _band(plan, per_kv, score)
-        if start < plan.window:
-            tile = torch.arange(score.shape[2], device=first.device)[:, None] * plan.tile
-            column = torch.arange(score.shape[-1], device=first.device) + start + plan.window - plan.lookback
-            unused = tile + column < first[:, None, None]  # [B, tiles, blocks * tile]
-            score.masked_fill_(unused[:, None, :, None], float("-inf"))
-    return _Scores(torch.cat(parts, -1).softmax(-1), slot_scores, qk, slope)
-
-
-def _times_q_decay(rows: Tensor, group: _Group, plan: _Plan) -> Tensor:
-    """[B, H, n, chunk * G, M] times `q_decay` of each row's token."""
-    return (rows.unflatten(3, (plan.chunk, -1)) * group.q_decay.unsqueeze(4)).flatten(3, 4)
-
-
-def _masked(rows: Tensor, plan: _Plan) -> Tensor:
-    """Zero the tokens that are not in the slots yet, in place: rows [B, H, n, chunk * G, chunk]."""
-    return rows.mul_(_triangle(rows.shape[3], plan.chunk, rows.device))
-
-
-def _unpack(rows: Tensor, per_kv: int, out: Tensor) -> None:
-    """Rows [B, H, size * G, ...] into out [B, T, H * G, ...], without the padding of the last group."""
-    count, heads = out.shape[1], rows.shape[1]
-    rows = rows.unflatten(2, (-1, per_kv))[:, :, :count]
-    out.unflatten(2, (heads, per_kv)).copy_(rows.transpose(1, 2))
 
 
 @torch.library.custom_op("nha::chunked", mutates_args=())
@@ -278,25 +61,25 @@ def _forward(
     """
     batch, length, query_heads, dim = q.shape
     sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
-    plan = _plan(batch, length, query_heads, num_slots, window)
+    plan = make_plan(batch, length, query_heads, num_slots, window)
     out = q.new_empty(batch, length, query_heads, v.shape[-1])
     mass = q.new_empty(batch, length, query_heads)
     starts = []
     for start, stop in plan.spans():
         starts.append(slots)
-        group, slots = _load((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale)
-        weights = _score(group, plan, start, sink_key, first, slots_active, softcap).weights
+        group, slots = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale)
+        weights = score_group(group, plan, start, sink_key, first, slots_active, softcap).weights
         on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
-        decayed = _times_q_decay(on_slots.unflatten(2, (group.q_decay.shape[2], -1)), group, plan)
-        result = _masked(decayed @ group.k_decay.transpose(-1, -2), plan) @ group.token_value
+        decayed = times_q_decay(on_slots.unflatten(2, (group.q_decay.shape[2], -1)), group, plan)
+        result = mask_unwritten(decayed @ group.k_decay.transpose(-1, -2), plan) @ group.token_value
         result += decayed @ group.slots[..., dim:]
         result = result.flatten(2, 3)
         if group.window_value is not None:
             result += (on_window.unflatten(2, (group.query.shape[2], -1)) @ group.window_value).flatten(2, 3)
         if sinks:
             result += on_sink @ sink_value
-        _unpack(result, per_kv, out[:, start:stop])
-        _unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
+        unpack(result, per_kv, out[:, start:stop])
+        unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
     # Those after the segment too: a first dimension that may be 1 would be compiled apart.
     return out, mass, slots.clone(), torch.stack([*starts, slots])
 
@@ -304,7 +87,7 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, window, *_):
     batch, length, query_heads, _ = q.shape
-    group = _group_size(batch, query_heads, log_gate.shape[-1], window)
+    group = group_size(batch, query_heads, log_gate.shape[-1], window)
     out = q.new_empty(batch, length, query_heads, v.shape[-1])
     starts = slots.new_empty((length + group - 1) // group + 1, *slots.shape)
     return out, q.new_empty(batch, length, query_heads), torch.empty_like(slots), starts
@@ -349,7 +132,7 @@ def _backward(
     """Gradients of q, k, v, q_slot, k_slot, log_gate, slots, sink key and sink value, group by group from the end."""
     batch, length, query_heads, _ = q.shape
     heads = k.shape[2]
-    plan = _plan(batch, length, query_heads, log_gate.shape[-1], window)
+    plan = make_plan(batch, length, query_heads, log_gate.shape[-1], window)
     padded = length + plan.lookback + plan.tile
     grads = _Gradients(
         q=torch.empty_like(q),
@@ -364,12 +147,12 @@ def _backward(
         slots=grad_slots,
     )
     for index, (start, stop) in reversed(list(enumerate(plan.spans()))):
-        group, _ = _load((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), starts[index], scale)
-        scores = _score(group, plan, start, sink_key, first, slots_active, softcap)
+        group, _ = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), starts[index], scale)
+        scores = score_group(group, plan, start, sink_key, first, slots_active, softcap)
         size = plan.chunk * group.q_decay.shape[2]
-        do = _queries(grad_out, heads, start, stop, size, 1.0)
-        dmass = _queries(grad_mass[..., None], heads, start, stop, size, 1.0)
-        raw = _heads_first(log_gate, start, stop, size)
+        do = scaled_queries(grad_out, heads, start, stop, size, 1.0)
+        dmass = scaled_queries(grad_mass[..., None], heads, start, stop, size, 1.0)
+        raw = heads_first(log_gate, start, stop, size)
         _add_group(grads, group, plan, (start, stop), scores, (sink_key, sink_value), raw, do, dmass, scale)
     if not window:
         grads.q.zero_()
@@ -381,10 +164,10 @@ def _backward(
 
 def _add_group(
     grads: _Gradients,
-    group: _Group,
-    plan: _Plan,
+    group: Group,
+    plan: Plan,
     span: tuple[int, int],
-    scores: _Scores,
+    scores: Scores,
     sink: tuple[Tensor, Tensor],
     raw_gate: Tensor,
     do: Tensor,
@@ -400,10 +183,10 @@ def _add_group(
     sizes = [sinks, num_slots, plan.blocks * plan.tile]
     on_sink, on_slots, on_window = scores.weights.split(sizes, -1)
     on_slots = on_slots.unflatten(2, (chunks, -1))
-    decayed = _times_q_decay(on_slots, group, plan)
-    dtoken = _masked(do_chunks @ group.token_value.transpose(-1, -2), plan)
+    decayed = times_q_decay(on_slots, group, plan)
+    dtoken = mask_unwritten(do_chunks @ group.token_value.transpose(-1, -2), plan)
     ddecayed = dtoken @ group.k_decay + do_chunks @ slot_value.transpose(-1, -2)
-    dweights = [_times_q_decay(ddecayed, group, plan).flatten(2, 3) + dmass]
+    dweights = [times_q_decay(ddecayed, group, plan).flatten(2, 3) + dmass]
     if sinks:
         dweights.insert(0, do @ sink[1].transpose(-1, -2) + dmass)
     if group.window_value is not None:
@@ -417,10 +200,10 @@ def _add_group(
     d_slots = d_slots.unflatten(2, (chunks, -1))
 
     # Scores read the slots with slot queries, outputs with the weights on the slots.
-    dscores = _times_q_decay(d_slots, group, plan)
+    dscores = times_q_decay(d_slots, group, plan)
     dq_decay = (d_slots * scores.slot_scores + on_slots * ddecayed).unflatten(3, (plan.chunk, per_kv)).sum(4)
-    dqk = _masked(dscores @ group.k_decay.transpose(-1, -2), plan)
-    token_weights = _masked(decayed @ group.k_decay.transpose(-1, -2), plan)
+    dqk = mask_unwritten(dscores @ group.k_decay.transpose(-1, -2), plan)
+    token_weights = mask_unwritten(decayed @ group.k_decay.transpose(-1, -2), plan)
     dk_decay = scores.qk.transpose(-1, -2) @ dscores + dtoken.transpose(-1, -2) @ decayed
     d_token_key = dqk.transpose(-1, -2) @ group.slot_query
     d_token_value = token_weights.transpose(-1, -2) @ do_chunks
@@ -438,17 +221,17 @@ def _add_group(
         d_slot_query += d_sink @ sink[0]
         grads.sink_key += torch.einsum("bhrs,bhrd->hsd", d_sink, group.slot_query.flatten(2, 3))
         grads.sink_value += torch.einsum("bhrs,bhrd->hsd", on_sink, do)
-    _unpack(d_slot_query * scale, per_kv, grads.q_slot[:, start:stop])
+    unpack(d_slot_query * scale, per_kv, grads.q_slot[:, start:stop])
     if group.window_key is not None:
         d_window, on_window = (x.unflatten(2, (tiles, -1)) for x in (d_window, on_window))
         d_query = (d_window @ group.window_key).flatten(2, 3) * scale
-        _unpack(d_query, per_kv, grads.q[:, start:stop])
+        unpack(d_query, per_kv, grads.q[:, start:stop])
         keys = slice(start, start + plan.lookback + tiles * plan.tile)
-        grads.window_key[:, :, keys] += _untile(d_window.transpose(-1, -2) @ group.query, plan)
-        grads.window_value[:, :, keys] += _untile(on_window.transpose(-1, -2) @ do.unflatten(2, (tiles, -1)), plan)
+        grads.window_key[:, :, keys] += sum_tiles(d_window.transpose(-1, -2) @ group.query, plan)
+        grads.window_value[:, :, keys] += sum_tiles(on_window.transpose(-1, -2) @ do.unflatten(2, (tiles, -1)), plan)
 
 
-def _backward_slots(grads: _Gradients, group: _Group, dread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_slots(grads: _Gradients, group: Group, dread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence over chunks backwards: gradients of tokens, of k_decay, and of each chunk's total log-gate.
 
     Through the slots after a chunk, the gradient of its total log-gate is the inner product of these slots with
@@ -467,7 +250,7 @@ def _backward_slots(grads: _Gradients, group: _Group, dread: Tensor) -> tuple[Te
     return group.k_decay @ dwritten, tokens @ dwritten.transpose(-1, -2), dend
 
 
-def _gate_gradient(group: _Group, plan: _Plan, raw: Tensor, dq_decay: Tensor, dk_decay: Tensor, dend: Tensor) -> Tensor:
+def _gate_gradient(group: Group, plan: Plan, raw: Tensor, dq_decay: Tensor, dk_decay: Tensor, dend: Tensor) -> Tensor:
     """Gradient [B, H, size, M] of log-gates `raw`: L enters through both decays, s = 1 - exp(gate) through k_decay."""
     raw = raw.unflatten(2, (-1, plan.chunk))
     inside = raw.clamp(GATE_FLOOR, 0)
@@ -477,7 +260,7 @@ def _gate_gradient(group: _Group, plan: _Plan, raw: Tensor, dq_decay: Tensor, dk
     return (dgate * (raw == inside)).flatten(2, 3)
 
 
-def _from_padded(grad: Tensor, plan: _Plan, length: int) -> Tensor:
+def _from_padded(grad: Tensor, plan: Plan, length: int) -> Tensor:
     """[B, H, lookback + T + ..., D] -> [B, W + T, H, D]: lookback and W may differ by part of a tile."""
     grad = grad.transpose(1, 2)
     shift = plan.window - plan.lookback
