@@ -1,6 +1,8 @@
 """Checkpoints are read whole or refused with a reason: nothing that is missing is made up."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,3 +121,9 @@ def test_names_that_are_nothing():
     for name in ("no/such/place/at/all", "owner/model-that-is-nowhere", "[red]text", ""):
         with pytest.raises(BadInput):
             loading.find(name)
+
+
+def test_looking_a_model_up_needs_no_pytorch_to_be_imported():
+    code = "import sys; sys.argv[0] = 'nha'; import nha.models.loading; "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
