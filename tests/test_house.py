@@ -207,5 +207,10 @@ def test_the_readme_fits_a_screen():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
+def test_files_are_short_enough_to_read():
+    lengths = {path: len(path.read_text().splitlines()) for path in FILES}
+    expect_none([f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > FILE_LINES])
+
+
 def test_the_package_says_that_it_is_typed():
     assert (SRC / "py.typed").exists()
