@@ -165,6 +165,7 @@ def dq_of_slots(
     p_v,
     ks_t,
     v_t,
+    token0,
     b_slot_k,
     b_slot_v,
     b_q_decay,
@@ -174,6 +175,8 @@ def dq_of_slots(
     p_key_scores,
     p_value_scores,
     p_q_decay_grads,
+    i_saved,
+    m_causal,
     m_t,
     m_row,
     u,
@@ -193,7 +196,6 @@ def dq_of_slots(
 ):
     """dq from the slots; stores the scores that `nha_chunk_bwd_kernel_dstate` needs."""
     o_t, o_state = tl.arange(0, CHUNK), tl.arange(0, b_q.shape[0])
-    m_causal = o_t[None, :] <= (o_state % CHUNK)[:, None]
     b_k = load_rows(p_k_slot, o_t * ks_t, m_t, D, BLOCK_D)
     b_qk = tl.where(m_causal, matmul(b_q, tl.trans(b_k), DTYPE, PRECISION), 0.0)
     b_s = matmul(b_q, tl.trans(b_slot_k), GATE_DTYPE, PRECISION) + matmul(b_qk, b_k_decay, GATE_DTYPE, PRECISION)
@@ -203,23 +205,25 @@ def dq_of_slots(
         b_p = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], b_p, 0.0)
     if HAS_PREFIX_MASK:
         b_p = tl.where((u >= first_active)[:, None], b_p, 0.0)
-    b_v = load_rows(p_v, o_t * v_t, m_t, DV, BLOCK_DV)
+    b_v = load_rows(p_v + token0 * v_t, o_t * v_t, m_t, DV, BLOCK_DV)
     b_dov = tl.where(m_causal, matmul(b_do, tl.trans(b_v), DTYPE, PRECISION), 0.0)
     b_dp = matmul(b_do, tl.trans(b_slot_v), GATE_DTYPE, PRECISION) + matmul(b_dov, b_k_decay, GATE_DTYPE, PRECISION)
     b_dp *= b_q_decay
     b_ds = b_p * (b_dp - b_delta[:, None])
     b_dq_decay = b_ds * b_s + b_p * b_dp
-    store_rows(p_q_decay_grads, o_state * BLOCK_M, m_row, b_dq_decay, BLOCK_M, BLOCK_M)
+    store_rows(p_q_decay_grads + i_saved * BLOCK_M, o_state * BLOCK_M, m_row, b_dq_decay, BLOCK_M, BLOCK_M)
 
     o_score = o_state * (CHUNK + BLOCK_M)
+    p_score = p_value_scores + i_saved * (CHUNK + BLOCK_M)
     b_slot_score = (b_p * b_q_decay).to(GATE_DTYPE)
-    store_rows(p_value_scores + CHUNK, o_score, m_row, b_slot_score, BLOCK_M, BLOCK_M)
+    store_rows(p_score + CHUNK, o_score, m_row, b_slot_score, BLOCK_M, BLOCK_M)
     b_token_score = tl.where(m_causal, matmul(b_slot_score, tl.trans(b_k_decay), GATE_DTYPE, PRECISION), 0.0)
-    store_rows(p_value_scores, o_score, m_row, b_token_score, CHUNK, CHUNK)
+    store_rows(p_score, o_score, m_row, b_token_score, CHUNK, CHUNK)
+    p_score = p_key_scores + i_saved * (CHUNK + BLOCK_M)
     b_slot_score = (b_ds * (b_q_decay * scale)).to(GATE_DTYPE)
-    store_rows(p_key_scores + CHUNK, o_score, m_row, b_slot_score, BLOCK_M, BLOCK_M)
+    store_rows(p_score + CHUNK, o_score, m_row, b_slot_score, BLOCK_M, BLOCK_M)
     b_token_score = tl.where(m_causal, matmul(b_slot_score, tl.trans(b_k_decay), GATE_DTYPE, PRECISION), 0.0)
-    store_rows(p_key_scores, o_score, m_row, b_token_score, CHUNK, CHUNK)
+    store_rows(p_score, o_score, m_row, b_token_score, CHUNK, CHUNK)
     return matmul(b_token_score, b_k, DTYPE, PRECISION) + matmul(b_slot_score, b_slot_k, GATE_DTYPE, PRECISION)
 
 
@@ -233,6 +237,7 @@ def dq_of_sink(
     b_delta,
     p_sink_scores,
     p_sink_weights,
+    i_saved,
     m_chunk,
     m_row,
     u,
@@ -257,8 +262,8 @@ def dq_of_sink(
         b_p = tl.where((u >= first_active)[:, None], b_p, 0.0)
     b_sink_v = load_slots(p_sink_v, m_chunk, S, BLOCK_S, DV, BLOCK_DV)
     b_ds = (matmul(b_do, tl.trans(b_sink_v), DTYPE, PRECISION) - b_delta[:, None]) * b_p * scale
-    store_rows(p_sink_scores, o_state * S, m_row, b_ds, S, BLOCK_S)
-    store_rows(p_sink_weights, o_state * S, m_row, b_p, S, BLOCK_S)
+    store_rows(p_sink_scores + i_saved * S, o_state * S, m_row, b_ds, S, BLOCK_S)
+    store_rows(p_sink_weights + i_saved * S, o_state * S, m_row, b_p, S, BLOCK_S)
     return matmul(b_ds, b_sink_k, DTYPE, PRECISION)
 
 
@@ -378,6 +383,7 @@ def nha_chunk_bwd_kernel_dq(
     i_state, i_bh = (chunk_base + i_chunk) * heads + i_h, tl.program_id(0).to(tl.int64) * heads + i_h
     m_t = m_chunk & (u_start + o_t < seqlen - offset)
     p_gate += i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
+    m_causal = o_t[None, :] <= o_row[:, None]
     needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, m_chunk, M, BLOCK_M)
     for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
         m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
@@ -416,18 +422,21 @@ def nha_chunk_bwd_kernel_dq(
                     b_q,
                     b_do,
                     p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h),
-                    p_v + token0 * v_t,
+                    p_v,
                     ks_t,
                     v_t,
+                    token0,
                     b_slot_k,
                     b_slot_v,
                     b_q_decay,
                     b_k_decay,
                     b_lse,
                     b_slot_delta,
-                    p_key_scores + i_saved * (CHUNK + BLOCK_M),
-                    p_value_scores + i_saved * (CHUNK + BLOCK_M),
-                    p_q_decay_grads + i_saved * BLOCK_M,
+                    p_key_scores,
+                    p_value_scores,
+                    p_q_decay_grads,
+                    i_saved,
+                    m_causal,
                     m_t,
                     m_row,
                     u,
@@ -453,8 +462,9 @@ def nha_chunk_bwd_kernel_dq(
                         p_sink_v + i_h * S * DV,
                         b_lse,
                         b_slot_delta,
-                        p_sink_scores + i_saved * S,
-                        p_sink_weights + i_saved * S,
+                        p_sink_scores,
+                        p_sink_weights,
+                        i_saved,
                         m_chunk,
                         m_row,
                         u,
