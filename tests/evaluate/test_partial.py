@@ -37,6 +37,14 @@ def test_parts_of_another_evaluation_are_refused_by_name(tmp_path):
         open_partial(path, IDENTITY)
 
 
+def test_a_file_of_somebody_else_is_left_alone(tmp_path):
+    path = tmp_path / "out.partial.jsonl"
+    path.write_text("dear diary\n")
+    with pytest.raises(ValueError, match="got another file"):
+        open_partial(path, IDENTITY)
+    assert path.read_text() == "dear diary\n"
+
+
 def test_without_a_path_nothing_is_written_and_removal_is_no_error(tmp_path):
     partial = open_partial(None, IDENTITY)
     partial.add("first", 1)

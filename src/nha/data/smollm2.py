@@ -12,7 +12,7 @@ LAYERS = 30
 
 
 def gguf_path() -> Path:
-    """Where the checkpoint lies. Raises ImportError, saying how to install it, if it or its reader is absent."""
+    """The path of the checkpoint. Raises ImportError, with the line that installs it, if it or its reader is absent."""
     spec = find_spec(PACKAGE)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]

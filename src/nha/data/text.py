@@ -1,4 +1,4 @@
-"""Real text that every Python has: the language reference, split into documents to measure on and the rest."""
+"""Real text that ships with Python: the language reference, split into evaluation documents and calibration text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EVALUATION = ("specialnames", "compound", "types", "formatstrings")
 
 
 def evaluation_documents() -> list[str]:
-    """Long chapters of the Python language reference (6,000 to 25,000 tokens each) to measure on, longest first."""
+    """Long chapters of the Python language reference, 6,000 to 25,000 tokens each, longest first."""
     return sorted((topics[name].strip() for name in EVALUATION), key=len, reverse=True)
 
 
 @memoize
 def calibration_text() -> str:
-    """The rest of the reference: every paragraph that none of `evaluation_documents` holds, once.
+    """The rest of the reference: all paragraphs that are not in `evaluation_documents`, each once.
 
     >>> any(part in document for part in calibration_text().split("\\n\\n") for document in evaluation_documents())
     False
@@ -32,16 +32,16 @@ def calibration_text() -> str:
 
 
 def blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, length: int) -> Tensor:
-    """`count` blocks [count, length] of token ids: the first of every text, then the second of every text, and so on.
+    """`count` blocks [count, length] of token ids: the first block of every text, then the second, and so on.
 
-    No block runs over the end of a text. Raises ValueError if the texts are too short.
+    Each block is within one text. Raises ValueError if the texts are too short.
     """
-    shelves: list[list[Tensor]] = []
+    by_text: list[list[Tensor]] = []
     for text in texts:
-        # Eight characters a token are plenty, and a tokenizer need not read all of a long text.
+        # A token has fewer than eight characters on average, so the rest of a long text need not be tokenized.
         ids = torch.tensor(tokenizer(text[: 8 * length * count], verbose=False).input_ids, dtype=torch.long)
-        shelves.append(list(ids[: len(ids) // length * length].view(-1, length)))
-    found = [block for row in zip_longest(*shelves) for block in row if block is not None]
+        by_text.append(list(ids[: len(ids) // length * length].view(-1, length)))
+    found = [block for turn in zip_longest(*by_text) for block in turn if block is not None]
     if len(found) < count:
         raise ValueError(f"expected text for {count} blocks of {length} tokens, got enough for {len(found)}")
     return torch.stack(found[:count])

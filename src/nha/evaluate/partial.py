@@ -64,6 +64,8 @@ def open_partial(path: Path | None, identity: dict[str, Any]) -> PartialResults:
         return PartialResults()
     identity = json.loads(json.dumps(identity))
     lines, whole = _read(path) if path.exists() else ([], 0)
+    if not lines and path.exists() and b"\n" in path.read_bytes():
+        raise ValueError(f"expected partial results of format {FORMAT!r} in {path}, got another file")
     if not lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
