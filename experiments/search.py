@@ -31,9 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--full", type=int, default=4, help="layers to find")
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--text-rows", type=int, default=8)
-    parser.add_argument("--recall-rows", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--text-sequences", type=int, default=8)
+    parser.add_argument("--recall-sequences", type=int, default=16)
     parser.add_argument("--exchanges", type=int, default=2, help="passes of exchanges to count")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +48,8 @@ def main() -> None:
     to_hybrid(model, [64] * layers)
     draw = torch.Generator().manual_seed(0)
     text, recall = (
-        torch.randint(config.vocab_size, (n, args.length), generator=draw) for n in (args.text_rows, args.recall_rows)
+        torch.randint(config.vocab_size, (n, args.seq_len), generator=draw)
+        for n in (args.text_sequences, args.recall_sequences)
     )
     answers = torch.zeros(recall.shape, dtype=torch.bool)
     answers[:, -20:] = True
@@ -59,16 +60,16 @@ def main() -> None:
         function(*arguments)  # its losses are read as numbers, so it has ended
         return time.perf_counter() - started
 
-    evaluate.rest_on(())
+    evaluate.set_base(())
     evaluate.base = None
-    whole = seconds(evaluate.rest_on, ())
+    whole = seconds(evaluate.set_base, ())
     starts = list(range(0, layers, max(1, layers // 8)))
     part = sum(seconds(evaluate, (start,)) for start in starts) / len(starts)
     greedy = sum(layers - i for i in range(args.full))
     exchanged = args.exchanges * args.full * (layers - args.full)
     rests = args.full + args.exchanges * args.full
     total = (greedy + exchanged) * part + rests * whole
-    kept = "GPU" if evaluate.place.type == "cuda" else "CPU"
+    kept = "GPU" if evaluate.storage.type == "cuda" else "CPU"
     print(
         f"{args.shape}, {text.numel() + recall.numel():,} tokens, {dtype} on {device}, activations kept on the {kept}"
     )

@@ -80,14 +80,20 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
     [
         (
             ["hybridize", "{tiny}", "{new}", "--window", "-2"],
-            "expected windows of -1 (full attention), 0 or more, got -2",
+            "expected --window of at least -1",
         ),
         (["hybridize", "{tiny}", "{new}", "--window", "8,8"], "expected 3 window sizes, one per layer, got 2"),
-        (["hybridize", "{tiny}", "{new}", "--window", "a"], "expected --window to be integers separated by commas"),
-        (["hybridize", "{tiny}", "{new}", "--slots", "0"], "expected --slots of at least 1, got 0"),
+        (
+            ["hybridize", "{tiny}", "{new}", "--window", "a"],
+            "expected integers separated by commas, got 'a' for --window",
+        ),
+        (["hybridize", "{tiny}", "{new}", "--slots", "0"], "expected --slots of at least 1"),
         (["hybridize", "{tiny}", "{new}", "--full-layers", "3"], "expected --full-layers between 0 and 2, got 3"),
-        (["hybridize", "{tiny}", "{new}", "--init", "none"], "expected --init to be kmeans, soft or paper, got 'none'"),
-        (["hybridize", "{tiny}", "{new}", "--dtype", "int8"], "expected --dtype to be auto"),
+        (
+            ["hybridize", "{tiny}", "{new}", "--init", "none"],
+            "expected --init to be one of kmeans, soft, spread, keys, paper, got 'none'",
+        ),
+        (["hybridize", "{tiny}", "{new}", "--dtype", "int8"], "expected --dtype to be one of auto"),
         (["hybridize", "{tiny}", "{new}", "--calibration", "/nowhere"], "expected a text file, there is none at"),
         (["hybridize", "{tiny}", "{tiny}"], "to be new or empty, it already holds files"),
         (["hybridize", "{hybrid}", "{new}"], "is a hybrid already"),

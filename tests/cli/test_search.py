@@ -12,7 +12,7 @@ from tests.convert.test_hybridize import byte_tokenizer
 from tests.models.families import hybrid, teacher
 
 runner = CliRunner()
-SMALL = ["--length", "400", "--text-rows", "1", "--recall-rows", "2"]
+SMALL = ["--seq-len", "400", "--text-sequences", "1", "--recall-sequences", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_what_is_found_is_what_hybridize_uses(places, tmp_path):
     assert json.loads(converted.stdout)["window_sizes"] == found["windows"]
 
 
-def test_a_search_goes_on_with_a_larger_budget_and_refuses_other_settings(places, tmp_path):
+def test_a_search_is_resumed_with_a_larger_budget_and_refuses_other_settings(places, tmp_path):
     path = tmp_path / "search.json"
     first = run(places, "search", "@hybrid", str(path), "--full", "1", *SMALL, "--json")
     assert first.exit_code == 0, first.output
@@ -54,9 +54,9 @@ def test_a_search_goes_on_with_a_larger_budget_and_refuses_other_settings(places
     assert second.exit_code == 0, second.output
     after = json.loads(second.stdout)
     assert len(after["full_layers"]) == 2 and before["evaluated"].items() <= after["evaluated"].items()
-    other = run(places, "search", "@hybrid", str(path), "--full", "2", *SMALL, "--weight", "0.9")
+    other = run(places, "search", "@hybrid", str(path), "--full", "2", *SMALL, "--recall-weight", "0.9")
     assert other.exit_code == 2
-    assert "expected a search with weight 0.9" in other.stderr.replace("\n", " ")
+    assert "expected a search with recall_weight 0.9" in other.stderr.replace("\n", " ")
     assert json.loads(path.read_text()) == after
 
 
@@ -74,16 +74,22 @@ def test_a_budget_in_bytes(places, tmp_path):
         (["@tiny", "{new}", "--full", "4"], "expected --full from 0 to 3, got 4"),
         (["@tiny", "{new}", "--full", "1", "--bytes", "10"], "expected --full or --bytes, got both"),
         (["@tiny", "{new}", "--bytes", "10", *SMALL], "expected at least"),
-        (["@tiny", "{new}", "--full", "1", "--weight", "2"], "expected --weight from 0 to 1, got 2"),
-        (["@tiny", "{new}", "--full", "1", "--wide", "8"], "expected --wide to be -1 or above the window"),
-        (["@tiny", "{new}", "--full", "1", "--window", "-1"], "expected --window of at least 0, got -1"),
-        (["@tiny", "{new}", "--full", "1", "--slots", "0"], "expected --slots of at least 1, got 0"),
-        (["@tiny", "{new}", "--full", "1", "--length", "99"], "expected --length of at least 256, got 99"),
+        (
+            ["@tiny", "{new}", "--full", "1", "--recall-weight", "2"],
+            "expected --recall-weight of at least 0",
+        ),
+        (
+            ["@tiny", "{new}", "--full", "1", "--wide", "8"],
+            "expected --wide to be -1 or above the other layers' 64, got 8",
+        ),
+        (["@tiny", "{new}", "--full", "1", "--window", "-1"], "expected --window of at least 0"),
+        (["@tiny", "{new}", "--full", "1", "--slots", "0"], "expected --slots of at least 1"),
+        (["@tiny", "{new}", "--full", "1", "--seq-len", "99"], "expected --seq-len of at least 256"),
         (["@tiny", "{new}", "--full", "1", "--text", "/nowhere"], "expected a text file, there is none at"),
-        (["@tiny", "{new}", "--full", "1", "--length", "900000"], "expected text for 8 blocks of 900000 tokens"),
+        (["@tiny", "{new}", "--full", "1", "--seq-len", "900000"], "expected text for 8 blocks of 900000 tokens"),
         (["@tiny", "{dir}", "--full", "1"], "expected a file name that ends in .json"),
         (["@tiny", "{new}/a/b.json", "--full", "1"], "expected a directory for the result"),
-        (["@tiny", "{other}", "--full", "1", *SMALL], "expected a file of format 'nha-search-v1'"),
+        (["@tiny", "{other}", "--full", "1", *SMALL], "expected a file of format 'nha-search-v2'"),
         (["/nowhere/at/all", "{new}", "--full", "1"], "expected a model directory or a Hub id"),
     ],
 )

@@ -32,10 +32,10 @@ from tests.models.families import FAMILIES, hybrid, sliding, tokens
 LAYERS = 6
 
 
-def data(text_rows=3, recall_rows=2, length=40):
-    answers = torch.zeros(recall_rows, length, dtype=torch.bool)
+def data(text_sequences=3, recall_sequences=2, seq_len=40):
+    answers = torch.zeros(recall_sequences, seq_len, dtype=torch.bool)
     answers[:, -4:-1] = True
-    return SearchData(tokens(text_rows, length), tokens(recall_rows, length, seed=1), answers)
+    return SearchData(tokens(text_sequences, seq_len), tokens(recall_sequences, seq_len, seed=1), answers)
 
 
 def deep(**changes):
@@ -56,8 +56,8 @@ def whole(model, windows, read):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_starting_at_a_layer_changes_no_loss(family):
     model, read = hybrid(family, 8), data()
-    evaluate = Evaluator(model, read, [8, 8, 8], weight=0.25, most=80)
-    evaluate.rest_on((1,))
+    evaluate = Evaluator(model, read, [8, 8, 8], recall_weight=0.25, max_batch_tokens=80)
+    evaluate.set_base((1,))
     for chosen in [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)]:
         found = evaluate(chosen)
         recall, text = whole(model, evaluate.windows_of(chosen), read)
@@ -67,14 +67,14 @@ def test_starting_at_a_layer_changes_no_loss(family):
 
 def test_resting_on_set_after_set_changes_no_loss():
     model, read = deep(), data()
-    evaluate = Evaluator(model, read, [8] * LAYERS, most=40)
+    evaluate = Evaluator(model, read, [8] * LAYERS, max_batch_tokens=40)
     generator = np.random.default_rng(0)
     for _ in range(12):
         base, chosen = (
             tuple(sorted(generator.choice(LAYERS, int(generator.integers(0, 4)), replace=False).tolist()))
             for _ in range(2)
         )
-        evaluate.rest_on(base)
+        evaluate.set_base(base)
         found = evaluate(chosen)
         wanted = whole(model, evaluate.windows_of(chosen), read)
         assert [found.recall, found.text] == pytest.approx(wanted, rel=1e-5)
@@ -83,7 +83,7 @@ def test_resting_on_set_after_set_changes_no_loss():
 def test_skipped_layers_do_not_run_and_the_model_is_as_before():
     model, read = deep(), data()
     evaluate = Evaluator(model, read, [8] * LAYERS)
-    evaluate.rest_on(())
+    evaluate.set_base(())
     ran = []
     for index, module in enumerate(attention_layers(model)):
         module.register_forward_hook(lambda *_, index=index: ran.append(index))
@@ -134,7 +134,7 @@ def test_no_exchange_improves_what_was_found(seed):
 
 def test_the_layers_that_matter_are_found_in_a_model():
     """Where all layers but two write nothing to the stream, sets differ by those two alone, and the best is found."""
-    model, read = deep(), data(length=60)
+    model, read = deep(), data(seq_len=60)
     with torch.no_grad():
         for index, module in enumerate(attention_layers(model)):
             if index not in (1, 4):
@@ -161,7 +161,7 @@ def test_a_search_reports_placements_and_a_front_without_dominated_sets():
     assert all(done <= total for done, total in seen)
 
 
-def test_a_search_that_was_broken_off_goes_on_without_measuring_again(tmp_path):
+def test_a_stopped_search_is_resumed_without_measuring_again(tmp_path):
     path, model = tmp_path / "search.json", deep()
     settings = {"window": 8, "seed": 0}
     whole = search(Evaluator(model, data(), [8] * LAYERS), 3, context=500, settings=settings)
@@ -183,10 +183,10 @@ def test_a_search_that_was_broken_off_goes_on_without_measuring_again(tmp_path):
     evaluate = Evaluator(model, data(), [8] * LAYERS)
     read = evaluate._read
 
-    def spy(chosen, start, *, keep):
-        if not keep:
+    def spy(chosen, start, *, store):
+        if not store:
             measured.append(chosen)
-        return read(chosen, start, keep=keep)
+        return read(chosen, start, store=store)
 
     evaluate._read = spy
     known = set(half.evaluated)
@@ -204,9 +204,9 @@ def test_a_search_that_was_broken_off_goes_on_without_measuring_again(tmp_path):
     "content, message",
     [
         ("{", "got no JSON"),
-        ("[]", "expected a file of format 'nha-search-v1' at .*, got 'list'"),
-        ('{"format": "other"}', "expected a file of format 'nha-search-v1' at .*, got 'other'"),
-        ('{"format": "nha-search-v1", "colour": 1}', "expected a whole result of nha search"),
+        ("[]", "expected a file of format 'nha-search-v2' at .*, got 'list'"),
+        ('{"format": "other"}', "expected a file of format 'nha-search-v2' at .*, got 'other'"),
+        ('{"format": "nha-search-v2", "colour": 1}', "expected a whole result of nha search"),
     ],
 )
 def test_files_that_are_something_else_are_refused(tmp_path, content, message):
@@ -218,12 +218,21 @@ def test_files_that_are_something_else_are_refused(tmp_path, content, message):
         windows_from_search(tmp_path / "nothing.json")
 
 
-def test_a_search_with_other_settings_is_not_gone_on_with(tmp_path):
+def test_a_search_with_other_settings_is_not_resumed(tmp_path):
     path = tmp_path / "search.json"
-    save_search(search(Evaluator(deep(), data(), [8] * LAYERS), 1, context=9, settings={"window": 8}), path)
-    with pytest.raises(ValueError, match="expected a search with window 16 at .*, got 8"):
-        load_search(path, {"window": 16})
-    assert json.loads(path.read_text())["settings"] == {"window": 8}
+    save_search(search(Evaluator(deep(), data(), [8] * LAYERS), 1, context=9, settings={"window_size": 8}), path)
+    with pytest.raises(ValueError, match="expected a search with window_size 16 at .*, got 8"):
+        load_search(path, {"window_size": 16})
+    assert json.loads(path.read_text())["settings"] == {"window_size": 8}
+
+
+def test_a_result_of_the_old_format_is_read(tmp_path):
+    path = tmp_path / "search.json"
+    old = {"format": "nha-search-v1", "settings": {"window": 8, "wide": -1, "weight": 0.5, "slots": 6, "dtype": "x"}}
+    path.write_text(json.dumps(old | {"windows": [8, -1], "evaluated": {"": {"loss": 1.0}}}))
+    assert windows_from_search(path) == [8, -1]
+    new = {"window_size": 8, "wide_window": -1, "recall_weight": 0.5, "num_slots": 6, "dtype": "x"}
+    assert load_search(path, new).settings == new
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "phi3"])
@@ -233,7 +242,7 @@ def test_bytes_are_those_of_a_real_cache(family):
         set_windows(model, windows)
         with torch.no_grad():
             cache = model(tokens(1, 50), use_cache=True).past_key_values
-        if family == "smollm3":  # a layer without rotary positions keeps one key where the others keep two
+        if family == "smollm3":  # a layer without rotary positions keeps one key where the others store two
             assert cache_nbytes(cache) <= cache_bytes(model, windows, 50)
         else:
             assert cache_nbytes(cache) == cache_bytes(model, windows, 50)
@@ -260,7 +269,7 @@ def test_layers_that_slide_over_a_window_of_their_own_are_no_candidates():
 
 def test_other_windows_than_full_attention_can_be_searched():
     model = deep()
-    result = search(Evaluator(model, data(), [8] * LAYERS, wide=16), 2, context=100, settings={})
+    result = search(Evaluator(model, data(), [8] * LAYERS, wide_window=16), 2, context=100, settings={})
     assert sorted(result.windows) == [8] * 4 + [16] * 2
 
 
@@ -273,12 +282,12 @@ def test_placements_by_rule_have_as_many_layers(count, layers):
 def test_data_are_a_function_of_the_seed_and_have_answers():
     tokenizer = small_tokenizer("digits")
     first, again, other = (
-        search_data(tokenizer, text_rows=2, recall_rows=3, length=600, seed=seed) for seed in (0, 0, 1)
+        search_data(tokenizer, text_sequences=2, recall_sequences=3, seq_len=600, seed=seed) for seed in (0, 0, 1)
     )
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.text.shape == (2, 600) and first.recall.shape == first.answers.shape == (3, 600)
     assert first.answers.any(1).all()
-    with pytest.raises(ValueError, match="expected at least one row of text and of recall, got 0 and 3"):
-        search_data(tokenizer, text_rows=0, recall_rows=3)
-    with pytest.raises(ValueError, match="expected a weight of the recall loss from 0 to 1, got 2"):
-        Evaluator(deep(), data(), [8] * LAYERS, weight=2)
+    with pytest.raises(ValueError, match="expected at least one sequence of text and of recall, got 0 and 3"):
+        search_data(tokenizer, text_sequences=0, recall_sequences=3)
+    with pytest.raises(ValueError, match="expected recall_weight from 0 to 1, got 2"):
+        Evaluator(deep(), data(), [8] * LAYERS, recall_weight=2)

@@ -9,7 +9,8 @@ import pytest
 from nha.convert.hybridize import INITS
 from nha.distill import settings as module
 from nha.distill.run import make_mixture
-from nha.distill.settings import DistillSettings, settings_table
+from nha.distill.settings import DistillSettings
+from nha.settings import settings_table
 
 FIELDS = dataclasses.fields(DistillSettings)
 NUMBERS = [f for f in FIELDS if "at_least" in f.metadata or "above" in f.metadata]
@@ -78,4 +79,4 @@ def test_batches_follow_from_settings():
 
 def test_the_table_in_the_docs_is_that_of_the_settings():
     page = (Path(__file__).parents[2] / "docs" / "distilling.md").read_text(encoding="utf-8")
-    assert settings_table() in page
+    assert settings_table(DistillSettings) in page

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +14,8 @@ from rich.markup import escape
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, searched_windows
-from nha.distill.settings import DistillSettings, option_name
+from nha.cli.options import with_settings
+from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.io import atomic_directory
 from nha.models import loading
@@ -28,65 +26,10 @@ if TYPE_CHECKING:
 
 UNFINISHED = 3
 DTYPES = ("auto", "float32", "bfloat16")
-TYPES = {"int": int, "float": float, "str": str, "bool": bool}
-
-
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `DistillSettings`, in place of its parameter `settings`."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
-    fields = {setting.name: setting for setting in dataclasses.fields(DistillSettings)}
-
-    @functools.wraps(function)
-    def run(**options: Any) -> None:
-        values = {name: _read(fields[name], options.pop(name)) for name in fields}
-        function(**options, settings=make_settings(values))
-
-    options = [_option(setting) for setting in fields.values()]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
-
-
-def _option(setting: dataclasses.Field) -> inspect.Parameter:
-    """The command line's option for a setting."""
-    metadata = setting.metadata
-    choices = metadata.get("choices")
-    text = metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
-    kinds = str(setting.type).split(" | ")
-    kind: Any = str if "parse" in metadata else TYPES[kinds[0]]
-    default = setting.default
-    if "parse" in metadata:
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    option = typer.Option(option_name(setting), help=text, show_default=metadata.get("shown", True))
-    annotation = Annotated[kind | None if "None" in kinds else kind, option]
-    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _read(setting: dataclasses.Field, value: Any) -> Any:
-    """A setting's value from what the command line gave. Raises BadInput."""
-    parse = setting.metadata.get("parse")
-    if parse is None:
-        return value
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise BadInput(f"{error} for {option_name(setting)}") from None
-
-
-def make_settings(values: dict[str, Any]) -> DistillSettings:
-    """The settings, with the options' names in the errors."""
-    try:
-        return DistillSettings(**values)
-    except ValueError as error:
-        text = str(error)
-        for setting in dataclasses.fields(DistillSettings):
-            text = text.replace(f"expected {setting.name} ", f"expected {option_name(setting)} ")
-        raise BadInput(text) from None
 
 
 @command
-@with_settings
+@with_settings(DistillSettings)
 def distill(
     model: Annotated[str, typer.Argument(help="The teacher: a model directory, a Hub id, or 'smollm2'.")],
     output: Annotated[
@@ -129,8 +72,7 @@ def distill(
             common.check_choice("--dtype", dtype, DTYPES)
             common.check_range("--held-out", held_out, at_least=0, below=1)
             if windows is not None:
-                given, layers = _window_text(settings.window_size), list(settings.full_layers)
-                found = searched_windows(windows, given, layers)
+                found = searched_windows(windows, settings.window_size, settings.full_layers)
                 settings = dataclasses.replace(settings, window_size=tuple(found))
             source = loading.find(model)
             given = settings.window_size
@@ -144,10 +86,6 @@ def distill(
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
         raise typer.Exit(exit_code(reason)) from None
-
-
-def _window_text(windows: int | tuple[int, ...]) -> str:
-    return str(windows) if isinstance(windows, int) else ",".join(map(str, windows))
 
 
 def exit_code(reason: str) -> int:

@@ -13,7 +13,9 @@ from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import FAILED_CHECK, BadInput, command, duration, err, escape, out, print_json
-from nha.cli.hybridize import check_convertible, check_settings
+from nha.cli.hybridize import check_convertible
+from nha.cli.options import make_settings
+from nha.convert.settings import HybridizeSettings
 from nha.io import atomic_directory
 from nha.models import loading
 from nha.report.requirements import EMBEDDED, REPORT, check_installed
@@ -47,7 +49,7 @@ def quickstart(
     windows = common.parse_windows(window)
     given = None if full_layers is None else common.parse_ints(full_layers, "--full-layers")
     common.check_seed(seed)
-    check_settings(slots, sinks=1, slot_distance=128, dtype="auto")
+    make_settings(HybridizeSettings, {"num_slots": slots})
     if max([windows] if isinstance(windows, int) else windows) < 0:
         raise BadInput(f"expected --window to convert at least one layer, got {window}")
     common.check_new_directory(output, replaceable=is_report)

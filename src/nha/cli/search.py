@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, human_bytes, out, print_json
+from nha.cli.options import with_settings
+from nha.convert.settings import SearchSettings
 from nha.io import write_atomically
 from nha.models import loading
 
@@ -19,91 +22,76 @@ if TYPE_CHECKING:
 
 
 @command
+@with_settings(SearchSettings)
 def search(
     model: Annotated[str, typer.Argument(help="A model directory, a Hub id, or 'smollm2'; a hybrid or not yet one.")],
-    output: Annotated[Path, typer.Argument(help="The JSON file for the result; an unfinished one is gone on with.")],
-    full: Annotated[
-        int | None, typer.Option(help="How many layers keep full attention.", show_default="4, or what --bytes allows")
-    ] = None,
-    most_bytes: Annotated[
-        int | None, typer.Option("--bytes", help="Bytes that the cache may take at --context.", show_default=False)
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens for which the cache is counted.")] = 16384,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Tokens in the windows of all other layers.", show_default="64, or a hybrid's most common"),
-    ] = None,
-    wide: Annotated[int, typer.Option(help="The window of the chosen layers; -1 is full attention.")] = -1,
-    slots: Annotated[int, typer.Option(help="Slots per key-value head, for a model that is no hybrid yet.")] = 64,
-    weight: Annotated[float, typer.Option(help="Weight of the recall loss; the text loss has the rest.")] = 0.5,
+    output: Annotated[Path, typer.Argument(help="The JSON file for the result; an unfinished one is resumed.")],
+    settings: SearchSettings,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="A text file to search with; may be given several times.", show_default="built-in text"),
     ] = None,
-    text_rows: Annotated[int, typer.Option(help="Rows of plain text.")] = 8,
-    recall_rows: Annotated[int, typer.Option(help="Rows of recall text.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens in each row.")] = 2048,
-    exchange: Annotated[bool, typer.Option(help="Exchange layers after the greedy search.")] = True,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the recall text.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Find the layers that should keep full attention, by the loss on recall and language text; trains nothing."""
-    check_options(full, most_bytes, context, window, wide, slots, weight, dtype)
-    common.check_at_least("--text-rows", text_rows, 1)
-    common.check_at_least("--recall-rows", recall_rows, 1)
-    common.check_at_least("--length", length, 256)
+    """Find the layers that should keep full attention, by the loss on recall and language text; trains nothing.
+
+    Run the same command again to resume a search that was stopped.
+    """
     picture = check_paths(output)
     texts = None if text is None else [common.read_text(path) for path in text]
     source = loading.find(model)
     hybrid = source.config is not None and loading.is_hybrid(source.config)
-    count = full if full is not None or most_bytes is not None else 4
+    count = 4 if settings.num_full is None and settings.max_bytes is None else settings.num_full
     check_count(source, count)
 
-    from nha.convert.search import (
-        Evaluator,
-        count_for_bytes,
-        load_search,
-        save_search,
-        search_data,
-    )
+    from nha.convert.search import Evaluator, count_for_bytes, load_search, save_search, search_data
     from nha.convert.search import search as find
     from nha.models.cache_file import fingerprint
 
-    with err.status(f"loading {source.label}"):
-        loaded, tokenizer = loading.load(source, dtype=dtype)
+    with err.status(f"loading {escape(source.label)}"):
+        loaded, tokenizer = loading.load(source, dtype=settings.dtype)
     digest = fingerprint(loaded)
-    data = search_data(tokenizer, texts, text_rows=text_rows, recall_rows=recall_rows, length=length, seed=seed)
-    base = base_window(loaded, window)
-    settings = {
+    data = search_data(
+        tokenizer,
+        texts,
+        text_sequences=settings.text_sequences,
+        recall_sequences=settings.recall_sequences,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+    )
+    base = base_window(loaded, settings.window_size)
+    measured_with = {
         "model": source.label,
         "weights": digest,
-        "window": base,
-        "wide": wide,
-        "weight": weight,
-        "slots": loaded.config.num_slots if hybrid else slots,
+        "window_size": base,
+        "wide_window": settings.wide_window,
+        "recall_weight": settings.recall_weight,
+        "num_slots": loaded.config.num_slots if hybrid else settings.num_slots,
         "data": data.fingerprint,
         "dtype": str(loaded.dtype),
     }
-    known = load_search(output, settings) if output.exists() else None
+    known = load_search(output, measured_with) if output.exists() else None
     if not hybrid:
-        from nha.convert.hybridize import hybridize
-
-        with common.steps(f"converting {source.label}, in memory") as advance:
-            loaded = hybridize(
-                loaded, num_slots=slots, window_size=base, calibration=texts, tokenizer=tokenizer, progress=advance
-            )
-    evaluate = Evaluator(loaded, data, base_windows(loaded, base), wide=wide, weight=weight)
+        loaded = convert_in_memory(source, loaded, tokenizer, settings.num_slots, base, texts)
+    evaluate = Evaluator(
+        loaded,
+        data,
+        base_windows(loaded, base),
+        wide_window=settings.wide_window,
+        recall_weight=settings.recall_weight,
+    )
     if count is None:
-        count = count_for_bytes(loaded, evaluate.windows, wide, most_bytes or 0, context)
+        count = count_for_bytes(
+            loaded, evaluate.windows, settings.wide_window, settings.max_bytes or 0, settings.context
+        )
     with common.steps(f"searching {count} of {loading.layers_of(loaded.config)} layers") as advance:
         result = find(
             evaluate,
             count,
-            context=context,
-            settings=settings,
+            context=settings.context,
+            settings=measured_with,
             known=known,
-            exchange=exchange,
+            exchange=settings.exchange,
             save=lambda found: save_search(found, output),
             progress=advance,
         )
@@ -115,29 +103,21 @@ def search(
     report(result, evaluate, output, picture)
 
 
-def check_options(
-    full: int | None,
-    most_bytes: int | None,
-    context: int,
-    window: int | None,
-    wide: int,
-    slots: int,
-    weight: float,
-    dtype: str,
-) -> None:
-    """Raise BadInput for options that cannot be, or cannot be together."""
-    if full is not None and most_bytes is not None:
-        raise BadInput(f"expected --full or --bytes, got both: {full} and {most_bytes}")
-    common.check_at_least("--context", context, 1)
-    common.check_at_least("--slots", slots, 1)
-    if window is not None:
-        common.check_at_least("--window", window, 0)
-    if wide != -1 and wide <= (64 if window is None else window):
-        raise BadInput(f"expected --wide to be -1 or above the window of the other layers, got {wide}")
-    if not 0 <= weight <= 1:
-        raise BadInput(f"expected --weight from 0 to 1, got {weight}")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise BadInput(f"expected --dtype to be auto, float32, bfloat16 or float16, got {dtype!r}")
+def convert_in_memory(
+    source: loading.Source, model: Any, tokenizer: Any, num_slots: int, window_size: int, texts: list[str] | None
+) -> Any:
+    """A hybrid to search with, of a model that is none yet."""
+    from nha.convert.hybridize import hybridize
+
+    with common.steps(f"converting {source.label}, in memory") as advance:
+        return hybridize(
+            model,
+            num_slots=num_slots,
+            window_size=window_size,
+            calibration=texts,
+            tokenizer=tokenizer,
+            progress=advance,
+        )
 
 
 def check_paths(output: Path) -> Path | None:
@@ -161,11 +141,11 @@ def check_count(source: loading.Source, count: int | None) -> None:
     if count is not None and not 0 <= count <= layers:
         raise BadInput(f"expected --full from 0 to {layers}, got {count}")
     if source.config is not None and not loading.is_hybrid(source.config):
-        check_family(source.config)
+        check_family(source.config.get_text_config())
 
 
 def base_window(model: Any, window: int | None) -> int:
-    """The window of layers that are not wide: as asked for, the most common one of a hybrid, or 64."""
+    """The window of layers without full attention: as asked for, the most common one of a hybrid, or 64."""
     if window is not None:
         return window
     windows = [w for w in getattr(model.config, "window_sizes", []) if w >= 0]
@@ -173,7 +153,7 @@ def base_window(model: Any, window: int | None) -> int:
 
 
 def base_windows(model: Any, base: int) -> list[int]:
-    """The windows of all layers of a hybrid while none is wide."""
+    """The windows of all layers of a hybrid while none is chosen."""
     from nha.convert.search import candidate_layers
 
     own = candidate_layers(model.config)
@@ -222,5 +202,5 @@ def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | No
         table.add_row(str(len(layers)), human_bytes(row["bytes"]), f"{row['loss']:.3f}", shown)
     out.print(table)
     where = f"{output}, {picture}" if picture else str(output)
-    err.print(f"[dim]{len(result.evaluated)} sets measured in {result.seconds:.0f} s; saved in {where}[/]")
-    out.print(f"  use it:  [cyan]nha hybridize MODEL OUTPUT --windows {output}[/]")
+    err.print(f"[dim]{len(result.evaluated)} sets measured in {result.seconds:.0f} s; saved in {escape(where)}[/]")
+    out.print(f"  use it:  [cyan]nha hybridize MODEL OUTPUT --windows {escape(str(output))}[/]")

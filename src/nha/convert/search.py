@@ -1,8 +1,8 @@
 """Which layers should keep full attention: found without training, since windows are a run-time setting.
 
-Greedy first: one layer after another becomes wide, always the one that lowers the loss most. Then exchange: a wide
-layer changes places with another as long as that helps. Every set of layers that was measured is kept, so that a search
-can be broken off and gone on with.
+Greedy first: layers are widened one by one, always the one that lowers the loss most. Then exchange: a wide layer is
+swapped for another as long as that lowers the loss. Every set of layers that was measured is saved, so a search that
+was stopped can be resumed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ from nha.models.head import hidden_states, token_losses
 from nha.models.windows import attention_layers, decoder, hybrid_layers, temporary_windows
 from nha.ops import NHAState
 
-FORMAT = "nha-search-v1"
+FORMAT, OLD_FORMAT = "nha-search-v2", "nha-search-v1"
+OLD_SETTINGS = {"window": "window_size", "wide": "wide_window", "weight": "recall_weight", "slots": "num_slots"}
 Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean losses in nats: of the answers in recall rows, of all tokens of text rows, and both weighted."""
+    """Mean losses in nats: of the answers in recall sequences, of all tokens of text sequences, and both weighted."""
 
     loss: float
     recall: float
@@ -45,7 +47,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class SearchData:
-    """What a search reads: texts [N, T], and recall rows [R, T] with answers [R, T] bool, true at their tokens."""
+    """Token ids to search with: text [N, T], recall sequences [R, T] and answers [R, T] bool, True at their tokens."""
 
     text: Tensor
     recall: Tensor
@@ -64,31 +66,33 @@ def search_data(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | None = None,
     *,
-    text_rows: int = 8,
-    recall_rows: int = 16,
-    length: int = 2048,
+    text_sequences: int = 8,
+    recall_sequences: int = 16,
+    seq_len: int = 2048,
     seed: int = 0,
 ) -> SearchData:
-    """Rows to search with, from texts (default: the built-in calibration text), which no evaluation reads.
+    """Sequences to search with, from texts (default: the built-in calibration text), which no evaluation reads.
 
-    Recall rows are those of training (`nha.data.recall.training_sequence`), facts at least 128 tokens back. Raises
+    Recall sequences are those of training (`nha.data.recall.training_sequence`), facts at least 128 tokens back. Raises
     ValueError for too little text.
     """
-    if min(text_rows, recall_rows) < 1:
-        raise ValueError(f"expected at least one row of text and of recall, got {text_rows} and {recall_rows}")
+    if min(text_sequences, recall_sequences) < 1:
+        raise ValueError(
+            f"expected at least one sequence of text and of recall, got {text_sequences} and {recall_sequences}"
+        )
     given = [calibration_text()] if texts is None else list(texts)
-    text = blocks(tokenizer, given, text_rows, length)
+    text = blocks(tokenizer, given, text_sequences, seq_len)
     plain = (tokenizer(each, add_special_tokens=False, verbose=False).input_ids for each in given)
     filler = np.concatenate([np.asarray(ids) for ids in plain])
     generator = np.random.default_rng(seed)
-    settings = RecallSettings(distances=(min(128, length // 4), 1 << 20))
-    rows = [training_sequence(generator, tokenizer, filler, length, settings) for _ in range(recall_rows)]
+    settings = RecallSettings(distances=(min(128, seq_len // 4), 1 << 20))
+    rows = [training_sequence(generator, tokenizer, filler, seq_len, settings) for _ in range(recall_sequences)]
     ids, answers = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return SearchData(text, ids, answers)
 
 
 def candidate_layers(config: Any) -> list[int]:
-    """The layers that a search may widen: all but those that slide over a window of their own, unless all do."""
+    """The layers that a search may choose: all but those that slide over a window of their own, unless all do."""
     sliding = sliding_layers(config)
     return [i for i, slides in enumerate(sliding) if not slides or all(sliding)]
 
@@ -110,24 +114,24 @@ def cache_bytes(model: PreTrainedModel, windows: Sequence[int], context: int) ->
     own = getattr(model.config, "sliding_window", None)
     total = 0
     for window, slides in zip(windows, sliding_layers(model.config), strict=True):
-        kept = min(context, own) if slides and own is not None and window == FULL else context
-        total += layer_bytes(model, window, kept)
+        tokens = min(context, own) if slides and own is not None and window == FULL else context
+        total += layer_bytes(model, window, tokens)
     return total
 
 
 class Evaluator:
     """Losses of a hybrid with any set of wide layers.
 
-    A forward pass starts at the first layer that differs from the set it rests on: what enters every layer with that
-    set is kept, on the model's device if it takes up at most half of the free memory there.
+    A forward pass starts at the first layer that differs from the base set: the inputs of all layers with that set are
+    stored, on the model's device if they take at most half of the free memory there.
 
     Args:
         model: a hybrid in evaluation mode.
         data: what to read.
         windows: the windows of all layers while none is wide.
-        wide: the window of a wide layer, -1 for full attention.
-        weight: of the recall loss, from 0 to 1; the text loss has the rest.
-        most: tokens in one forward pass.
+        wide_window: the window of a wide layer, -1 for full attention.
+        recall_weight: weight of the recall loss, from 0 to 1; the text loss has the rest.
+        max_batch_tokens: tokens in one forward pass; default: what fits.
     """
 
     def __init__(
@@ -136,59 +140,60 @@ class Evaluator:
         data: SearchData,
         windows: Sequence[int],
         *,
-        wide: int = FULL,
-        weight: float = 0.5,
-        most: int | None = None,
+        wide_window: int = FULL,
+        recall_weight: float = 0.5,
+        max_batch_tokens: int | None = None,
     ):
         hybrid_layers(model)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"expected a weight of the recall loss from 0 to 1, got {weight}")
-        self.model, self.weight, self.wide = model, weight, wide
+        if not 0 <= recall_weight <= 1:
+            raise ValueError(f"expected recall_weight from 0 to 1, got {recall_weight}")
+        self.model, self.recall_weight, self.wide_window = model, recall_weight, wide_window
         self.windows = check_windows(model.config, list(windows))
-        most = batch_tokens(model) if most is None else most
+        limit = batch_tokens(model) if max_batch_tokens is None else max_batch_tokens
         self.batches: list[tuple[Tensor, Tensor | None]] = []
         for ids, answers in ((data.text, None), (data.recall, data.answers)):
-            rows = max(1, most // ids.shape[1])
-            for at in range(0, len(ids), rows):
-                self.batches.append((ids[at : at + rows], None if answers is None else answers[at : at + rows]))
+            size = max(1, limit // ids.shape[1])
+            for at in range(0, len(ids), size):
+                self.batches.append((ids[at : at + size], None if answers is None else answers[at : at + size]))
         config: Any = model.config
         tokens = data.text.numel() + data.recall.numel()
-        size = tokens * config.hidden_size * config.num_hidden_layers * model.dtype.itemsize
-        on_gpu = model.device.type == "cuda" and size < torch.cuda.mem_get_info(model.device)[0] // 2
-        self.place = model.device if on_gpu else torch.device("cpu")
-        self.kept: list[dict[int, Tensor]] = [{} for _ in self.batches]
+        nbytes = tokens * config.hidden_size * config.num_hidden_layers * model.dtype.itemsize
+        on_gpu = model.device.type == "cuda" and nbytes < torch.cuda.mem_get_info(model.device)[0] // 2
+        self.storage = model.device if on_gpu else torch.device("cpu")
+        self.layer_inputs: list[dict[int, Tensor]] = [{} for _ in self.batches]
         self.base: Layers | None = None
 
     def windows_of(self, chosen: Layers) -> list[int]:
         """The windows of all layers when these are wide."""
-        return [self.wide if i in chosen else window for i, window in enumerate(self.windows)]
+        return [self.wide_window if i in chosen else window for i, window in enumerate(self.windows)]
 
     def _first_change(self, chosen: Layers) -> int:
-        """The first layer whose window differs from what the evaluator rests on."""
+        """The first layer whose window differs from that in the base set."""
         if self.base is None:
             return 0
         differ = set(self.base) ^ set(chosen)
         return min(differ, default=len(self.windows) - 1)
 
-    def rest_on(self, chosen: Layers) -> None:
-        """Read the data with these wide layers and keep what enters every layer."""
+    def set_base(self, chosen: Layers) -> None:
+        """Read the data with these wide layers and store the inputs of all layers."""
         if self.base != chosen:
-            self._read(chosen, self._first_change(chosen), keep=True)
+            self._read(chosen, self._first_change(chosen), store=True)
             self.base = chosen
 
     def __call__(self, chosen: Layers) -> Losses:
         """The losses with these wide layers."""
-        return self._read(chosen, self._first_change(chosen), keep=False)
+        return self._read(chosen, self._first_change(chosen), store=False)
 
     @torch.no_grad()
-    def _read(self, chosen: Layers, start: int, *, keep: bool) -> Losses:
+    def _read(self, chosen: Layers, start: int, *, store: bool) -> Losses:
         sums = {True: [0.0, 0], False: [0.0, 0]}  # loss and tokens of recall and text
         device = self.model.device
         with temporary_windows(self.model, self.windows_of(chosen)):
-            for (ids, answers), kept in zip(self.batches, self.kept, strict=True):
+            for (ids, answers), stored in zip(self.batches, self.layer_inputs, strict=True):
                 ids = ids.to(device)
-                entering = kept[start].to(device) if start else None
-                with _starting_at(self.model, start, entering), _keeping(self.model, kept, start, keep, self.place):
+                first = stored[start].to(device) if start else None
+                storing = _store_inputs(self.model, stored, start, self.storage) if store else nullcontext()
+                with _start_at(self.model, start, first), storing:
                     hidden = hidden_states(self.model, ids)[:, :-1]
                 targets = ids[:, 1:]
                 if answers is not None:
@@ -198,23 +203,23 @@ class Evaluator:
                 sums[answers is not None][0] += losses.double().sum().item()
                 sums[answers is not None][1] += losses.numel()
         recall, text = (sums[which][0] / max(1, sums[which][1]) for which in (True, False))
-        return Losses(self.weight * recall + (1 - self.weight) * text, recall, text)
+        return Losses(self.recall_weight * recall + (1 - self.recall_weight) * text, recall, text)
 
 
 @contextmanager
-def _starting_at(model: PreTrainedModel, start: int, entering: Tensor | None) -> Iterator[None]:
-    """Within the context, a forward pass skips the layers before `start` and hands `entering` to that one."""
+def _start_at(model: PreTrainedModel, start: int, hidden: Tensor | None) -> Iterator[None]:
+    """Within the context, a forward pass skips the layers before `start`, whose input is `hidden` if that is given."""
     layers = decoder(model).layers
-    if entering is None:
+    if hidden is None:
         yield
         return
 
-    def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def replace(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
-            return (entering, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": entering}
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
 
-    handle = layers[start].register_forward_pre_hook(enter, with_kwargs=True)
+    handle = layers[start].register_forward_pre_hook(replace, with_kwargs=True)
     try:
         for layer in layers[:start]:
             layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
@@ -226,23 +231,17 @@ def _starting_at(model: PreTrainedModel, start: int, entering: Tensor | None) ->
 
 
 @contextmanager
-def _keeping(
-    model: PreTrainedModel, kept: dict[int, Tensor], start: int, keep: bool, place: torch.device
+def _store_inputs(
+    model: PreTrainedModel, stored: dict[int, Tensor], start: int, device: torch.device
 ) -> Iterator[None]:
-    """Within the context, if asked to `keep`, what enters every layer after `start` is put into `kept`."""
-    handles = []
+    """Within the context, the input of every layer after `start` is put into `stored`, on a device."""
 
-    def see(index: int) -> Callable[..., None]:
-        def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            kept[index] = (args[0] if args else kwargs["hidden_states"]).to(place)
+    def hook(index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        stored[index] = (args[0] if args else kwargs["hidden_states"]).to(device)
 
-        return look
-
+    layers = list(enumerate(decoder(model).layers))[start + 1 :]
+    handles = [layer.register_forward_pre_hook(partial(hook, i), with_kwargs=True) for i, layer in layers]
     try:
-        if keep:
-            for index, layer in enumerate(decoder(model).layers):
-                if index > start:
-                    handles.append(layer.register_forward_pre_hook(see(index), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -255,11 +254,11 @@ def greedy_and_exchange(
     loss: Callable[[Layers], float],
     *,
     exchange: bool = True,
-    rest_on: Callable[[Layers], None] = lambda chosen: None,
+    set_base: Callable[[Layers], None] = lambda chosen: None,
 ) -> Layers:
     """`count` of the candidates that make `loss` small: added greedily, then exchanged one by one until nothing helps.
 
-    `loss` is called with sorted tuples; `rest_on` is told which set the next ones are made from by adding one layer.
+    `loss` is called with sorted tuples; `set_base` is called with each set that the next ones add one layer to.
 
     >>> value = {0: 1.0, 1: 3.0, 2: 2.0}
     >>> greedy_and_exchange([0, 1, 2], 2, lambda chosen: -sum(value[i] for i in chosen))
@@ -267,14 +266,14 @@ def greedy_and_exchange(
     """
     chosen: Layers = ()
     for _ in range(count):
-        rest_on(chosen)
+        set_base(chosen)
         chosen = min((_with(chosen, i) for i in candidates if i not in chosen), key=loss)
     improved = exchange
     while improved:
         improved = False
         for leaving in chosen:
             rest = tuple(i for i in chosen if i != leaving)
-            rest_on(rest)
+            set_base(rest)
             best = min((_with(rest, i) for i in candidates if i not in rest), key=loss)
             if loss(best) < loss(chosen):
                 chosen, improved = best, True
@@ -305,7 +304,7 @@ class SearchResult:
     """A search, as plain data.
 
     Attributes:
-        settings: what the losses depend on; a search goes on only with the same.
+        settings: what the losses depend on; only a search with the same is resumed.
         windows: of all layers, with the best wide layers.
         full_layers: the best wide layers.
         evaluated: losses of every set that was measured, by layers separated by commas.
@@ -368,7 +367,7 @@ def search(
         raise ValueError(f"expected from 0 to {len(candidates)} layers with full attention, got {count}")
     result = known or SearchResult(settings)
     looked = 0
-    resting: list[Layers] = [()]
+    base: list[Layers] = [()]
     expected = sum(len(candidates) - i for i in range(count)) + 3 + exchange * count * (len(candidates) - count)
 
     def losses(chosen: Layers) -> float:
@@ -376,7 +375,7 @@ def search(
         name = name_of(chosen)
         if name not in result.evaluated:
             started = time.perf_counter()
-            evaluate.rest_on(resting[0])
+            evaluate.set_base(base[0])
             result.evaluated[name] = asdict(evaluate(chosen))
             result.seconds += time.perf_counter() - started
             save(result)
@@ -385,12 +384,12 @@ def search(
             progress(min(looked, expected), expected)
         return result.evaluated[name]["loss"]
 
-    def rest_on(chosen: Layers) -> None:
-        resting[0] = chosen
+    def set_base(chosen: Layers) -> None:
+        base[0] = chosen
 
     losses(())
-    best = greedy_and_exchange(candidates, count, losses, exchange=exchange, rest_on=rest_on)
-    rest_on(())
+    best = greedy_and_exchange(candidates, count, losses, exchange=exchange, set_base=set_base)
+    set_base(())
     placements = heuristics(candidates, count) | {"none": (), "all": tuple(candidates)}
     for chosen in placements.values():
         losses(chosen)
@@ -418,19 +417,21 @@ def front(evaluate: Evaluator, evaluated: dict[str, dict[str, float]], context: 
     return rows
 
 
-def count_for_bytes(model: PreTrainedModel, windows: Sequence[int], wide: int, most: int, context: int) -> int:
-    """How many layers may be wide if the cache takes at most `most` bytes after `context` tokens.
+def count_for_bytes(
+    model: PreTrainedModel, windows: Sequence[int], wide_window: int, max_bytes: int, context: int
+) -> int:
+    """How many layers may be wide if the cache takes at most `max_bytes` bytes after `context` tokens.
 
     Raises ValueError if not even none may.
     """
     candidates = candidate_layers(model.config)
     sizes = []
     for count in range(len(candidates) + 1):
-        some = [wide if i in candidates[:count] else window for i, window in enumerate(windows)]
+        some = [wide_window if i in candidates[:count] else window for i, window in enumerate(windows)]
         sizes.append(cache_bytes(model, some, context))
-    if most < sizes[0]:
-        raise ValueError(f"expected at least {sizes[0]:,} bytes for a cache of {context:,} tokens, got {most:,}")
-    return max(count for count, size in enumerate(sizes) if size <= most)
+    if max_bytes < sizes[0]:
+        raise ValueError(f"expected at least {sizes[0]:,} bytes for a cache of {context:,} tokens, got {max_bytes:,}")
+    return max(count for count, size in enumerate(sizes) if size <= max_bytes)
 
 
 def save_search(result: SearchResult, path: Path) -> None:
@@ -450,6 +451,9 @@ def load_search(path: str | Path, settings: dict[str, Any] | None = None) -> Sea
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"expected a result of nha search at {path}, got no JSON: {error}") from None
+    if isinstance(data, dict) and data.get("format") == OLD_FORMAT and isinstance(data.get("settings"), dict):
+        named = {OLD_SETTINGS.get(name, name): value for name, value in data["settings"].items()}
+        data |= {"format": FORMAT, "settings": named}
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"expected a file of format {FORMAT!r} at {path}, got {got!r}")

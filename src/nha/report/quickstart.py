@@ -19,6 +19,7 @@ from nha import __version__
 from nha.convert.align import align
 from nha.convert.card import CardFacts, save_hybrid
 from nha.convert.hybridize import hybridize
+from nha.convert.settings import searched_layers
 from nha.data.text import blocks, calibration_text, evaluation_documents
 from nha.evaluate.measure import bucket_edges
 from nha.evaluate.perplexity import Perplexity, perplexity
@@ -33,7 +34,6 @@ from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
 from nha.report.results import VARIANTS, Check, Cost, Results, Sample, Tuning, Variant
 
 # Layers that keep full attention, found by `nha search --full 4`, by the model's label.
-SEARCHED_LAYERS = {"SmolLM2-135M-Instruct": (8, 18, 20, 23)}
 DOCUMENT = "the Python language reference"
 QUESTION = "Explain in two sentences what a function is in Python."
 DOCUMENTS = 2
@@ -126,7 +126,7 @@ def planned_steps(settings: Settings) -> dict[str, float]:
 
 def default_full_layers(source: loading.Source) -> list[int]:
     """The layers that a search found for this model; none for a model that was not searched."""
-    found = list(SEARCHED_LAYERS.get(source.label.rsplit("/", 1)[-1], ()))
+    found = list(searched_layers(source.base))
     layers = math.inf if source.config is None else loading.layers_of(source.config)
     return found if all(layer < layers for layer in found) else []
 

@@ -1,0 +1,76 @@
+"""Options of a command from the fields of a settings dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from nha.cli.common import BadInput
+from nha.settings import option_name
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def with_settings(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of a dataclass, in place of its parameter `settings`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+        fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            values = {name: _read(fields[name], options.pop(name)) for name in fields}
+            function(**options, settings=make_settings(kind, values))
+
+        options = [_option(entry) for entry in fields.values()]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _option(entry: dataclasses.Field) -> inspect.Parameter:
+    """The command line's option for a setting."""
+    metadata = entry.metadata
+    choices = metadata.get("choices")
+    text = metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+    kinds = str(entry.type).split(" | ")
+    kind: Any = str if "parse" in metadata else TYPES[kinds[0]]
+    default = entry.default
+    if "parse" in metadata and default is not None:
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    option = typer.Option(option_name(entry), help=text, show_default=metadata.get("shown", True))
+    annotation = Annotated[kind | None if "None" in kinds else kind, option]
+    return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _read(entry: dataclasses.Field, value: Any) -> Any:
+    """A setting's value from what the command line gave. Raises BadInput."""
+    parse = entry.metadata.get("parse")
+    if parse is None or value is None:
+        return value
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise BadInput(f"{error} for {option_name(entry)}") from None
+
+
+def make_settings(kind: type, values: dict[str, Any]) -> Any:
+    """The settings, with the options' names in the errors."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        text = str(error)
+        for entry in dataclasses.fields(kind):
+            start = r"\b" if "_" in entry.name else r"(?<=^expected )"
+            text = re.sub(rf"{start}{entry.name}\b", option_name(entry), text)
+        raise BadInput(text) from None

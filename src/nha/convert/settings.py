@@ -1,0 +1,109 @@
+"""Settings of a conversion and of a search for the layers that keep full attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nha.settings import DTYPES, INITS, MAX_WINDOW, check_settings, count, fraction, parse_ints, parse_window, setting
+
+SEARCHED_LAYERS = {"HuggingFaceTB/SmolLM2-135M-Instruct": (8, 18, 20, 23)}  # see docs/searching.md
+MAX_SEED = (1 << 32) - 1
+
+
+@dataclass(frozen=True)
+class HybridizeSettings:
+    """Settings of a conversion, as `nha.hybridize` takes them. Raises ValueError for a value outside its bounds.
+
+    >>> HybridizeSettings(num_slots=0)
+    Traceback (most recent call last):
+    ValueError: expected num_slots of at least 1 and at most 65536, got 0
+    """
+
+    window_size: int | tuple[int, ...] = setting(
+        64,
+        "Tokens of every window, or a list with one entry per layer; -1: full attention.",
+        at_least=-1,
+        at_most=MAX_WINDOW,
+        option="window",
+        parse=parse_window,
+    )
+    num_slots: int = count(64, "Slots per KV head.", at_most=1 << 16, option="slots")
+    full_layers: tuple[int, ...] | None = setting(
+        None,
+        "Layers that keep full attention, such as 8,18,20,23; '' for none.",
+        at_least=0,
+        at_most=1 << 16,
+        parse=parse_ints,
+        shown="8,18,20,23 for smollm2, none for other models",
+    )
+    init: str = setting("kmeans", "Start of the gates; spread and soft are for training.", choices=INITS)
+    num_sinks: int = count(
+        1, "Constant keys that stand in for a text's first tokens.", at_least=0, at_most=1 << 10, option="sinks"
+    )
+    slot_distance: int = count(128, "Distance, in tokens, at which queries see the slots.", at_least=0)
+    dtype: str = setting("auto", "Dtype of the weights; auto: that of the model.", choices=DTYPES)
+    seed: int = setting(0, "Seed of the k-means.", at_least=0, at_most=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Settings of a search. Raises ValueError for a value outside its bounds.
+
+    >>> SearchSettings(recall_weight=2)
+    Traceback (most recent call last):
+    ValueError: expected recall_weight of at least 0 and at most 1, got 2
+    """
+
+    num_full: int | None = setting(
+        None,
+        "How many layers keep full attention.",
+        at_least=0,
+        at_most=1 << 16,
+        option="full",
+        shown="4, or what --bytes allows",
+    )
+    max_bytes: int | None = setting(
+        None, "Bytes that the cache may take at --context.", at_least=1, at_most=1 << 50, option="bytes", shown="none"
+    )
+    context: int = count(16384, "Tokens for which the cache is counted.", at_most=1 << 40)
+    window_size: int | None = setting(
+        None,
+        "Tokens in the windows of all other layers.",
+        at_least=0,
+        at_most=MAX_WINDOW,
+        option="window",
+        shown="64, or a hybrid's most common",
+    )
+    wide_window: int = setting(
+        -1, "The window of the chosen layers; -1 is full attention.", at_least=-1, at_most=MAX_WINDOW, option="wide"
+    )
+    num_slots: int = count(64, "Slots per KV head, for a model that is no hybrid yet.", at_most=1 << 16, option="slots")
+    recall_weight: float = fraction(0.5, "Weight of the recall loss; the text loss has the rest.")
+    text_sequences: int = count(8, "Sequences of plain text.", at_most=1 << 16)
+    recall_sequences: int = count(16, "Sequences of recall text.", at_most=1 << 16)
+    seq_len: int = count(2048, "Tokens of a sequence.", at_least=256)
+    exchange: bool = setting(True, "Exchange layers after the greedy search.")
+    dtype: str = setting("auto", "Dtype of the weights; auto: that of the model.", choices=DTYPES)
+    seed: int = setting(0, "Seed of the recall text.", at_least=0, at_most=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.num_full is not None and self.max_bytes is not None:
+            raise ValueError(f"expected num_full or max_bytes, got both: {self.num_full} and {self.max_bytes}")
+        others = 64 if self.window_size is None else self.window_size
+        if self.wide_window != -1 and self.wide_window <= others:
+            raise ValueError(
+                f"expected wide_window to be -1 or above the other layers' {others}, got {self.wide_window}"
+            )
+
+
+def searched_layers(base: str) -> tuple[int, ...]:
+    """The layers that a search found best for a model; none for one that was not searched.
+
+    >>> searched_layers("HuggingFaceTB/SmolLM2-135M-Instruct"), searched_layers("some/other")
+    ((8, 18, 20, 23), ())
+    """
+    return SEARCHED_LAYERS.get(base, ())
