@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nha.models.families import families_summary, families_table
+
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python" in page.read_text()]
 
@@ -34,3 +36,10 @@ def test_training_from_scratch_learns(capsys):
     runpy.run_path(str(ROOT / "examples" / "train_from_scratch.py"))["main"](steps=30)
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("page, table", [("README.md", families_summary), ("docs/families.md", families_table)])
+def test_the_families_on_a_page_are_those_of_the_table(page, table):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = text.partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
+    assert shown.strip() == table()

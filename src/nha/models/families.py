@@ -149,6 +149,38 @@ ROTATES = {family.model_type: family.rotates for family in TABLE}
 REFUSED = {family.model_type: family.refused for family in TABLE if family.refused}
 
 
+def families_table() -> str:
+    """A Markdown table of every family: what sets its attention apart, or why it is refused.
+
+    >>> families_table().splitlines()[2]
+    '| `afmoe` | yes | a mixture of experts; normalised queries and keys; a gate after attention; no positions in full-attention layers among sliding ones |'
+    """  # noqa: E501
+    rows = [("family", "hybrid", "its attention"), ("---", "---", "---")]
+    rows += [(f"`{f.model_type}`", "no" if f.refused else "yes", f.refused or f.special or "as Llama's") for f in TABLE]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def families_summary() -> str:
+    """A Markdown table of the supported families in a few rows, by what their attention has beside Llama's."""
+    kinds: dict[str, list[str]] = {
+        "as Llama's": [],
+        "a mixture of experts": [],
+        "windows of their own": [],
+        "other": [],
+    }
+    for family in TABLE:
+        if not family.refused:
+            kind = "other" if family.special else "as Llama's"
+            if EXPERTS in family.special:
+                kind = "a mixture of experts"
+            elif "sliding window" in family.special:
+                kind = "windows of their own"
+            kinds[kind].append(family.model_type)
+    rows = [("attention", "families"), ("---", "---")]
+    rows += [(kind, ", ".join(names)) for kind, names in kinds.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def check_family(config: PreTrainedConfig) -> None:
     """Raise ValueError, with the reason, for a model whose family or layers are known not to work as a hybrid.
 

@@ -63,7 +63,8 @@ def nha_attention(
         log_gate: [B, T, H, M] natural log of the share a slot keeps, clamped to [-5, 0]. May be None with
             `window_size=-1`.
         window_size: tokens in the window, at most 2 ** 24; 0 is a pure linear RNN, -1 full attention without slots.
-        q_slot, k_slot: queries and keys of the slots, default `q`, `k` (same shapes).
+        q_slot: [B, T, HQ, D] queries of the slots, default `q`.
+        k_slot: [B, T, H, D] keys of the slots, default `k`.
         sink: constant (key [H, S, D], value [H, S, Dv]).
         scale: factor of all scores, finite and above 0, default D ** -0.5.
         softcap: cap scores as c * tanh(score / c), as Gemma 2 does.
