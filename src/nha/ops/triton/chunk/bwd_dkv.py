@@ -213,6 +213,7 @@ def dgate_of_chunk(
     p_dgate,
     p_dend,
     g_t,
+    o_token,
     i_end,
     b_dweight,
     m_written,
@@ -236,7 +237,7 @@ def dgate_of_chunk(
     b_dgate -= tl.exp2(b_gate * LOG2_E) * b_dweight
     for i_part in range(0, parts):
         b_dgate += tl.load(p_dend + (i_end + i_part) * M + o_m, mask=o_m < M, other=0.0)[None, :]
-    b_dgate += load_rows(p_dgate, o_t * heads * M, m_written, M, BLOCK_M).to(tl.float32)
+    b_dgate += load_rows(p_dgate + o_token * M, o_t * heads * M, m_written, M, BLOCK_M).to(tl.float32)
     return tl.where((b_gate == b_raw.to(tl.float32)) & m_written[:, None], b_dgate, 0.0)
 
 
@@ -372,7 +373,7 @@ def nha_chunk_bwd_kernel_dkv(
     b_dgate = tl.zeros([CHUNK, BLOCK_M], tl.float32)
     if j_start < written:
         m_written = j_start + o_t < written
-        p_gate += i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
+        p_gate = p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
         i_state = (chunk_base + i_chunk) * heads + i_h
         b_gate = load_gates(p_gate, o_t * g_t, m_written, M, BLOCK_M)
         b_weight = (decay_to_end(b_gate, CHUNK) * one_minus_exp(b_gate, DTYPE)).to(DTYPE)
@@ -385,14 +386,15 @@ def nha_chunk_bwd_kernel_dkv(
         b_dk += load_rows(p_dk_slot + o_token * D, o_row * D, m_written, D, BLOCK_D).to(tl.float32)
         b_dk += matmul(b_weight, b_dslot, DTYPE, PRECISION)
         store_rows(p_dk_slot + o_token * D, o_row * D, m_t, b_dk, D, BLOCK_D)
-        p_k_slot += i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
+        p_k_slot = p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
         b_k_slot = load_rows(p_k_slot, o_t * ks_t, m_written, D, BLOCK_D)
         b_dweight += matmul(b_k_slot, tl.trans(b_dslot), DTYPE, PRECISION)
         b_dgate = dgate_of_chunk(
             p_gate,
-            p_dgate + o_token * M,
+            p_dgate,
             p_dend,
             g_t,
+            o_token,
             i_state * parts,
             b_dweight,
             m_written,

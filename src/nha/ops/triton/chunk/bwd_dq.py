@@ -382,7 +382,7 @@ def nha_chunk_bwd_kernel_dq(
     p_k, p_v = p_k + i_b * k_b + offset_i64(i_h, k_h), p_v + i_b * v_b + offset_i64(i_h, v_h)
     i_state, i_bh = (chunk_base + i_chunk) * heads + i_h, tl.program_id(0).to(tl.int64) * heads + i_h
     m_t = m_chunk & (u_start + o_t < seqlen - offset)
-    p_gate += i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
+    p_gate = p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
     m_causal = o_t[None, :] <= o_row[:, None]
     needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, m_chunk, M, BLOCK_M)
     for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):

@@ -173,10 +173,10 @@ def nha_chunk_bwd_kernel_dstate(
     token0, query0 = k_start + u_start, q_start + u_start + offset
     i_state, i_bh = (chunk_base + i_chunk) * heads + i_h, tl.program_id(0).to(tl.int64) * heads + i_h
     o_token, i_hq = (i_b * key_length + token0) * heads + i_h, i_h * groups
-    p_k_slot += i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
-    p_v += i_b * v_b + token0 * v_t + offset_i64(i_h, v_h)
-    p_q_slot += i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
-    p_do += ((i_b * length + query0) * q_heads + i_hq) * DV
+    p_k_slot = p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
+    p_v = p_v + i_b * v_b + token0 * v_t + offset_i64(i_h, v_h)
+    p_q_slot = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
+    p_do = p_do + ((i_b * length + query0) * q_heads + i_hq) * DV
     i_saved = i_bh * groups * CHUNK
     needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, True, M, BLOCK_M)
     for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):

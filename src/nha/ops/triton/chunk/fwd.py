@@ -336,7 +336,7 @@ def nha_chunk_fwd_kernel(
     token0, query0 = k_start + u_start, q_start + u_start + offset
     p_k, p_v = p_k + i_b * k_b + offset_i64(i_h, k_h), p_v + i_b * v_b + offset_i64(i_h, v_h)
     b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
-    p_k_slot += i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
+    p_k_slot = p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
     b_k = load_rows(p_k_slot, o_t * ks_t, m_t, D, BLOCK_D)
     b_v = load_rows(p_v + token0 * v_t, o_t * v_t, m_t, DV, BLOCK_DV)
     m_causal = o_t[None, :] <= o_row[:, None]

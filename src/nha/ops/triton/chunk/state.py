@@ -103,7 +103,7 @@ def nha_chunk_state_kernel_serial(
         p_x = p_v + i_b * v_b + offset_i64(i_h, v_h)
         x_t = v_t
         p_initial, p_slots, p_final, column0 = p_initial_v, p_slot_v, p_final_v, (i_column - KEY_BLOCKS) * WIDTH
-    p_gate += i_b * g_b + offset_i64(i_h, g_h)
+    p_gate = p_gate + i_b * g_b + offset_i64(i_h, g_h)
     o_d = column0 + tl.arange(0, WIDTH)
     o_m = tl.arange(0, BLOCK_M)
     o_t = tl.arange(0, CHUNK)

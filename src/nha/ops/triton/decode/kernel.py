@@ -488,10 +488,10 @@ def nha_decode_kernel(
         begin, count = tl.min(tl.where(m_new, o_new, NEW), 0), tl.sum(m_new.to(tl.int32), 0)
     num_tokens = tl.load(p_num_tokens + i_b)
     counts = (num_tokens, count, window)
-    p_k += i_b * k_b + i_h * k_h + begin * k_t
-    p_v += i_b * v_b + i_h * v_h + begin * v_t
-    p_k_slot += i_b * ks_b + i_h * ks_h + begin * ks_t
-    p_gate += i_b * g_b + i_h * g_h + begin * g_t
+    p_k = p_k + i_b * k_b + i_h * k_h + begin * k_t
+    p_v = p_v + i_b * v_b + i_h * v_h + begin * v_t
+    p_k_slot = p_k_slot + i_b * ks_b + i_h * ks_h + begin * ks_t
+    p_gate = p_gate + i_b * g_b + i_h * g_h + begin * g_t
     p_window_k, p_window_v = p_window_k + i_b * wk_b + i_h * wk_h, p_window_v + i_b * wv_b + i_h * wv_h
     p_window_k_slot, p_window_gate = p_window_k_slot + i_b * ws_b + i_h * ws_h, p_window_gate + i_b * wg_b + i_h * wg_h
     size = num_splits * queries
