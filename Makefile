@@ -1,6 +1,6 @@
 # make quickstart   set everything up, turn a real model into a hybrid, write report/
 # make test         set everything up, run the tests on the newest and the oldest supported transformers, and kernels interpreted
-# make test-long    the long property tests, with what `make test` set up
+# make test-long    the laws and the operator on many more random cases
 # make test-gpu, bench-op, bench-model, bench-decode   check and time on this machine's GPU (installs nothing)
 # make bench-cpu    time the operator on the CPU
 # make plots        draw the tables of benchmarks/results
@@ -31,11 +31,11 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu and not long" tests/models
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu" tests/models
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/bench/test_op.py
 
 test-long: $(VENV)/.tools
-	OMP_NUM_THREADS=1 $(PYTEST) -m long
+	OMP_NUM_THREADS=1 $(PYTEST) --long tests/laws tests/ops
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'
