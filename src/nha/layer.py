@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
 from nha.ops.rotary import rotate
+from nha.ops.state import check_window_size
+from nha.ops.validation import check_cu_seqlens, check_factors, check_mask, check_state
 from nha.ops.varlen import sequence_of
 
 GATE_DIVISOR = 8.0
@@ -38,7 +40,12 @@ def segment_positions(
     mask: Tensor | None,
     cu: Tensor | None,
 ) -> Tensor:
-    """Positions [B, T] of a segment's tokens: counted over real tokens, from 0 in every packed sequence."""
+    """Positions [B, T] of a segment's tokens: counted over real tokens, from 0 in every packed sequence.
+
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> segment_positions(1, 3, mask.device, None, mask, None).tolist()
+    [[0, 0, 1]]
+    """
     if mask is not None:
         positions = (mask.cumsum(1) - 1).clamp_min(0)
     else:
@@ -48,6 +55,12 @@ def segment_positions(
         positions = positions - cu[row]
         return positions if state is None else positions + state.num_tokens[row]
     return positions if state is None else positions + state.num_tokens[:, None]
+
+
+def _check_sizes(least: int = 1, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"expected {name} to be an int >= {least}, got {size!r}")
 
 
 class NativeHybridAttention(nn.Module):
@@ -61,14 +74,15 @@ class NativeHybridAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key/value heads, a divisor of `num_heads`; default `num_heads`.
         num_slots: slots per KV head.
-        window_size: tokens in the window; 0 is a pure linear RNN, -1 full attention. May be changed at any time.
+        window_size: tokens in the window; 0 is a pure linear RNN, -1 full attention. May be changed between sequences.
         head_dim: default `hidden_size // num_heads`.
         num_sinks: learned sinks per KV head.
-        rope_theta: base of the rotary embedding; None for no positions at all.
+        rope_theta: base of the rotary embedding; None for no positions.
         bias: give q, k, v and output projections a bias.
 
     Raises:
-        ValueError: heads that do not divide, or a window below -1.
+        ValueError: a size below 1, heads that do not divide, an odd head dim under rotary positions, or a window or
+            `rope_theta` out of bounds.
 
     >>> _ = torch.manual_seed(0)
     >>> layer = NativeHybridAttention(16, num_heads=4, num_kv_heads=2, num_slots=4, window_size=3)
@@ -94,13 +108,19 @@ class NativeHybridAttention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_sizes(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, num_slots=num_slots)
         if num_heads % num_kv_heads:
             raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"expected hidden_size to be a multiple of num_heads, got {hidden_size} and {num_heads}")
-        if window_size < -1:
-            raise ValueError(f"expected window_size to be an int >= -1, got {window_size!r}")
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        _check_sizes(head_dim=head_dim)
+        _check_sizes(least=0, num_sinks=num_sinks)
+        check_window_size(window_size)
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"expected an even head_dim for rotary positions, got {head_dim}")
+        check_factors(rope_theta=rope_theta)
+        self.head_dim = head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_slots, self.window_size, self.rope_theta = num_slots, window_size, rope_theta
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
@@ -121,6 +141,26 @@ class NativeHybridAttention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
+    def _check(self, x: Tensor, state: NHAState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        """Raise for inputs from which positions cannot be counted; `nha_attention` checks all others."""
+        width = self.q_proj.in_features
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != width or 0 in x.shape:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"expected x [B, T, {width}] with at least one sequence and token, got {got}")
+        if mask is not None and cu_seqlens is not None:
+            raise ValueError("expected attention_mask (padding) or cu_seqlens (packing), got both")
+        if mask is not None:
+            check_mask(mask, x)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x)
+        if state is not None:
+            check_state(state)
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            if state.num_tokens.shape[0] != sequences:
+                raise ValueError(f"expected a state of {sequences} sequences, got {state.num_tokens.shape[0]}")
+            if state.num_tokens.device != x.device:
+                raise ValueError(f"expected state on {x.device} like x, got {state.num_tokens.device}")
+
     def forward(
         self,
         x: Tensor,
@@ -134,8 +174,12 @@ class NativeHybridAttention(nn.Module):
         """Attend from x [B, T, hidden]; returns (output [B, T, hidden], state after x if asked for).
 
         `state` continues an earlier segment; `attention_mask` [B, T] bool marks padding and `cu_seqlens` packed
-        sequences, as in `nha_attention`, which raises for inputs that do not fit together.
+        sequences, as in `nha_attention`.
+
+        Raises:
+            ValueError, TypeError: inputs that do not fit together, as in `nha_attention`.
         """
+        self._check(x, state, attention_mask, cu_seqlens)
         q, k, v = self.project(x)
         q_rope, k_rope = q, k
         if self.rope_theta is not None:

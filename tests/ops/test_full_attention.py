@@ -1,4 +1,4 @@
-"""The last tokens of a text under full attention, read in parts, equal attention with a mask."""
+"""Full attention of the last tokens of a sequence, computed in parts, equals attention with a mask."""
 
 import pytest
 import torch

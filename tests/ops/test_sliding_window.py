@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nha.ops import nha_attention
-from nha.ops import sliding_window as banded
+from nha.ops import sliding_window
 from tests.inputs import assert_close_to
 
 
@@ -43,7 +43,7 @@ def test_equals_the_definition_without_slots(window, bounds, sinks, softcap):
     wanted = nha_attention(
         q, k, v, q.new_zeros(1, length, 2, 0), q_slot=q_slot, k_slot=k, sink=sink, impl="reference", **options
     ).out
-    found = banded.sliding_window_attention(q, k, v, q_slot, sink, **options)
+    found = sliding_window.sliding_window_attention(q, k, v, q_slot, sink, **options)
     assert_close_to(found, wanted)
     leaves = [q, k, v, *([q_slot, *sink] if sinks else [])]
     weight = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
@@ -61,8 +61,8 @@ def test_groups_of_blocks_give_what_one_group_gives(monkeypatch):
     options = dict(window_size=9, cu_seqlens=torch.tensor([0, 43, 100], dtype=torch.int32), scale=0.3)
     found = []
     for most in (1 << 30, 1):
-        monkeypatch.setitem(banded.GROUP_SCORES, "cpu", most)
-        out = banded.sliding_window_attention(q, k, v, q_slot, sink, **options)
+        monkeypatch.setitem(sliding_window.GROUP_SCORES, "cpu", most)
+        out = sliding_window.sliding_window_attention(q, k, v, q_slot, sink, **options)
         found.append((out, *torch.autograd.grad(out.square().sum(), [q, k, v, q_slot, *sink])))
     for one, many in zip(*found, strict=True):
         assert_close_to(many, one)

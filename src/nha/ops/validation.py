@@ -68,9 +68,9 @@ def check_inputs(
         raise ValueError("expected attention_mask (padding) or cu_seqlens (packing), got both")
     sequences = q.shape[0]
     if attention_mask is not None:
-        _check_mask(attention_mask, q)
+        check_mask(attention_mask, q)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q)
+        check_cu_seqlens(cu_seqlens, q)
         sequences = cu_seqlens.shape[0] - 1
     if state is not None:
         check_state(state)
@@ -170,7 +170,8 @@ def _check_sink(sink: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
         _check_device(name, x, q)
 
 
-def _check_mask(attention_mask: Any, q: Tensor) -> None:
+def check_mask(attention_mask: Any, q: Tensor) -> None:
+    """Raise ValueError for what is no padding mask of a segment q [B, T, ...]."""
     _check_tensor("attention_mask", attention_mask, "[B, T]")
     _check_shape("attention_mask", attention_mask, tuple(q.shape[:2]), "[B, T] for this segment")
     if attention_mask.dtype != torch.bool:
@@ -179,7 +180,8 @@ def _check_mask(attention_mask: Any, q: Tensor) -> None:
     check_padding_mask(attention_mask)
 
 
-def _check_cu_seqlens(cu_seqlens: Any, q: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Any, q: Tensor) -> None:
+    """Raise ValueError for what does not cut q [1, T, ...] into sequences."""
     _check_tensor("cu_seqlens", cu_seqlens, "[N + 1]")
     batch, length = q.shape[:2]
     if batch != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
