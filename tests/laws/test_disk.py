@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nha import NHAState, load_state, save_state
-from nha.io import OLD_NAMES, write_tensors
+from nha.io import OLD_ACTIVE, OLD_NAMES, write_tensors
 from nha.ops import RingState
 from tests.inputs import Case, call, leaves, make
 
 META = {"format": "nha-state-v2", "window_size": "7", "slots_active": "0"}
-OLD_META = {"format": "nha-state-v1", "window_size": "7", "slots_live": "0"}
+OLD_META = {"format": "nha-state-v1", "window_size": "7", OLD_ACTIVE: "0"}
 
 
 def some_state(window=7, dtype=torch.float64, **sizes) -> NHAState:

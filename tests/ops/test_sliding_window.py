@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nha.ops import nha_attention
-from nha.ops import sliding_window
+from nha.ops import nha_attention, sliding_window
 from tests.inputs import assert_close_to
 
 
