@@ -34,7 +34,7 @@ def align(
     moves. Gates move at `gate_lr`, sinks at `sink_lr`. `progress` is called with (layers done, layers in all).
 
     Returns, per layer, the error before and after over all texts: squared, relative to that of an output of zero
-    (0 for layers that are not hybrid). Raises ValueError for texts that no window is shorter than.
+    (0 for layers that are not hybrid). Raises ValueError if no window is shorter than the sequences.
     """
     modules = hybrid_layers(model)
     windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
