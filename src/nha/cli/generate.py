@@ -39,9 +39,10 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise BadInput("expected a prompt, got nothing")
-    loaded, tokenizer, source = load(model, windows, seed)
-    from nha.models.conversation import Conversation, say
+    from nha.models.conversation import Conversation, check_text, say
 
+    check_text(text)
+    loaded, tokenizer, source = load(model, windows, seed)
     conversation = Conversation()
     started = time.perf_counter()
     if as_json:
