@@ -137,3 +137,40 @@ def test_every_command_has_help_with_an_example(command):
     result = runner.invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Example" in result.stdout
+
+
+def test_an_error_after_measuring_keeps_the_numbers_and_is_a_failed_check(tiny, tmp_path, monkeypatch):
+    from nha.report import plots, quickstart
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("disk [full]")
+
+    monkeypatch.setattr(quickstart, "costs", broken)
+    monkeypatch.setattr(plots, "png", broken)
+    output = tmp_path / "report [1]"
+    arguments = ["quickstart", "--model", str(tiny), "--output", str(output), "--window", "16", "--slots", "8"]
+    result = runner.invoke(app, [*arguments, "--quick", "--no-tune", "--no-save"])
+    assert result.exit_code == 1, result.output
+    assert "disk [full]" in result.stderr and str(output) in result.stdout.replace("\n", "")
+    found = json.loads((output / "results.json").read_text())
+    names = [variant["name"] for variant in found["variants"]]
+    assert names == ["teacher", "hybrid", "slots_off", "longer_window", "window_off"]
+    assert {check["name"] for check in found["checks"] if not check["passed"]} == {
+        "measuring memory and time",
+        "drawing memories.png",
+        "drawing perplexity.png",
+    }
+    assert (output / "index.html").is_file()
+
+
+def test_an_interrupted_quickstart_leaves_nothing(tiny, tmp_path, monkeypatch):
+    from nha.report import quickstart
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "write_samples", interrupted)
+    arguments = ["quickstart", "--model", str(tiny), "--output", str(tmp_path / "report"), "--window", "16"]
+    result = runner.invoke(app, [*arguments, "--slots", "8", "--quick", "--no-tune", "--no-save"])
+    assert result.exit_code == 130
+    assert not list(tmp_path.iterdir())
