@@ -34,7 +34,7 @@ def call(
     k, v = q.new_empty(batch, length, heads, dim), q.new_empty(batch, length, heads, value_dim or dim)
     gate = k.new_empty(batch, length, heads, slots)
     slot_qk = (q.clone(), k.clone()) if separate else (q, k)
-    state = NHAState.empty(window, key=k, value=v, log_gate=gate, shared=not separate)
+    state = NHAState.empty(window, key=k, value=v, log_gate=gate, shared=not separate).padded()
     state.slots_active = slots_active
     sink = (q.new_empty(heads, sinks, dim), v.new_empty(heads, sinks, v.shape[3])) if sinks else None
     options = {"scale": 0.1, "attention_mask": torch.ones(batch, length, dtype=torch.bool) if masked else None}
