@@ -319,6 +319,23 @@ def test_nothing_is_forgotten_that_was_not_recorded():
     assert torch.equal(read(model, tokens(1, 3), cache).logits, read(model, tokens(1, 3), before).logits)
 
 
+@each_window
+def test_a_crop_that_is_refused_changes_no_layer(windows):
+    model = hybrid("llama", windows).double()
+    ids, more = tokens(1, 20), tokens(1, 6, seed=1)
+    cache = read(model, ids).past_key_values
+    with pytest.raises(RuntimeError, match="slots cannot forget"):
+        cache.crop(-4)
+    assert {layer.get_seq_length() for layer in cache.layers} == {20}
+    wanted = read(model, torch.cat([ids, more], 1)).logits[:, 20:]
+    assert_close_to(read(model, more, copied(cache)).logits, wanted)
+    cache.activate_past_recording()
+    read(model, more, cache)
+    cache.crop(-6)
+    assert {layer.get_seq_length() for layer in cache.layers} == {20}
+    assert_close_to(read(model, more, cache).logits, wanted)
+
+
 def test_crop_takes_no_positive_number():
     cache = filled(hybrid("llama", 8))
     for layer in nha_layers(cache):

@@ -217,3 +217,25 @@ def test_a_cropped_cache_equals_one_that_never_read_further(family, windows, cha
             kept = start + 8 - back
             assert cache.get_seq_length() == kept
             assert_logits(model, read(cache, kept, 30).logits, whole.logits[:, kept:], f"{start} + 8 - {back}")
+
+
+@each_window
+@pytest.mark.parametrize("layers", [1, 2])
+def test_assisted_by_its_own_first_layers(windows, layers):
+    model, ids = build("llama", windows), tokens(1, 30)
+    found = generate(model, ids, assistant_early_exit=layers)
+    assert torch.equal(found, generate(model, ids, use_cache=False))
+    assert model.config.num_hidden_layers == 3
+
+
+@each_window
+def test_a_pad_token_inside_a_prompt_is_text_and_at_its_ends_padding(windows):
+    model, ids = build("llama", windows), tokens(2, 30)
+    ids[0, 10], ids[1, :4], ids[1, 20] = 0, 0, 0
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    assert torch.equal(generate(model, ids), generate(model, ids, attention_mask=mask))
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+    mask[0, 10] = 0
+    with pytest.raises(ValueError, match="holes"):
+        generate(model, ids, attention_mask=mask)

@@ -166,6 +166,13 @@ def test_a_cache_filled_by_the_teacher():
     refused_cache(hybrid("llama", [-1, 8, 8]), full, "expected an empty cache", "layer 1")
 
 
+def test_a_prefix_of_keys_and_values_says_what_to_use_instead():
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = get_peft_model(hybrid("llama", [8, -1, 8]), PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    refused(lambda: model(input_ids=tokens(2, 10)), "expected an empty cache", "nha.models.peft_slots")
+
+
 def test_a_hybrids_cache_in_the_teacher(cache):
     refused_cache(teacher(), cache, "cache", "NHACacheLayer")
 

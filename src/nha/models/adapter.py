@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from nha.models.cache import NHACacheLayer, prepare_cache
+from nha.models.cache import NHACacheLayer, nha_layers, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
 from nha.models.families import check_family, rotates
@@ -74,14 +74,14 @@ def layer_cache(module: Any, cache: Cache | None, rows: int) -> NHACacheLayer | 
     if module.layer_idx == 0:
         prepare_cache(cache, cache_windows(module))
         slots = 0 if module.ablation == "slots_off" else module.config.num_slots
-        for layer in cache.layers:
-            layer.check(rows, slots) if isinstance(layer, NHACacheLayer) else None
+        for layer in nha_layers(cache):
+            layer.check(rows, slots)
     layer = cache.layers[module.layer_idx]
     return layer if isinstance(layer, NHACacheLayer) else None
 
 
 class HybridGenerationMixin:
-    """What `generate` needs of a hybrid model: a cache whose layers can take back tokens, before it reads any."""
+    """What `generate` needs of a hybrid model: a cache of NHA layers, and a mask that is padding."""
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -94,6 +94,12 @@ class HybridGenerationMixin:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return made
+
+    def _prepare_attention_mask_for_generation(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The mask of a prompt that came without one: pad tokens at its ends are padding, one inside is text."""
+        parent: Any = super()
+        mask = parent._prepare_attention_mask_for_generation(*args, **kwargs)
+        return mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1)
 
 
 def hybrid_attention(

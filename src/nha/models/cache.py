@@ -238,10 +238,13 @@ def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
         is_nha = isinstance(layer, NHACacheLayer)
         if is_nha and layer.window_size in (None, window) and window != FULL:
             continue
-        if is_nha or (window != FULL and getattr(layer, "is_initialized", False)):
+        filled = getattr(layer, "is_initialized", False)
+        if is_nha or (window != FULL and filled):
+            got = type(layer).__name__ if filled and not is_nha else repr(layer)
+            hint = "" if is_nha else " (for prefix tuning, nha.models.peft_slots learns what slots start with)"
             raise ValueError(
-                f"expected an empty cache or one made with these windows, got {layer!r} in layer {index}, "
-                f"whose window is {window}"
+                f"expected an empty cache or one made with these windows, got {got} in layer {index}, whose window is "
+                f"{window}{hint}"
             )
         if window != FULL:
             layers[index] = NHACacheLayer(window, layer.max_cache_len if isinstance(layer, StaticLayer) else None)

@@ -90,7 +90,7 @@ def check_factors(**factors: float | None) -> None:
             continue
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise TypeError(f"expected {name} to be None or a number, got {type(x).__name__}")
-        if not (x > 0 and math.isfinite(x)):
+        if not 0 < x < math.inf:  # compiled, a scale may be a symbol, which math.isfinite does not take
             raise ValueError(f"expected {name} to be None or a finite number above 0, got {x}")
 
 
