@@ -35,7 +35,7 @@ test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/bench/test_op.py
 
 test-long: $(VENV)/.tools
-	OMP_NUM_THREADS=1 $(PYTEST) --long tests/laws tests/ops
+	OMP_NUM_THREADS=1 $(PYTEST) --long tests/laws tests/ops tests/models/test_interleavings.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11+ needed, got " + sys.version'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
@@ -86,12 +89,32 @@ def data_parallel() -> dict[str, float]:
     return found
 
 
+def fully_sharded() -> dict[str, float]:
+    """Differences of gradients from one process to two that share weights (FSDP2), relative."""
+    found = {}
+    for name, model in models().items():
+        model.train()
+        sharded = copy.deepcopy(model)
+        for layer in sharded.get_decoder().layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        assert any(isinstance(x, DTensor) for x in sharded.parameters())
+        for length in LENGTHS:
+            ids = tokens(2, length)
+            ours = gradients(sharded, ids[dist.get_rank()][None])
+            theirs = gradients(model, ids)
+            scale = max(float(x.abs().max()) for x in theirs.values())
+            worst = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
+            found[f"{name}, {length} tokens"] = worst / scale
+    return found
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    found = {"tensor": tensor_parallel(folder), "data": data_parallel()}
+    found = {"tensor": tensor_parallel(folder), "data": data_parallel(), "sharded": fully_sharded()}
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -98,12 +98,8 @@ def run(seed: int, path) -> None:
     one.read()
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_interleavings(seed, tmp_path):
-    run(seed, tmp_path / "cache")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(1000, 2000))
-def test_many_random_interleavings(seed, tmp_path):
-    run(seed, tmp_path / "cache")
+@pytest.mark.parametrize("block", range(6))
+def test_random_interleavings(block, request, tmp_path):
+    cases = 200 if request.config.getoption("--long") else 10
+    for seed in range(block * cases, (block + 1) * cases):
+        run(seed, tmp_path / "cache")

@@ -95,7 +95,7 @@ class HybridGenerationMixin:
                 cache.activate_past_recording()
         return made
 
-    def _prepare_attention_mask_for_generation(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def _prepare_attention_mask_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The mask of a prompt that came without one: pad tokens at its ends are padding, one inside is text."""
         parent: Any = super()
         mask = parent._prepare_attention_mask_for_generation(*args, **kwargs)
@@ -126,13 +126,13 @@ def hybrid_attention(
     cu = kwargs.get("cu_seq_lens_q")
     mask = read_mask(module, attention_mask, query.shape[2], cu)
     base = partial(base_attention, module, query, key, value, softcap=softcap, scaling=scaling)
-    if module.window_size == FULL and cu is None:
-        out, weights = base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
-        return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     if module.window_size == FULL:
-        lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
-        options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
-        out, weights = packed_base_attention(module, query, key, value, cu, **options)
+        if cu is None:
+            out, weights = base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
+        else:
+            lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
+            options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
+            out, weights = packed_base_attention(module, query, key, value, cu, **options)
         return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     check_dropout(dropout)
     state = None if nha.cache is None else nha.cache.state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache as memoize
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ class HybridCacheMixin:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 

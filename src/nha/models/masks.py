@@ -158,7 +158,7 @@ def hybrid_mask(
         kv_length,
         q_offset,  # pyright: ignore[reportArgumentType]
         kv_offset,
-        attention_mask=attention_mask,
+        attention_mask=attention_mask if padded else None,
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )

@@ -70,7 +70,7 @@ def observe_mass(model: PreTrainedModel, callback: Callable[[int, Tensor, Tensor
     """Within the context, call `callback(layer, slots, sink)` in every forward pass, for every layer that reads slots.
 
     `slots` and `sink` [B, T, HQ] are the attention mass of either. Without the context nothing of this is computed.
-    Sequences that no window is shorter than are not reported: their mass is 0.
+    A layer does not report a sequence that fits into its window: the mass is 0.
     """
     modules = hybrid_layers(model)
     try:

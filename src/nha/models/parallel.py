@@ -5,17 +5,23 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 STYLE = "nha_heads"
 
 
 def register_style() -> bool:
     """Let transformers shard a parameter [H, ...] by its heads; False for a version that cannot."""
+    if not torch.distributed.is_available() or find_spec("transformers.distributed") is None:
+        return False
     if find_spec("transformers.distributed.tensor_parallel") is None:
         return False
+    from torch.distributed.tensor import Shard, distribute_tensor
     from transformers.distributed import tensor_parallel
 
-    parent = getattr(tensor_parallel, "LocalParamsParallel", None)
-    if parent is None or not hasattr(tensor_parallel, "distribute_tensor"):
+    parent: Any = getattr(tensor_parallel, "LocalParamsParallel", None)
+    styles: Any = getattr(tensor_parallel, "ALL_PARALLEL_STYLES", None)
+    if parent is None or styles is None:
         return False
 
     class HeadsParallel(parent):
@@ -23,10 +29,10 @@ def register_style() -> bool:
 
         def shard_param(self, module: Any, param: str, mesh: Any) -> None:
             whole = module._parameters[param]
-            sharded = tensor_parallel.distribute_tensor(whole, mesh, [tensor_parallel.Shard(0)], src_data_rank=None)
+            sharded = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
             module._parameters[param] = type(whole)(sharded, requires_grad=whole.requires_grad)
 
-    tensor_parallel.ALL_PARALLEL_STYLES.register(STYLE, HeadsParallel())
+    styles.register(STYLE, HeadsParallel())
     return True
 
 
