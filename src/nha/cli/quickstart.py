@@ -139,7 +139,7 @@ def show(results: Results, output: Path) -> None:
     for title in ("context", "memory, original", "hybrid", "time per token, original", "hybrid"):
         table.add_column(title, justify="right")
     for cost in results.costs:
-        times = ("" if ms is None else f"{ms:.0f} ms" for ms in (cost.teacher_ms, cost.hybrid_ms))
+        times = ("" if ms is None else f"{ms:,.0f} ms" for ms in (cost.teacher_ms, cost.hybrid_ms))
         table.add_row(f"{cost.context:,}", megabytes(cost.teacher_bytes), megabytes(cost.hybrid_bytes), *times)
     out.print(table)
     out.print()

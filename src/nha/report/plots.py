@@ -288,7 +288,7 @@ def speed(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """Milliseconds to write one token against context length."""
     values = ([c.teacher_ms for c in results.timed], [c.hybrid_ms for c in results.timed])
     title = "Time to write one token (milliseconds)"
-    return _two_lines(results, theme, size, values, lambda ms: f"{ms:.0f} ms", title, log=False)
+    return _two_lines(results, theme, size, values, lambda ms: f"{ms:,.0f} ms", title, log=False)
 
 
 def _cell(axes: Axes, x: float, y: float, size: tuple[float, float], face: str, edge: str, alpha: float = 1.0) -> None:

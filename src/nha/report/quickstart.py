@@ -41,21 +41,21 @@ TRAINING_LENGTH = min(CONTEXTS)  # tokens of a text to train on; caches are fill
 MAX_SLOTS = 4096  # half of the tokens that gates are calibrated on
 Report = Callable[[str, int, int], None]  # (step, done, total)
 
-# Every step with the seconds that it takes the embedded model on two idle cores.
+# Every step with about the seconds that it takes the embedded model on one idle core.
 STEPS = {
-    "loading the model": 30.0,
+    "loading the model": 19.0,
     "measuring the original": 12.0,
-    "calibrating sinks and gates": 20.0,
+    "calibrating sinks and gates": 27.0,
     "measuring before training": 14.0,
-    "training gates and sinks": 55.0,
-    "measuring with no full layers": 14.0,
-    "measuring the hybrid": 14.0,
+    "training gates and sinks": 58.0,
+    "measuring with no full layers": 15.0,
+    "measuring the hybrid": 15.0,
     "measuring with slots off": 14.0,
-    "measuring a longer window": 14.0,
-    "measuring with the window off": 14.0,
-    "measuring memory and time": 20.0,
-    "writing samples": 20.0,
-    "checking": 3.0,
+    "measuring a longer window": 15.0,
+    "measuring with the window off": 15.0,
+    "measuring memory and time": 24.0,
+    "writing samples": 13.0,
+    "checking": 1.0,
     "saving the hybrid": 2.0,
     "drawing and writing the report": 8.0,
 }

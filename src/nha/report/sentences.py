@@ -92,8 +92,8 @@ def trend(start: float, end: float) -> str:
     """
     if abs(end - start) <= STEADY * start:
         low, high = sorted((round(start), round(end)))
-        return f"stays at {low} ms" if low == high else f"stays between {low} and {high} ms"
-    return f"{'grows' if end > start else 'falls'} from {start:.0f} to {end:.0f} ms"
+        return f"stays at {low:,} ms" if low == high else f"stays between {low:,} and {high:,} ms"
+    return f"{'grows' if end > start else 'falls'} from {start:,.0f} to {end:,.0f} ms"
 
 
 def verdict(results: Results) -> Verdict:
@@ -158,7 +158,7 @@ def key_numbers(results: Results) -> list[tuple[str, str]]:
         cost = results.timed[-1]
         found.append(
             (
-                f"{cost.teacher_ms:.0f} → {cost.hybrid_ms:.0f} ms",
+                f"{cost.teacher_ms:,.0f} → {cost.hybrid_ms:,.0f} ms",
                 f"to write one token after {tokens(cost.context)} tokens on this machine",
             )
         )
