@@ -21,7 +21,7 @@ WIDE_SIGNATURES = {"nha_attention"}  # the operator's arguments are the contract
 
 # From the bottom up: a room imports from its own level and from levels above it in this list.
 LEVELS = (
-    {"errors", "__init__"},
+    {"errors", "settings", "__init__"},
     {"ops"},
     {"io"},
     {"layer"},
