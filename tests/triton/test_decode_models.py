@@ -100,10 +100,14 @@ def test_full_layers_generate_what_transformers_attention_does(static, fused, mo
         return sdpa_attention_forward(model.model.layers[0].self_attn, query, key, value, mask, scaling=scale)[0]
 
     folded = generate()
-    original, calls = op.launch, []
-    monkeypatch.setattr(
-        op, "launch", lambda kernel, *rest, **named: calls.append(kernel) or original(kernel, *rest, **named)
-    )
+    original, calls = op.full_decode_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            calls.append(grid)
+            return original[grid]
+
+    monkeypatch.setattr(op, "full_decode_kernel", Counted())
     fused()
     with_kernel = generate()
     assert len(calls) == 2 * 7  # two layers, seven steps after the prefill

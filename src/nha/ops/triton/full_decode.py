@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nha.ops.triton.chunk.tiling import DTYPES, padded_width
-from nha.ops.triton.launcher import launch
+from nha.ops.triton.chunk.tiling import DTYPES, device_guard, padded_width
 from nha.ops.triton.primitives import LOG2_E, load_rows, matmul, online_softmax, store_rows
 from nha.ops.validation import MAX_GROUPS
 
@@ -143,11 +142,6 @@ def count_splits(length: int, pairs: int, block_n: int) -> int:
     return max(min(PROGRAMS // pairs, blocks // MIN_BLOCKS), 1)
 
 
-def _specialization(number: int) -> tuple[bool, bool, bool]:
-    """The properties of an integer argument that Triton specialises for."""
-    return number == 1, number % 16 == 0, number < 2**31
-
-
 @torch.library.custom_op("nha::full_decode", mutates_args=())
 def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """out [B, 1, HQ, Dv] of q [B, HQ, 1, D], k [B, H, Tk, D], v [B, H, Tk, Dv]; mask [B, 1, 1, Tk] bool."""
@@ -169,53 +163,48 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
         *v.stride()[:3],
         *((0, 0) if bytes_mask is None else bytes_mask.stride()[::3]),
     )
-    launch(
-        full_decode_kernel,
-        (batch * heads * num_splits,),
-        (q.dtype, q.device, *map(_specialization, strides)),
-        q,
-        k,
-        v,
-        bytes_mask,
-        split_acc,
-        split_max,
-        split_sum,
-        out,
-        *strides,
-        scale * LOG2_E.value,
-        length,
-        num_splits,
-        heads,
-        groups,
-        D=dim,
-        DV=value_dim,
-        BLOCK_D=sizes.block_d,
-        BLOCK_DV=sizes.block_dv,
-        BLOCK_G=MAX_GROUPS,
-        BLOCK_N=sizes.block_n,
-        DTYPE=DTYPES[q.dtype],
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        HAS_MASK=bytes_mask is not None,
-        SINGLE_SPLIT=single,
-        num_warps=4,
-        num_stages=3,
-    )
-    if not single:
-        launch(
-            full_decode_combine_kernel,
-            (batch * query_heads,),
-            (out.dtype, out.device),
+    with device_guard(q):
+        full_decode_kernel[(batch * heads * num_splits,)](
+            q,
+            k,
+            v,
+            bytes_mask,
             split_acc,
             split_max,
             split_sum,
             out,
+            *strides,
+            scale * LOG2_E.value,
+            length,
             num_splits,
+            heads,
             groups,
+            D=dim,
             DV=value_dim,
+            BLOCK_D=sizes.block_d,
             BLOCK_DV=sizes.block_dv,
-            BLOCK_C=sizes.block_c,
+            BLOCK_G=MAX_GROUPS,
+            BLOCK_N=sizes.block_n,
+            DTYPE=DTYPES[q.dtype],
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            HAS_MASK=bytes_mask is not None,
+            SINGLE_SPLIT=single,
             num_warps=4,
+            num_stages=3,
         )
+        if not single:
+            full_decode_combine_kernel[(batch * query_heads,)](
+                split_acc,
+                split_max,
+                split_sum,
+                out,
+                num_splits,
+                groups,
+                DV=value_dim,
+                BLOCK_DV=sizes.block_dv,
+                BLOCK_C=sizes.block_c,
+                num_warps=4,
+            )
     return out
 
 

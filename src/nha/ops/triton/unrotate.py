@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nha.ops.triton.chunk.tiling import padded_width
-from nha.ops.triton.launcher import launch
+from nha.ops.triton.chunk.tiling import device_guard, padded_width
 
 BLOCK_T = 16  # tokens of a program, where there are several
 
@@ -94,12 +93,10 @@ def unrotate_for_slots(
     block_t = BLOCK_T if length > 1 else 1
     cos_b, sin_b = (0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin))
     strides = (*q.stride()[:3], *k.stride()[:3], cos_b, cos.stride(1), sin_b, sin.stride(1))
-    cache_key = (strides, query_heads, heads, q.device, *(x.dtype for x in (q, cos, sin, slot_cos, slot_sin)))
-    if out_q.numel():
-        launch(
-            unrotate_kernel,
-            (-(-length // block_t), query_heads + heads, batch),
-            cache_key,
+    if not out_q.numel():
+        return out_q, out_k
+    with device_guard(q):
+        unrotate_kernel[(-(-length // block_t), query_heads + heads, batch)](
             q,
             k,
             cos,

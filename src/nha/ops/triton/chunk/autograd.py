@@ -13,6 +13,7 @@ from nha.ops.state import NHAState, advance
 from nha.ops.triton.chunk import host
 from nha.ops.triton.chunk.call import Call, ChunkStates, Inputs
 from nha.ops.triton.chunk.host import Saved
+from nha.ops.triton.chunk.tiling import device_guard
 from nha.ops.varlen import sequence_of
 
 # Arguments of the operators, as schemas; those of `nha::triton` are the fields of `Inputs`.
@@ -32,9 +33,11 @@ DIFFERENTIABLE = 10  # the first of them, which have gradients
 @torch.library.custom_op("nha::triton", mutates_args=(), schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
 def _forward(*args):
     """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ], final slots [N, H, M, ...] and the `ChunkStates`."""
-    call = Call.of(Inputs(*args))
-    states, final = host.slot_states(call)
-    return *host.outputs(call, states), *final, *states
+    inputs = Inputs(*args)
+    with device_guard(inputs.q):
+        call = Call.of(inputs)
+        states, final = host.slot_states(call)
+        return *host.outputs(call, states), *final, *states
 
 
 @_forward.register_fake
@@ -67,7 +70,8 @@ def _backward(dout, dmass, dslot_key, dslot_value, out, mass, lse, *rest):
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     saved = Saved(states, out, mass, lse, dout, None if dmass is None else dmass.contiguous())
     dfinal = (or_zeros(grad, dim) for grad, dim in zip((dslot_key, dslot_value), inputs.dims, strict=True))
-    grads = host.gradients(Call.of(inputs), saved, *dfinal)
+    with device_guard(out):
+        grads = host.gradients(Call.of(inputs), saved, *dfinal)
     given = inputs[:DIFFERENTIABLE]
     return tuple(inputs.q.new_empty(0) if x is None else grad for x, grad in zip(given, grads, strict=True))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -119,13 +118,6 @@ class Call(NamedTuple):
         batch, length = inputs.q.shape[:2]
         plan = make_plan(batch, length, inputs.past, inputs.window, sizes, columns, inputs.cu_seqlens)
         return cls(inputs, plan, sizes)
-
-    @property
-    def cache_key(self) -> Hashable:
-        """All that Triton specialises a launch for, except for the constants that every launch names."""
-        inputs = self.inputs
-        tensors = [None if x is None else (x.dtype, x.stride()) for x in inputs[:12]]
-        return (*tensors, inputs.q.shape, inputs.v.shape, inputs.q.device)
 
     @property
     def tokens(self) -> tuple[int, int, int, int]:

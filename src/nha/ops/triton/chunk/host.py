@@ -19,7 +19,6 @@ from nha.ops.triton.chunk.state import (
     nha_chunk_state_kernel_scan,
     nha_chunk_state_kernel_serial,
 )
-from nha.ops.triton.launcher import launch
 from nha.ops.triton.primitives import LOG2_E, SUBCHUNK
 
 SCAN = {"ROWS": 16, "WIDTH": 64}  # slots and columns that one program of a scan holds
@@ -65,10 +64,7 @@ def slot_states(call: Call) -> tuple[ChunkStates, tuple[Tensor, Tensor]]:
 def _serial_states(call: Call, states: ChunkStates, final: tuple[Tensor, Tensor]) -> None:
     inputs, plan, sizes = call
     read = (inputs.token_key, inputs.v, inputs.log_gate)
-    launch(
-        nha_chunk_state_kernel_serial,
-        (plan.sequences, inputs.heads, count_columns(inputs.dims, STATE_WIDTH)),
-        call.cache_key,
+    nha_chunk_state_kernel_serial[(plan.sequences, inputs.heads, count_columns(inputs.dims, STATE_WIDTH))](
         *read,
         inputs.slot_key,
         inputs.slot_value,
@@ -92,10 +88,7 @@ def _local_states(call: Call, states: ChunkStates) -> None:
     """Each chunk's own contribution to the slots -> states."""
     inputs, plan, _ = call
     read = (inputs.token_key, inputs.v, inputs.log_gate)
-    launch(
-        nha_chunk_state_kernel_local,
-        (plan.programs(plan.blocks), inputs.heads),
-        call.cache_key,
+    nha_chunk_state_kernel_local[(plan.programs(plan.blocks), inputs.heads)](
         *read,
         *states,
         plan.cu_seqlens,
@@ -116,10 +109,7 @@ def _local_states(call: Call, states: ChunkStates) -> None:
 def _scan_states(call: Call, states: ChunkStates, final: tuple[Tensor, Tensor]) -> None:
     """Replace the contributions in states by the slots before every chunk."""
     inputs, plan, sizes = call
-    launch(
-        nha_chunk_state_kernel_scan,
-        (plan.sequences, inputs.heads, _scan_tiles(inputs)),
-        call.cache_key,
+    nha_chunk_state_kernel_scan[(plan.sequences, inputs.heads, _scan_tiles(inputs))](
         *states,
         inputs.slot_key,
         inputs.slot_value,
@@ -144,10 +134,7 @@ def outputs(call: Call, states: ChunkStates) -> tuple[Tensor, Tensor, Tensor]:
     out = v.new_empty(*q.shape[:3], v.shape[3])
     mass, lse = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     read = (q, k, v, inputs.slot_query, inputs.token_key, inputs.log_gate)
-    launch(
-        nha_chunk_fwd_kernel,
-        (plan.programs(plan.blocks), inputs.heads),
-        call.cache_key,
+    nha_chunk_fwd_kernel[(plan.programs(plan.blocks), inputs.heads)](
         *read,
         *states,
         inputs.sink_key,
@@ -284,10 +271,7 @@ def _dq(call: Call, saved: Saved, grads: _Grads, scores: Scores, start: int, cou
     """dq, delta and the scores of `count` blocks from `start` on."""
     inputs, plan, sizes = call
     read = (inputs.q, inputs.k, inputs.v, inputs.slot_query, inputs.token_key, inputs.log_gate)
-    launch(
-        nha_chunk_bwd_kernel_dq,
-        (count, inputs.heads),
-        call.cache_key,
+    nha_chunk_bwd_kernel_dq[(count, inputs.heads)](
         *read,
         *saved.states,
         inputs.sink_key,
@@ -331,10 +315,7 @@ def _dstate(call: Call, saved: Saved, grads: _Grads, scores: Scores, start: int,
     """Gradients of tokens, gates and slots from the scores of `count` blocks from `start` on."""
     inputs, plan, sizes = call
     read = (inputs.v, inputs.slot_query, inputs.token_key, inputs.log_gate)
-    launch(
-        nha_chunk_bwd_kernel_dstate,
-        (count, inputs.heads),
-        call.cache_key,
+    nha_chunk_bwd_kernel_dstate[(count, inputs.heads)](
         *read,
         saved.states.decay,
         saved.dout,
@@ -371,10 +352,7 @@ def _scan_dstates(
     inputs, plan, sizes = call
     columns = count_columns(inputs.dims, SCAN["WIDTH"])
     dend = inputs.v.new_empty(states.key.shape[0], inputs.heads, columns, inputs.slots, dtype=torch.float32)
-    launch(
-        nha_chunk_state_kernel_bwd,
-        (plan.sequences, inputs.heads, _scan_tiles(inputs)),
-        call.cache_key,
+    nha_chunk_state_kernel_bwd[(plan.sequences, inputs.heads, _scan_tiles(inputs))](
         states.decay,
         states.key,
         states.value,
@@ -400,10 +378,7 @@ def _dkv(call: Call, saved: Saved, grads: _Grads, dend: Tensor) -> None:
     """Add up the gradients of keys, values and gates."""
     inputs, plan, sizes = call
     read = (inputs.q, inputs.k, inputs.v, inputs.token_key, inputs.log_gate)
-    launch(
-        nha_chunk_bwd_kernel_dkv,
-        (plan.programs(plan.key_blocks), inputs.heads),
-        call.cache_key,
+    nha_chunk_bwd_kernel_dkv[(plan.programs(plan.key_blocks), inputs.heads)](
         *read,
         grads.dslot_key,
         grads.dslot_value,

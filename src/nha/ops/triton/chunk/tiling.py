@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nha.ops.triton.launcher import launch
 from nha.ops.triton.primitives import num_chunks
 
 # A serial pass over tokens waits for memory at every chunk, so that it takes many programs to fill a GPU. With fewer,
@@ -56,6 +56,11 @@ class BlockSizes(NamedTuple):
 def padded_width(size: int, minimum: int = 16) -> int:
     """The power of two, at least `minimum`, to which an axis of `size` is padded."""
     return max(minimum, 1 << (size - 1).bit_length())
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of `x` the current one: Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @cache
@@ -207,10 +212,7 @@ def _make_packed_plan(length: int, past: int, window: int, chunk: int, cu_seqlen
     entries = -(-max(blocks, key_blocks) // 2) * 2  # so that every table begins at a multiple of 16 bytes
     chunk_base = torch.empty(sequences, dtype=torch.int64, device=cu_seqlens.device)
     tables = torch.empty(2, entries, 2, dtype=torch.int32, device=cu_seqlens.device)
-    launch(
-        nha_chunk_tables_kernel,
-        (sequences + 1, COUNTED),
-        (cu_seqlens.device, cu_seqlens.dtype),
+    nha_chunk_tables_kernel[(sequences + 1, COUNTED)](
         cu_seqlens,
         chunk_base,
         tables,

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from nha.ops.padding import align_left
 from nha.ops.state import NHAState, RingState, advance
-from nha.ops.triton.chunk.tiling import DTYPES, padded_width
+from nha.ops.triton.chunk.tiling import DTYPES, device_guard, padded_width
 from nha.ops.triton.decode.kernel import nha_decode_kernel
-from nha.ops.triton.launcher import launch
 from nha.ops.triton.primitives import LOG2_E
 
 PROGRAMS = 132  # programs that read the window of a small batch: one per multiprocessor
@@ -131,15 +130,7 @@ def _launch(inputs: Inputs, after: tuple[Tensor, Tensor] | None, *, ring: bool) 
     mask = None if inputs.mask is None else inputs.mask.contiguous().view(torch.int8)
     counters = (inputs.num_tokens, inputs.arrival_counter)
     pointers = (*tokens, *before, *(after or before), *cached, *counters, mask, *inputs.sink)
-    cache_key = (
-        *(None if x is None else x.dtype for x in pointers),
-        *(x.stride() for x in (*tokens, *cached)),
-        q.device,
-    )
-    launch(
-        nha_decode_kernel,
-        (batch * heads * (slot_splits + window_splits * query_blocks),),
-        cache_key,
+    nha_decode_kernel[(batch * heads * (slot_splits + window_splits * query_blocks),)](
         *pointers,
         split_acc,
         split_max,
@@ -210,7 +201,8 @@ def _decode(*args):
     inputs = Inputs._make([*fields[:13], arrival_counter, *fields[13:]])
     inputs = inputs._replace(slot_key=inputs.slot_key.contiguous(), slot_value=inputs.slot_value.contiguous())
     after = (torch.empty_like(inputs.slot_key), torch.empty_like(inputs.slot_value)) if keep else None
-    out, mass = _launch(inputs, after, ring=False)
+    with device_guard(inputs.q):
+        out, mass = _launch(inputs, after, ring=False)
     nothing = inputs.q.new_empty
     return out, mass, *(after or (nothing(0, dtype=torch.float32), nothing(0, dtype=torch.float32)))
 
@@ -234,7 +226,8 @@ _library.define(
 def _decode_in_place(*args):
     """out and mass; the arguments are the fields of `Inputs`. The state becomes that after the segment."""
     inputs = Inputs(*args)
-    return _launch(inputs, (inputs.slot_key, inputs.slot_value), ring=True)
+    with device_guard(inputs.q):
+        return _launch(inputs, (inputs.slot_key, inputs.slot_value), ring=True)
 
 
 _library.impl("decode_in_place", _decode_in_place, "CompositeExplicitAutograd")
