@@ -259,6 +259,8 @@ def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
         rotary = type(stack.rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
     x = torch.zeros(1, 1, 1, device=parameter.device, dtype=torch.float32)
     position = torch.full((1, 1), distance, device=parameter.device)
+    if hasattr(rotary, "mrope_section"):  # positions in time, height and width
+        position = position.expand(3, 1, 1)
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = config.layer_types if typed else [None] * config.num_hidden_layers
     attention = type(attention_layers(model)[0])

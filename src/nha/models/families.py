@@ -142,8 +142,6 @@ MULTIMODAL = {
     "qwen2_5_vl": "text model qwen2_5_vl_text; positions in three dimensions",
 }
 """Multimodal models that are tested, with what is special; the text model inside them becomes a hybrid."""
-TEXT_MODELS = ("qwen2_5_vl_text",)
-"""Text models without a causal language model of their own."""
 FAMILIES = tuple(family.model_type for family in TABLE if not family.refused)
 ROTATES = {family.model_type: family.rotates for family in TABLE}
 REFUSED = {family.model_type: family.refused for family in TABLE if family.refused}
