@@ -10,15 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from dataclasses import dataclass
 from functools import cache as memoize
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -28,60 +26,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from nha.models.cache import NHACacheLayer, nha_layers, prepare_cache
+from nha.models.attention import LayerInputs, cache_windows, check_implementation, layer_cache
+from nha.models.cache import prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
 from nha.models.families import check_family, rotates
-from nha.models.full_attention import base_attention, packed_base_attention
-from nha.models.masks import NAME, HybridMask, cache_argument, causal_mask, mark_packing, read_mask
-from nha.models.observe import Observation
+from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
-from nha.models.segment import Reading, Segment, attend, mask_first_token_write, zero_slots
 from nha.models.slots import SlotParameters
 from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused
-from nha.ops.rotary import unrotate, unrotate_for_slots
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What a hybrid attention module hands to the attention function besides queries, keys and values.
-
-    Attributes:
-        hidden: [B, T, hidden], what the module projects.
-        tables: rotary cosines and sines [B, T, R]; None in layers without positions.
-        cache: the layer's cache, if there is one.
-    """
-
-    hidden: Tensor
-    tables: tuple[Tensor, Tensor] | None
-    cache: NHACacheLayer | None
-
-
-def cache_windows(module: Any) -> list[int]:
-    """The windows of all layers as their caches see them, from one attention module."""
-    off = module.ablation == "window_off"
-    windows = module.config.window_sizes[: module.config.num_hidden_layers]
-    return [0 if off and window != FULL else window for window in windows]
-
-
-def layer_cache(module: Any, cache: Cache | None, rows: int) -> NHACacheLayer | None:
-    """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache.
-
-    Raises ValueError for a cache of other sizes than a batch of `rows` sequences needs.
-    """
-    if cache is None:
-        return None
-    if module.layer_idx == 0:
-        prepare_cache(cache, cache_windows(module))
-        slots = 0 if module.ablation == "slots_off" else module.config.num_slots
-        for layer in nha_layers(cache):
-            layer.check(rows, slots)
-    layer = cache.layers[module.layer_idx]
-    return layer if isinstance(layer, NHACacheLayer) else None
 
 
 class HybridGenerationMixin:
-    """What `generate` needs of a hybrid model: a cache of NHA layers, and a mask that is padding."""
+    """Gives `generate` a cache of NHA layers, and a mask that is padding."""
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -100,114 +57,6 @@ class HybridGenerationMixin:
         parent: Any = super()
         mask = parent._prepare_attention_mask_for_generation(*args, **kwargs)
         return mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1)
-
-
-def hybrid_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: HybridMask | Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    nha: LayerInputs | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D]."""
-    if nha is None:
-        raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
-    if module.observer is not None:
-        slot_key = key.transpose(1, 2)
-        if nha.tables is not None:
-            slot_key = unrotate(slot_key, *nha.tables, interleaved=module.rotary_style.interleaved)
-        module.observer(Observation(nha.hidden, slot_key, *(x.transpose(1, 2) for x in (key, value))))
-    cu = kwargs.get("cu_seq_lens_q")
-    mask = read_mask(module, attention_mask, query.shape[2], cu)
-    base = partial(base_attention, module, query, key, value, softcap=softcap, scaling=scaling)
-    if module.window_size == FULL:
-        if cu is None:
-            out, weights = base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
-        else:
-            lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
-            options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
-            out, weights = packed_base_attention(module, query, key, value, cu, **options)
-        return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
-    check_dropout(dropout)
-    state = None if nha.cache is None else nha.cache.state
-    slots = module.nha(nha.hidden)
-    gate, sink = slots.log_gate, slots.sink
-    if module.ablation == "slots_off":
-        gate = gate[..., :0]
-    if sink is not None:
-        sink = (sink[0].to(key.dtype), sink[1].to(value.dtype))
-        gate = mask_first_token_write(gate, mask.padding, cu, state)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    slot_query = slot_key = None  # without rotary positions slots and window see the same
-    if nha.tables is not None:
-        interleaved = module.rotary_style.interleaved
-        slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
-    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu)
-    initial = slots.initial
-    if initial is None and module.config.slots_from_start:
-        initial = zero_slots(segment)
-    # The mask of a static cache has room for later tokens.
-    within = causal_mask(mask.padding) if mask.base is None else mask.base[..., : query.shape[2]]
-    reading = Reading(
-        window_size=0 if module.ablation == "window_off" else module.window_size,
-        scale=scaling,
-        sink=sink,
-        softcap=softcap,
-        initial=initial,
-        base=lambda: base(within, **kwargs)[0],
-        observe_mass=module.mass_observer,
-    )
-    return read_segment(segment, reading, nha.cache), None
-
-
-def read_segment(segment: Segment, reading: Reading, cache: NHACacheLayer | None) -> Tensor:
-    """Read a segment, [B, T, HQ, Dv], with what a cache layer remembers, if there is one."""
-    out = attend(segment, reading)[0] if cache is None else cache.attend(segment, reading)
-    packed = segment.cu_seqlens is not None and not out.is_cuda  # one by one, each perhaps within the window
-    short = packed or segment.length <= reading.window_size
-    return keep_in_graph(out, (segment.log_gate, *(reading.sink or ()))) if short else out
-
-
-def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Gate and sink of a layer that reads neither, for `keep_in_graph`; nothing where no gradient is asked for."""
-    if module.slots_frozen or not torch.is_grad_enabled():
-        return ()
-    slots = module.nha(hidden[:, :1])
-    return slots.log_gate, *(slots.sink or ())
-
-
-def keep_in_graph(out: Tensor, unused: tuple[Tensor, ...]) -> Tensor:
-    """`out`, of which `unused` tensors that ask for gradients get zeros.
-
-    Data-parallel training waits for the gradient of every parameter, also of slots that a short sequence does not read.
-    """
-    if not torch.is_grad_enabled():
-        return out
-    for x in unused:
-        out = out + x.flatten()[:0].sum().to(out.dtype) if x.requires_grad else out
-    return out
-
-
-AttentionInterface.register(NAME, hybrid_attention)
-
-
-def check_dropout(probability: float) -> None:
-    """Raise ValueError for attention dropout, which slots cannot have."""
-    if probability:
-        raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {probability}")
-
-
-def check_implementation(config: Any) -> None:
-    """Raise ValueError where something else than "nha" was chosen as the attention of a hybrid model."""
-    if config._attn_implementation != NAME:
-        got = config._attn_implementation
-        raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
 
 
 @memoize
@@ -326,7 +175,7 @@ def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
 
 
 class HybridModelMixin(CheckpointMixin, HybridGenerationMixin):
-    """What a family's causal language model gains as a hybrid."""
+    """Turns a model class of a family into that of its hybrids."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -388,7 +237,7 @@ def to_hybrid(
     slot_distance: int = 128,
     slots_from_start: bool = False,
 ) -> None:
-    """Turn a live model into its family's hybrid, in place: class, configuration and attention modules.
+    """Turn a model into its family's hybrid, in place: class, configuration and attention modules.
 
     All weights are shared with what the model was; gates and sinks are not calibrated yet (`hybridize` does that).
     The configuration is a new object: models that share the old one stay what they are. In a multimodal model the

@@ -190,10 +190,10 @@ class NHACacheLayer(CacheLayerMixin):
         self._select(indices)
 
     def offload(self) -> None:
-        """Nothing: the attention function reads the state after `update` has returned, and it is small."""
+        """Do nothing: the state is small."""
 
     def prefetch(self) -> None:
-        """Nothing, as for `offload`."""
+        """Do nothing, as for `offload`."""
 
 
 class HybridCacheMixin:

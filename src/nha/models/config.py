@@ -90,7 +90,7 @@ def check_sizes(sizes: Any) -> None:
 
 
 class HybridConfigMixin:
-    """What a family's configuration gains when some of its layers become NHA layers.
+    """Adds the settings of hybrid layers to a family's configuration.
 
     Attributes:
         window_sizes: tokens in the window of each layer; -1 leaves the layer as it came. An int is expanded.
@@ -215,7 +215,7 @@ def _of_text(name: str) -> property:
 
 
 class HybridMultimodalConfigMixin:
-    """What the configuration of a multimodal model gains when its text model becomes a hybrid.
+    """Lets the configuration of a multimodal model hold that of a hybrid text model.
 
     The settings are those of `text_config`; reading or setting them here reaches through to it.
     """

@@ -12,7 +12,7 @@ ELEMENTS = 1 << 28  # logits at a time in `token_losses`: 1 GiB of float32
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    """What the decoder hands to the head for ids [B, T]: [B, T, hidden]; nothing is cached."""
+    """The decoder's output [B, T, hidden] for ids [B, T], which the head reads; nothing is cached."""
     return model.get_decoder()(ids, use_cache=False, **kwargs).last_hidden_state
 
 

@@ -15,7 +15,7 @@ NAME = "nha"  # of the attention and of the mask function, in transformers' regi
 
 
 class HybridMask(NamedTuple):
-    """What the mask function "nha" makes for a segment of T tokens; every attention layer gets it from its decoder.
+    """A mask for a segment of T tokens, as the mask function "nha" makes it and every attention layer gets it.
 
     A named tuple: `torch.compile`, `torch.export`, accelerate, FSDP and gradient checkpointing take it apart, move its
     tensors and put it together again. A plain object would hide its tensors from them.

@@ -9,15 +9,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate
-from nha.models.adapter import (
-    HybridGenerationMixin,
-    before_decoder,
-    check_dropout,
-    check_implementation,
-    keep_in_graph,
-    layer_cache,
-    read_segment,
-)
+from nha.models.adapter import HybridGenerationMixin, before_decoder
+from nha.models.attention import check_dropout, check_implementation, keep_in_graph, layer_cache, read_segment
 from nha.models.checkpoint import CheckpointMixin
 from nha.models.config import FULL, NHAConfig
 from nha.models.full_attention import base_attention, packed_base_attention

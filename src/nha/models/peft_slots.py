@@ -1,7 +1,7 @@
 """Learned initial memory: what the slots of a hybrid hold before the first token, trained through peft.
 
 A hybrid's slots need not start empty. `SlotsConfig` is a method of the peft library: `get_peft_model` gives every
-hybrid layer slots that are live from token 0, as trainable parameters; everything else is frozen. A few hundred
+hybrid layer slots that are active from token 0, as trainable parameters; everything else is frozen. A few hundred
 kilobytes hold what an adapter learned; there is nothing to merge, and no token of the window is spent.
 
 Import this module before `PeftModel.from_pretrained` reads such an adapter.
@@ -72,7 +72,7 @@ class SlotsLayer(nn.Module, BaseTunerLayer):
 
     @property
     def initial(self) -> tuple[Tensor, Tensor] | None:
-        """What the slots hold before a text; None where no adapter is active."""
+        """Keys and values of the slots before the first token; None where no adapter is active."""
         if self.disable_adapters:
             return None
         active = [name for name in self.active_adapters if name in self.nha_slots_key]

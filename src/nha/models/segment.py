@@ -21,7 +21,7 @@ Initial = tuple[Tensor, Tensor]  # slots before the first token: key [H, M, D], 
 
 @dataclass
 class Inputs:
-    """What a segment writes into a state: [B, T, H, ...] each, and its padding mask [B, T]."""
+    """Tensors that a segment writes into a state: [B, T, H, ...] each, and its padding mask [B, T]."""
 
     key: Tensor
     value: Tensor
@@ -94,7 +94,7 @@ class Segment:
 
     @property
     def inputs(self) -> Inputs:
-        """What the segment writes into a state."""
+        """The tensors that it writes into a state."""
         return Inputs(self.key, self.value, self.log_gate, self.slot_key, self.mask)
 
 

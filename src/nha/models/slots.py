@@ -13,7 +13,7 @@ from nha.models.segment import Initial, Sink
 
 
 class SlotInputs(NamedTuple):
-    """What a hybrid layer reads besides queries, keys and values.
+    """Gates, sink and slots of a layer, which it reads besides queries, keys and values.
 
     Attributes:
         log_gate: [B, T, H, M].

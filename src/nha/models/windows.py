@@ -46,7 +46,7 @@ def follow_config(stack: Any) -> None:
 
 
 def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
-    """Change the windows of a live model, in tokens.
+    """Change the windows of a model, in tokens.
 
     An int is the new window of every hybrid layer: layers with full attention (-1) keep it. A list has one int per
     layer, and -1 there makes a layer what it was before the conversion. The int -1 does that to all layers; a list

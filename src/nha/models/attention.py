@@ -1,0 +1,172 @@
+"""The attention function "nha" of transformers: what a family's attention calls in place of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from nha.models.cache import NHACacheLayer, nha_layers, prepare_cache
+from nha.models.config import FULL
+from nha.models.full_attention import base_attention, packed_base_attention
+from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
+from nha.models.observe import Observation
+from nha.models.segment import Reading, Segment, attend, mask_first_token_write, zero_slots
+from nha.ops.rotary import unrotate, unrotate_for_slots
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Arguments of the attention function besides queries, keys and values, from a hybrid attention module.
+
+    Attributes:
+        hidden: [B, T, hidden], what the module projects.
+        tables: rotary cosines and sines [B, T, R]; None in layers without positions.
+        cache: the layer's cache, if there is one.
+    """
+
+    hidden: Tensor
+    tables: tuple[Tensor, Tensor] | None
+    cache: NHACacheLayer | None
+
+
+def cache_windows(module: Any) -> list[int]:
+    """The windows of all layers as their caches see them, from one attention module."""
+    off = module.ablation == "window_off"
+    windows = module.config.window_sizes[: module.config.num_hidden_layers]
+    return [0 if off and window != FULL else window for window in windows]
+
+
+def layer_cache(module: Any, cache: Cache | None, rows: int) -> NHACacheLayer | None:
+    """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache.
+
+    Raises ValueError for a cache of other sizes than a batch of `rows` sequences needs.
+    """
+    if cache is None:
+        return None
+    if module.layer_idx == 0:
+        prepare_cache(cache, cache_windows(module))
+        slots = 0 if module.ablation == "slots_off" else module.config.num_slots
+        for layer in nha_layers(cache):
+            layer.check(rows, slots)
+    layer = cache.layers[module.layer_idx]
+    return layer if isinstance(layer, NHACacheLayer) else None
+
+
+def hybrid_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: HybridMask | Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    nha: LayerInputs | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D]."""
+    if nha is None:
+        raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
+    if module.observer is not None:
+        module.observer(observation(module, key, value, nha))
+    cu = kwargs.get("cu_seq_lens_q")
+    mask = read_mask(module, attention_mask, query.shape[2], cu)
+    base = partial(base_attention, module, query, key, value, softcap=softcap, scaling=scaling)
+    if module.window_size == FULL:
+        if cu is None:
+            out, weights = base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
+        else:
+            lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
+            options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
+            out, weights = packed_base_attention(module, query, key, value, cu, **options)
+        return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
+    check_dropout(dropout)
+    state = None if nha.cache is None else nha.cache.state
+    slots = module.nha(nha.hidden)
+    gate, sink = slots.log_gate, slots.sink
+    if module.ablation == "slots_off":
+        gate = gate[..., :0]
+    if sink is not None:
+        sink = (sink[0].to(key.dtype), sink[1].to(value.dtype))
+        gate = mask_first_token_write(gate, mask.padding, cu, state)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    slot_query = slot_key = None  # without rotary positions slots and window see the same
+    if nha.tables is not None:
+        interleaved = module.rotary_style.interleaved
+        slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
+    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu)
+    initial = slots.initial
+    if initial is None and module.config.slots_from_start:
+        initial = zero_slots(segment)
+    # The mask of a static cache has room for later tokens.
+    within = causal_mask(mask.padding) if mask.base is None else mask.base[..., : query.shape[2]]
+    reading = Reading(
+        window_size=0 if module.ablation == "window_off" else module.window_size,
+        scale=scaling,
+        sink=sink,
+        softcap=softcap,
+        initial=initial,
+        base=lambda: base(within, **kwargs)[0],
+        observe_mass=module.mass_observer,
+    )
+    return read_segment(segment, reading, nha.cache), None
+
+
+def observation(module: Any, key: Tensor, value: Tensor, nha: LayerInputs) -> Observation:
+    """The inputs of an attention module, keys without positions among them, for its observer."""
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if nha.tables is None:
+        return Observation(nha.hidden, key, key, value)
+    slot_key = unrotate(key, *nha.tables, interleaved=module.rotary_style.interleaved)
+    return Observation(nha.hidden, slot_key, key, value)
+
+
+def read_segment(segment: Segment, reading: Reading, cache: NHACacheLayer | None) -> Tensor:
+    """Read a segment, [B, T, HQ, Dv], with what a cache layer remembers, if there is one."""
+    out = attend(segment, reading)[0] if cache is None else cache.attend(segment, reading)
+    packed = segment.cu_seqlens is not None and not out.is_cuda  # one by one, each perhaps within the window
+    short = packed or segment.length <= reading.window_size
+    return keep_in_graph(out, (segment.log_gate, *(reading.sink or ()))) if short else out
+
+
+def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Gate and sink of a layer that reads neither, for `keep_in_graph`; nothing where no gradient is asked for."""
+    if module.slots_frozen or not torch.is_grad_enabled():
+        return ()
+    slots = module.nha(hidden[:, :1])
+    return slots.log_gate, *(slots.sink or ())
+
+
+def keep_in_graph(out: Tensor, unused: tuple[Tensor, ...]) -> Tensor:
+    """`out`, of which `unused` tensors that ask for gradients get zeros.
+
+    Data-parallel training waits for the gradient of every parameter, also of slots that a short sequence does not read.
+    """
+    if not torch.is_grad_enabled():
+        return out
+    for x in unused:
+        out = out + x.flatten()[:0].sum().to(out.dtype) if x.requires_grad else out
+    return out
+
+
+def check_dropout(probability: float) -> None:
+    """Raise ValueError for attention dropout, which slots cannot have."""
+    if probability:
+        raise ValueError(f"expected attention_dropout to be 0 in hybrid layers, got {probability}")
+
+
+def check_implementation(config: Any) -> None:
+    """Raise ValueError where something else than "nha" was chosen as the attention of a hybrid model."""
+    if config._attn_implementation != NAME:
+        got = config._attn_implementation
+        raise ValueError(f"expected attn_implementation={NAME!r} in a hybrid model, got {got!r}")
+
+
+AttentionInterface.register(NAME, hybrid_attention)
