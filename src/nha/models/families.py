@@ -40,6 +40,7 @@ def _unless_full_among_sliding(module: Any) -> bool:
 INTERLEAVED = "interleaved rotary positions"
 PARTIAL = "rotary positions in a part of each head"
 NORMALISED = "normalised queries and keys"
+NORMALISED_LATE = "queries and keys normalised after rotation, so slot keys keep a trace of positions"
 EXPERTS = "a mixture of experts"
 SOME_ROTATE = "no positions in full-attention layers among sliding ones"
 SINKS = "its attention has sinks of its own beside the keys"
@@ -72,8 +73,8 @@ TABLE = (
     Family("granitemoe", f"{EXPERTS}; a scale of its own for scores"),
     Family("granitemoeshared", f"{EXPERTS}; a scale of its own for scores"),
     Family("helium", INTERLEAVED),
-    Family("hunyuan_v1_dense", "queries and keys normalised after rotation, so slot keys keep a trace of it"),
-    Family("hunyuan_v1_moe", f"{EXPERTS}; queries and keys normalised after rotation, so slot keys keep a trace of it"),
+    Family("hunyuan_v1_dense", NORMALISED_LATE),
+    Family("hunyuan_v1_moe", f"{EXPERTS}; {NORMALISED_LATE}"),
     Family("hy_v3", f"{EXPERTS}; {NORMALISED}"),
     Family("hyperclovax", "a scale of its own for scores"),
     Family("internlm3"),
@@ -144,6 +145,7 @@ MULTIMODAL = {
 """Multimodal models that are tested, with what is special; the text model inside them becomes a hybrid."""
 FAMILIES = tuple(family.model_type for family in TABLE if not family.refused)
 ROTATES = {family.model_type: family.rotates for family in TABLE}
+KEEP_POSITIONS = tuple(family.model_type for family in TABLE if NORMALISED_LATE in family.special)
 REFUSED = {family.model_type: family.refused for family in TABLE if family.refused}
 
 
