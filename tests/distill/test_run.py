@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 import nha.distill.student
 import nha.distill.trainer
-from nha.distill.checkpoint import latest_checkpoint
+from nha.distill.checkpoint import latest_checkpoint, step_of
 from nha.distill.run import distill
 from nha.distill.trainer import Reports
 from tests.distill.material import LENGTH, material, settings, tiny
@@ -53,6 +54,14 @@ def whole_run(given, tmp_path_factory):
     return distill(tiny(), tokenizer, corpus, run, settings()), run
 
 
+def start_worker(place, run):
+    """A process that trains in `run` and prints every step."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    command = [sys.executable, "-c", WORKER, str(place), str(run)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
 def weights(model):
     return model.state_dict()
 
@@ -78,10 +87,7 @@ def test_a_run_trains_attention_and_gates_and_leaves_the_rest(whole_run):
 
 def test_a_killed_run_resumes_with_the_same_bits(given, whole_run, tmp_path):
     place, run = given[0].path.parent, tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [sys.executable, "-c", WORKER, str(place), str(run)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = start_worker(place, run)
     for line in process.stdout:
         if line.strip() == "5":  # after the checkpoint of step 4, which the next step has no part in
             process.send_signal(signal.SIGKILL)
@@ -97,6 +103,22 @@ def test_a_killed_run_resumes_with_the_same_bits(given, whole_run, tmp_path):
     assert_same_bits(weights(found.model), weights(whole_run[0].model))
     timeless = [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in found.log]
     assert timeless == [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in whole_run[0].log]
+
+
+def test_a_run_that_is_killed_at_random_moments_resumes_with_the_same_bits(given, whole_run, tmp_path):
+    place, run, generator = given[0].path.parent, tmp_path / "run", random.Random(0)
+    step = -1
+    for _ in range(4):
+        with start_worker(place, run) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(generator.uniform(0, 3))
+            process.kill()
+        checkpoint = latest_checkpoint(run) if run.is_dir() else None
+        before, step = step, -1 if checkpoint is None else step_of(checkpoint)
+        assert step >= before
+    found = distill(tiny(), given[1], given[0], run, settings())
+    assert [entry["step"] for entry in found.log] == [1, 2, 3, 4, 5, 6]
+    assert_same_bits(weights(found.model), weights(whole_run[0].model))
 
 
 def test_a_finished_run_is_read_back(given, whole_run):

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from nha.convert.hybridize import INITS
-from nha.distill import settings as module
 from nha.distill.run import make_mixture
 from nha.distill.settings import DistillSettings
 from nha.settings import settings_table
@@ -63,10 +61,6 @@ def test_other_choices_are_refused_with_those_there_are(setting):
 def test_settings_that_contradict_each_other_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         DistillSettings(**changes)
-
-
-def test_the_starts_of_gates_are_those_of_hybridize():
-    assert module.INITS == INITS
 
 
 def test_batches_follow_from_settings():

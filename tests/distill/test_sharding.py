@@ -1,4 +1,4 @@
-"""Spread over two processes with FSDP2, training computes what one process computes."""
+"""Two processes, with FSDP2 or DDP, train like one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -89,14 +90,7 @@ def test_two_processes_train_like_one(tmp_path):
     from tests.distill.test_student import batch, student_of
 
     out = tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    code = f"from tests.distill.test_sharding import work; work({str(out)!r})"
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment | {"RANK": str(rank)}, cwd=ROOT)
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in running] == [0, 0]
+    run_twice(f"from tests.distill.test_sharding import work; work({str(out)!r})")
     alone, found = student_of(), student_of()
     parameters = [p for p in alone.parameters() if p.requires_grad]
     batches = [("text", [batch(seed=rank) for rank in range(2)]), ("recall", [batch(seed=10 + r) for r in range(2)])]
@@ -113,6 +107,52 @@ def test_two_processes_train_like_one(tmp_path):
         assert torch.allclose(found(**batch(seed=5))[0], released["loss"], rtol=1e-4)
     model = student_of().release()
     model.load_state_dict(released["model"])
+
+
+def run_run(place: str, run: str, changes: dict) -> None:
+    """A whole run in one of two processes."""
+    from transformers import AutoTokenizer
+
+    from nha.data.corpus import open_corpus
+    from nha.distill.run import distill
+    from tests.distill.material import settings, tiny
+
+    corpus = open_corpus(Path(place) / "corpus")
+    found = distill(tiny(), AutoTokenizer.from_pretrained(place), corpus, run, settings(tokens=2 * 4 * 320, **changes))
+    torch.save(found.model.state_dict(), f"{run}-{os.environ['RANK']}-{found.steps}.pt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"full_layers": (1,), "gradient_checkpointing": True},
+        {"window_size": 300, "seq_len": 310, "recall_fraction": 0.0},  # hardly a document is longer than the window
+    ],
+    ids=str,
+)
+def test_two_processes_with_ddp_stop_and_resume(changes, tmp_path):
+    from tests.distill.material import material
+
+    material(tmp_path)
+    for budget in (0.0, None):
+        options = f"{str(tmp_path)!r}, {str(tmp_path / 'run')!r}, {changes | {'budget': budget}!r}"
+        run_twice(f"from tests.distill.test_sharding import run_run; run_run({options})")
+    for steps in (1, 2):
+        first, second = (torch.load(tmp_path / f"run-{rank}-{steps}.pt") for rank in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def run_twice(code: str) -> None:
+    """Run code in two processes that find each other, as `torchrun` starts them."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment | rank, cwd=ROOT) for rank in ranks]
+    try:
+        assert [process.wait(300) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
 
 
 def free_port() -> str:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from nha import hybridize
 from nha.data.packing import pack
@@ -203,6 +204,27 @@ def test_compiled_layers_compute_the_same_and_are_released():
     model = student.release()
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
     torch._dynamo.reset()
+
+
+class Linear4bit(nn.Linear):
+    """Stands in for a quantized layer: its weight is no floating-point one that could be trained."""
+
+
+@pytest.mark.parametrize("trainable", ["attention", "layers", "lora", "slots"])
+def test_quantized_weights_are_trained_around_or_refused_before_anything_changes(trainable):
+    model = hybridize(teacher(), num_slots=6, window_size=8, calibration=TEXT)
+    model.model.layers[1].self_attn.v_proj.__class__ = Linear4bit
+    if trainable in ("lora", "slots"):
+        student = Distillation(model, trainable=trainable)
+        student(**batch())[0].backward()
+        layer = student.causal.get_decoder().layers[1].self_attn.v_proj
+        assert isinstance(layer, Linear4bit) == (trainable == "slots")
+        assert hasattr(layer, "lora_A") == (trainable == "lora")
+        return
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=f"lora or slots .*layers.1.self_attn.v_proj, Linear4bit.*got {trainable}"):
+        Distillation(model, trainable=trainable)
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_unknown_parts_to_train_are_refused():

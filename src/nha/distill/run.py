@@ -95,7 +95,7 @@ def teacher_identity(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         if isinstance(weight, Tensor):
-            data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(f"{name} {list(weight.shape)} {weight.dtype} {zlib.crc32(data)}".encode())
     return digest.hexdigest()[:32]
 

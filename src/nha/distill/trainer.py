@@ -281,9 +281,7 @@ class StopCallback(TrainerCallback):
         self.stop.check()
         self.stop.training = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop if asked to; several processes agree on it when they log, where they wait for the device anyway."""
         due = self.stop.due()
         if args.world_size > 1:
@@ -294,7 +292,6 @@ class StopCallback(TrainerCallback):
             control.should_log = True
         if self.progress is not None:
             self.progress("train", state.global_step, state.max_steps)
-        return control
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What follows is not worth a checkpoint: the run is finished, or has written one."""
