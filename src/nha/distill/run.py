@@ -234,7 +234,8 @@ def distill(
     stream = Stream(corpus, tokenizer, make_mixture(settings, world), rank, world)
     stream[0]  # raises for sequences too short for recall text
     wanted = identity(model, corpus, settings, world)
-    check_directory(run, wanted)
+    if rank == 0:  # the others may look while it is being written
+        check_directory(run, wanted)
     with ExitStack() as stack:
         if stop is None:
             stop = Stop(settings.budget)
