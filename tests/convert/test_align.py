@@ -20,13 +20,15 @@ def converted(**options):
 def test_every_layer_comes_nearer_and_nothing_else_moves():
     model = converted(full_layers=[1])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainable = [p.requires_grad for p in model.parameters()]
     errors = align(model, TEXT, steps=8)
     assert errors[1] == (0.0, 0.0)
     assert all(errors[layer][1] < errors[layer][0] for layer in (0, 2))
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert moved and all(".nha." in name for name in moved)
     assert model.config.window_sizes == [8, -1, 8]
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_same_seed_gives_the_same_bits():

@@ -235,7 +235,9 @@ def dispatched(**places):
         "model.rotary_emb",
         "lm_head",
     ]
-    return dispatch_model(model, dict.fromkeys(names, "cpu") | places, main_device="cpu", force_hooks=True)
+    return dispatch_model(
+        model, dict.fromkeys(names, "cpu") | places, main_device=torch.device("cpu"), force_hooks=True
+    )
 
 
 def test_a_model_dispatched_over_devices_is_converted():
@@ -248,7 +250,7 @@ def test_an_offloaded_model_is_refused_before_anything_changes():
     from accelerate import cpu_offload
 
     model = teacher()
-    cpu_offload(model, execution_device="cpu")
+    cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"weights in memory, got \d+ that are offloaded, such as model\.embed_tokens"):
         convert(model)
     assert type(model) is type(teacher()) and model.config.model_type == "llama"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nha.models.config import FULL
 from nha.models.windows import hybrid_layers, set_windows
 
-GATE_RATE, SINK_RATE = 1e-2, 1e-3
+GATE_LR, SINK_LR = 1e-2, 1e-3
 
 
 def align(
@@ -21,17 +21,17 @@ def align(
     ids: Tensor,
     *,
     steps: int = 20,
-    rows: int = 1,
-    gate_lr: float = GATE_RATE,
-    sink_lr: float = SINK_RATE,
+    batch_size: int = 1,
+    gate_lr: float = GATE_LR,
+    sink_lr: float = SINK_LR,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
     """Train every hybrid layer's gate and sink towards the output of the layer with full attention, on its inputs.
 
     One forward pass over texts ids [N, T] of the model before its conversion; each layer is trained for `steps`
-    steps of Adam on `rows` texts as soon as the pass reaches it, so memory is that of one layer. No other weight
-    moves. Gates move at `gate_lr`, sinks at `sink_lr`. `progress` is called with (layers done, layers in all).
+    steps of Adam on `batch_size` sequences as soon as the pass reaches it, so memory is that of one layer. No other
+    weight moves. Gates move at `gate_lr`, sinks at `sink_lr`. `progress` is called with (layers done, layers in all).
 
     Returns, per layer, the error before and after over all texts: squared, relative to that of an output of zero
     (0 for layers that are not hybrid). Raises ValueError if no window is shorter than the sequences.
@@ -57,7 +57,7 @@ def align(
         set_windows(model, [window if place == index else FULL for place, window in enumerate(windows)])
         try:
             with torch.enable_grad():
-                errors.append(_train_layer(module, kwargs, output[0], steps, rows, (gate_lr, sink_lr), generator))
+                errors.append(_train_layer(module, kwargs, output[0], steps, batch_size, (gate_lr, sink_lr), generator))
         finally:
             module.training_now = False
             set_windows(model, FULL)
@@ -81,8 +81,8 @@ def _train_layer(
     kwargs: dict[str, Any],
     target: Tensor,
     steps: int,
-    rows: int,
-    rates: tuple[float, float],
+    batch_size: int,
+    lrs: tuple[float, float],
     generator: torch.Generator,
 ) -> tuple[float, float]:
     """Train one layer's slots on inputs `kwargs`; the errors before and after."""
@@ -99,20 +99,20 @@ def _train_layer(
 
     def measure() -> float:
         with torch.no_grad():
-            parts = torch.arange(len(hidden)).split(rows)
+            parts = torch.arange(len(hidden)).split(batch_size)
             return float(sum(error(part) * len(part) for part in parts) / len(hidden))
 
     before = measure()
     slots = module.nha
-    groups = [{"params": list(slots.g_proj.parameters()), "lr": rates[0]}]
+    groups = [{"params": list(slots.g_proj.parameters()), "lr": lrs[0]}]
     if slots.sink_key.shape[1]:
-        groups.append({"params": [slots.sink_key, slots.sink_value], "lr": rates[1]})
+        groups.append({"params": [slots.sink_key, slots.sink_value], "lr": lrs[1]})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     saved = [p.detach().clone() for p in slots.parameters()]
     for _ in range(steps):
         optimizer.zero_grad()
-        error(torch.randperm(len(hidden), generator=generator)[:rows]).backward()
+        error(torch.randperm(len(hidden), generator=generator)[:batch_size]).backward()
         optimizer.step()
         schedule.step()
     after = measure()

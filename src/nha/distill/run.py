@@ -310,7 +310,7 @@ def align_student(
         student.causal,
         ids,
         steps=settings.align_steps,
-        rows=max(1, len(ids) // 4),
+        batch_size=max(1, len(ids) // 4),
         gate_lr=SHARP_ALIGN_LR if settings.init == "kmeans" else SOFT_ALIGN_LR,
         seed=settings.seed,
         progress=progress,
