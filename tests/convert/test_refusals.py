@@ -1,6 +1,7 @@
 """A model that cannot be converted is refused with the reason and left as it was; one that can be is checked."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -224,20 +225,13 @@ def test_a_default_dtype_does_not_matter():
 # Device maps
 
 
-def dispatched(**places):
+def dispatched():
     from accelerate import dispatch_model
 
-    model = teacher()
-    names = [
-        "model.embed_tokens",
-        *(f"model.layers.{i}" for i in range(3)),
-        "model.norm",
-        "model.rotary_emb",
-        "lm_head",
-    ]
-    return dispatch_model(
-        model, dict.fromkeys(names, "cpu") | places, main_device=torch.device("cpu"), force_hooks=True
-    )
+    main: Any = "cpu"  # a torch.device would be taken for another device than the map's "cpu"
+    layers = [f"model.layers.{i}" for i in range(3)]
+    names = ["model.embed_tokens", *layers, "model.norm", "model.rotary_emb", "lm_head"]
+    return dispatch_model(teacher(), dict.fromkeys(names, "cpu"), main_device=main, force_hooks=True)
 
 
 def test_a_model_dispatched_over_devices_is_converted():
