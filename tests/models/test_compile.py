@@ -28,7 +28,7 @@ def counter():
 @pytest.mark.parametrize("padded", [False, True])
 def test_twenty_lengths_take_three_graphs_at_most(windows, padded, counter):
     assert len(LENGTHS) == 20
-    model = hybrid("llama", windows)
+    model = hybrid("llama", windows).double()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for length in LENGTHS:
         ids, options = tokens(2, length), {}
@@ -41,8 +41,20 @@ def test_twenty_lengths_take_three_graphs_at_most(windows, padded, counter):
 
 
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
+def test_a_compiled_pass_fills_a_cache_that_serves_later_passes(windows, counter):
+    model, ids = hybrid("llama", windows).double(), tokens(2, 30)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        found = compiled(ids[:, :20], use_cache=True)
+        later = model(ids[:, 20:], past_key_values=found.past_key_values).logits
+    wanted = logits(model, ids)
+    assert_close_to(found.logits, wanted[:, :20])
+    assert_close_to(later, wanted[:, 20:])
+
+
+@pytest.mark.parametrize("windows", WINDOWS, ids=str)
 def test_an_exported_model_reads_any_length(windows):
-    model = hybrid("llama", windows)
+    model = hybrid("llama", windows).double()
     shapes = {"input_ids": {1: torch.export.Dim("length", min=9, max=512)}, "use_cache": None}
     options = {"dynamic_shapes": shapes, "strict": False}
     program = torch.export.export(model, (tokens(1, 30),), {"use_cache": False}, **options)

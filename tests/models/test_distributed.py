@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from nha.models.parallel import SUPPORTED
+
 ROUNDING = 2e-5  # float32 sums of another order, amplified by three random layers
 
 
@@ -23,6 +25,8 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["tensor", "data", "sharded"])
 def test_two_processes_compute_what_one_does(found, kind):
+    if kind == "tensor" and not SUPPORTED:
+        pytest.skip("this version of transformers cannot split parameters by heads")
     assert len(found[kind]) >= 6
     wrong = {case: error for case, error in found[kind].items() if not error <= ROUNDING}
     assert not wrong

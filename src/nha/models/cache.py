@@ -252,7 +252,7 @@ def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
         if isinstance(layer, NHACacheLayer):
             layer.window_size = window
     cache.layers[:] = layers
-    if not isinstance(cache, HybridCacheMixin):
+    if not isinstance(cache, HybridCacheMixin) and not torch.compiler.is_compiling():  # which cannot trace this
         cache.__class__ = hybrid_cache_class(type(cache))
 
 
