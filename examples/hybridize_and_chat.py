@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from nha import hybridize
-from nha.data.smollm2 import load_smollm2
 from nha.models.conversation import Conversation, load_conversation, save_conversation, say
+from nha.models.smollm2 import load_smollm2
 
 FULL_LAYERS = [8, 18, 20, 23]  # found by: nha search smollm2 search.json --full 4
 

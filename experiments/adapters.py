@@ -23,11 +23,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from nha import hybridize
-from nha.data.smollm2 import load_smollm2
 from nha.data.text import blocks, evaluation_documents
 from nha.evaluate.perplexity import perplexity
 from nha.io import write_atomically
 from nha.models.peft_slots import SlotsConfig
+from nha.models.smollm2 import load_smollm2
 from nha.report.results import to_json
 
 FIRST = ("Ada", "Boris", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo")

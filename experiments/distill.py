@@ -169,7 +169,7 @@ def versions() -> dict[str, str | None]:
 
 
 def suite_of(corpus: Corpus, tokenizer: Any, options: argparse.Namespace) -> Suite:
-    """What every run is measured on: held-out documents, and recall text made with them."""
+    """Held-out documents and recall text made with them, on which every run is measured."""
     documents = [corpus.document(index) for index in corpus.held_out_indices]
     longest = max(map(len, documents))
     lengths = [length for length in options.lengths if length <= longest]

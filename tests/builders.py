@@ -100,7 +100,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> float:
-    """What rounding the exact result to `dtype` may cost: half a unit in the last place of its largest entry."""
+    """The cost of rounding the exact result to `dtype`: half a unit in the last place of its largest entry."""
     return torch.finfo(dtype).eps * exact.abs().max().item() if exact.numel() else 0.0
 
 

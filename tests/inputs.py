@@ -1,4 +1,4 @@
-"""What property-based tests draw, and the equality they ask for; the inputs themselves come from `tests.builders`."""
+"""Strategies of property-based tests, and the equality they ask for; inputs come from `tests.builders`."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -119,6 +120,11 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
+def is_operator(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it is registered with PyTorch, whose schemas know tensors and numbers but no dataclasses."""
+    return any("torch.library.custom_op" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines of a function without its docstring."""
     lines = (function.end_lineno or 0) - function.lineno + 1
@@ -138,6 +144,16 @@ def expect_none(found: Iterable[str]) -> None:
 
 def test_every_module_has_a_level():
     expect_none({room(n) for n in MODULES} - set().union(*LEVELS))
+
+
+def test_imports_go_from_upper_rooms_to_lower_ones():
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in graph().items()
+        for other in others
+        if (level(room(other), LEVELS) or 0) > (level(room(name), LEVELS) or 0)
+    ]
+    expect_none(wrong)
 
 
 def test_rooms_import_each_other_in_no_circle():
@@ -207,9 +223,45 @@ def test_the_readme_fits_a_screen():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
+def test_no_docstring_begins_with_what():
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    wrong = [
+        f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'module')}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, documented) and re.match(r"What\b", ast.get_docstring(node) or "")
+    ]
+    expect_none(wrong)
+
+
 def test_files_are_short_enough_to_read():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     expect_none([f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > FILE_LINES])
+
+
+def test_functions_fit_a_screen():
+    expect_none(
+        [
+            f"{place(path, function)} {function.name}: {code_lines(function)} lines"
+            for path in FILES
+            for function in functions(path)
+            if code_lines(function) > (KERNEL_LINES if is_kernel(function) else FUNCTION_LINES)
+        ]
+    )
+
+
+def test_signatures_are_short():
+    wrong = []
+    for path in FILES:
+        for function in functions(path):
+            if is_kernel(function) or is_operator(function) or function.name in WIDE_SIGNATURES:
+                continue
+            given = function.args
+            names = [x.arg for x in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            count = len([n for n in names if n not in ("self", "cls", "ctx")])
+            if count > PARAMETERS:
+                wrong.append(f"{place(path, function)} {function.name}: {count} parameters")
+    expect_none(wrong)
 
 
 def test_the_package_says_that_it_is_typed():

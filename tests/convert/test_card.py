@@ -1,4 +1,4 @@
-"""What lies beside a saved hybrid's weights, and who can load it."""
+"""Files beside a saved hybrid's weights, and who can load it."""
 
 import json
 import os

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nha import hybridize
-from nha.data.smollm2 import load_smollm2
 from nha.data.text import blocks, evaluation_documents
 from nha.evaluate.perplexity import perplexity
 from nha.models.observe import ablate
+from nha.models.smollm2 import load_smollm2
 
 pytestmark = pytest.mark.real
 WINDOW = 64

@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny teacher that reads bytes, a corpus for it, and short settings."""
+"""Material that tests of training share: a tiny teacher that reads bytes, a corpus for it, and short settings."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_without_memory_for_a_capture_passes_run_as_before(student):
 
 
 def test_a_pass_asks_nothing_of_the_device(student):
-    """What waits for the device cannot be captured."""
+    """A pass that waits for the device cannot be captured."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):

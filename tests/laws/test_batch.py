@@ -1,4 +1,4 @@
-"""What else is in a batch changes no bit of a sequence; other shapes change it by rounding."""
+"""Other sequences in a batch change no bit of a sequence; other shapes change it by rounding."""
 
 import itertools
 

@@ -79,7 +79,7 @@ def test_gradients_of_every_sample_at_once_are_those_one_by_one(length):
 
 
 def test_the_original_takes_as_many_graphs(counter):
-    """What is asked of hybrids is what transformers' own models do."""
+    """Transformers' own models do what is asked of hybrids."""
     compiled = torch.compile(teacher(), backend=counter, fullgraph=True, dynamic=True)
     for length in LENGTHS:
         logits(compiled, tokens(2, length))

@@ -1,4 +1,4 @@
-"""What cannot work is refused in one line that says what was expected, before anything runs, changes or is written."""
+"""Impossible requests are refused in one line with what was expected, before anything runs or is written."""
 
 import copy
 

@@ -203,7 +203,7 @@ def check_new_directory(path: Path, *, replaceable: Callable[[Path], bool] | Non
 
 
 class ProgressDisplay(Protocol):
-    """What commands use of `rich.progress.Progress`; `LineProgress` has it too."""
+    """The part of `rich.progress.Progress` that commands use; `LineProgress` has it too."""
 
     def __enter__(self) -> Self: ...
     def __exit__(

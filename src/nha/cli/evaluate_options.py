@@ -133,7 +133,7 @@ def read_texts(text: list[Path] | None) -> list[str] | None:
 
 
 def partial_results(output: Path | None, identity: dict[str, Any]) -> PartialResults:
-    """What an interrupted run of the same command left beside its output directory."""
+    """Results that an interrupted run of the same command left beside its output directory."""
     from nha.evaluate.partial import open_partial, partial_path
 
     found = open_partial(None if output is None else partial_path(output), identity)

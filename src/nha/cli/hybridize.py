@@ -130,7 +130,7 @@ def searched_windows(
 def check_convertible(source: loading.Source, windows: int | list[int], full_layers: list[int]) -> None:
     """Raise BadInput, before any weight is read, for a family or layer numbers that cannot be converted."""
     if source.config is None:
-        from nha.data.smollm2 import LAYERS
+        from nha.models.smollm2 import LAYERS
 
         loading.check_window_count(windows, LAYERS)
         common.check_layers(full_layers, LAYERS)

@@ -134,8 +134,8 @@ def check_paths(output: Path) -> Path | None:
 
 def check_count(source: loading.Source, count: int | None) -> None:
     """Raise BadInput, before any weight is read, for more layers than the model has."""
-    from nha.data.smollm2 import LAYERS
     from nha.models.families import check_family
+    from nha.models.smollm2 import LAYERS
 
     layers = LAYERS if source.config is None else loading.layers_of(source.config)
     if count is not None and not 0 <= count <= layers:

@@ -1,4 +1,4 @@
-"""What is saved beside a hybrid's weights: its tokenizer and a model card with what was measured."""
+"""Files saved beside a hybrid's weights: its tokenizer and a model card with the measured table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTALL = "pip install nha transformers"
 
 @dataclass
 class CardFacts:
-    """What a model card says beside the configuration.
+    """Facts on a model card beside the configuration.
 
     Attributes:
         base: the model that the hybrid was made from: a Hub id or a directory.

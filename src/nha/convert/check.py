@@ -25,7 +25,7 @@ ROUNDING = 64  # units in the last place, of the largest number, that three kern
 
 @dataclass
 class Reference:
-    """What the unconverted model predicts for ids [1, T]: logits [1, T, V] of each run that may be equalled."""
+    """Predictions of the unconverted model for ids [1, T]: logits [1, T, V] of each run that may be equalled."""
 
     ids: Tensor
     runs: list[Tensor]

@@ -24,10 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.data.recall import RecallSettings, training_sequence
 from nha.data.text import blocks, calibration_text
-from nha.evaluate.perplexity import batch_tokens
 from nha.io import write_atomically
 from nha.models.config import FULL, check_windows, sliding_layers
-from nha.models.head import hidden_states, token_losses
+from nha.models.head import batch_tokens, hidden_states, token_losses
 from nha.models.windows import attention_layers, decoder, hybrid_layers, temporary_windows
 from nha.ops import NHAState
 

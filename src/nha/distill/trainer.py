@@ -294,7 +294,7 @@ class StopCallback(TrainerCallback):
             self.progress("train", state.global_step, state.max_steps)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows is not worth a checkpoint: the run is finished, or has written one."""
+        """Let signals stop at once again: the run is finished, or has written a checkpoint."""
         self.stop.training = False
 
 

@@ -23,7 +23,7 @@ Measure = Callable[[PreTrainedModel, Progress], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation measures: a model with its windows and variants, models to compare it with, the dtype."""
+    """The subject of an evaluation: a model with its windows and variants, models to compare it with, the dtype."""
 
     source: loading.Source
     windows: int | list[int] | None

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nha.evaluate.bootstrap import interval
-from nha.models.head import hidden_states, token_losses
+from nha.models.head import batch_tokens, hidden_states, token_losses
 
 SEGMENT = 1024
 REPEAT_DISTANCE, REPEAT_START = 192, 256  # tokens
-MAX_BATCH_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -85,20 +84,6 @@ def long_range_repeats(ids: np.ndarray, *, distance: int = REPEAT_DISTANCE, star
         found[row, order[1:] + 1] = same & (np.diff(order) > distance)
         found[row, :start] = False
     return found
-
-
-def batch_tokens(model: PreTrainedModel) -> int:
-    """Tokens of one forward pass: as many as half of a GPU's free memory holds, 4,096 on a CPU.
-
-    A token takes the widest activations of one layer, and its keys and values in all layers.
-    """
-    if model.device.type != "cuda":
-        return 4096
-    config = model.config.get_text_config()
-    heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    numbers = 3 * config.intermediate_size + 8 * config.hidden_size + 2 * heads * config.num_hidden_layers
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return int(min(MAX_BATCH_TOKENS, max(4096, free // 2 // (numbers * model.dtype.itemsize))))
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def encode(tokenizer: Any, text: str, *, raw: bool) -> Tensor:
 
 
 def later_turn(tokenizer: Any, text: str, *, closed: bool) -> str:
-    """What the chat template puts between an answer and the next one, for a new message `text`.
+    """Text that the chat template puts between an answer and the next one, for a new message `text`.
 
     It ends the answer (without the end token if the answer is `closed`), and holds the message. Raises ValueError for
     a template that does not write an answer's text as it is.

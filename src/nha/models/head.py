@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+MAX_BATCH_TOKENS = 1 << 18
 ELEMENTS = 1 << 28  # logits at a time in `token_losses`: 1 GiB of float32
 
 
@@ -44,3 +45,17 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Ten
         for some, wanted in zip(hidden.split(step), targets.split(step), strict=True)
     ]
     return torch.cat(losses)
+
+
+def batch_tokens(model: PreTrainedModel) -> int:
+    """Tokens of one forward pass: as many as half of a GPU's free memory holds, 4,096 on a CPU.
+
+    A token takes the widest activations of one layer, and its keys and values in all layers.
+    """
+    if model.device.type != "cuda":
+        return 4096
+    config = model.config.get_text_config()
+    heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    numbers = 3 * config.intermediate_size + 8 * config.hidden_size + 2 * heads * config.num_hidden_layers
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(min(MAX_BATCH_TOKENS, max(4096, free // 2 // (numbers * model.dtype.itemsize))))

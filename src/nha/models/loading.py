@@ -41,7 +41,7 @@ class Source:
 
     @property
     def base(self) -> str:
-        """What a model card names as the model this one came from: its Hub id, or its directory."""
+        """The model this one came from, for its card: a Hub id, or a directory."""
         if self.name == EMBEDDED:
             return EMBEDDED_ID
         return str(self.directory.resolve()) if self.directory else self.name
@@ -64,7 +64,7 @@ def find(name: str) -> Source:
 
     quiet_transformers()
     if name == EMBEDDED:
-        from nha.data.smollm2 import gguf_path
+        from nha.models.smollm2 import gguf_path
 
         gguf_path()
         return Source(name, None, None)
@@ -140,7 +140,7 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
     local = os.environ.get("LOCAL_RANK", "0")  # which GPU is this process's, under torchrun
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     if source.name == EMBEDDED:
-        from nha.data.smollm2 import load_smollm2
+        from nha.models.smollm2 import load_smollm2
 
         model, tokenizer = load_smollm2()
         if dtype != "auto":
@@ -156,7 +156,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     import transformers
 
     if source.name == EMBEDDED:
-        from nha.data.smollm2 import gguf_path
+        from nha.models.smollm2 import gguf_path
 
         path = gguf_path()
         return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

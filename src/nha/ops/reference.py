@@ -96,7 +96,7 @@ def _spans(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) 
 
 
 class _Token(NamedTuple):
-    """What the window keeps of a token, [H, ...] each."""
+    """One token of the window cache, [H, ...] each."""
 
     key: Tensor
     value: Tensor

@@ -312,7 +312,7 @@ def _arrow(theme: Theme, **more: Any) -> dict[str, Any]:
 
 
 def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
-    """What a layer keeps of a text: every token, or slots and a window."""
+    """Draw the memory of a layer: every token, or slots and a window."""
     narrow = size[0] < 6
     figure, axes = _figure(theme, size)
     width, height = size

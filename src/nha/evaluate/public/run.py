@@ -44,7 +44,7 @@ KNOWLEDGE = ("lambada_openai", "piqa", "arc_easy", "arc_challenge", "hellaswag",
 
 @dataclass(frozen=True)
 class PublicSettings:
-    """What is measured.
+    """Sizes and choices of an evaluation on public sets.
 
     Attributes:
         parts: out of `PARTS`.

@@ -52,7 +52,7 @@ def write(
     max_batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """What greedy decoding writes after every prompt of token ids, up to `max_new_tokens` tokens.
+    """Greedy continuations of every prompt of token ids, up to `max_new_tokens` tokens.
 
     Prompts are sorted by length and padded on the left. With `first_line` a text ends at its first newline.
     `progress` is called with (prompts done, prompts in all).

@@ -5,6 +5,9 @@ per split, and a second kernel combines the splits. Split i takes blocks i, i + 
 hides the end of a cache, or the padding at its start, then takes as much from each. Masked keys are not read.
 """
 
+# Triton's types give a launch the signature of the kernel, without the options of the compiler.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from functools import cache

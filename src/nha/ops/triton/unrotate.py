@@ -1,5 +1,8 @@
 """Undo rotary positions of queries and keys for the slots, in one launch; a PyTorch operator with gradients."""
 
+# Triton's types give a launch the signature of the kernel, without the options of the compiler.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

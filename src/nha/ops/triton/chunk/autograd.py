@@ -149,7 +149,7 @@ class Segment(NamedTuple):
 
     @property
     def keys(self) -> list[Tensor]:
-        """What the window cache stores of each token: key, value, slot key, log-gate."""
+        """Entries of the window cache for each token: key, value, slot key, log-gate."""
         return [self.k, self.v, self.k_slot, self.log_gate]
 
     def align_left(self, attention_mask: Tensor) -> Segment:

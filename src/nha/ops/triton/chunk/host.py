@@ -1,5 +1,8 @@
 """Launching the kernels of a call: allocation, strides, grids."""
 
+# Triton's types give a launch the signature of the kernel, without the options of the compiler.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -1,5 +1,8 @@
 """How one call is cut into programs: block sizes by head size and dtype, tables that assign packed work to programs."""
 
+# Triton's types give a launch the signature of the kernel, without the options of the compiler.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,5 +1,8 @@
 """Short segments as PyTorch operators: one that returns new slots, one that writes into the state."""
 
+# Triton's types give a launch the signature of the kernel, without the options of the compiler.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from functools import cache
