@@ -229,8 +229,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> NHAState
             file and what is wrong.
         OSError: there is no such file, or it cannot be read.
     """
-    from nha.ops.state import NHAState
-    from nha.ops.validation import check_state
+    from nha.ops.state import NHAState, check_state
 
     tensors, metadata = read_tensors(path)
     kind = metadata.get("format")

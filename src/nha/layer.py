@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
 from nha.ops.rotary import rotate
-from nha.ops.state import check_window_size
-from nha.ops.validation import check_cu_seqlens, check_factors, check_mask, check_state
+from nha.ops.state import check_state, check_window_size
+from nha.ops.validation import check_cu_seqlens, check_factors, check_mask
 from nha.ops.varlen import sequence_of
 
 GATE_DIVISOR = 8.0

@@ -16,7 +16,7 @@ from nha.models.cache import NHACacheLayer, prepare_cache
 from nha.models.config import FULL
 from nha.models.windows import decoder
 from nha.ops import NHAState
-from nha.ops.validation import check_state
+from nha.ops.state import check_state
 
 FORMAT = "nha-cache-v2"
 NHA_TENSORS = {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"}

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nha.ops.padding import readable
+
 MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
 MAX_NEW = 16  # tokens that can be written into a ring at a time
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Dimensions by letter, read once: these checks run before every decoded token.
+LETTERS = {
+    name: tuple(shape.split(", "))
+    for name, shape in {
+        "q": "B, T, HQ, D",
+        "k": "B, T, H, D",
+        "v": "B, T, H, Dv",
+        "log_gate": "B, T, H, M",
+        "q_slot": "B, T, HQ, D",
+        "k_slot": "B, T, H, D",
+        "slot_key": "B, H, M, D",
+        "slot_value": "B, H, M, Dv",
+        "key": "B, n, H, D",
+        "value": "B, n, H, Dv",
+        "window_slot_key": "B, n, H, D",
+        "window_log_gate": "B, n, H, M",
+        "num_tokens": "B",
+        "arrival_counter": "B, H + 1",
+    }.items()
+}
 WINDOW_CACHE = ("key", "value", "window_slot_key", "window_log_gate")  # fields [B, n, H, ...]
 
 
@@ -34,6 +57,19 @@ def check_window_size(window_size: object) -> None:
     number = isinstance(window_size, int) and not isinstance(window_size, bool)
     if not number or not -1 <= window_size <= MAX_WINDOW:  # type: ignore[operator]
         raise ValueError(f"expected window_size to be an int from -1 to {MAX_WINDOW}, got {window_size!r}")
+
+
+def check_tensor(name: str, x: Any, letters: tuple[str, ...]) -> Tensor:
+    """The tensor; refuses what is no tensor of as many dimensions as there are letters."""
+    if not isinstance(x, Tensor) or x.dim() != len(letters):
+        got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"expected {name} to be a tensor [{', '.join(letters)}], got {got}")
+    return x
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], letters: tuple[str, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"expected {name} of shape [{', '.join(letters)}] = {list(shape)}, got {list(x.shape)}")
 
 
 @dataclass
@@ -141,8 +177,7 @@ class NHAState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, without the absent ones."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: x for name, x in self.__dict__.items() if isinstance(x, Tensor)}
 
     @property
     def nbytes(self) -> int:
@@ -249,6 +284,7 @@ class RingState(NHAState):
     @classmethod
     def of(cls, state: NHAState) -> RingState:
         """A copy of a state in ring order. Raises ValueError for full attention, whose window is unbounded."""
+        check_state(state)
         if state.window_size < 0:
             raise ValueError(f"expected a state of window_size >= 0, got one of {state.window_size}")
         if isinstance(state, RingState):
@@ -281,3 +317,47 @@ def _copies(state: NHAState, direction: int) -> dict[str, Any]:
     for name in ("slot_key", "slot_value", "num_tokens"):
         copies[name] = getattr(state, name).detach().clone(memory_format=torch.contiguous_format)
     return copies
+
+
+def check_state(state: NHAState) -> None:
+    """Raise TypeError or ValueError for a state whose tensors do not fit together or do not fit its window."""
+    if not isinstance(state, NHAState):
+        raise TypeError(f"expected state to be an NHAState, got {type(state).__name__}")
+    check_window_size(state.window_size)
+    tensors = state.tensors()
+    for name, x in state.__dict__.items():
+        if name in LETTERS and (x is not None or name != "window_slot_key"):
+            check_tensor(f"state.{name}", x, LETTERS[name])
+    batch, heads, slots, dim = state.slot_key.shape
+    width, window_size = state.key.shape[1], state.window_size
+    exact = isinstance(state, RingState)
+    if window_size >= 0 and (width != window_size if exact else width > window_size):
+        limit = f"{window_size}" if exact else f"at most {window_size}"
+        raise ValueError(f"expected state.key of {limit} tokens with window_size={window_size}, got {width}")
+    sizes = {
+        "B": batch,
+        "H": heads,
+        "M": slots,
+        "D": dim,
+        "Dv": state.slot_value.shape[3],
+        "n": width,
+        "H + 1": heads + 1,
+    }
+    of_inputs, of_slots = state.key.dtype, slot_dtype(state.key.dtype)
+    dtypes = {"value": of_inputs, "window_slot_key": of_inputs, "slot_key": of_slots, "slot_value": of_slots}
+    dtypes |= {"num_tokens": torch.int64, "arrival_counter": torch.int32}
+    for name, x in tensors.items():
+        letters = LETTERS[name]
+        expected = tuple([sizes[letter] for letter in letters])
+        check_shape(f"state.{name}", x, expected, letters)
+        if x.dtype != dtypes.get(name, x.dtype):
+            raise TypeError(f"expected state.{name} of {dtypes[name]} beside keys of {of_inputs}, got {x.dtype}")
+        if name in ("key", "window_log_gate") and x.dtype not in DTYPES:
+            raise TypeError(f"expected state.{name} to be floating point, got {x.dtype}")
+        if x.device != state.key.device:
+            raise ValueError(f"expected state.{name} on {state.key.device} like state.key, got {x.device}")
+    if batch and readable(state.num_tokens):
+        lowest, highest = (int(x) for x in state.num_tokens.aminmax())
+        if lowest < 0 or (width != window_size and highest > width):
+            limit = "0 or more" if width == window_size else f"0 to {width}, all of a window of {window_size} so far"
+            raise ValueError(f"expected state.num_tokens of {limit}, got {lowest} to {highest}")
