@@ -240,7 +240,7 @@ def outputs(case: KernelCase, flat: dict[str, Tensor], impl: str) -> dict[str, T
             state = state if isinstance(state, RingState) else RingState.of(state)
     found = {"out": torch.cat([x.out for x in parts], 1), "mass": torch.cat([x.slot_mass for x in parts], 1)}
     assert state is not None
-    return found | {n: x for n, x in state.aligned().tensors().items() if x.is_floating_point()}
+    return found | {n: x for n, x in state.aligned().padded().tensors().items() if x.is_floating_point()}
 
 
 def results(case: KernelCase, flat: dict[str, Tensor], impl: str) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def full_attention(
         query = past + torch.arange(length, device=q.device)[:, None]
         mask = (token <= query) & (token >= past - state.num_tokens[:, None, None])
         mask = mask[:, None]
-    heads = [x.transpose(1, 2) for x in (q, keys, values)]
+    heads = [aligned(x).transpose(1, 2) for x in (q, keys, values)]
     if softcap is None:
         grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # a comparison is no bool while compiling
         causal = mask is None
@@ -64,6 +64,18 @@ def full_attention(
     if attention_mask is not None:
         out = restore(attention_mask, out)
     return out, mass, state
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, or a copy where rows [D] do not begin at multiples of 16 bytes.
+
+    Fused attention kernels of a GPU load 16 bytes at a time. Given other layouts some return wrong numbers silently.
+    """
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return x
+    width = x.element_size()
+    whole = x.stride(-1) == 1 and all(step * width % 16 == 0 for step in x.stride()[:-1])
+    return x if whole and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
