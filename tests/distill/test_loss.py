@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from nha.distill.loss import Head, head_loss
+from nha.models.head import hidden_states
 from tests.inputs import assert_close_to
-from tests.models.families import teacher
+from tests.models.families import teacher, tokens
 
 N, HIDDEN, VOCAB = 37, 12, 50
 
@@ -125,3 +126,13 @@ def test_shapes_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match="expected a language model head without a bias"):
         Head.of(Model())
+
+
+@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "hyperclovax"])
+def test_the_head_of_the_loss_computes_the_logits_of_the_family(family):
+    model, ids = teacher(family), tokens(1, 8)
+    head = Head.of(model)
+    with torch.no_grad():
+        own, raw = model(ids).logits, hidden_states(model, ids) @ head.weight.T * head.scale
+    found = raw if head.cap is None else torch.tanh(raw / head.cap) * head.cap
+    assert torch.allclose(found, own, atol=8 * torch.finfo(own.dtype).eps * own.abs().max().item())

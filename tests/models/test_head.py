@@ -5,10 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import nha.models.head as module
-from nha.models.head import head_logits, hidden_states, token_losses
+from nha.models.families import FAMILIES as SUPPORTED
+from nha.models.head import check_head, head_logits, hidden_states, token_losses
 from tests.models.families import FAMILIES, hybrid, teacher, tokens
+
+
+@pytest.mark.parametrize("family", [name for name in SUPPORTED if name in CONFIG_MAPPING])
+def test_the_head_gives_the_logits_of_every_family(family):
+    check_head(teacher(family), tokens(1, 8))
+
+
+def test_a_family_with_a_factor_of_its_own_is_refused():
+    class Louder(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 2
+            return out
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="llama"):
+        check_head(Louder(teacher("llama").config), tokens(1, 8))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ from nha.data.recall import RecallSettings, training_sequence
 from nha.data.text import blocks, calibration_text
 from nha.io import write_atomically
 from nha.models.config import FULL, check_windows, sliding_layers
-from nha.models.head import batch_tokens, hidden_states, token_losses
+from nha.models.head import batch_tokens, check_head, hidden_states, token_losses
 from nha.models.windows import attention_layers, decoder, hybrid_layers, temporary_windows
 from nha.ops import NHAState
 
@@ -148,6 +148,7 @@ class Evaluator:
             raise ValueError(f"expected recall_weight from 0 to 1, got {recall_weight}")
         self.model, self.recall_weight, self.wide_window = model, recall_weight, wide_window
         self.windows = check_windows(model.config, list(windows))
+        check_head(model, data.text)
         limit = batch_tokens(model) if max_batch_tokens is None else max_batch_tokens
         self.batches: list[tuple[Tensor, Tensor | None]] = []
         for ids, answers in ((data.text, None), (data.recall, data.answers)):

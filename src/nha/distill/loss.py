@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nha.models.head import logit_factors
+
 MAX_LOGITS = 1 << 28  # in one chunk
 
 # KL and cross-entropy [n] float32, correct [n] bool, gradient [n, hidden]
@@ -33,8 +35,8 @@ class Head:
         layer, config = model.get_output_embeddings(), model.config
         if getattr(layer, "bias", None) is not None:
             raise ValueError("expected a language model head without a bias, got one with a bias")
-        scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        return cls(layer.weight, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+        factor, divisor = logit_factors(config)
+        return cls(layer.weight, factor / divisor, getattr(config, "final_logit_softcapping", None))  # Gemma
 
 
 class HeadLoss(NamedTuple):

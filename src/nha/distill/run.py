@@ -33,6 +33,7 @@ from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopC
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
+from nha.models.head import check_head
 from nha.models.windows import attention_layers
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
@@ -229,6 +230,7 @@ def distill(
     check_family(model.config)
     windows = plan_windows(model.config, _as_list(settings.window_size), settings.full_layers)
     check_corpus(model, corpus, windows)
+    check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
     Head.of(model)
     linear_layers(model, settings.trainable)
     stream = Stream(corpus, tokenizer, make_mixture(settings, world), rank, world)

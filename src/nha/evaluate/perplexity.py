@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nha.evaluate.bootstrap import interval
-from nha.models.head import batch_tokens, hidden_states, token_losses
+from nha.models.head import batch_tokens, check_head, hidden_states, token_losses
 
 SEGMENT = 1024
 REPEAT_DISTANCE, REPEAT_START = 192, 256  # tokens
@@ -101,6 +101,7 @@ def perplexity(
     """
     if ids.dim() != 2 or ids.shape[1] < 2:
         raise ValueError(f"expected token ids [N, T] with T >= 2, got {list(ids.shape)}")
+    check_head(model, ids)
     limit = batch_tokens(model) if max_batch_tokens is None else max_batch_tokens
     length = ids.shape[1]
     segment = length if length <= limit else SEGMENT

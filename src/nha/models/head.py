@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+MULTIPLIED = ("hyperclovax",)  # families that multiply logits by what Granite divides by
 MAX_BATCH_TOKENS = 1 << 18
 ELEMENTS = 1 << 28  # logits at a time in `token_losses`: 1 GiB of float32
 
@@ -17,14 +18,41 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     return model.get_decoder()(ids, use_cache=False, **kwargs).last_hidden_state
 
 
+def logit_factors(config: Any) -> tuple[float, float]:
+    """The numbers that a family multiplies its logits with (Cohere) and divides them by (Granite).
+
+    >>> from transformers import GraniteConfig
+    >>> logit_factors(GraniteConfig(logits_scaling=8.0))
+    (1.0, 8.0)
+    """
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    if config.model_type.removeprefix("nha-") in MULTIPLIED:
+        return scaling, 1.0
+    return getattr(config, "logit_scale", None) or 1.0, scaling
+
+
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states [..., hidden], with the family's scale (Granite) and cap (Gemma)."""
+    """Logits [..., V] of hidden states [..., hidden], with the family's factors and cap (Gemma)."""
     config: Any = model.config
     head: Any = model.get_output_embeddings()
-    logits = head(hidden)
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    factor, divisor = logit_factors(config)
+    logits = head(hidden) * factor / divisor
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise ValueError for a model whose own logits for ids [B, T] are not those of `head_logits`.
+
+    A family may have a factor or a cap of its own there. The bound is the rounding of the largest logit, 8 times.
+    """
+    ids = ids[:1, :8].to(model.device)
+    own = model(ids, use_cache=False).logits.float()
+    off = (head_logits(model, hidden_states(model, ids)).float() - own).abs().max().item()
+    if not off <= 8 * torch.finfo(model.dtype).eps * own.abs().max().item():
+        family = model.config.model_type
+        raise ValueError(f"expected logits that the head alone gives, got {family}, whose own differ by {off:.3g}")
 
 
 def token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
