@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Points = list[tuple[float, float]]
 DPI = 160
+WIDTH = 5.0  # inches
 PASSES = {"fwd": "forward", "fwd+bwd": "forward and backward"}
 SHAPES = {
     (32, 8, 128): ("llama", "Llama-3-8B"),
@@ -103,14 +105,15 @@ def crossover(ours: Points, theirs: Points) -> float | None:
     return round(math.exp(math.log(t0) + (math.log(t1) - math.log(t0)) * g0 / (g0 - g1)), 6)
 
 
-def _figure(panels: int, size: tuple[float, float], title: str) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, height: float, title: str) -> tuple[Figure, list[Axes]]:
+    """Panels one below another, narrow enough to be read on a phone; `height` of one in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=DPI, facecolor=LIGHT.background, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + height * panels), dpi=DPI, facecolor=LIGHT.background, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=LIGHT.ink)
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+    figure.suptitle(textwrap.fill(title, 52), x=0.01, ha="left", fontsize=10.5, color=LIGHT.ink)
     for one in axes:
         for side in ("top", "right"):
             one.spines[side].set_visible(False)
@@ -142,7 +145,7 @@ def _by_log(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, axes: list[Axes], columns: int = 4) -> None:
+def _legend(figure: Figure, axes: list[Axes], columns: int = 2) -> None:
     found: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
@@ -168,9 +171,7 @@ def length(records: list[Record], name: str) -> Figure | None:
     records = constant_tokens(records)
     if len(curve(records, "triton", 64)) < 2:
         return None
-    figure, axes = _figure(
-        2, (10.5, 4.9), f"{name}: attention of one layer, constant number of tokens ({about(records)})"
-    )
+    figure, axes = _figure(2, 3.6, f"{name}: attention of one layer, constant number of tokens ({about(records)})")
     for one, kind in zip(axes, PASSES, strict=True):
         rows = select(records, kind=kind)
         for (impl, window), (label, colour, dash, marker) in STYLES.items():
@@ -229,7 +230,7 @@ def speedup(records: list[Record]) -> Figure | None:
     if not windows or not lengths:
         return None
     title = f"Speed-up over the fastest full attention; below 1 is slower ({about(records)})"
-    figure, axes = _figure(2, (10.5, 1.4 + 0.42 * len(windows)), title)
+    figure, axes = _figure(2, 0.8 + 0.42 * len(windows), title)
     for one, kind in zip(axes, PASSES, strict=True):
         rows = select(records, kind=kind)
         full = dict(best(curve(rows, impl, -1) for impl in FULL))
@@ -271,7 +272,7 @@ def roofline(records: list[Record], limits: dict[str, float]) -> Figure | None:
     order = sorted(rows, key=lambda r: (r["impl"] != "triton", r["impl"] not in FULL, r["impl"], r["W"] % 2**31))
     names = list(dict.fromkeys((r["impl"], r["W"]) for r in order))
     figure, axes = _figure(
-        1, (8.5, 1.3 + 0.4 * len(names)), f"Percentage of the roofline at {tokens(t)} tokens ({about(rows)})"
+        1, 0.8 + 0.4 * len(names), f"Percentage of the roofline at {tokens(t)} tokens ({about(rows)})"
     )
     one = axes[0]
     for shift, (kind, colour) in zip((-0.2, 0.2), (("fwd", BLUE), ("fwd+bwd", SKY)), strict=True):
@@ -304,7 +305,7 @@ def decode(records: list[Record]) -> Figure | None:
     rows = [r for r in select(records, kind="decode") if r["W"] in (64, -1)]
     if not select(rows, W=64):
         return None
-    figure, axes = _figure(1, (7.5, 4.4), f"One token of one layer ({about(rows)})")
+    figure, axes = _figure(1, 4.2, f"One token of one layer ({about(rows)})")
     one, batches = axes[0], sorted({r["B"] for r in rows})
     series: dict[tuple, list[Record]] = {}
     for r in rows:
@@ -331,13 +332,13 @@ def decode(records: list[Record]) -> Figure | None:
     _by_log(one)
     one.set_xlabel("sequences")
     one.set_ylabel("ms")
-    _legend(figure, axes, 2)
+    _legend(figure, axes, 1)
     return figure
 
 
 def model(records: list[Record]) -> Figure | None:
     """Prompt and token times of whole models against the context, one line per way to run."""
-    figure, axes = _figure(2, (10.5, 4.6), f"Llama-3-8B shape, random weights, bf16 ({about(records)})")
+    figure, axes = _figure(2, 3.6, f"Llama-3-8B shape, random weights, bf16 ({about(records)})")
     drawn = False
     for one, task, unit in ((axes[0], "prefill", "reading a prompt, s"), (axes[1], "decode", "decoding a token, ms")):
         series: dict[tuple[str, str], Points] = {}
