@@ -143,6 +143,15 @@ def test_two_processes_with_ddp_stop_and_resume(changes, tmp_path):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_other_processes_wait_for_the_first_to_begin(tmp_path):
+    from nha.distill.checkpoint import RUN, wait_for_begin
+
+    with pytest.raises(TimeoutError, match=RUN):
+        wait_for_begin(tmp_path, seconds=0.0)
+    (tmp_path / RUN).touch()
+    wait_for_begin(tmp_path, seconds=0.0)
+
+
 def run_twice(code: str) -> None:
     """Run code in two processes that find each other, as `torchrun` starts them."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}

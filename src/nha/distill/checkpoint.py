@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -87,6 +88,18 @@ def check_directory(run: Path, wanted: Mapping[str, Any]) -> None:
         others = sorted(path.name for path in run.iterdir() if not _is_leftover(path))
         if others:
             raise ValueError(f"expected {run} to be new, empty or a run to resume, got other files such as {others[0]}")
+
+
+def wait_for_begin(run: Path, seconds: float = 600.0) -> None:
+    """Wait until the first of several processes has begun the run: before, nothing else may be in its directory.
+
+    Raises TimeoutError; all processes must see the same directory.
+    """
+    until = time.monotonic() + seconds
+    while not (run / RUN).is_file():
+        if time.monotonic() > until:
+            raise TimeoutError(f"expected {run / RUN} of the first process within {seconds:.0f} s, got none")
+        time.sleep(0.05)
 
 
 def begin(run: Path, wanted: Mapping[str, Any]) -> None:

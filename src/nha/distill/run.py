@@ -24,7 +24,16 @@ from nha.convert.hybridize import hybridize
 from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
 from nha.data.stream import Mixture, Stream
-from nha.distill.checkpoint import begin, check_directory, latest_checkpoint, load_trained, locked, read_log, step_of
+from nha.distill.checkpoint import (
+    begin,
+    check_directory,
+    latest_checkpoint,
+    load_trained,
+    locked,
+    read_log,
+    step_of,
+    wait_for_begin,
+)
 from nha.distill.loss import Head
 from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop, handle_signals
@@ -248,6 +257,8 @@ def distill(
         if rank == 0:
             stack.enter_context(locked(run))
             begin(run, wanted)
+        else:
+            wait_for_begin(run)
         checkpoint = latest_checkpoint(run)
         start = 0 if checkpoint is None else step_of(checkpoint)
         aligned = [] if checkpoint else align_student(student, ids, settings, reports, stop)
