@@ -75,7 +75,7 @@ def whole(flat, window, state=None, **options):
     output = call(
         flat, window_size=window, impl="reference", state=state, return_state=True, return_slot_mass=True, **options
     )
-    return {"out": output.out, "mass": output.slot_mass, **output.state.tensors()}
+    return {"out": output.out, "mass": output.slot_mass, **output.state.padded().tensors()}
 
 
 def steps(flat, state, cuts, first=None, masks=None):
@@ -88,7 +88,7 @@ def steps(flat, state, cuts, first=None, masks=None):
     if isinstance(state, RingState):
         assert not state.arrival_counter.any()
     found = {"out": torch.cat([o.out for o in outputs], 1), "mass": torch.cat([o.slot_mass for o in outputs], 1)}
-    return found | state.aligned().tensors()
+    return found | state.aligned().padded().tensors()
 
 
 def bounds(flat, exact, reference):
