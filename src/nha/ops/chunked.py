@@ -375,7 +375,7 @@ def chunked(
     def joined(cached: Tensor, new: Tensor) -> Tensor:
         if not window:
             return new.to(dtype)
-        return F.pad(torch.cat([cached, new], 1).to(dtype), (0, 0, 0, 0, window - past, 0))
+        return torch.cat([F.pad(cached, (0, 0, 0, 0, window - past, 0)), new], 1).to(dtype)
 
     gates = joined(state.window_log_gate, log_gate)[:, :length]
     if count is not None:
