@@ -19,7 +19,6 @@ from nha.ops import NHAState
 from nha.ops.state import check_state
 
 FORMAT = "nha-cache-v2"
-NHA_TENSORS = {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"}
 # Settings that say where a configuration came from or how to train and write, never what a forward pass computes.
 IRRELEVANT = (
     "_name_or_path",

@@ -144,7 +144,7 @@ def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dr
     >>> full_prefill(q, k, torch.arange(3.0).view(1, 1, 3, 1)).flatten().tolist()
     [0.5, 0.5, 1.0, 1.0]
     """
-    q, k, v = cast_for_autocast(q, k, v)
+    q, k, v = (aligned(x) for x in cast_for_autocast(q, k, v))
     length, keys = q.shape[2], k.shape[2]
     attend = None if dropout or length == keys else _square_kernel(q, k, v)
     if attend is None:
