@@ -225,6 +225,8 @@ def nha_decode(
     """
     if not isinstance(state, RingState):
         raise TypeError(f"expected a RingState, got {type(state).__name__}; make one with RingState.of(state)")
+    if state.max_rollback:
+        raise ValueError(f"expected a RingState of max_rollback=0, got {state.max_rollback}; use its append")
     check_inputs(
         q,
         k,

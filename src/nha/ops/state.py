@@ -14,6 +14,7 @@ from nha.ops.padding import readable
 
 MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
 MAX_NEW = 16  # tokens that can be written into a ring at a time
+MAX_ROLLBACK = 2**12  # tokens that a ring may hold besides its window
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Dimensions by letter, read once: these checks run before every decoded token.
 LETTERS = {
@@ -32,6 +33,7 @@ LETTERS = {
         "window_slot_key": "B, n, H, D",
         "window_log_gate": "B, n, H, M",
         "num_tokens": "B",
+        "num_written": "B",
         "arrival_counter": "B, H + 1",
     }.items()
 }
@@ -270,6 +272,10 @@ class RingState(NHAState):
     tensors are those of `NHAState`, contiguous and shared with no other state. `aligned` returns the state with its
     window in order; `nha_attention` and `nha.save_state` call it themselves. The ring has all W entries from the start.
 
+    With `max_rollback` of R > 0 it has W + R: a token is written to the slots R tokens after it left the window, so
+    that `rollback` can take back up to R of the newest tokens, exactly, by moving a cursor. Such a ring is written by
+    `append` and read through `aligned`, which writes the tokens in between to a copy of the slots.
+
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3)
     >>> state = state.padded()
     >>> state.key[0, :, 0, 0] = torch.tensor([4.0, 5.0, 6.0])
@@ -277,38 +283,128 @@ class RingState(NHAState):
     >>> ring = RingState.of(state)
     >>> ring.key[0, :, 0, 0].tolist(), ring.aligned().key[0, :, 0, 0].tolist()
     ([6.0, 4.0, 5.0], [4.0, 5.0, 6.0])
+    >>> ring, new = RingState.of(state, max_rollback=2), torch.zeros(1, 2, 1, 4)
+    >>> ring.append(new, new, torch.zeros(1, 2, 1, 2), None)
+    >>> ring.rollback(2)
+    >>> ring.aligned().key[0, :, 0, 0].tolist(), ring.num_tokens.tolist()
+    ([4.0, 5.0, 6.0], [7])
     """
 
     arrival_counter: Tensor  # [B, H + 1] int32: programs done per head and heads done per sequence; 0 between steps
+    max_rollback: int = 0  # R, the tokens that `rollback` can take back
+    num_written: Tensor | None = None  # [B] int64, tokens in the slots; None where R is 0: all that left the window
 
     @classmethod
-    def of(cls, state: NHAState) -> RingState:
-        """A copy of a state in ring order. Raises ValueError for full attention, whose window is unbounded."""
+    def of(cls, state: NHAState, max_rollback: int = 0) -> RingState:
+        """A copy of a state in ring order, from which up to `max_rollback` of the tokens to come can be taken back.
+
+        Raises ValueError for full attention, whose window is unbounded, and for a `max_rollback` out of range.
+        """
         check_state(state)
+        check_max_rollback(max_rollback)
         if state.window_size < 0:
             raise ValueError(f"expected a state of window_size >= 0, got one of {state.window_size}")
-        if isinstance(state, RingState):
+        if isinstance(state, RingState) and state.max_rollback == max_rollback:
             return state.map(torch.clone)  # type: ignore[return-value]
         arrival_counter = state.num_tokens.new_zeros(
             state.num_tokens.shape[0], state.slot_key.shape[1] + 1, dtype=torch.int32
         )
+        state = state.aligned().padded()
+        wide = {name: getattr(state, name) for name in WINDOW_CACHE if max_rollback}
+        wide = {name: F.pad(x, (0, 0, 0, 0, max_rollback, 0)) for name, x in wide.items() if x is not None}
         return cls(
             window_size=state.window_size,
             slots_active=state.slots_active,
             arrival_counter=arrival_counter,
-            **_copies(state.padded(), -1),
+            max_rollback=max_rollback,
+            num_written=(state.num_tokens - state.window_size).clamp_min(0) if max_rollback else None,
+            **_copies(replace(state, **wide), -1),
         )
 
     def aligned(self) -> NHAState:
-        """A copy of the state with its window oldest first, as in an `NHAState`."""
-        return NHAState(window_size=self.window_size, slots_active=self.slots_active, **_copies(self, 1))
+        """A copy of the state with its window oldest first and all other tokens in the slots, as in an `NHAState`."""
+        copies = _copies(self, 1, self.max_rollback)
+        if self.max_rollback:
+            copies["slot_key"], copies["slot_value"] = self._slots(self.num_tokens - self.window_size)
+        return NHAState(window_size=self.window_size, slots_active=self.slots_active, **copies)
+
+    def _slots(self, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots [B, H, M, ...] once they hold tokens 0 .. stop - 1 (stop [B]); no exponent is above 0."""
+        assert self.num_written is not None
+        width = self.window_size + self.max_rollback
+        token = torch.arange(-width, -self.window_size, device=stop.device) + self.num_tokens[:, None]
+        place = token.remainder(width)[..., None, None]  # of tokens older than the window
+
+        def oldest(x: Tensor) -> Tensor:
+            return x.gather(1, place.expand(-1, -1, *x.shape[2:])).transpose(1, 2).to(self.slot_key.dtype)
+
+        unwritten = (token >= self.num_written[:, None]) & (token < stop[:, None])
+        gate = oldest(self.window_log_gate).clamp(-5, 0) * unwritten[:, None, :, None]
+        later = gate.flip(2).cumsum(2).flip(2)  # of a token and all after it
+        share = (-torch.expm1(gate) * torch.exp(later - gate)).mT  # [B, H, M, R]
+        decay = later[:, :, 0].exp()[..., None]
+        slot_key = self.key if self.window_slot_key is None else self.window_slot_key
+        return (
+            decay * self.slot_key + share @ oldest(slot_key),
+            decay * self.slot_value + share @ oldest(self.value),
+        )
+
+    def append(self, key: Tensor, value: Tensor, log_gate: Tensor, slot_key: Tensor | None) -> None:
+        """Add up to `max_rollback` tokens [B, T, H, ...] of every sequence, in place.
+
+        Tokens older than window and `max_rollback` together are written to the slots, and the new ones take their
+        places. Raises ValueError for more tokens than that.
+        """
+        length = key.shape[1]
+        if not self.max_rollback or length > self.max_rollback:
+            raise ValueError(f"expected at most {self.max_rollback} tokens, got {length}")
+        assert self.num_written is not None
+        oldest = self.num_tokens + (length - self.window_size - self.max_rollback)
+        slots = self._slots(oldest)
+        self.slot_key.copy_(slots[0])
+        self.slot_value.copy_(slots[1])
+        self.num_written.copy_(torch.maximum(self.num_written, oldest))
+        place = torch.arange(length, device=key.device) + self.num_tokens[:, None]
+        place = place.remainder(self.window_size + self.max_rollback)[..., None, None]
+        new = {"key": key, "value": value, "window_log_gate": log_gate}
+        if self.window_slot_key is not None:
+            new["window_slot_key"] = key if slot_key is None else slot_key
+        for name, x in new.items():
+            held = getattr(self, name)
+            held.scatter_(1, place.expand(-1, -1, *held.shape[2:]), x.detach().to(held.dtype))
+        self.num_tokens += length
+
+    def rollback(self, count: int) -> None:
+        """Forget the newest `count` tokens of every sequence, in place: only their number changes.
+
+        At most `max_rollback` tokens behind the furthest that was read; what goes further back is not checked here,
+        since the numbers may be on a GPU.
+        """
+        if not 0 <= count <= self.max_rollback:
+            raise ValueError(f"expected to take back 0 to {self.max_rollback} tokens, got {count}")
+        self.num_tokens -= count
 
 
-def _copies(state: NHAState, direction: int) -> dict[str, Any]:
-    """Contiguous copies of the tensors without gradients, each sequence's window rolled by its number of tokens."""
-    window = state.window_size
-    index = torch.arange(window, device=state.num_tokens.device) + direction * state.num_tokens[:, None]
-    index = (index.remainder(window) if window else index)[..., None, None]
+def check_max_rollback(max_rollback: object) -> None:
+    """Raise ValueError for what is no number of tokens that can be taken back.
+
+    >>> check_max_rollback(-1)
+    Traceback (most recent call last):
+    ValueError: expected max_rollback to be an int from 0 to 4096, got -1
+    """
+    number = isinstance(max_rollback, int) and not isinstance(max_rollback, bool)
+    if not number or not 0 <= max_rollback <= MAX_ROLLBACK:  # type: ignore[operator]
+        raise ValueError(f"expected max_rollback to be an int from 0 to {MAX_ROLLBACK}, got {max_rollback!r}")
+
+
+def _copies(state: NHAState, direction: int, skip: int = 0) -> dict[str, Any]:
+    """Contiguous copies of the tensors without gradients, each sequence's window rolled by its number of tokens.
+
+    The first `skip` entries of the rolled window are left out.
+    """
+    width = state.key.shape[1]
+    index = torch.arange(skip, width, device=state.num_tokens.device) + direction * state.num_tokens[:, None]
+    index = (index.remainder(width) if width else index)[..., None, None]
     copies: dict[str, Any] = {"window_slot_key": None}
     for name in WINDOW_CACHE:
         x = getattr(state, name)
@@ -325,14 +421,17 @@ def check_state(state: NHAState) -> None:
         raise TypeError(f"expected state to be an NHAState, got {type(state).__name__}")
     check_window_size(state.window_size)
     tensors = state.tensors()
+    rollback = state.max_rollback if isinstance(state, RingState) else 0
     for name, x in state.__dict__.items():
-        if name in LETTERS and (x is not None or name != "window_slot_key"):
+        absent = x is None and (name == "window_slot_key" or (name == "num_written" and not rollback))
+        if name in LETTERS and not absent:
             check_tensor(f"state.{name}", x, LETTERS[name])
     batch, heads, slots, dim = state.slot_key.shape
     width, window_size = state.key.shape[1], state.window_size
     exact = isinstance(state, RingState)
-    if window_size >= 0 and (width != window_size if exact else width > window_size):
-        limit = f"{window_size}" if exact else f"at most {window_size}"
+    places = window_size + rollback
+    if window_size >= 0 and (width != places if exact else width > window_size):
+        limit = f"{places}" if exact else f"at most {window_size}"
         raise ValueError(f"expected state.key of {limit} tokens with window_size={window_size}, got {width}")
     sizes = {
         "B": batch,
@@ -345,7 +444,7 @@ def check_state(state: NHAState) -> None:
     }
     of_inputs, of_slots = state.key.dtype, slot_dtype(state.key.dtype)
     dtypes = {"value": of_inputs, "window_slot_key": of_inputs, "slot_key": of_slots, "slot_value": of_slots}
-    dtypes |= {"num_tokens": torch.int64, "arrival_counter": torch.int32}
+    dtypes |= {"num_tokens": torch.int64, "num_written": torch.int64, "arrival_counter": torch.int32}
     for name, x in tensors.items():
         letters = LETTERS[name]
         expected = tuple([sizes[letter] for letter in letters])
@@ -358,6 +457,6 @@ def check_state(state: NHAState) -> None:
             raise ValueError(f"expected state.{name} on {state.key.device} like state.key, got {x.device}")
     if batch and readable(state.num_tokens):
         lowest, highest = (int(x) for x in state.num_tokens.aminmax())
-        if lowest < 0 or (width != window_size and highest > width):
-            limit = "0 or more" if width == window_size else f"0 to {width}, all of a window of {window_size} so far"
+        if lowest < 0 or (width != places and highest > width):
+            limit = "0 or more" if width == places else f"0 to {width}, all of a window of {window_size} so far"
             raise ValueError(f"expected state.num_tokens of {limit}, got {lowest} to {highest}")
