@@ -165,3 +165,29 @@ def test_resuming_with_other_settings_is_refused(place, corpus, tmp_path):
 def test_the_command_has_help_with_an_example():
     result = runner.invoke(app, ["distill", "--help"])
     assert result.exit_code == 0 and "Example" in result.stdout
+
+
+def test_a_control_is_trained_beside_the_hybrid_and_shared_with_others(place, corpus, tmp_path):
+    base = ["distill", str(place / "tiny")]
+    rest = ["--corpus", str(corpus), *SHORT]
+    result = runner.invoke(app, [*base, str(tmp_path / "run"), *rest, "--control", "also", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    row = found["relative_to_control"][0]
+    assert row["ratio"] == pytest.approx(row["value"] / row["control"])
+    control = tmp_path / "run" / "control"
+    assert (control / "model" / "model.safetensors").is_file()
+    assert "relative to control" in (tmp_path / "run" / "hybrid" / "README.md").read_text()
+    wide = [*rest, "--window", "24", "--control", str(control)]
+    again = runner.invoke(app, [*base, str(tmp_path / "other"), *wide])
+    assert again.exit_code == 0 and "relative to control" in again.stdout, again.output
+    alone = runner.invoke(app, [*base, str(tmp_path / "alone"), *rest, "--control", "only", "--json"])
+    assert alone.exit_code == 0 and json.loads(alone.stdout)["hybrid"] is None, alone.output
+    assert not (tmp_path / "alone" / "hybrid").exists()
+    after = runner.invoke(app, [*base, str(tmp_path / "alone"), *rest, "--control", "also", "--json"])
+    assert after.exit_code == 0 and json.loads(after.stdout)["relative_to_control"], after.output
+    other = runner.invoke(app, [*base, str(tmp_path / "third"), *rest, "--seed", "1", "--control", str(control)])
+    assert other.exit_code == 2 and "expected a control of the same batches" in other.stderr.replace("\n", " ")
+    none = runner.invoke(app, [*base, str(tmp_path / "third"), *rest, "--control", "both"])
+    assert none.exit_code == 2 and "expected --control to be also, only" in none.stderr.replace("\n", " ")
+    assert not (tmp_path / "third").exists()

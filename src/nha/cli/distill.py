@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.hybridize import check_convertible, searched_windows
 from nha.cli.options import with_settings
-from nha.distill.settings import DistillSettings
+from nha.distill.settings import CONTROL, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.io import atomic_directory
 from nha.models import loading
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from nha.distill.run import Distilled
 
 UNFINISHED = 3
+ALSO, ONLY = "also", "only"
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -51,6 +54,15 @@ def distill(
         Path | None,
         typer.Option(help="A result of nha search, instead of --window and --full-layers.", show_default=False),
     ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            help="The fair control, the original trained on the same batches with full attention. 'also' trains it "
+            "first, in OUTPUT/control, 'only' trains it alone; a directory is that of one trained before. The hybrid's "
+            "numbers are then shown relative to it.",
+            show_default="none",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -70,6 +82,10 @@ def distill(
             if text is None and corpus is None:
                 raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
             common.check_choice("--dtype", dtype, DTYPES)
+            if control not in (None, ALSO, ONLY) and not Path(control).is_dir():
+                raise BadInput(
+                    f"expected --control to be {ALSO}, {ONLY} or the directory of a control, got {control!r}"
+                )
             common.check_range("--held-out", held_out, at_least=0, below=1)
             if windows is not None:
                 found = searched_windows(windows, settings.window_size, settings.full_layers)
@@ -81,7 +97,7 @@ def distill(
             if prepare_only:
                 report_corpus(opened, as_json)
                 return
-            run(source, opened, output, settings, dtype, stop, as_json)
+            run(Job(source, opened, output, settings, dtype, control, as_json), stop)
     except KeyboardInterrupt:
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
@@ -141,44 +157,122 @@ def report_corpus(corpus: Corpus, as_json: bool) -> None:
     )
 
 
-def run(
-    source: loading.Source,
-    corpus: Corpus,
-    output: Path,
-    settings: DistillSettings,
-    dtype: str,
-    stop: Stop,
-    as_json: bool,
-) -> None:
-    """Train, show the progress, and save the hybrid."""
-    import torch
+@dataclass(frozen=True)
+class Job:
+    """A command's arguments, checked; `control` is `ALSO`, `ONLY`, a directory or None."""
 
-    from nha.distill.run import save_distilled
+    source: loading.Source
+    corpus: Corpus
+    output: Path
+    settings: DistillSettings
+    dtype: str
+    control: str | None
+    as_json: bool
 
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    with common.status(f"loading {source.label}"):
-        loaded, tokenizer = loading.load(source, dtype=dtype)
+    def load(self) -> tuple[Any, Any]:
+        """The original and its tokenizer."""
+        import torch
+
+        cuda = torch.cuda.is_available()
+        dtype = ("bfloat16" if cuda else "float32") if self.dtype == "auto" else self.dtype
+        with common.status(f"loading {self.source.label}"):
+            return loading.load(self.source, dtype=dtype)
+
+
+def run(job: Job, stop: Stop) -> None:
+    """Train the control and the hybrid, show the progress, and save both."""
+    from nha.distill.results import read_control
+    from nha.distill.run import control_identity
+
+    loaded, tokenizer = job.load()
     stop.check()
-    found, steps = train(loaded, tokenizer, corpus, output, settings, stop)
-    if os.environ.get("RANK", "0") != "0":
-        return
+    identity, control = None, None
+    if job.control is not None:
+        identity = control_identity(loaded, job.corpus, job.settings, world_size())
+    if job.control in (ALSO, ONLY):
+        control = train_and_save(job, loaded, tokenizer, stop, control_of=identity)
+        if job.control == ONLY or control is None:
+            return
+        free(loaded)
+        loaded, tokenizer = job.load()
+    elif job.control is not None:
+        control = read_control(Path(job.control), identity or {})
+    train_and_save(job, loaded, tokenizer, stop, relative_to=control)
+
+
+def train_and_save(
+    job: Job,
+    model: Any,
+    tokenizer: Any,
+    stop: Stop,
+    *,
+    control_of: dict[str, Any] | None = None,
+    relative_to: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Train a hybrid, or the control of an identity, and report it; its numbers if they were measured.
+
+    They are measured for a control and for a hybrid that has one, `relative_to`. Leaves with an exit code if the run
+    is not finished.
+    """
+    from nha.distill.results import MODEL, measure_run, relative_to_control, save_distilled
+
+    is_control = control_of is not None
+    place = job.output / CONTROL if is_control else job.output
+    folder = place / (MODEL if is_control else "hybrid")
+    found, steps = train(model, tokenizer, job.corpus, place, job.settings, stop, is_control)
+    if rank() != 0:
+        return {}
+    measured = relative = None
+    if found.finished:
+        if is_control or relative_to:
+            with common.status("measuring on held-out documents"):
+                measured = measure_run(found.model, job.corpus, tokenizer, job.settings)
+        if measured and relative_to:
+            relative = relative_to_control(measured, relative_to)
+        extra = {"control": control_of, "measured": measured}
+        with common.status(f"writing {folder}"), atomic_directory(folder) as work:
+            found.model.to(base_dtype(job.source, found.model.dtype))  # type: ignore[arg-type]
+            save_distilled(
+                found, tokenizer, work, job.source.base, job.corpus, job.settings, extra=extra, relative=relative
+            )
     result: dict[str, Any] = {
-        "model": source.name,
-        "output": str(output),
+        "model": job.source.name,
+        "output": str(job.output),
         "finished": found.finished,
         "stopped_by": None if found.finished else found.stopped_by,
         "steps": found.steps,
         "last": found.log[-1] if found.log else {},
-        "hybrid": None,
-        "settings": dataclasses.asdict(settings),
+        "hybrid": str(folder) if found.finished and not is_control else None,
+        "control": str(folder) if found.finished and is_control else None,
+        "relative_to_control": relative,
+        "settings": dataclasses.asdict(job.settings),
     }
-    if found.finished:
-        with common.status("writing the hybrid"), atomic_directory(output / "hybrid") as work:
-            found.model.to(base_dtype(source, found.model.dtype))  # type: ignore[arg-type]
-            save_distilled(found, tokenizer, work, source.base, corpus, settings)
-        result["hybrid"] = str(output / "hybrid")
-    report(result, steps, as_json)
+    silent = job.as_json and is_control and job.control == ALSO and found.finished  # one document: the hybrid's
+    if not silent:
+        report(result, steps, job.as_json)
+    return measured
+
+
+def free(model: Any) -> None:
+    """Give the memory of a trained model back; a Trainer refers to itself, so it waits for the garbage collector."""
+    import gc
+
+    import torch
+
+    model.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def rank() -> int:
+    """The number of this process under torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def base_dtype(source: loading.Source, default: Any) -> Any:
@@ -192,17 +286,17 @@ def base_dtype(source: loading.Source, default: Any) -> Any:
 
 
 def train(
-    model: Any, tokenizer: Any, corpus: Corpus, output: Path, settings: DistillSettings, stop: Stop
+    model: Any, tokenizer: Any, corpus: Corpus, output: Path, settings: DistillSettings, stop: Stop, control: bool
 ) -> tuple[Distilled, int]:
-    """Distil with progress on stderr. Returns the outcome and the number of steps in all."""
+    """Distil, or train a control, with progress on stderr. Returns the outcome and the number of steps in all."""
     from nha.distill.run import distill as train_hybrid
     from nha.distill.run import make_mixture
     from nha.distill.trainer import Reports
 
-    steps = make_mixture(settings, int(os.environ.get("WORLD_SIZE", "1"))).steps
+    steps = make_mixture(settings, world_size()).steps
     with common.progress_bar() as bar:
         tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
-        texts = {"align": "aligning layers", "train": "training"}
+        texts = {"align": "aligning layers", "train": "training the control" if control else "training"}
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
@@ -210,11 +304,12 @@ def train(
             bar.update(tasks[stage], completed=done, total=total, description=texts[stage])
 
         def log(entry: dict[str, float]) -> None:
-            texts["train"] = describe(entry)
+            texts["train"] = ("control, " if control else "") + describe(entry)
             progress("train", int(entry["step"]), steps)
 
         reports = Reports(log=log, progress=progress)
-        return train_hybrid(model, tokenizer, corpus, output, settings, reports=reports, stop=stop), steps
+        found = train_hybrid(model, tokenizer, corpus, output, settings, control=control, reports=reports, stop=stop)
+        return found, steps
 
 
 def report(result: dict[str, Any], steps: int, as_json: bool) -> None:
@@ -222,15 +317,30 @@ def report(result: dict[str, Any], steps: int, as_json: bool) -> None:
     if as_json:
         print_json(result)
     elif result["finished"]:
-        hybrid = escape(result["hybrid"])
-        out.print(f"[green]✓[/] {result['steps']:,} steps, saved in [bold]{hybrid}[/]", soft_wrap=True)
+        saved = escape(result["hybrid"] or result["control"])
+        out.print(f"[green]✓[/] {result['steps']:,} steps, saved in [bold]{saved}[/]", soft_wrap=True)
         out.print(f"  {describe(result['last'])}", soft_wrap=True)
-        out.print(f'  try it:  [cyan]nha generate {hybrid} "Why is the sky blue?"[/]', soft_wrap=True)
+        if result["relative_to_control"]:
+            out.print(relative_table(result["relative_to_control"]))
+        if result["hybrid"]:
+            out.print(f'  try it:  [cyan]nha generate {saved} "Why is the sky blue?"[/]', soft_wrap=True)
     if not result["finished"]:
         reason = result["stopped_by"] or "budget"
         done = f"stopped by {reason} after {result['steps']:,} of {steps:,} steps, with a checkpoint"
         err.print(f"{done}; run the same command again to resume", soft_wrap=True)
         raise typer.Exit(exit_code(reason))
+
+
+def relative_table(rows: list[dict[str, Any]]) -> Table:
+    """The hybrid's numbers on held-out documents beside those of its control."""
+    table = Table(box=None, padding=(0, 3, 0, 2), header_style="dim")
+    table.add_column("held-out documents")
+    for title in ("hybrid", "control", "relative to control"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        table.add_row(row["name"], f"{row['value']:.3f}", f"{row['control']:.3f}", ratio)
+    return table
 
 
 def describe(entry: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nha.distill.settings import CONTROL
 from nha.io import sync_directory, sync_tree, write_atomically
 
 RUN, LOG, LOCK, WEIGHTS, MANIFEST = "run.json", "log.jsonl", ".lock", "trained.safetensors", "manifest.json"
@@ -85,7 +86,7 @@ def check_directory(run: Path, wanted: Mapping[str, Any]) -> None:
             pairs = "; ".join(f"{k} = {begun.get(k)!r}, got {wanted.get(k)!r}" for k in differing)
             raise ValueError(f"expected to resume the run in {run} with {pairs}: name a new directory for another run")
     elif run.is_dir():
-        others = sorted(path.name for path in run.iterdir() if not _is_leftover(path))
+        others = sorted(path.name for path in run.iterdir() if path.name != CONTROL and not _is_leftover(path))
         if others:
             raise ValueError(f"expected {run} to be new, empty or a run to resume, got other files such as {others[0]}")
 

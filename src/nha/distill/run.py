@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from nha.convert.align import align
 from nha.convert.calibrate import SINK_TOKENS
-from nha.convert.card import CardFacts, save_hybrid
 from nha.convert.hybridize import hybridize
 from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
@@ -46,6 +45,7 @@ from nha.models.head import check_head
 from nha.models.windows import attention_layers
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
+CONTROL_SETTINGS = ("trainable", "lora_rank", "lr", "warmup_fraction", "max_grad_norm", "gradients", "answer_weight")
 VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
 
@@ -70,8 +70,11 @@ class Distilled:
     stopped_by: str | None = None
 
 
-def make_mixture(settings: DistillSettings, world: int = 1) -> Mixture:
-    """The batches of a run on `world` devices."""
+def make_mixture(settings: DistillSettings, world: int = 1, control: bool = False) -> Mixture:
+    """The batches of a run on `world` devices.
+
+    A control reads the same batches; the weight of the KL divergence, which would be 0, goes to the cross-entropy.
+    """
     steps = max(1, round((settings.tokens - settings.long_tokens) / (settings.batch_size * settings.seq_len * world)))
     long_size = max(1, settings.batch_size * settings.seq_len // settings.long_seq_len)
     long_steps = round(settings.long_tokens / (long_size * settings.long_seq_len * world))
@@ -90,8 +93,8 @@ def make_mixture(settings: DistillSettings, world: int = 1) -> Mixture:
             long_range_fraction=settings.long_range_fraction,
         ),
         fact_warmup=settings.fact_warmup,
-        kl_weight=settings.kl_weight,
-        cross_entropy_weight=settings.ce_weight,
+        kl_weight=0.0 if control else settings.kl_weight,
+        cross_entropy_weight=settings.ce_weight + (settings.kl_weight if control else 0.0),
         answer_weight=settings.answer_weight,
         separate_recall=settings.gradients != "together",
         micro_batch_size=settings.micro_batch_size,
@@ -112,8 +115,26 @@ def teacher_identity(model: PreTrainedModel) -> str:
 
 def identity(model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, world: int) -> dict[str, Any]:
     """All that must be equal for a run to be resumed."""
-    about = {"teacher": teacher_identity(model), "corpus": corpus.identity, "devices": world, "dtype": str(model.dtype)}
-    return about | settings.identity()
+    return inputs_identity(model, corpus, world) | settings.identity()
+
+
+def inputs_identity(model: PreTrainedModel, corpus: Corpus, world: int) -> dict[str, Any]:
+    """The inputs of every run besides its settings: teacher, corpus, number of devices, dtype."""
+    return {
+        "teacher": teacher_identity(model),
+        "corpus": corpus.identity,
+        "devices": world,
+        "dtype": str(model.dtype),
+    }
+
+
+def control_identity(
+    model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, world: int = 1
+) -> dict[str, Any]:
+    """All that a control depends on: hybrids that differ in windows, slots or gates alone share one."""
+    rest = {name: value for name, value in settings.identity().items() if name in CONTROL_SETTINGS}
+    batches = dataclasses.asdict(make_mixture(settings, world, control=True))
+    return {"control": True} | inputs_identity(model, corpus, world) | rest | {"batches": batches}
 
 
 def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> None:
@@ -203,6 +224,7 @@ def distill(
     run: Path | str,
     settings: DistillSettings | None = None,
     *,
+    control: bool = False,
     reports: Reports | None = None,
     stop: Stop | None = None,
 ) -> Distilled:
@@ -223,6 +245,9 @@ def distill(
         corpus: from `nha.data.prepare.prepare` or `nha.data.corpus.open_corpus`.
         run: the directory of the run.
         settings: default `DistillSettings()`.
+        control: train the model itself, with full attention in every layer, on the same batches with the same recipe:
+            the fair control for the hybrid of these settings. Gates and sinks are not used,
+            and it learns the next token with the weight of the KL divergence added to that of the cross-entropy.
         reports: functions to call on the way.
         stop: asks the run to stop; default: by signals and `settings.budget`. With a `stop` of its own the caller
             handles signals.
@@ -241,10 +266,11 @@ def distill(
     check_corpus(model, corpus, windows)
     check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
     Head.of(model)
-    linear_layers(model, settings.trainable)
-    stream = Stream(corpus, tokenizer, make_mixture(settings, world), rank, world)
+    if not linear_layers(model, settings.trainable) and control:
+        raise ValueError(f"expected trainable weights for a control, got trainable {settings.trainable!r}")
+    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world)
     stream[0]  # raises for sequences too short for recall text
-    wanted = identity(model, corpus, settings, world)
+    wanted = (control_identity if control else identity)(model, corpus, settings, world)
     if rank == 0:  # the others may look while it is being written
         check_directory(run, wanted)
     with ExitStack() as stack:
@@ -252,7 +278,7 @@ def distill(
             stop = Stop(settings.budget)
             stack.enter_context(handle_signals(stop))
         cached = model.config.use_cache
-        student, ids = make_student(model, corpus, settings, windows)
+        student, ids = make_student(model, corpus, settings, [FULL] * len(windows) if control else windows, control)
         stop.check()
         if rank == 0:
             stack.enter_context(locked(run))
@@ -276,9 +302,12 @@ def distill(
 
 
 def make_student(
-    model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, windows: list[int]
+    model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, windows: list[int], control: bool = False
 ) -> tuple[Distillation, Tensor]:
-    """Convert a model in place and make a student of it; also the ids [N, T] that it was calibrated on."""
+    """Convert a model in place and make a student of it; also the ids [N, T] that it was calibrated on.
+
+    A control has no teacher.
+    """
     torch.manual_seed(settings.seed)
     ids = align_ids(corpus, settings, windows)
     if any(window != FULL for window in windows):
@@ -300,10 +329,10 @@ def make_student(
         model,
         trainable=settings.trainable,
         lora_rank=settings.lora_rank,
-        has_teacher=settings.kl_weight > 0,
+        has_teacher=settings.kl_weight > 0 and not control,
     )
     for module in attention_layers(student.causal):
-        module.ablation = "slots_off" if settings.slots_off else None
+        module.ablation = "slots_off" if settings.slots_off and not control else None
     return student, ids
 
 
@@ -328,21 +357,6 @@ def align_student(
         seed=settings.seed,
         progress=progress,
     )
-
-
-def save_distilled(
-    found: Distilled,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    base: str,
-    corpus: Corpus,
-    settings: DistillSettings,
-) -> None:
-    """Write the hybrid, its tokenizer, its settings and last log entry, and a model card into a folder."""
-    about = {"settings": dataclasses.asdict(settings), "tokens": corpus.meta["tokens"], "log": found.log[-1:]}
-    (folder / "distillation.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    notes = f"Trained on {settings.tokens:,.0f} tokens with seed {settings.seed}; see distillation.json."
-    save_hybrid(found.model, tokenizer, folder, CardFacts(base, seed=settings.seed, notes=notes))
 
 
 def _as_list(windows: int | tuple[int, ...]) -> int | list[int]:

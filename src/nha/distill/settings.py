@@ -13,6 +13,7 @@ GRADIENTS = ("clip", "normalise", "together")
 COMPILED = ("auto", "layers", "nothing")
 LR, GATE_LR, TUNED_WIDTH = 2e-3, 8e-3, 576
 MAX_TOKENS = 10**15
+CONTROL = "control"  # the folder of a run in which its control is trained
 
 
 @dataclass(frozen=True)
