@@ -1,7 +1,7 @@
 # make quickstart   set everything up, turn a real model into a hybrid, write report/
 # make test         set everything up, run the tests on the newest and the oldest supported transformers, and kernels interpreted
 # make test-long    the laws and the operator on many more random cases
-# make test-gpu, bench-op, bench-model, bench-decode   check and time on this machine's GPU (installs nothing)
+# make test-gpu, bench-op, bench-model   check and time on this machine's GPU (installs nothing)
 # make bench-cpu    time the operator on the CPU
 # make plots        draw the tables of benchmarks/results
 # PYTHON, VENV and TORCH may be given on the command line.
@@ -71,18 +71,22 @@ clean:
 # On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy, typer, pytest); installs nothing.
 BENCH_OUT ?= benchmarks/results
 BENCH_BUDGET ?= 500
+BENCH_MODEL ?= llama-3-8b
 GPU_WORKERS ?= 16
 GPU_TESTS := OMP_NUM_THREADS=1 PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
 BENCH := PYTHONPATH=src $(PYTHON) -m nha bench
 
-.PHONY: test-gpu bench-op bench-model bench-decode bench-cpu plots
+.PHONY: test-gpu bench-op bench-model bench-cpu plots
 
 test-gpu:
 	$(GPU_TESTS) -n $(GPU_WORKERS) --dist loadgroup tests/gpu --ignore tests/gpu/test_large.py; parallel=$$?; \
 	$(GPU_TESTS) tests/gpu/test_large.py && exit $$parallel
 
-bench-op bench-model bench-decode: bench-%:
-	$(BENCH) $* --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+bench-op:
+	$(BENCH) op --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+
+bench-model:
+	$(BENCH) model $(BENCH_MODEL) --out $(BENCH_OUT)/models --budget-s $(BENCH_BUDGET)
 
 bench-cpu: $(VENV)/.installed
 	$(VENV)/bin/nha bench cpu --out $(BENCH_OUT)

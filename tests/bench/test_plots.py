@@ -10,8 +10,8 @@ import pytest
 
 from nha.bench import model, plots
 from nha.bench import op as bench
+from nha.bench.drawing import crossover
 from nha.bench.roofline import floor_ms
-from nha.bench.timing import Table
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"bytes_per_s": 3e12, "operations_per_s": 7.5e14}
@@ -35,15 +35,13 @@ def results(tmp_path_factory):
 
 def test_every_picture_is_drawn_from_the_tables_alone(results, tmp_path):
     pytest.importorskip("matplotlib")
-    about = {"gpu": "none", "date": "2026", "B": 1, "tokens_s": 1, "peak_gib": 1}
-    for name, rows in (("model.csv", model.prompt_rows(False)), ("decode.csv", model.decode_rows(False))):
-        with Table(results / name, model.COLUMNS) as table:
-            for row in rows:
-                one = {"model": row.model, "task": row.task, "how": row.how, "T": row.length, "ms": row.length / 9}
-                table.add(about | one)
+    about = {"gpu": "none", "date": "2026", "B": 1, "tokens_s": 1, "peak_gib": 1, "status": "ok"}
+    (results / "models").mkdir()
+    rows = [about | cell.fields | {"ms": cell.length / 9} for cell in model.cells()]
+    model.write_rows(results / "models" / "some.csv", rows)
     lines: list[str] = []
     plots.draw(results, tmp_path, lines.append)
-    names = ("length-llama", "length-qwen", "length-smollm", "speedup", "roofline", "decode", "model")
+    names = ("length-llama", "length-qwen", "length-smollm", "speedup", "roofline", "decode", "model-some")
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
     assert not any("not enough rows" in line for line in lines)
 
@@ -52,9 +50,9 @@ def test_the_crossover_is_where_the_curves_meet_for_good():
     records = [{"impl": "triton", "W": 64, "T": t, "ms": 2.0} for t in (1024, 2048, 4096)]
     records += [{"impl": "sdpa-cudnn", "W": -1, "T": t, "ms": ms} for t, ms in ((1024, 1.0), (2048, 1.0), (4096, 4.0))]
     ours, theirs = plots.curve(records, "triton", 64), plots.curve(records, "sdpa-cudnn", -1)
-    assert plots.crossover(ours, theirs) == pytest.approx(2048 * 2**0.5)
-    assert plots.crossover(theirs, ours) is None
-    assert plots.crossover(ours, [(t, 9.0) for t, _ in ours]) == 0.0
+    assert crossover(ours, theirs) == pytest.approx(2048 * 2**0.5)
+    assert crossover(theirs, ours) is None
+    assert crossover(ours, [(t, 9.0) for t, _ in ours]) == 0.0
 
 
 def test_tables_in_the_repository_can_be_drawn(tmp_path):
@@ -64,5 +62,5 @@ def test_tables_in_the_repository_can_be_drawn(tmp_path):
 
 
 def test_a_missing_table_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"ops\.csv.*model\.csv"):
+    with pytest.raises(ValueError, match=r"ops\.csv.*models"):
         plots.draw(tmp_path, tmp_path)

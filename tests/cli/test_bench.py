@@ -13,7 +13,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
-@pytest.mark.parametrize("what", ["op", "model", "decode"])
+@pytest.mark.parametrize("what", ["op", "model"])
 def test_rows_are_listed(what):
     done = run(what, "--list")
     assert done.exit_code == 0 and len(done.stdout.splitlines()) > 8
@@ -32,7 +32,9 @@ def test_a_table_is_written_and_drawn_from(tmp_path):
     [
         (["op", "--only", "nothing like it"], ["nothing like it"]),
         (["op"], ["CUDA"]),
-        (["decode", "--budget-s", "-1"], ["--budget-s", "-1"]),
+        (["model", "--budget-s", "-1"], ["--budget-s", "-1"]),
+        (["model", "--shard", "5/4"], ["--shard", "5/4"]),
+        (["model", "--draw"], ["llama-3-8b"]),
         (["cpu", "--repeats", "0"], ["--repeats", "0"]),
     ],
     ids=str,

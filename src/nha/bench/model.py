@@ -1,331 +1,256 @@
-"""Time a whole model with full attention and as a hybrid: prompts (model.csv), and decoding (decode.csv).
+"""Time a model with full attention and as a hybrid, in one run: prompts, tokens, and as many sequences as fit.
 
-Llama-3-8B's shape with random weights in bf16. The hybrid keeps full attention in 4 of 32 layers; the other layers have
-a window of 64 and 64 slots. "full" is the model as transformers runs it. "full-kernels" has full attention in every
-layer too, on this library's decoding kernels. `task` and `how`:
+A row is one cell: a variant of the model (see `nha.bench.shapes`), a task, how it is done, and a length T in tokens.
 
-prefill     reading a prompt of T tokens into a cache: in one call, or in segments; ms and the peak of memory, weights
-            included
-decode      one more token of one sequence after T: eager (a cache that grows), graph (a static cache, replayed as a
-            CUDA graph), compiled (torch.compile of the step), both (a CUDA graph of the compiled step)
+prefill     reading a prompt of T tokens into a cache, in one call or in segments of 16,384 tokens; ms, and the peak of
+            memory with the weights
+decode      one more token of one sequence after T: "eager" is a call with a cache that grows, "graph" a CUDA graph of a
+            call with a static cache, "compiled" a CUDA graph of the compiled call, "generate" plain `generate()`
 throughput  one more token of as many sequences of T tokens as fit into the memory; B is their number
+
+Hybrids have random gates: times do not depend on them. `status` is "ok", "out of memory" or what failed.
 """
 
 from __future__ import annotations
 
-import gc
+import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from nha.bench.timing import CUDA, DEVICE, Table, captured, median_ms, require_gpu, stamp, synchronize
+from nha.bench import model_measure
+from nha.bench.shapes import ORIGINALS, SLOTS, WINDOW, Variants, load_original
+from nha.bench.timing import is_out_of_memory, read_table, require_gpu, stamp, synchronize
+from nha.errors import BadInput, one_line
+from nha.io import atomic_write
 
-COLUMNS = (
-    "model",
-    "task",
-    "how",
-    "B",
-    "T",
-    "ms",
-    "tokens_s",
-    "peak_gib",
-    "gpu",
-    "torch",
-    "transformers",
-    "triton",
-    "date",
-)
-FULL_LAYERS = (3, 11, 19, 27)
-WINDOW, SLOTS = 64, 64
+ABOUT = ("gpu", "torch", "transformers", "triton", "nha", "date")
+COLUMNS: tuple[str, ...] = ("model", "variant", "task", "how", "B", "T", "ms", "tokens_s", "peak_gib", "status", *ABOUT)
+FULL_LAYERS = 4
 SEGMENT = 16384
-GIB = 2**30
-SPARE = 3  # GiB that throughput leaves free for activations
+OK, OUT_OF_MEMORY = "ok", "out of memory"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement of a model: "hybrid", "full" or "full-kernels"."""
+class Cell:
+    """One measurement of a variant of the model."""
 
-    model: str
+    variant: str
     task: str
     how: str
     length: int
 
     def __str__(self) -> str:
-        return f"{self.model} {self.task} {self.how} T{self.length}"
+        return f"{self.variant} {self.task} {self.how} T{self.length}"
+
+    @property
+    def fields(self) -> Row:
+        return {"variant": self.variant, "task": self.task, "how": self.how, "T": self.length}
+
+    @property
+    def cost(self) -> float:
+        """Seconds that it takes, roughly, with 8B parameters on an H100."""
+        if self.task == "prefill":
+            quadratic = 8 if self.variant in ORIGINALS else 0 if self.variant == "hybrid-0" else 1
+            call = self.length / 30e3 + (self.length / 131072) ** 2 * quadratic
+            return 2 + max(2 * call, min(4 * call, 3))
+        compiles = 40 if self.how == "compiled" else 0
+        return compiles + (10 if self.task == "throughput" else 4) + self.length / 131072
 
 
-def prompt_rows(tiny: bool) -> list[Row]:
-    """Rows of prompts, the most important first, with few changes of the model."""
-    lengths = [n * 1024 for n in (2, 8, 32, 128, 64)] if not tiny else [20, 30]
-    found = [Row("hybrid", "prefill", "one call", n) for n in lengths]
-    found += [Row("hybrid", "prefill", "segments", lengths[3] if not tiny else 30)]
-    return found + [Row("full", "prefill", "one call", n) for n in lengths]
-
-
-def decode_rows(tiny: bool) -> list[Row]:
-    """Rows of decoding, the most important first, with few changes of the model."""
-    near, middle, far = (2048, 32768, 131072) if not tiny else (10, 20, 30)
-    found = [Row("hybrid", "decode", "graph", n) for n in (middle, far)]
-    found += [Row("hybrid", "throughput", how, middle) for how in ("graph", "eager")]
-    found += [Row("hybrid", "decode", how, n) for how, n in (("both", middle), ("eager", near))]
-    found += [Row("full-kernels", "decode", "graph", n) for n in (middle, far)]
-    found += [Row("full-kernels", "throughput", "graph", middle)]
-    found += [Row("full", "throughput", how, middle) for how in ("eager", "graph")]
-    found += [Row("full", "decode", how, n) for how, n in (("graph", middle), ("eager", near), ("both", middle))]
-    found += [Row("full", "decode", "compiled", middle)]
-    last = (("compiled", middle), ("both", far), ("compiled", far))
-    return found + [Row("hybrid", "decode", how, n) for how, n in last]
-
-
-def model_config(tiny: bool) -> Any:
-    """Llama-3-8B's config with a context of 256K, or a tiny one."""
-    from transformers import LlamaConfig
-
+def cells(tiny: bool = False, full: int = FULL_LAYERS) -> list[Cell]:
+    """Every cell, the most important first; `full` is the number of full layers of the first hybrid (tiny: 1)."""
+    full = min(full, 1) if tiny else full
+    hybrids = (f"hybrid-{full}", "hybrid-0") if full else ("hybrid-0",)
+    some, none = hybrids[0], "hybrid-0"
+    everyone = (*ORIGINALS, *hybrids)
+    lengths, seen, far = ([2**n for n in range(8, 18)], (2048, 32768, 131072), 2**20)
     if tiny:
-        return LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-        )
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=1 << 18,
-        tie_word_embeddings=False,
-    )
+        lengths, seen, far = [20, 30], (10, 20, 30), 40
+    near, middle, long = seen
+
+    def each(names: Iterable[str], task: str, hows: Iterable[str], at: Iterable[int]) -> list[Cell]:
+        return [Cell(name, task, how, n) for n in at for name in names for how in hows]
+
+    first = [n for n in lengths if n in (lengths[0], *seen)] or lengths
+    found = each(("original", *hybrids), "prefill", ["one call"], first)
+    found += each(everyone, "decode", ["graph"], seen)
+    found += each((*ORIGINALS[1:], *hybrids), "throughput", ["graph"], [middle])
+    found += each(["original"], "throughput", ["eager"], [middle])
+    found += each((*ORIGINALS[1:], some), "decode", ["compiled"], [middle])
+    found += each(["original", *hybrids], "decode", ["generate"], [near])
+    found += each(hybrids, "prefill", ["segments"], [long]) + each([none], "prefill", ["segments"], [far])
+    found += each([none], "decode", ["graph"], [far]) + each([none], "throughput", ["graph"], [far])
+    found += each(["original", *hybrids], "prefill", ["one call"], lengths)
+    found += each((*ORIGINALS[1:], some, none), "decode", ["compiled"], (long, near))
+    found += each((*ORIGINALS[1:], *hybrids), "throughput", ["compiled"], [middle])
+    found += each(["original", *hybrids], "decode", ["eager"], (near, middle))
+    found += each(everyone, "decode", ["graph"], (lengths[0], lengths[len(lengths) // 2]))
+    found += each(["original"], "decode", ["compiled"], [middle]) + each([none], "decode", ["compiled"], [far])
+    found += each(["original", *hybrids], "decode", ["generate"], [lengths[0], middle])
+    found += each((*ORIGINALS[1:], *hybrids), "throughput", ["graph"], [long])
+    return list(dict.fromkeys(found))
 
 
-def build(name: str, tiny: bool) -> Any:
-    """A model with random weights, made on the device."""
-    from transformers import AutoModelForCausalLM
+def shard_of(wanted: list[Cell], shard: tuple[int, int]) -> list[Cell]:
+    """The cells of shard (i, n), 1 <= i <= n: all shards together take equally long.
 
-    from nha.models.adapter import to_hybrid
-
-    config, dtype = model_config(tiny), torch.float32 if tiny else torch.bfloat16
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        if name != "full":
-            layers = range(config.num_hidden_layers)
-            full = layers if name == "full-kernels" else FULL_LAYERS if not tiny else (1,)
-            window, slots = (WINDOW, SLOTS) if not tiny else (8, 6)
-            to_hybrid(model, [-1 if i in full else window for i in layers], num_slots=slots)
-    return model.to(DEVICE).requires_grad_(False)
+    >>> [len(shard_of(cells(), (i, 4))) for i in (1, 2)] != [0, 0]
+    True
+    """
+    index, count = shard
+    loads, own = [0.0] * count, set()
+    for cell in sorted(wanted, key=lambda cell: -cell.cost):
+        lightest = loads.index(min(loads))
+        loads[lightest] += cell.cost
+        if lightest == index - 1:
+            own.add(cell)
+    return [cell for cell in wanted if cell in own]
 
 
-def random_ids(model: Any, batch: int, length: int) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(length)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator, device=DEVICE)
-
-
-def peak_gib() -> float | None:
-    return round(torch.cuda.max_memory_allocated() / GIB, 2) if CUDA else None
-
-
-def prefill(model: Any, row: Row, segment: int) -> dict[str, Any]:
-    """Time and peak of reading a prompt into an empty cache."""
-    from transformers import DynamicCache
-
-    prompt, size = random_ids(model, 1, row.length), segment if row.how == "segments" else row.length
-
-    def read() -> None:
-        cache = DynamicCache(config=model.config)
-        for start in range(0, row.length, size):
-            model(prompt[:, start : start + size], past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    read()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    ms = median_ms(read, seconds=1, min_calls=3, host_ahead=False)
-    return {"B": 1, "ms": ms, "tokens_s": row.length / ms * 1e3, "peak_gib": peak_gib()}
-
-
-def grown_cache(model: Any, batch: int, length: int) -> Any:
-    """A growing cache after `length` tokens of each sequence; keys and values of full layers are random."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    prompt = random_ids(model, batch, WINDOW + 8)
-    model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if hasattr(layer, "state"):
-            layer.length = length
-            layer.state.num_tokens.fill_(length)
+def measure(variants: Variants, cell: Cell, segment: int = SEGMENT) -> Row:
+    """The columns of a cell. Raises torch.OutOfMemoryError where the memory is too small even for one sequence."""
+    model = variants.get(cell.variant)
+    with torch.no_grad():
+        if cell.task == "prefill":
+            size = segment if cell.how == "segments" else cell.length
+            found = model_measure.prefill(model, cell.length, size)
+        elif cell.task == "decode":
+            found = model_measure.decode(model, cell.how, cell.length, variants.window)
         else:
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                setattr(layer, name, None)
-                setattr(
-                    layer,
-                    name,
-                    torch.empty(*old.shape[:2], length, old.shape[3], dtype=old.dtype, device=old.device).normal_(),
-                )
-    return cache
+            found = model_measure.throughput(model, cell.how, cell.length, variants.window, variants.slots)
+    return found | {"ms": round(found["ms"], 3), "tokens_s": round(found["tokens_s"], 1)}
 
 
-def static_cache(model: Any, batch: int, length: int) -> Any:
-    """A cache of fixed addresses after `length` random tokens of each sequence."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=length + 64)
-    model(random_ids(model, batch, WINDOW + 8), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if hasattr(layer, "state"):
-            layer.length.fill_(length)
-            layer.state.num_tokens.fill_(length)
-        else:
-            layer.cumulative_length.fill_(length)
-            layer.keys.normal_()
-            layer.values.normal_()
-    return cache
+def attempt(variants: Variants, cell: Cell, segment: int) -> Row:
+    """The columns of a cell with a status; what fails is a row without numbers."""
+    try:
+        return measure(variants, cell, segment) | {"status": OK}
+    except Exception as error:
+        if is_out_of_memory(error):
+            return {"status": OUT_OF_MEMORY}
+        return {"status": f"{type(error).__name__}: {one_line(error)}"[:200]}
 
 
-def decoding_step(model: Any, how: str, batch: int, length: int) -> Callable[[], object]:
-    """A function that decodes one token of every sequence; it resets a static cache first, so that none overflows."""
-    token, position = random_ids(model, batch, 1), torch.full((batch, 1), length, device=DEVICE)
-    if how == "eager":
-        cache = grown_cache(model, batch, length)
-        options = {"past_key_values": cache, "use_cache": True}
-        return lambda: model(token, **options).logits
-    cache = static_cache(model, batch, length)
-    options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
-    run = model
-    if how in ("compiled", "both"):
-        mode = "reduce-overhead" if how == "compiled" else "default"
-        compiling: dict[str, Any] = {"mode": mode} if CUDA else {"backend": "aot_eager"}
-        run = torch.compile(model, fullgraph=True, **compiling)
-    counts = [x.length if hasattr(x, "state") else x.cumulative_length for x in cache.layers]
+class Rows:
+    """The table of one run, one row a line on the disk as soon as it is measured; a later run adds what is missing.
 
-    def step() -> object:
-        for count in counts:
-            count.fill_(length)
-        return run(token, **options).logits
+    Raises BadInput for a table of another GPU.
+    """
 
-    if how in ("graph", "both"):
-        return captured(step)
-    for _ in range(3):
-        step()
-    return step
+    def __init__(self, path: Path, about: Row):
+        self.path, self.about = path, about
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = read_table(path) if path.exists() else []
+        others = sorted({str(row["gpu"]) for row in self.rows} - {about["gpu"]})
+        if others:
+            raise BadInput(
+                f"expected rows of {about['gpu']} in {path}, got rows of {', '.join(others)}: name a new --out"
+            )
+        self.rows = [row for row in self.rows if row["status"] in (OK, OUT_OF_MEMORY)]
+        write_rows(path, self.rows)
 
+    def has(self, cell: Cell) -> bool:
+        return any(row | cell.fields == row for row in self.rows)
 
-def cache_bytes(model: Any, length: int) -> int:
-    """Bytes of a cache for one sequence of `length` tokens."""
-    config = model.config
-    windows = getattr(config, "window_sizes", [-1] * config.num_hidden_layers)
-    size = model.dtype.itemsize
-    wide = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    of_window = 2 * wide * (length + 64) * size
-    of_slots = 2 * wide * (SLOTS * 4 + 2 * WINDOW * size)
-    return sum(of_window if window < 0 else of_slots for window in windows)
+    def add(self, row: Row) -> None:
+        self.rows.append(row | self.about)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
 
-def decode(model: Any, row: Row) -> dict[str, Any]:
-    """Time and peak of one token of one sequence, or of as many as fit."""
-    batch = 1
-    if row.task == "throughput":
-        free = (
-            torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if CUDA else 0
-        )
-        batch = max(int((free - SPARE * GIB) / cache_bytes(model, row.length)), 1) if CUDA else 2
-    step: Callable[[], object] | None = None
-    while True:
-        try:
-            step = decoding_step(model, row.how, batch, row.length)
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            ms = median_ms(step, seconds=1, max_calls=30, host_ahead=False)
-            return {"B": batch, "ms": ms, "tokens_s": batch / ms * 1e3, "peak_gib": peak_gib()}
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch, step = max(int(batch * 0.8), 1), None  # free the cache that did not fit
-        clear()
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Replace a table by these rows."""
+    with atomic_write(path) as work, work.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def clear() -> None:
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
+def label(name: str) -> str:
+    """The name of a model's files.
+
+    >>> label("HuggingFaceTB/SmolLM2-135M")
+    'SmolLM2-135M'
+    """
+    return Path(name).name or "model"
 
 
-@torch.no_grad()
-def measure(model: Any, row: Row, tiny: bool) -> dict[str, Any]:
-    """The columns of a row."""
-    found = prefill(model, row, SEGMENT if not tiny else 12) if row.task == "prefill" else decode(model, row)
-    found |= {"ms": round(found["ms"], 3), "tokens_s": round(found["tokens_s"], 1)}
-    return {"model": row.model, "task": row.task, "how": row.how, "T": row.length, **found}
+def table_path(out: Path, name: str, shard: tuple[int, int] | None = None) -> Path:
+    """The table of a model in a directory, or that of one shard."""
+    part = f".part-{shard[0]}-of-{shard[1]}" if shard else ""
+    return out / f"{label(name)}{part}.csv"
 
 
-def run(wanted: list[Row], path: Path, budget_s: float, tiny: bool, log: Callable[[str], None] = print) -> int:
-    """Measure rows into the table at `path`, starting none after `budget_s`; the number of rows that failed.
+def run(
+    name: str,
+    wanted: list[Cell],
+    out: Path,
+    budget_s: float,
+    *,
+    shard: tuple[int, int] | None = None,
+    tiny: bool = False,
+    log: Callable[[str], None] = print,
+) -> int:
+    """Measure the cells that the table in `out` lacks and start none that would end after `budget_s`.
 
-    Raises ValueError without a GPU, unless `tiny`.
+    Returns the number of cells that failed; memory that is too small is no failure. Raises ValueError without a GPU,
+    unless `tiny`, and BadInput for a table of another GPU or a model that cannot be loaded.
     """
     require_gpu(tiny)
     deadline = time.monotonic() + budget_s
-    about, failed, unrun = stamp("torch", "transformers", "triton"), 0, 0
-    model, current = None, None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Table(path, COLUMNS) as table:
-        for row in wanted:
-            if time.monotonic() > deadline:
-                unrun += 1
-                continue
-            if row.model != current:
-                model = None
-                clear()
-                start = time.perf_counter()
-                model, current = build(row.model, tiny), row.model
-                synchronize()
-                log(f"model {current} made in {time.perf_counter() - start:.0f} s")
-            try:
-                table.add(measure(model, row, tiny) | about)
-                log(_line(row, table.rows[-1]))
-            except Exception as error:
-                failed += 1
-                log(f"failed: {row}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    wanted = wanted if shard is None else shard_of(wanted, shard)
+    table = Rows(table_path(out, name, shard), stamp("torch", "transformers", "triton", "nha"))
+    missing, failed, unrun = [cell for cell in wanted if not table.has(cell)], 0, 0
+    variants: Variants | None = None
+    for cell in missing:
+        if time.monotonic() + (0 if tiny else cell.cost) > deadline:
+            unrun += 1
+            continue
+        if variants is None:
+            start = time.perf_counter()
+            variants = Variants(load_original(name, tiny), *((8, 6) if tiny else (WINDOW, SLOTS)))
+            synchronize()
+            log(f"model made in {time.perf_counter() - start:.0f} s")
+        start = time.perf_counter()
+        found = attempt(variants, cell, 12 if tiny else SEGMENT)
+        failed += found["status"] not in (OK, OUT_OF_MEMORY)
+        table.add(
+            {"model": name, "variant": cell.variant, "task": cell.task, "how": cell.how, "T": cell.length} | found
+        )
+        log(f"{line(found)}  {cell} (in {time.perf_counter() - start:.0f} s)")
+        if cell.how == "compiled":
             torch._dynamo.reset()
-            clear()
-    log(comparison(table.rows))
-    log(f"{len(table.rows)} rows in {path}, {failed} failed, {unrun} not started for lack of time")
+        model_measure.clear()
+    log(f"{len(table.rows)} rows in {table.path}, {failed} failed, {unrun} not started for lack of time")
     return failed
 
 
-def _line(row: Row, found: dict[str, Any]) -> str:
-    columns = f"{found['ms']:>10.2f} ms {found['tokens_s']:>10.0f} tokens/s {found['peak_gib'] or 0:>6.1f} GiB"
-    return f"{columns}  {row} B{found['B']}"
+def line(row: Row) -> str:
+    """A measurement as text."""
+    if row["status"] != OK:
+        return row["status"]
+    return f"{row['ms']:>10.2f} ms {row['tokens_s']:>10.0f} tokens/s {row['peak_gib'] or 0:>6.1f} GiB  B{row['B']}"
 
 
-def comparison(found: list[dict[str, Any]]) -> str:
-    """The hybrid beside full attention, where both were measured."""
+def collect(name: str, out: Path) -> list[Row]:
+    """All rows of a model in a directory, parts of shards included, each cell once: the newest counts.
 
-    def of(hybrid: bool, task: str) -> list[dict[str, Any]]:
-        return [r for r in found if (r["model"] == "hybrid") == hybrid and r["task"] == task]
-
-    lines = []
-    for ours in of(True, "prefill"):
-        theirs = [r for r in of(False, "prefill") if r["T"] == ours["T"]]
-        text = f"prompt of {ours['T']:,} tokens, {ours['how']}: {ours['ms'] / 1e3:.2f} s, peak {ours['peak_gib']} GiB"
-        lines.append(text + "".join(f"; {r['model']} {r['ms'] / 1e3:.2f} s, {r['peak_gib']} GiB" for r in theirs))
-    for task, unit in (("decode", "ms"), ("throughput", "tokens_s")):
-        for ours in of(True, task):
-            theirs = [f"{r['model']}, {r['how']}: {r[unit]}" for r in of(False, task) if r["T"] == ours["T"]]
-            text = f"{task} after {ours['T']:,} tokens, {ours['how']}: {ours[unit]} {unit}, B {ours['B']}; "
-            lines.append(text + ", ".join(theirs))
-    return "\n".join(lines)
+    Raises BadInput if there are none.
+    """
+    paths = [*sorted(out.glob(f"{label(name)}.part-*.csv")), table_path(out, name)]
+    found: dict[tuple, Row] = {}
+    for path in paths:
+        for row in read_table(path) if path.exists() else []:
+            key = (row["variant"], row["task"], row["how"], row["T"])
+            old = found.get(key)
+            if old is None or (row["status"] == OK, row["date"]) >= (old["status"] == OK, old["date"]):
+                found[key] = row
+    if not found:
+        raise BadInput(f"expected a table of {name} in {out}, found none")
+    return sorted(found.values(), key=lambda row: (row["task"], row["variant"], row["how"], row["T"]))

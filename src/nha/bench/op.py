@@ -172,6 +172,7 @@ def rows(tiny: bool) -> list[Row]:
 
     found = block(("triton", *sdpa), LLAMA, [short], [64])
     found += block(("triton",), LLAMA, [long, (4, 8192)], [64])
+    found += block(("flex-window",), LLAMA, [c for c in constant if c[1] <= 32768], [64])
     found += block(("triton",), LLAMA, [short], [0, 512, -1])
     found += decode(("triton",), LLAMA, (64, 1, 8, 256), 32768)
     found += block(windows, LLAMA, [short], [64, 512]) + block(("gsa+window", "w0+window"), LLAMA, [short], [64])
@@ -184,11 +185,13 @@ def rows(tiny: bool) -> list[Row]:
     found += block(("triton",), LLAMA, [c for c in constant if c != short], [0, 512])
     found += decode(("sdpa-flash",), LLAMA, (1, 8, 64), 32768) + decode(("sdpa-flash",), LLAMA, (1, 64, 256), 2048)
     found += block(("triton",), LLAMA, constant[-2:], [64]) + block(sdpa, LLAMA, constant[-2:], [64], ("fwd",))
-    found += block(("triton", *sdpa), LLAMA, single, [64])
+    found += block(("triton", *sdpa, "flex-window"), LLAMA, single, [64])
+    found += block(("flex-window",), LLAMA, constant[-2:], [64])
     found += block(windows, LLAMA, [long], [64, 512]) + block(("w0+window", "gsa+window"), LLAMA, [long], [64])
     found += block(sdpa, LLAMA, constant[-2:], [64], ("fwd+bwd",))
     for sizes in (SMOLLM, QWEN):
         found += block(("triton", *sdpa), sizes, [c for c in constant if c not in (short, long)], [64])
+        found += block(("flex-window",), sizes, constant, [64])
         found += block(("triton",), sizes, [short, long], [32, 128, 2048]) + block(("triton",), sizes, [long], [0, 512])
         found += block(windows, sizes, [short], [64])
         found += decode(("triton",), sizes, (8, 256), 32768)

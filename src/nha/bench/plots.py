@@ -4,31 +4,43 @@ length-NAME.png   time against length at a constant number of tokens, with the l
 speedup.png       speed-up of each window over the fastest full attention, slowdowns included
 roofline.png      the percentage of the machine's bandwidth or arithmetic that a call reaches
 decode.png        time of one token against the number of sequences
-model.png         a whole model: reading a prompt and decoding a token
+model-NAME.png    a whole model of models/NAME.csv: reading a prompt, decoding a token, memory
 """
 
 from __future__ import annotations
 
 import json
 import math
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nha.bench import model_page
+from nha.bench.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    Points,
+    Record,
+    about,
+    add_legend,
+    by_log,
+    by_tokens,
+    crossover,
+    make_figure,
+)
 from nha.bench.roofline import roofline_fraction
 from nha.bench.timing import read_table
 from nha.io import atomic_write
-from nha.report.plots import LIGHT, spread, tokens
+from nha.report.plots import LIGHT, tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Record = dict[str, Any]
-Points = list[tuple[float, float]]
-DPI = 160
-WIDTH = 5.0  # inches
 PASSES = {"fwd": "forward", "fwd+bwd": "forward and backward"}
 SHAPES = {
     (32, 8, 128): ("llama", "Llama-3-8B"),
@@ -36,7 +48,6 @@ SHAPES = {
     (9, 3, 64): ("smollm", "SmolLM2"),
 }
 FULL = ("sdpa-cudnn", "sdpa-flash")
-BLUE, ORANGE, GREY, GREEN, PINK, SKY = "#0072b2", "#c75000", "#3d444c", "#007a5a", "#a8558a", "#56b4e9"
 # (implementation, W) -> (label, colour, dash, marker); W None for any.
 STYLES: dict[tuple[str, int | None], tuple[str, str, Any, str]] = {
     ("triton", 64): ("nha, W 64", BLUE, "-", "o"),
@@ -86,92 +97,12 @@ def best(curves: Iterable[Points]) -> Points:
     return sorted(found.items())
 
 
-def crossover(ours: Points, theirs: Points) -> float | None:
-    """The length from which on `ours` is faster at every common length: 0 if always, None if not at the longest.
-
-    Curves are interpolated linearly in logarithms.
-
-    >>> crossover([(1024, 2.0), (4096, 2.0)], [(1024, 1.0), (4096, 4.0)])
-    2048.0
-    """
-    other = dict(theirs)
-    gaps = [(t, math.log(ms / other[t])) for t, ms in ours if t in other]
-    if not gaps or gaps[-1][1] >= 0:
-        return None
-    slower = [i for i, (_, gap) in enumerate(gaps) if gap >= 0]
-    if not slower:
-        return 0.0
-    (t0, g0), (t1, g1) = gaps[slower[-1]], gaps[slower[-1] + 1]
-    return round(math.exp(math.log(t0) + (math.log(t1) - math.log(t0)) * g0 / (g0 - g1)), 6)
-
-
-def _figure(panels: int, height: float, title: str) -> tuple[Figure, list[Axes]]:
-    """Panels one below another, narrow enough to be read on a phone; `height` of one in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 0.9 + height * panels), dpi=DPI, facecolor=LIGHT.background, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
-    figure.suptitle(textwrap.fill(title, 52), x=0.01, ha="left", fontsize=10.5, color=LIGHT.ink)
-    for one in axes:
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            one.spines[side].set_color(LIGHT.line)
-        one.grid(axis="y", color=LIGHT.line, linewidth=0.7)
-        one.set_axisbelow(True)
-        one.tick_params(which="both", labelsize=8.5, colors=LIGHT.muted)
-        one.xaxis.label.set(color=LIGHT.muted, fontsize=9)
-        one.yaxis.label.set(color=LIGHT.muted, fontsize=9)
-    return figure, list(axes)
-
-
-def _by_tokens(axes: Axes, lengths: Iterable[float]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(set(lengths))))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
-
-
-def _by_log(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, axes: list[Axes], columns: int = 2) -> None:
-    found: dict[str, Any] = {}
-    for one in axes:
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        found.values(),
-        found.keys(),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=LIGHT.ink,
-    )
-
-
-def about(records: list[Record]) -> str:
-    """The machine and the date of records."""
-    return ", ".join(sorted({f"{r['gpu']}, {r['date']}" for r in records}))
-
-
 def length(records: list[Record], name: str) -> Figure | None:
     """Time against length; None without at least two lengths of the kernels."""
     records = constant_tokens(records)
     if len(curve(records, "triton", 64)) < 2:
         return None
-    figure, axes = _figure(2, 3.6, f"{name}: attention of one layer, constant number of tokens ({about(records)})")
+    figure, axes = make_figure(2, 3.6, f"{name}: attention of one layer, constant number of tokens ({about(records)})")
     for one, kind in zip(axes, PASSES, strict=True):
         rows = select(records, kind=kind)
         for (impl, window), (label, colour, dash, marker) in STYLES.items():
@@ -187,13 +118,13 @@ def length(records: list[Record], name: str) -> Figure | None:
                     linewidth=2.2 if impl == "triton" else 1.5,
                     zorder=3 if impl == "triton" else 2,
                 )
-        _by_tokens(one, [r["T"] for r in rows])
-        _by_log(one)
+        by_tokens(one, [r["T"] for r in rows])
+        by_log(one)
         total = max((r["B"] * r["T"] for r in rows if r["B"] > 1), default=0)
         one.set_xlabel(f"tokens of a sequence ({total:,} in all; one sequence beyond)" if total else "tokens")
         one.set_ylabel(f"{PASSES[kind]}, ms")
         _mark_crossover(one, curve(rows, "triton", 64), best(curve(rows, impl, -1) for impl in FULL))
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -230,7 +161,7 @@ def speedup(records: list[Record]) -> Figure | None:
     if not windows or not lengths:
         return None
     title = f"Speed-up over the fastest full attention; below 1 is slower ({about(records)})"
-    figure, axes = _figure(2, 0.8 + 0.42 * len(windows), title)
+    figure, axes = make_figure(2, 0.8 + 0.42 * len(windows), title)
     for one, kind in zip(axes, PASSES, strict=True):
         rows = select(records, kind=kind)
         full = dict(best(curve(rows, impl, -1) for impl in FULL))
@@ -271,7 +202,7 @@ def roofline(records: list[Record], limits: dict[str, float]) -> Figure | None:
     rows = select(records, T=t)
     order = sorted(rows, key=lambda r: (r["impl"] != "triton", r["impl"] not in FULL, r["impl"], r["W"] % 2**31))
     names = list(dict.fromkeys((r["impl"], r["W"]) for r in order))
-    figure, axes = _figure(
+    figure, axes = make_figure(
         1, 0.8 + 0.4 * len(names), f"Percentage of the roofline at {tokens(t)} tokens ({about(rows)})"
     )
     one = axes[0]
@@ -292,7 +223,7 @@ def roofline(records: list[Record], limits: dict[str, float]) -> Figure | None:
     one.set_xlabel(
         f"% of what {limits['bytes_per_s'] / 1e12:.1f} TB/s and {limits['operations_per_s'] / 1e12:.0f} TFLOP/s allow"
     )
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -305,7 +236,7 @@ def decode(records: list[Record]) -> Figure | None:
     rows = [r for r in select(records, kind="decode") if r["W"] in (64, -1)]
     if not select(rows, W=64):
         return None
-    figure, axes = _figure(1, 4.2, f"One token of one layer ({about(rows)})")
+    figure, axes = make_figure(1, 4.2, f"One token of one layer ({about(rows)})")
     one, batches = axes[0], sorted({r["B"] for r in rows})
     series: dict[tuple, list[Record]] = {}
     for r in rows:
@@ -329,53 +260,11 @@ def decode(records: list[Record]) -> Figure | None:
         )
     one.set_xscale("log", base=2)
     one.set_xticks(batches, [str(b) for b in batches])
-    _by_log(one)
+    by_log(one)
     one.set_xlabel("sequences")
     one.set_ylabel("ms")
-    _legend(figure, axes, 1)
+    add_legend(figure, axes, 1)
     return figure
-
-
-def model(records: list[Record]) -> Figure | None:
-    """Prompt and token times of whole models against the context, one line per way to run."""
-    figure, axes = _figure(2, 3.6, f"Llama-3-8B shape, random weights, bf16 ({about(records)})")
-    drawn = False
-    for one, task, unit in ((axes[0], "prefill", "reading a prompt, s"), (axes[1], "decode", "decoding a token, ms")):
-        series: dict[tuple[str, str], Points] = {}
-        for r in select(records, task=task, B=1):
-            series.setdefault((r["model"], r["how"]), []).append((r["T"], r["ms"] / (1e3 if task == "prefill" else 1)))
-        ends = []
-        for (name, how), points in sorted(series.items()):
-            colour = {"hybrid": BLUE, "full": GREY}.get(name, ORANGE)
-            dash = "-" if how in ("one call", "graph") else (0, (4, 1.5))
-            points.sort()
-            one.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker="o", markersize=4)
-            ends.append((points[-1], f"{name}, {how}: {points[-1][1]:.3g}", colour))
-            drawn = True
-        if ends:
-            _by_tokens(one, [r["T"] for r in select(records, task=task, B=1)])
-            _by_log(one)
-            _end_labels(one, ends)
-        one.set_xlabel("tokens")
-        one.set_ylabel(unit)
-    return figure if drawn else None
-
-
-def _end_labels(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> None:
-    """Labels beside the last points, moved apart where they would overlap."""
-    low, high = (math.log(y) for y in axes.get_ylim())
-    places = spread([math.log(y) for (_, y), _, _ in ends], (high - low) / 16, low, high)
-    for ((x, _), text, colour), y in zip(ends, places, strict=True):
-        axes.annotate(
-            text,
-            (x, math.exp(y)),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
 
 
 def pictures(results: Path) -> dict[str, Callable[[], Any]]:
@@ -395,10 +284,10 @@ def pictures(results: Path) -> dict[str, Callable[[], Any]]:
         if (results / "ceilings.json").exists():
             limits = json.loads((results / "ceilings.json").read_text())
             found["roofline.png"] = lambda: roofline(llama, limits)
-    tables = [results / name for name in ("model.csv", "decode.csv") if (results / name).exists()]
-    if tables:
-        rows = [row for path in tables for row in read_table(path)]
-        found["model.png"] = lambda: model(rows)
+    for table in sorted((results / "models").glob("*.csv")):
+        if ".part-" not in table.name:
+            rows = read_table(table)
+            found[f"model-{table.stem}.png"] = lambda rows=rows, name=table.stem: model_page.draw(rows, name)
     return found
 
 
@@ -409,7 +298,7 @@ def draw(results: Path, out: Path, log: Callable[[str], None] = print) -> None:
     """
     wanted = pictures(results)
     if not wanted:
-        raise ValueError(f"expected ops.csv, model.csv or decode.csv in {results}, found none of them")
+        raise ValueError(f"expected ops.csv or models/*.csv in {results}, found neither")
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in wanted.items():
         figure = picture()

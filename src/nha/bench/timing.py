@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+import nha
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 R = TypeVar("R")
@@ -77,7 +79,7 @@ def flushes_for(host_s: float) -> int:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of one call; without a GPU the call itself."""
+    """A CUDA graph of one call, which keeps the tensors of the call alive; without a GPU the call itself."""
     if not CUDA:
         return run
     side = torch.cuda.Stream()
@@ -89,7 +91,22 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(held: Callable[[], object] = run) -> None:  # the graph itself holds addresses only
+        graph.replay()
+
+    return replay
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is one of memory, or came while one of memory was handled (as in the capture of a graph).
+
+    >>> is_out_of_memory(torch.OutOfMemoryError()), is_out_of_memory(ValueError())
+    (True, False)
+    """
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def first_call(run: Callable[[], object]) -> float:
@@ -116,14 +133,16 @@ def stamp(*packages: str) -> dict[str, str]:
     """Machine, versions and date, for every row of a table."""
     from importlib.metadata import PackageNotFoundError, version
 
+    imported = {"torch": torch.__version__, "nha": nha.__version__}  # perhaps not from an installed package
+
     def found(name: str) -> str:
         try:
-            return version(name)
+            return imported.get(name) or version(name)
         except PackageNotFoundError:
             return "none"
 
     gpu = torch.cuda.get_device_name() if CUDA else "none"
-    versions = {name: torch.__version__ if name == "torch" else found(name) for name in packages}
+    versions = {name: found(name) for name in packages}
     return {"gpu": gpu, **versions, "date": date.today().isoformat()}
 
 

@@ -1,4 +1,4 @@
-"""`nha bench`: time the operator, a whole model, its decoding and the CPU, and draw what was measured."""
+"""`nha bench`: time the operator, whole models and the CPU, and draw what was measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from nha.cli import common
 from nha.cli.common import FAILED_CHECK, check_at_least, command
+from nha.errors import BadInput
 
 RESULTS = Path("benchmarks/results")
 bench_app = typer.Typer(help="Time this library on this machine.", no_args_is_help=True, rich_markup_mode="rich")
@@ -46,37 +47,65 @@ def op(out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List 
     leave(bench.run(rows, out, budget, tiny, log))
 
 
-@bench_app.command("model", epilog="Example: [cyan]nha bench model --budget-s 240[/]")
+@bench_app.command("model", epilog="Example: [cyan]nha bench model smollm2-135m --out results --budget-s 240[/]")
 @command
-def model(out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False) -> None:
-    """Time prompts of a model of Llama-3-8B's shape, as a hybrid and with full attention: model.csv."""
-    from nha.bench.model import prompt_rows
-
-    _time_model(prompt_rows(tiny), out / "model.csv", budget, only, list_, tiny)
-
-
-@bench_app.command("decode", epilog='Example: [cyan]nha bench decode --only "^hybrid decode graph"[/]')
-@command
-def decode(
-    out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
+def model(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="llama-3-8b, qwen2.5-7b, qwen3-8b or smollm2-135m with random weights; or a directory or Hub id.",
+        ),
+    ] = "llama-3-8b",
+    out: Out = RESULTS / "models",
+    full: Annotated[int, typer.Option("--full", help="Full layers of the first hybrid; the second has none.")] = 4,
+    budget: Budget = 500,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Measure the I-th of N parts, each on a GPU of its own.")
+    ] = None,
+    draw: Annotated[bool, typer.Option("--draw", help="Measure nothing: put parts together and draw them.")] = False,
+    only: Only = None,
+    list_: List = False,
+    tiny: Tiny = False,
 ) -> None:
-    """Time decoding with a model of Llama-3-8B's shape, one sequence and as many as fit: decode.csv."""
-    from nha.bench.model import decode_rows
+    """Time a model and its hybrids: prompts, tokens and throughput, as MODEL.csv, .png and .html.
 
-    _time_model(decode_rows(tiny), out / "decode.csv", budget, only, list_, tiny)
-
-
-def _time_model(rows: list, path: Path, budget: float, only: str | None, list_: bool, tiny: bool) -> None:
-    from nha.bench.model import run
+    Run the same command again to resume: rows that are there are not measured again.
+    """
+    from nha.bench import model as bench
+    from nha.bench import model_page
     from nha.bench.timing import select
 
     check_at_least("--budget-s", budget, 0)
-    rows = select(rows, only)
-    if list_:
-        log("\n".join(map(str, rows)))
-        return
-    warnings.simplefilter("ignore")
-    leave(run(rows, path, budget, tiny, log))
+    check_at_least("--full", full, 0)
+    part = shard and parse_shard(shard)
+    if not draw:
+        rows = select(bench.cells(tiny, full), only)
+        if list_:
+            log("\n".join(map(str, rows)))
+            return
+        warnings.simplefilter("ignore")
+        failed = bench.run(name, rows, out, budget, shard=part or None, tiny=tiny, log=log)
+        if part:
+            leave(failed)
+            return
+    else:
+        failed = 0
+    rows = bench.collect(name, out)
+    bench.write_rows(bench.table_path(out, name), rows)
+    for line in model_page.summary(rows):
+        log(line)
+    for path in model_page.write(rows, bench.label(name), out / bench.label(name)):
+        log(str(path))
+    leave(failed)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """The numbers of "I/N"."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise BadInput(f"expected --shard I/N with I from 1 to N, got {text}")
+    return int(index), int(count)
 
 
 @bench_app.command("cpu", epilog="Example: [cyan]nha bench cpu --lengths[/]")
