@@ -199,9 +199,20 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
     body |= {"__annotations__": {field: kind for field, (kind, _) in fields.items()}, "__module__": __name__}
     body["base_model_tp_plan"] = slot_plan(base.base_model_tp_plan, "layers.*.self_attn.nha")
+    body["__reduce_ex__"] = _reduce
     new = strict(type(name, (HybridConfigMixin, base), body | {"model_type": f"nha-{family}"}))
     setattr(sys.modules[__name__], name, new)
     return new
+
+
+def _reduce(config: PreTrainedConfig, protocol: int) -> Any:
+    """Pickle by family: a process that has only started knows no class that is made when it is asked for."""
+    return _rebuild, (config.model_type.removeprefix("nha-"),), config.__dict__
+
+
+def _rebuild(family: str) -> PreTrainedConfig:
+    new = hybrid_config_class(family)
+    return new.__new__(new)
 
 
 def _of_text(name: str) -> property:

@@ -1,0 +1,1 @@
+"""Serving: the plugin that runs hybrids in stock vLLM, and what `nha serve` starts."""

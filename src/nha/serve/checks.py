@@ -1,0 +1,64 @@
+"""Refusals of models and settings that vLLM cannot run exactly, in one line each. Imports no vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nha.models.config import FULL
+
+TESTED = ("0.32",)  # versions of vLLM, as far as its second number
+
+
+def check_version(version: str | None) -> None:
+    """Raise ValueError for a version of vLLM that the plugin was not tested with.
+
+    >>> check_version("0.32.0")
+    >>> check_version("0.11.2")
+    Traceback (most recent call last):
+    ValueError: expected vLLM 0.32 to serve a hybrid, got 0.11.2
+    """
+    if version is None or ".".join(version.split(".")[:2]) not in TESTED:
+        raise ValueError(f"expected vLLM {' or '.join(TESTED)} to serve a hybrid, got {version}")
+
+
+def check_architecture(architecture: str, known: bool) -> None:
+    """Raise ValueError for a hybrid whose family vLLM does not have, and for one that reads images.
+
+    >>> check_architecture("NHAHeliumForCausalLM", known=False)
+    Traceback (most recent call last):
+    ValueError: expected a family that vLLM has a model of, got NHAHeliumForCausalLM; transformers can serve it
+    """
+    if not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"expected a model of text alone in vLLM, got {architecture}; transformers can serve it")
+    if not known:
+        raise ValueError(f"expected a family that vLLM has a model of, got {architecture}; transformers can serve it")
+
+
+def check_model(config: Any) -> None:
+    """Raise ValueError for a configuration that is no hybrid's, or whose windows a state in vLLM cannot hold."""
+    windows = getattr(config, "window_sizes", None)
+    if not isinstance(windows, (list, tuple)):
+        raise ValueError(f"expected the configuration of a hybrid, got {config.model_type}: call hybridize first")
+    for layer, window in enumerate(windows):
+        if isinstance(window, bool) or not isinstance(window, int):
+            raise ValueError(f"expected one window for all heads of a layer in vLLM, got {window!r} in layer {layer}")
+        if window < FULL:
+            raise ValueError(f"expected windows >= {FULL}, got {window} in layer {layer}")
+
+
+def check_run(vllm_config: Any) -> None:
+    """Raise ValueError for settings of vLLM under which a hybrid would give other tokens, or that were not tested."""
+    pipeline = vllm_config.parallel_config.pipeline_parallel_size
+    if pipeline != 1:
+        raise ValueError(f"expected pipeline_parallel_size=1 for a hybrid, got {pipeline}")
+    dtype = vllm_config.model_config.dtype
+    if str(dtype).removeprefix("torch.") not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"expected dtype float32, bfloat16 or float16 for a hybrid, got {dtype}")
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return
+    if drafts.method not in ("ngram", "ngram_gpu"):
+        raise ValueError(f"expected speculative method ngram for a hybrid, got {drafts.method}")
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    if on_cpu and vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError("expected prefix caching off beside speculative decoding on a CPU, got both")

