@@ -1,12 +1,10 @@
-"""transformers' Trainer for distillation: separate gradients for text and recall text, small durable checkpoints."""
+"""transformers' Trainer for distillation: separate gradients for text and recall text."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nha.data.stream import ResumeSampler, Stream
-from nha.distill.checkpoint import (
-    LOG,
-    PREFIX,
-    WEIGHTS,
-    load_trained,
-    partial_path,
-    publish,
-    read_log,
-)
+from nha.distill.checkpoint import LOG, read_log
 from nha.distill.cuda_graphs import CUDAGraphRunner
-from nha.distill.gradients import Gradients, combine_gradients, lr_factor, whole
+from nha.distill.gradients import Gradients, combine_gradients, lr_factor
+from nha.distill.resumable import ResumableTrainer
 from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop
 from nha.distill.student import SUMS, Distillation
-from nha.io import sync_file, write_atomically
+from nha.io import write_atomically
 
 Log = dict[str, float]
 Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the stage "align" or "train"
@@ -48,7 +38,7 @@ class Reports:
     progress: Progress | None = None
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(ResumableTrainer):
     """Trains a `Distillation` on a `Stream`; item i of the stream is step i, so a run resumes exactly where it stopped.
 
     Args:
@@ -206,43 +196,6 @@ class DistillTrainer(Trainer):
     def _tokens_between(self, first: int, last: int) -> int:
         mixture = self.stream.mixture
         return sum(math.prod(mixture.shape(step)) for step in range(first, last)) * self.args.world_size
-
-    # Checkpoints: what is trained and all that is needed to resume, whole or not there.
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under a hidden name, make it durable, then give it its name and remove older ones."""
-        run, name = Path(str(self.args.output_dir)), f"{PREFIX}{self.state.global_step}"
-        work, main = partial_path(run, name), self.args.should_save
-        if main:
-            shutil.rmtree(work, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(work)
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if main:
-                if (run / LOG).is_file():  # what is logged up to here should not be younger than the checkpoint
-                    sync_file(run / LOG)
-                publish(work / name, run / name)
-        except RuntimeError as error:  # how torch.save reports a full disk
-            if not any(words in str(error) for words in ("writing", "unexpected pos")):
-                raise
-            raise OSError(errno.ENOSPC, f"expected room for a checkpoint in {run}, writing failed") from error
-        finally:
-            self.args.output_dir = str(run)
-            if main:
-                shutil.rmtree(work, ignore_errors=True)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained, in float32."""
-        trained = {n: whole(p.detach()) for n, p in self.model.named_parameters() if p.requires_grad and p.numel()}
-        if self.args.should_save and output_dir is not None:
-            os.makedirs(output_dir, exist_ok=True)
-            save_file({name: x.cpu().contiguous() for name, x in trained.items()}, os.path.join(output_dir, WEIGHTS))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Read what is trained."""
-        load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
 class JsonlLogger(TrainerCallback):

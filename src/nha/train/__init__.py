@@ -1,0 +1,1 @@
+"""Training from scratch: settings, batches, loss, optimizers, estimates and the run."""
