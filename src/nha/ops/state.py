@@ -37,6 +37,8 @@ LETTERS = {
         "arrival_counter": "B, H + 1",
     }.items()
 }
+# Fields of a state that hold tensors; torch.compile of PyTorch 2.11 cannot list the fields of an object itself.
+STATE_TENSORS = tuple(name for name in LETTERS if name not in ("q", "k", "v", "log_gate", "q_slot", "k_slot"))
 WINDOW_CACHE = ("key", "value", "window_slot_key", "window_log_gate")  # fields [B, n, H, ...]
 
 
@@ -179,7 +181,7 @@ class NHAState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, without the absent ones."""
-        return {name: x for name, x in self.__dict__.items() if isinstance(x, Tensor)}
+        return {name: x for name in STATE_TENSORS if isinstance(x := getattr(self, name, None), Tensor)}
 
     @property
     def nbytes(self) -> int:
@@ -422,9 +424,10 @@ def check_state(state: NHAState) -> None:
     check_window_size(state.window_size)
     tensors = state.tensors()
     rollback = state.max_rollback if isinstance(state, RingState) else 0
-    for name, x in state.__dict__.items():
-        absent = x is None and (name == "window_slot_key" or (name == "num_written" and not rollback))
-        if name in LETTERS and not absent:
+    for name in STATE_TENSORS:
+        x = getattr(state, name, None)
+        optional = name == "window_slot_key" or (name == "num_written" and not rollback)
+        if not (x is None and (optional or not hasattr(state, name))):
             check_tensor(f"state.{name}", x, LETTERS[name])
     batch, heads, slots, dim = state.slot_key.shape
     width, window_size = state.key.shape[1], state.window_size
