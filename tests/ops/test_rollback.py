@@ -36,11 +36,10 @@ class Sequences:
         return nha_attention(q, k, v, gate, window_size=self.window_size, k_slot=k_slot, state=state, return_state=True)
 
     def read(self, tokens: list[int]) -> torch.Tensor:
-        out = self.attend(tokens, self.ring.aligned()).out
         k_slot = None if self.k_slot is None else self.k_slot[:, tokens]
-        self.ring.append(self.k[:, tokens], self.v[:, tokens], self.gate[:, tokens], k_slot)
+        before = self.ring.append(self.k[:, tokens], self.v[:, tokens], self.gate[:, tokens], k_slot)
         self.tokens += tokens
-        return out
+        return self.attend(tokens, before).out
 
     def rollback(self, count: int) -> None:
         self.ring.rollback(count)

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nha.models.attention import LayerInputs, cache_windows, check_implementation, layer_cache
-from nha.models.cache import prepare_cache
+from nha.models.cache import allow_rollback, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
 from nha.models.families import check_family, rotates
@@ -35,6 +35,7 @@ from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
 from nha.models.slots import SlotParameters
 from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused
+from nha.ops.state import MAX_ROLLBACK
 
 
 class HybridGenerationMixin:
@@ -50,13 +51,31 @@ class HybridGenerationMixin:
             prepare_cache(cache, cache_windows(attention_layers(self)[0]))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+                raise_rollback(cache, generation_config.max_new_tokens)
         return made
+
+    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The source of drafts for assisted decoding; the cache takes back as many at no cost."""
+        parent: Any = super()
+        drafter = parent._get_candidate_generator(*args, **kwargs)
+        cache = cache_argument(kwargs.get("model_kwargs", {}))
+        if isinstance(cache, Cache):
+            drafts = (getattr(drafter, name, None) for name in ("num_assistant_tokens", "num_output_tokens"))
+            raise_rollback(cache, next((int(number) for number in drafts if number), None))
+        return drafter
 
     def _prepare_attention_mask_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The mask of a prompt that came without one: pad tokens at its ends are padding, one inside is text."""
         parent: Any = super()
         mask = parent._prepare_attention_mask_for_generation(*args, **kwargs)
         return mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1)
+
+
+def raise_rollback(cache: Cache, drafts: int | None) -> None:
+    """Let a cache take back a number of drafts, which are read together with one more token, if it does not yet."""
+    places = min((drafts or 0) + 1, MAX_ROLLBACK)
+    if places > max(1, getattr(cache, "max_rollback", 0)):
+        allow_rollback(cache, places)
 
 
 @memoize

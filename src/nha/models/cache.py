@@ -11,8 +11,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from nha.models.config import FULL
+from nha.models.rollback import attend_with_rollback, supports_rollback
 from nha.models.segment import Inputs, Reading, Segment, attend, initial_state
 from nha.ops import NHAState, RingState
+from nha.ops.state import check_max_rollback
+
+DRAFTS = 64  # tokens of a segment that may be a draft: longer ones are not recorded beside a rollback
 
 
 class NHACacheLayer(CacheLayerMixin):
@@ -22,9 +26,11 @@ class NHACacheLayer(CacheLayerMixin):
     where later tokens can be written into it. With `max_cache_len` the layer is static: its tensors keep their
     addresses and its length is a tensor, so that a compiled decoding step neither recompiles nor copies.
 
-    Slots cannot forget single tokens. After `activate_past_recording` (assisted decoding calls it) the layer keeps
-    the state before the newest segments and their inputs, and `crop` advances that state again, exactly; a crop
-    beyond what was recorded raises RuntimeError.
+    Slots cannot forget single tokens. With `max_rollback` of R the newest R tokens are not written to them yet, and
+    `crop` takes those back by moving a cursor: it can go back R tokens behind the furthest one that was read. After
+    `activate_past_recording` (assisted decoding calls it) the layer also keeps the state before segments that are
+    longer and their inputs, and `crop` advances that state again, exactly; with a `max_rollback` it does not keep
+    whole prompts. A crop beyond both raises RuntimeError.
     """
 
     _layer_type = "nha"
@@ -33,16 +39,21 @@ class NHACacheLayer(CacheLayerMixin):
     # Masks are sized after the first layer whose flag is True (sliding) or falsy (full): never after this one.
     is_sliding = "nha"
 
-    def __init__(self, window_size: int | None = None, max_cache_len: int | None = None, **_: Any):
+    def __init__(
+        self, window_size: int | None = None, max_cache_len: int | None = None, max_rollback: int = 0, **_: Any
+    ):
         super().__init__()
         self.window_size = window_size
         self.max_cache_len = max_cache_len
+        self.max_rollback = max_rollback
         self.is_compileable = max_cache_len is not None
         self.state: NHAState | None = None
         self.length: int | Tensor = 0
         self.record_past = False
         self._base: NHAState | None = None
         self._recorded: list[Inputs] = []
+        self._removable = self._base_removable = 0  # tokens that a rollback of the state, of the base, takes back
+        self._since_crop = 0  # tokens read since the latest crop that are not recorded
 
     def __repr__(self) -> str:
         return f"NHACacheLayer(window_size={self.window_size})"
@@ -67,16 +78,33 @@ class NHACacheLayer(CacheLayerMixin):
     def attend(self, segment: Segment, reading: Reading) -> Tensor:
         """Read slots and window for a segment, [B, T, HQ, Dv], and remember the segment."""
         before = self.state if self.state is not None else initial_state(segment, reading)
-        base = self._snapshot(before)
-        out, after = attend(segment, reading, before, keep=True)
-        if self.record_past:
+        rollback = self.max_rollback if not self.is_compileable and supports_rollback(segment, before) else 0
+        recorded = self.record_past and self._must_record(segment, rollback)
+        base = self._snapshot(before) if recorded else None
+        if not isinstance(before, RingState) or before.max_rollback != rollback:
+            self._removable = 0  # a ring of another size begins with all that left the window in its slots
+        if rollback:
+            out, after, removable = attend_with_rollback(segment, reading, before, rollback)
+        else:
+            out, after = attend(segment, reading, before, keep=True)
+            removable = None
+        if recorded:
             self._base = base
             self._recorded.append(segment.inputs)
-        else:
+        elif self._recorded or not self.record_past or segment.length > rollback:
             self._forget()
+        else:
+            self._since_crop += segment.length
+        self._removable = 0 if removable is None else min(self._removable + removable, rollback)
         self._keep(after)
         self._count(segment)
         return out
+
+    def _must_record(self, segment: Segment, rollback: int) -> bool:
+        """Whether a crop may have to go back behind what a rollback takes back. A prompt is not kept for that."""
+        if rollback and segment.length > max(DRAFTS, 2 * rollback):
+            return False
+        return bool(self._recorded) or segment.mask is not None or self._since_crop + segment.length > rollback
 
     def check(self, rows: int, slots: int) -> None:
         """Raise ValueError for a state that holds another number of sequences or slots."""
@@ -86,8 +114,9 @@ class NHACacheLayer(CacheLayerMixin):
 
     def _snapshot(self, state: NHAState | None) -> NHAState | None:
         """The state before the first recorded segment: a copy where the segment is written into the state itself."""
-        if not self.record_past or self._recorded:
+        if self._recorded:
             return self._base
+        self._base_removable = self._removable
         overwritten = self.is_compileable or isinstance(state, RingState)
         return state.map(torch.clone) if state is not None and overwritten else state
 
@@ -122,7 +151,7 @@ class NHACacheLayer(CacheLayerMixin):
                 tensor.copy_(new[name])
 
     def _forget(self) -> None:
-        self._base, self._recorded = None, []
+        self._base, self._recorded, self._base_removable, self._since_crop = None, [], 0, 0
 
     def get_seq_length(self) -> int:
         return self.length  # type: ignore[return-value]
@@ -141,30 +170,57 @@ class NHACacheLayer(CacheLayerMixin):
         """Raise, before anything changes, for a number of tokens that `crop` cannot remove."""
         if tokens_to_remove > 0:
             raise ValueError(f"expected crop to get minus the number of tokens to remove, got {tokens_to_remove}")
-        recorded = sum(inputs.length for inputs in self._recorded)
+        recorded = max(self._removable, self._recorded_length + (self._base_removable if self._recorded else 0))
         if self.is_initialized and recorded + tokens_to_remove < 0:
             raise RuntimeError(
                 f"expected to remove at most {recorded} recorded tokens, got {-tokens_to_remove}: "
                 "slots cannot forget, call activate_past_recording before the tokens are read"
             )
 
+    @property
+    def _recorded_length(self) -> int:
+        return sum(inputs.length for inputs in self._recorded)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; 0 only drops what was recorded."""
         self.check_crop(tokens_to_remove)
         if tokens_to_remove < 0 and self.is_initialized:
-            kept = sum(inputs.length for inputs in self._recorded) + tokens_to_remove
-            state = self._base
-            for inputs in self._recorded:
-                part = inputs.first(min(kept, inputs.length))
-                kept -= part.length
-                if part.length and self.window_size is not None:
-                    state = part.advance(state, self.window_size)
-            self._keep(state)
+            if -tokens_to_remove <= self._removable:
+                assert isinstance(self.state, RingState)
+                self.state.rollback(-tokens_to_remove)
+                self._removable += tokens_to_remove
+            else:
+                self._advance_base(self._recorded_length + tokens_to_remove)
             self.length += tokens_to_remove
+        self._grow()
         self._forget()
+
+    def _grow(self) -> None:
+        """Give a rollback that proved too small for a draft enough places from now on."""
+        if self.max_rollback and self._base is not None:  # not a prompt
+            self.max_rollback = max(self.max_rollback, *(inputs.length for inputs in self._recorded))
+
+    def _advance_base(self, kept: int) -> None:
+        """Go back to the state before the recorded tokens and read the first `kept` of them again.
+
+        A negative number goes back behind them.
+        """
+        state = self._base
+        self._removable = 0
+        if kept < 0:
+            assert isinstance(state, RingState)
+            state.rollback(-kept)
+            self._removable = self._base_removable + kept
+        for inputs in self._recorded:
+            part = inputs.first(min(max(kept, 0), inputs.length))
+            kept -= part.length
+            if part.length and self.window_size is not None:
+                state = part.advance(state, self.window_size)
+        self._keep(state)
 
     def reset(self) -> None:
         self._forget()
+        self._removable = 0
         self._keep(None)
         if isinstance(self.length, Tensor):
             self.length.zero_()
@@ -247,13 +303,37 @@ def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
                 f"{window}{hint}"
             )
         if window != FULL:
-            layers[index] = NHACacheLayer(window, layer.max_cache_len if isinstance(layer, StaticLayer) else None)
+            length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+            layers[index] = NHACacheLayer(window, length, getattr(cache, "max_rollback", 0))
     for layer, window in zip(layers, windows, strict=True):
         if isinstance(layer, NHACacheLayer):
             layer.window_size = window
     cache.layers[:] = layers
     if not isinstance(cache, HybridCacheMixin) and not torch.compiler.is_compiling():  # which cannot trace this
         cache.__class__ = hybrid_cache_class(type(cache))
+
+
+def allow_rollback(cache: Cache, max_rollback: int) -> None:
+    """From now on let `crop` take back the newest tokens of a cache at no cost, up to `max_rollback` of them.
+
+    That many tokens more are kept beside every window. 0 is what a cache starts with: nothing is kept. Static caches
+    stay as they are, since their sizes are fixed. Raises ValueError for a number below 0 or above 4,096.
+
+    >>> from transformers import DynamicCache
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model, ids = NHAForCausalLM(NHAConfig.tiny()).eval(), torch.arange(60)[None]
+    >>> cache = DynamicCache(config=model.config)
+    >>> allow_rollback(cache, 8)
+    >>> with torch.no_grad():
+    ...     _ = model(ids, past_key_values=cache)
+    >>> cache.crop(-8)
+    >>> cache.get_seq_length()
+    52
+    """
+    check_max_rollback(max_rollback)
+    cache.max_rollback = max_rollback  # type: ignore[attr-defined]  # for layers to come
+    for layer in nha_layers(cache):
+        layer.max_rollback = max_rollback
 
 
 def nha_layers(cache: Cache) -> list[NHACacheLayer]:

@@ -87,6 +87,11 @@ class Segment:
     def length(self) -> int:
         return self.key.shape[1]
 
+    def part(self, start: int, stop: int) -> Segment:
+        """The segment's tokens start .. stop - 1."""
+        fields: dict[str, Any] = {name: x if x is None else x[:, start:stop] for name, x in vars(self).items()}
+        return Segment(**fields)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Everything that attention reads."""

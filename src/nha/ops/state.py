@@ -286,7 +286,8 @@ class RingState(NHAState):
     >>> ring.key[0, :, 0, 0].tolist(), ring.aligned().key[0, :, 0, 0].tolist()
     ([6.0, 4.0, 5.0], [4.0, 5.0, 6.0])
     >>> ring, new = RingState.of(state, max_rollback=2), torch.zeros(1, 2, 1, 4)
-    >>> ring.append(new, new, torch.zeros(1, 2, 1, 2), None)
+    >>> ring.append(new, new, torch.zeros(1, 2, 1, 2), None).num_tokens.tolist()
+    [7]
     >>> ring.rollback(2)
     >>> ring.aligned().key[0, :, 0, 0].tolist(), ring.num_tokens.tolist()
     ([4.0, 5.0, 6.0], [7])
@@ -325,34 +326,38 @@ class RingState(NHAState):
 
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first and all other tokens in the slots, as in an `NHAState`."""
-        copies = _copies(self, 1, self.max_rollback)
-        if self.max_rollback:
-            copies["slot_key"], copies["slot_value"] = self._slots(self.num_tokens - self.window_size)
+        if not self.max_rollback:
+            return NHAState(window_size=self.window_size, slots_active=self.slots_active, **_copies(self, 1))
+        return self._with_slots(self._slots(self.num_tokens - self.window_size)[0])
+
+    def _with_slots(self, slots: tuple[Tensor, Tensor]) -> NHAState:
+        """A copy of the window, oldest first, beside these slots."""
+        copies = _copies(replace(self, slot_key=slots[0], slot_value=slots[1]), 1, self.max_rollback)
         return NHAState(window_size=self.window_size, slots_active=self.slots_active, **copies)
 
-    def _slots(self, stop: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots [B, H, M, ...] once they hold tokens 0 .. stop - 1 (stop [B]); no exponent is above 0."""
+    def _slots(self, *stops: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The slots (key, value) once they hold tokens 0 .. stop - 1, for each stop [B]; no exponent is above 0."""
         assert self.num_written is not None
         width = self.window_size + self.max_rollback
-        token = torch.arange(-width, -self.window_size, device=stop.device) + self.num_tokens[:, None]
+        token = torch.arange(-width, -self.window_size, device=self.key.device) + self.num_tokens[:, None]
         place = token.remainder(width)[..., None, None]  # of tokens older than the window
 
-        def oldest(x: Tensor) -> Tensor:
+        def oldest(x: Tensor) -> Tensor:  # [B, H, R, ...]
             return x.gather(1, place.expand(-1, -1, *x.shape[2:])).transpose(1, 2).to(self.slot_key.dtype)
 
-        unwritten = (token >= self.num_written[:, None]) & (token < stop[:, None])
-        gate = oldest(self.window_log_gate).clamp(-5, 0) * unwritten[:, None, :, None]
-        later = gate.flip(2).cumsum(2).flip(2)  # of a token and all after it
-        share = (-torch.expm1(gate) * torch.exp(later - gate)).mT  # [B, H, M, R]
-        decay = later[:, :, 0].exp()[..., None]
+        written = (token < self.num_written[:, None], *(token >= stop[:, None] for stop in stops))
+        skipped = torch.stack([written[0] | later for later in written[1:]])[:, :, None, :, None]
+        gate = oldest(self.window_log_gate).clamp(-5, 0).masked_fill(skipped, 0)  # [stops, B, H, R, M]
+        total = gate.cumsum(3)
+        share = (torch.expm1(gate) * -torch.exp(total[:, :, :, -1:] - total)).mT
+        decay = total[:, :, :, -1].exp()[..., None]
         slot_key = self.key if self.window_slot_key is None else self.window_slot_key
-        return (
-            decay * self.slot_key + share @ oldest(slot_key),
-            decay * self.slot_value + share @ oldest(self.value),
-        )
+        keys = torch.addcmul(share @ oldest(slot_key), decay, self.slot_key)
+        values = torch.addcmul(share @ oldest(self.value), decay, self.slot_value)
+        return list(zip(keys, values, strict=True))
 
-    def append(self, key: Tensor, value: Tensor, log_gate: Tensor, slot_key: Tensor | None) -> None:
-        """Add up to `max_rollback` tokens [B, T, H, ...] of every sequence, in place.
+    def append(self, key: Tensor, value: Tensor, log_gate: Tensor, slot_key: Tensor | None) -> NHAState:
+        """Add up to `max_rollback` tokens [B, T, H, ...] of every sequence, in place; returns the state before them.
 
         Tokens older than window and `max_rollback` together are written to the slots, and the new ones take their
         places. Raises ValueError for more tokens than that.
@@ -361,11 +366,12 @@ class RingState(NHAState):
         if not self.max_rollback or length > self.max_rollback:
             raise ValueError(f"expected at most {self.max_rollback} tokens, got {length}")
         assert self.num_written is not None
-        oldest = self.num_tokens + (length - self.window_size - self.max_rollback)
-        slots = self._slots(oldest)
-        self.slot_key.copy_(slots[0])
-        self.slot_value.copy_(slots[1])
-        self.num_written.copy_(torch.maximum(self.num_written, oldest))
+        first = self.num_tokens + (length - self.window_size - self.max_rollback)  # that stays out of the slots
+        now, later = self._slots(self.num_tokens - self.window_size, first)
+        before = self._with_slots(now)
+        self.slot_key.copy_(later[0])
+        self.slot_value.copy_(later[1])
+        self.num_written.copy_(torch.maximum(self.num_written, first))
         place = torch.arange(length, device=key.device) + self.num_tokens[:, None]
         place = place.remainder(self.window_size + self.max_rollback)[..., None, None]
         new = {"key": key, "value": value, "window_log_gate": log_gate}
@@ -375,6 +381,7 @@ class RingState(NHAState):
             held = getattr(self, name)
             held.scatter_(1, place.expand(-1, -1, *held.shape[2:]), x.detach().to(held.dtype))
         self.num_tokens += length
+        return before
 
     def rollback(self, count: int) -> None:
         """Forget the newest `count` tokens of every sequence, in place: only their number changes.
