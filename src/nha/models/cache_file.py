@@ -56,6 +56,11 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
         ValueError: a layer is neither NHA nor one of transformers' dynamic layers (static ones do not know how full
             they are on every device); nothing is written.
     """
+    write_tensors(path, *cache_contents(cache, model))
+
+
+def cache_contents(cache: Cache, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that `save_cache` writes."""
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     caches: list[Any] = list(cache.layers)
@@ -70,7 +75,7 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
         else:
             raise ValueError(f"expected a dynamic cache, got {type(layer).__name__} in layer {index}")
         tensors |= {f"{index}.{name}": x for name, x in parts.items()}
-    write_tensors(path, tensors, {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)})
+    return tensors, {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
@@ -81,7 +86,11 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
             together; the message names the file.
         OSError: there is no such file, or it cannot be read.
     """
-    tensors, metadata = read_tensors(path, model.device)
+    return cache_from(*read_tensors(path, model.device), path, model)
+
+
+def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path, model: PreTrainedModel) -> Cache:
+    """The cache of a file with these contents; `path` names it in errors, which are those of `load_cache`."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"expected a cache of format {FORMAT!r} at {path}, got format {metadata.get('format')!r}")
     if metadata.get("model") != fingerprint(model):
