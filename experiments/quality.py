@@ -1,213 +1,427 @@
-"""Tabulate and draw what `experiments/distill.py` measured; needs matplotlib and no GPU.
+"""Distil hybrids and their fair controls on real text, and measure each on public sets; one GPU or several.
 
-    PYTHONPATH=src python3 -m experiments.quality results/hybridize
+    PYTHONPATH=src python -m experiments.quality --data DATA --out OUT --work WORK --shard 0/4 &   # and 1/4, 2/4, 3/4
 
-Reads summary.json there, prints a table of all runs and writes table.md, recall.png (whole answers that are right, by
-distance), perplexity.png (by position in the longest texts) and, from logs.jsonl, learning.png (the longest run, or
-the last of them) beside it. Perplexities are compared on the texts that both models read.
+    --data         text/train.jsonl.xz, text/heldout.jsonl.xz and eval/*.jsonl.xz
+    --model        a model directory, a .gguf file, or smollm2 (default: the variable NHA_QUALITY_MODEL, else smollm2)
+    --out          runs/*.json (a run's row, answers and log), summary.json, logs.jsonl, table.md, pictures, ship/
+    --work         checkpoints, tokens, the model; shared by all shards; the same command resumes from there
+    --arms         out of those that --plan lists; their controls come along (--no-controls: without)
+    --tokens       such as 4full=25e6,constant=40e6: tokens by arm or budget
+    --set K=V      change a setting of every run (see DistillSettings); repeatable
+    --seeds        0,1,2 for instance
+    --budget-s     stop in time, with a checkpoint; exit status 3 if something is left
+    --long-needles measure needles beyond the training length as well, to 128K tokens
+    --plan         print runs, shards and estimated seconds, and stop
+    --report DIR   make table and pictures of DIR anew, and stop
+
+Runs that are in --out or in --known (default: results/quality) are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
+import gc
 import json
-import math
-from collections.abc import Sequence
-from io import BytesIO
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments.distill import TEACHER
-from nha.io import write_atomically
-from nha.report.curves import line_styles, recall_png
-from nha.report.plots import LIGHT, tokens
+from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, deal, make_runs
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Row = dict[str, Any]
-SHOWN = ("one_fact", "four_facts")
-# What is drawn, where it was measured.
-PICTURED = {
-    TEACHER: "teacher",
-    "hybrid4": "4 full layers",
-    "long_recall": "no full layer, 8K tokens, long-range",
-    "long": "no full layer, 8K tokens",
-    "hybrid": "no full layer",
-    "sink128": "window 128 alone",
-}
-DPI = 160
+TIMES = ("tokens_per_s", "loss", "kl", "cross_entropy", "answer_accuracy")
 
 
-def name_of(row: Row, pictured: bool = False) -> str:
-    """A run, its tokens, and its seed if that is not 0; for pictures in words.
+def parse_pairs(text: str) -> dict[str, float]:
+    """Numbers by name.
 
-    >>> name_of({"run": "hybrid4", "tokens": 11_993_088, "seed": 0})
-    'hybrid4, 12 M'
-    >>> name_of({"run": "hybrid4", "tokens": 11_993_088, "seed": 0}, pictured=True)
-    '4 full layers, 12 M'
+    >>> parse_pairs("4full=25e6,constant=4e7")
+    {'4full': 25000000.0, 'constant': 40000000.0}
     """
-    count = f", {row['tokens'] / 1e6:.0f} M" if row["tokens"] else ""
-    return (PICTURED[row["run"]] if pictured else row["run"]) + count + (f", seed {row['seed']}" if row["seed"] else "")
+    pairs = (part.partition("=") for part in text.split(",") if part)
+    return {name: float(value) for name, _, value in pairs}
 
 
-def relative_perplexity(row: Row, teacher: Row, length: str = "2k") -> float | None:
-    """Perplexity relative to the teacher's on the documents that both were measured on, the first of each."""
-    key = f"by_text_{length}"
-    if key not in row or key not in teacher:
-        return None
-    pairs = list(zip(row[key], teacher[key], strict=False))
-    return math.exp(sum(a - b for a, b in pairs) / len(pairs))
+def parse_ints(text: str) -> tuple[int, ...]:
+    """Integers separated by commas."""
+    return tuple(int(part) for part in text.split(",") if part)
 
 
-def percent(scores: dict[str, Any], metric: str = "exact") -> str:
-    """Scores at every distance, nearest first, in percent."""
-    ordered = sorted(scores.items(), key=lambda pair: int(pair[0]))
-    return " ".join(f"{100 * found[metric]:.0f}" for _, found in ordered)
-
-
-def distances(rows: Sequence[Row]) -> list[int]:
-    """All distances that were measured."""
-    return sorted({int(d) for row in rows for task in SHOWN for d in row.get("recall", {}).get(task, {})})
-
-
-def changed(settings: Row) -> list[str]:
-    """Settings that are not the default, besides those with a column of their own.
-
-    >>> changed({"tokens": 1e6, "seed": 1, "long_range_fraction": 0.5})
-    ['seed 1', 'long_range_fraction 0.5']
-    """
-    return [f"{name} {value}" for name, value in settings.items() if name not in ("tokens", "full_layers")]
-
-
-def table(rows: Sequence[Row]) -> str:
-    """All runs in Markdown."""
-    teacher = next(row for row in rows if row["run"] == TEACHER)
-    head = ["run, tokens", "changed", "full layers", "2K", "8K", "slots off, 2K", *(f"{t}, %" for t in SHOWN)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        ratios = [relative_perplexity(row, teacher, length) for length in ("2k", "8k")]
-        off = row.get("slots_off") and relative_perplexity(row["slots_off"], teacher)
-        full = [str(i) for i, w in enumerate(row["windows"]) if w == -1]
-        cells = [
-            name_of(row),
-            ", ".join(changed(row.get("settings") or {})),
-            "all" if len(full) == len(row["windows"]) else ", ".join(full) or "none",
-            *("" if x is None else f"{x:.3f}" for x in (*ratios, off)),
-            *(percent(row.get("recall", {}).get(task, {})) for task in SHOWN),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    far = ", ".join(f"{d:,}" for d in distances(rows))
-    about = (
-        f"Perplexity relative to the teacher's ({teacher['ppl_2k']:.2f} at 2K tokens, {teacher['ppl_8k']:.2f} at 8K)."
-    )
-    return f"{about} Whole answers right at distances of {far} tokens.\n\n" + "\n".join(lines) + "\n"
-
-
-def plain(axes: Axes, title: str, below: str) -> None:
-    """Axes with a title and a name below, thin lines across and no frame."""
-    axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(below)
-    axes.set_title(title, loc="left", fontsize=11, color=LIGHT.ink)
-
-
-def png(figure: Figure) -> bytes:
-    """A picture as a PNG file's bytes."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-def by_position(rows: Sequence[Row]) -> Figure:
-    """Perplexity by position in texts of 8,192 tokens, a line for every row."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.7, 3.9), layout="constrained", facecolor=LIGHT.background)
-    axes = figure.add_subplot()
-    names = [name_of(row, pictured=True) for row in rows]
-    for row, (colour, dash) in zip(rows, line_styles(names).values(), strict=True):
-        edges = row["edges_8k"]
-        middles = [math.sqrt(max(a, 16) * b) for a, b in itertools.pairwise(edges)]
-        axes.plot(
-            middles,
-            row["by_position_8k"],
-            color=colour,
-            linestyle=dash,
-            marker="o",
-            markersize=3.5,
-            linewidth=1.8,
-            label=name_of(row, pictured=True),
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    shown = [edge for edge in rows[0]["edges_8k"] if edge]
-    axes.set_xticks(shown, [tokens(edge) for edge in shown])
-    axes.set_yticks([8, 10, 12, 14, 16, 20, 24, 32], ["8", "10", "12", "14", "16", "20", "24", "32"])
-    axes.minorticks_off()
-    plain(axes, "Perplexity by position", "position in a held-out text, tokens")
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=LIGHT.ink)
-    return figure
-
-
-def learning(run: Row, points: int = 40) -> Figure:
-    """Learning curves of a run against its tokens: KL from the teacher on text, and accuracy of answers.
-
-    `run` is a line of logs.jsonl; entries of its log are averaged to about so many points.
-    """
-    from matplotlib.figure import Figure
-
-    log = run["log"]
-    size = max(1, len(log) // points)
-    groups = [log[at : at + size] for at in range(0, len(log), size)]
-    read = [group[-1]["tokens"] / 1e6 for group in groups]
-    figure = Figure(figsize=(7.7, 3.0), layout="constrained", facecolor=LIGHT.background)
-    left, right = figure.subplots(1, 2)
-    for axes, key, factor, title in (
-        (left, "kl", 1, "KL from the teacher, nats per token"),
-        (right, "answer_accuracy", 100, "Correct tokens of answers, %"),
-    ):
-        axes.plot(
-            read,
-            [factor * sum(entry[key] for entry in group) / len(group) for group in groups],
-            color=line_styles(["model"])["model"][0],
-            linewidth=1.8,
-        )
-        axes.set_ylim(bottom=0)
-        plain(axes, title, "million tokens")
-    return figure
-
-
-def main(given: list[str] | None = None) -> int:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args(given)
-    file = options.folder / "summary.json"
-    if not file.is_file():
-        parser.error(f"expected summary.json in {options.folder}, found none")
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    if TEACHER not in [row["run"] for row in rows]:
-        parser.error(f"expected a row of the run {TEACHER} in {file}, got {[row['run'] for row in rows]}")
-    text = table(rows)
-    print(text)
-    write_atomically(options.folder / "table.md", text)
-    drawn = [row for name in PICTURED for row in rows if row["run"] == name and not row["seed"] and "recall" in row]
-    recall = {name_of(row, pictured=True): {task: row["recall"][task] for task in SHOWN} for row in drawn}
-    pictures = {"recall.png": recall_png(recall, "exact")}
-    long = [row for row in drawn if "by_position_8k" in row]
-    if long:
-        pictures["perplexity.png"] = png(by_position(long))
-    logs = options.folder / "logs.jsonl"
-    runs = [json.loads(line) for line in logs.read_text(encoding="utf-8").splitlines()] if logs.is_file() else []
-    if runs:
-        pictures["learning.png"] = png(learning(max(reversed(runs), key=lambda run: run["tokens"])))
-    for name, data in pictures.items():
-        write_atomically(options.folder / name, data)
-        print(options.folder / name)
-    return 0
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", default=os.environ.get("NHA_QUALITY_MODEL", "smollm2"))
+    parser.add_argument("--out", type=Path, default=Path("results/quality"))
+    parser.add_argument("--known", type=Path, default=Path("results/quality"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-quality")
+    parser.add_argument("--arms", type=lambda s: s.split(","), default=list(DEFAULT_ARMS))
+    parser.add_argument("--seeds", type=parse_ints, default=(0,))
+    parser.add_argument("--tokens", type=parse_pairs, default={})
+    parser.add_argument("--set", action="append", default=[], dest="pairs")
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--budget-s", type=float, default=1e9)
+    parser.add_argument("--layers", type=int, default=30, help="of the model, for the recipes")
+    parser.add_argument("--limit", type=int, help="items of a set")
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--clozes", type=int, default=500)
+    parser.add_argument("--needles", type=int, default=20, help="of each length and depth (5 depths)")
+    parser.add_argument("--needle-lengths", type=parse_ints, default=(2048, 4096, 8192))
+    parser.add_argument("--long-needle-count", type=int, default=10, help="of each depth")
+    parser.add_argument("--lengths", type=parse_ints, default=(2048, 8192))
+    parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), help="out of those of nha eval public")
+    parser.add_argument("--report", type=Path)
+    for flag in ("no-controls", "long-needles", "plan"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.arms if name not in ARMS]
+    if unknown:
+        parser.error(f"expected arms out of {', '.join(ARMS)}, got {', '.join(unknown)}")
+    shard, _, shards = options.shard.partition("/")
+    if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
+        parser.error(f"expected --shard as I/N with I below N, got {options.shard}")
+    options.shard, options.shards = int(shard), int(shards)
+    if options.data is None and not options.plan and options.report is None:
+        parser.error("expected --data")
+    return options
+
+
+@contextmanager
+def alone(work: Path, name: str) -> Iterator[None]:
+    """One process at a time within the block."""
+    import fcntl
+
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def prepare_model(given: str, work: Path) -> Any:
+    """The source of the base model; one in a .gguf file is written once as a directory that loads fast."""
+    from nha.models import loading
+
+    if not given.endswith(".gguf"):
+        return loading.find(given)
+    place = work / "base"
+    with alone(work, "model"):
+        if not (place / "config.json").is_file():
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            from nha.convert.hybridize import forget_gguf
+            from nha.io import atomic_directory
+
+            path = Path(given)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+            forget_gguf(model)
+            with atomic_directory(place) as folder:
+                model.save_pretrained(folder)
+                AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    return loading.find(str(place))
+
+
+def join_chapters(source: Path, target: Path) -> None:
+    """Write documents as JSON lines, consecutive ones of one chapter joined: these are long enough for 8K tokens."""
+    from nha.data.sources import json_rows, text_in
+    from nha.io import atomic_write
+
+    with atomic_write(target) as work, work.open("w", encoding="utf-8") as file:
+        texts: list[str] = []
+        before: Any = None
+        for number, row in json_rows(source):
+            place = (row.get("source"), row.get("book"), row.get("chapter"))
+            chapter = place[1:] if all(place[1:]) else place
+            if texts and chapter != before:
+                file.write(json.dumps({"text": "\n\n".join(texts)}) + "\n")
+                texts = []
+            texts.append(text_in(row, "text", f"line {number} of {source}"))
+            before = chapter
+        file.write(json.dumps({"text": "\n\n".join(texts)}) + "\n")
+
+
+def prepare_corpus(data: Path, work: Path, tokenizer: Any) -> Any:
+    """The tokens of the training text, made once for all shards."""
+    from nha.data.corpus import open_corpus
+    from nha.data.prepare import prepare
+    from nha.evaluate.public.sets import find_set
+
+    with alone(work, "corpus"):
+        if not (work / "corpus").is_dir():
+            join_chapters(find_set(data, "train"), work / "train.jsonl")
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"
+            prepare([str(work / "train.jsonl")], work / "corpus", tokenizer, held_out_fraction=0.0)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return open_corpus(work / "corpus", tokenizer)
+
+
+class TimeIsUp(Exception):
+    """Ends an evaluation, whose parts so far are kept."""
+
+
+class Shard:
+    """The runs of one GPU, one after another, until the time is up."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.started = options, time.monotonic()
+        self.folder = options.out / "runs"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.options.budget_s - (time.monotonic() - self.started)
+
+    def print(self, *words: Any) -> None:
+        """Print a line with shard and time."""
+        print(f"[{self.options.shard} {time.monotonic() - self.started:5.0f}]", *words, flush=True)
+
+    def prepare(self) -> None:
+        """Load what all runs share."""
+        from nha.evaluate.public.run import PARTS, PublicSettings, read_public
+        from nha.models import loading
+
+        options = self.options
+        self.source = prepare_model(options.model, options.work)
+        self.print("model ready")
+        self.tokenizer = loading.load_tokenizer(self.source)
+        self.corpus = prepare_corpus(options.data, options.work, self.tokenizer)
+        self.print(f"{self.corpus.meta['tokens']:,} tokens of {self.corpus.meta['documents']:,} documents ready")
+        short = PublicSettings(
+            parts=options.parts or PARTS,
+            limit=options.limit,
+            questions=options.questions,
+            clozes=options.clozes,
+            needle_lengths=options.needle_lengths,
+            needles=options.needles,
+            lengths=options.lengths,
+        )
+        self.public = read_public(options.data, short)
+
+    def load(self) -> Any:
+        """The base model anew: a run converts it in place."""
+        import torch
+
+        from nha.models import loading
+
+        return loading.load(self.source, dtype="bfloat16" if torch.cuda.is_available() else "float32")[0]
+
+    def train(self, run: Run, settings: Any = None) -> Any:
+        """The trained model of a run, or None if the time was up."""
+        from nha.distill.run import distill
+        from nha.distill.trainer import Reports
+
+        def log(entry: dict[str, float]) -> None:
+            if entry["step"] % (10 * settings.log_every) == 0 or entry["step"] <= settings.log_every:
+                shown = " ".join(f"{key} {value:.3f}" for key, value in entry.items() if key in TIMES)
+                self.print(f"  {run.name} step {entry['step']:.0f}: {shown}")
+
+        settings = dataclasses.replace(run.settings, budget=max(1.0, min(1e9, self.left - 15)))
+        found = distill(
+            self.load(),
+            self.tokenizer,
+            self.corpus,
+            self.options.work / "runs" / run.name,
+            settings,
+            control=run.arm is None,
+            reports=Reports(log=log),
+        )
+        return found if found.finished else None
+
+    def shipped(self, run: Run, found: Any) -> Any:
+        """The base model with the small file of a run, which is written to `ship`."""
+        from safetensors.torch import load_file
+
+        from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
+        from nha.models.delta import apply_delta, lora_changes, low_rank_changes, save_delta
+
+        path = self.options.out / "ship" / f"{run.name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if run.arm and run.arm.shipped == "lora":
+            checkpoint = latest_checkpoint(self.options.work / "runs" / run.name)
+            changes = lora_changes(load_file(checkpoint / WEIGHTS), scale=2.0)  # type: ignore[operator]
+        else:
+            changes = low_rank_changes(self.load(), found.model, run.settings.lora_rank)
+        facts = {"base": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "command": command_of(run)}
+        save_delta(path, found.model, changes, facts)
+        self.print(f"  {path}: {path.stat().st_size / 1e6:.2f} MB")
+        model = self.load()
+        apply_delta(model, path)
+        return model.eval()
+
+    def measure(self, run: Run, model: Any) -> dict[str, Any]:
+        """The evaluation of a run's model, whose parts are kept as they are known."""
+        from nha.evaluate.partial import open_partial
+        from nha.evaluate.public.run import PublicData, measure_public
+
+        partial = open_partial(self.options.out / "partial" / f"{run.name}.jsonl", self.public.identity)
+        started = time.monotonic()
+
+        def progress(part: str, done: int, total: int) -> None:
+            if self.left < 0:
+                raise TimeIsUp
+            if done == total:
+                self.print(f"  {run.name} {part}: {time.monotonic() - started:.0f} s")
+
+        found = measure_public(model, self.tokenizer, self.public, partial=partial, progress=progress)
+        if self.options.long_needles and run.arm and run.arm.long_needles:
+            settings = dataclasses.replace(
+                self.public.settings,
+                parts=("needle",),
+                needles=self.options.long_needle_count,
+                needle_lengths=run.arm.long_needles,
+            )
+            data = PublicData(settings, {}, self.public.held_out, self.public.files)
+            far = measure_public(model, self.tokenizer, data, name="long", partial=partial, progress=progress)
+            found["needle"] |= far["needle"]
+            found["notes"] += far["notes"]
+        return found
+
+    def make(self, run: Run) -> bool:
+        """Train and measure a run, and write it; False if the time was up."""
+        import torch
+
+        from nha.io import write_atomically
+
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.monotonic()
+        trained = run
+        if run.arm and run.arm.source:
+            trained = Run(ARMS[run.arm.source], run.budget, run.settings, run.arm.source)
+        found = self.train(trained)
+        if found is None:
+            return False
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        seconds = time.monotonic() - begun
+        self.print(f"{run.name} trained in {seconds:.0f} s")
+        model = self.shipped(run, found) if run.arm and run.arm.shipped else found.model
+        begun = time.monotonic()
+        try:
+            measured = self.measure(run, model)
+        except TimeIsUp:
+            return False
+        times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
+        row = row_of(run, model, measured, found.log) | times | {"memory_gib": peak}
+        about = {"row": row, "settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
+        write_atomically(self.folder / f"{run.name}.json", json.dumps(about) + "\n")
+        self.print(run.name, json.dumps({k: v for k, v in row.items() if k not in ("windows", "versions")}))
+        return True
+
+    def run_all(self, runs: list[Run]) -> int:
+        """Make all runs that are not there. Returns the exit status: 0, 1 if one failed, 3 if time was up."""
+        import torch
+
+        from experiments.quality_report import write_report
+
+        failed, late = [], []
+        for run in runs:
+            if any(
+                (folder / "runs" / f"{run.name}.json").is_file() for folder in (self.options.out, self.options.known)
+            ):
+                self.print(run.name, "is there already")
+                continue
+            if self.left < 30:
+                late.append(run.name)
+                continue
+            self.print(f"{run.name} starts, about {run.seconds:.0f} s")
+            try:
+                if not self.make(run):
+                    late.append(run.name)
+            except Exception:
+                traceback.print_exc()
+                failed.append(run.name)
+            gc.collect()  # a Trainer refers to itself
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        with alone(self.options.work, "report"):
+            write_report(self.options.out)
+        self.print(f"done; failed: {failed}; no time for: {late}")
+        return 1 if failed else 3 if late else 0
+
+
+def command_of(run: Run) -> str:
+    """The command that makes a run; a control comes with the arm that it is for."""
+    tokens = f"{run.beside}={run.settings.tokens:g}"
+    return f"python -m experiments.quality --data DATA --arms {run.beside} --tokens {tokens} --seeds {run.seed}"
+
+
+def cache_bytes(model: Any, tokens: int) -> int:
+    """Bytes of the cache after so many tokens of one sequence, in the model's dtype."""
+    import torch
+
+    from nha.models.cache import cache_nbytes
+    from nha.report.costs import filled_cache
+
+    ids = torch.arange(512, device=model.device)[None] % model.config.vocab_size
+    return int(cache_nbytes(filled_cache(model, ids, tokens)))
+
+
+def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, float]]) -> dict[str, Any]:
+    """The row of a run."""
+    import statistics
+
+    import torch
+
+    from experiments.distill import versions
+    from experiments.quality_arms import batches_digest
+    from nha.evaluate.public.run import summary
+
+    config, numbers = model.config, summary(measured)
+    speeds = [entry["tokens_per_s"] for entry in log]
+    return {
+        "arm": run.arm.name if run.arm else "control",
+        "budget": run.budget,
+        "seed": run.seed,
+        "tokens": int(log[-1]["tokens"]) if log else 0,
+        "bytes_16k": cache_bytes(model, 16384),
+        "windows": list(config.window_sizes),
+        "slots": config.num_slots if run.arm else 0,
+        **{name: numbers.get(name) for name in ("ppl_2k", "ppl_8k", "sets", "average", "squad")},
+        **{name: numbers.get(name) for name in ("cloze_near", "cloze_far", "needle")},
+        "control": batches_digest(run.settings),
+        "command": command_of(run),
+        "tokens_per_s": statistics.median(speeds[len(speeds) // 2 :]) if speeds else None,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": versions(),
+        "date": str(date.today()),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the runs of a shard."""
+    options = parse_options(arguments)
+    if options.report is not None:
+        from experiments.quality_report import write_report
+
+        print(write_report(options.report))
+        return 0
+    given = {}
+    if options.pairs:
+        from experiments.distill import parse_settings
+
+        given = parse_settings(options.pairs)
+    runs = make_runs(options.arms, options.seeds, options.tokens, options.layers, given, not options.no_controls)
+    shards = deal(runs, options.shards)
+    if options.plan:
+        for index, some in enumerate(shards):
+            total = sum(run.seconds for run in some)
+            print(f"shard {index}: {total:.0f} s:", ", ".join(f"{run.name} {run.seconds:.0f} s" for run in some))
+        return 0
+    if options.shards > 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(options.shard))
+    shard = Shard(options)
+    shard.prepare()
+    return shard.run_all(shards[options.shard])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

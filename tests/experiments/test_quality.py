@@ -1,65 +1,128 @@
-"""The table and the pictures of a comparison of hybrids say what its rows say."""
+"""Arms share controls, shards share the work, chapters are joined, and every number stands beside the control's."""
+
+from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
 from experiments import quality
+from experiments.quality_arms import ARMS, DEFAULT_ARMS, batches_digest, deal, make_runs
+from experiments.quality_report import find_control, shares, summary_rows, table
+from nha.models.delta import read_delta
+from tests.data.tokenizers import small_tokenizer
+from tests.evaluate.test_public import data, lines  # noqa: F401
+from tests.models.families import teacher
+
+SETTINGS = {
+    "batch_size": 2,
+    "seq_len": 512,
+    "long_seq_len": 1024,
+    "align_steps": 1,
+    "align_sequences": 2,
+    "log_every": 1,
+    "window_size": 32,
+    "num_slots": 8,
+}
+SMALL = ["--layers", "3", "--tokens", "4full=4e3,constant=4e3", "--clozes", "4", "--lengths", "256", "--known", "/no"]
+SMALL += ["--parts", "piqa,squad_qa,cloze_near,perplexity", "--questions", "2", "--limit", "8"]
 
 
-def row(name, losses, tokens=6e6, **more):
-    scores = {"128": {"exact": 0.5, "exact_interval": [0.4, 0.6]}, "64": {"exact": 1.0, "exact_interval": [1.0, 1.0]}}
-    found = {
-        "run": name,
-        "seed": 0,
-        "tokens": tokens,
-        "windows": [64, -1],
-        "by_text_2k": losses,
-        "by_text_8k": losses,
-        "ppl_2k": 8.0,
-        "ppl_8k": 8.0,
-        "edges_8k": [0, 64, 8192],
-        "by_position_8k": [20.0, 10.0],
-        "recall": {task: scores for task in quality.SHOWN},
-    }
-    return found | more
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data):  # noqa: F811
+    """A tiny model, and the sets with text to train on beside them."""
+    root = tmp_path_factory.mktemp("quality")
+    tokenizer = small_tokenizer("digits")
+    teacher(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(root / "tiny")
+    tokenizer.save_pretrained(root / "tiny")
+    held_out = (data / "text" / "heldout.jsonl").read_text()
+    text = [json.loads(line) | {"chapter": "one"} for line in held_out.splitlines()]
+    (data / "train.jsonl").write_text(lines(text))
+    return root
 
 
-@pytest.fixture
-def rows():
-    return [
-        row("teacher", [2.0, 3.0, 4.0], tokens=0, windows=[-1, -1]),
-        row("mine", [2.1, 3.1], settings={"lr": 0.5, "tokens": 6e6}, slots_off={"by_text_2k": [2.5, 3.5]}),
+def run(place, data, out, *more):  # noqa: F811
+    given = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
+    where = ["--data", data, "--model", place / "tiny", "--out", out, "--work", place / "work"]
+    return quality.main([*map(str, where), *SMALL, *given, *more])
+
+
+def test_runs_of_the_same_batches_share_a_control():
+    runs = make_runs(DEFAULT_ARMS, [0], {})
+    controls = [one for one in runs if one.arm is None]
+    assert len(controls) == 2  # one for the arms with full layers, one for the arms without
+    for one in runs:
+        assert batches_digest(one.settings) in {batches_digest(control.settings) for control in controls}
+    assert len(make_runs(["4full", "1full"], [0], {"1full": 50e6})) == 4
+
+
+def test_every_run_is_dealt_once_and_what_needs_another_follows_it():
+    runs = make_runs(list(ARMS), [0, 1], {})
+    piles = deal(runs, 4)
+    assert sorted(one.name for pile in piles for one in pile) == sorted(one.name for one in runs)
+    for pile in piles:
+        names = [one.name for one in pile]
+        for one in pile:
+            if one.arm and one.arm.source:
+                assert names.index(one.name) > names.index(one.name.replace(one.arm.name, one.arm.source))
+
+
+def test_consecutive_documents_of_a_chapter_are_joined(tmp_path):
+    rows = [("a", "1"), ("a", "1"), ("a", "2"), ("b", "2"), ("b", None), ("b", None)]
+    text = [{"text": f"t{i}", "book": book, "chapter": chapter, "source": i} for i, (book, chapter) in enumerate(rows)]
+    (tmp_path / "in.jsonl").write_text(lines(text))
+    quality.join_chapters(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == ["t0\n\nt1", "t2", "t3", "t4", "t5"]
+
+
+def test_runs_are_made_measured_and_kept(place, data, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    assert run(place, data, out, "--arms", "constant,ship", "--budget-s", "1") == 3  # no time to begin
+    assert run(place, data, out, "--arms", "constant,ship") == 0
+    runs = {path.stem: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+    assert len(runs) == 3 and all(one["row"]["squad"][1] == 2 for one in runs.values())
+    rows = json.loads((out / "summary.json").read_text())
+    assert {row["arm"] for row in rows} == {"control", "constant", "ship"}
+    hybrid, control = (next(row for row in rows if row["arm"] == arm) for arm in ("constant", "control"))
+    assert hybrid["bytes_16k"] < control["bytes_16k"] and set(control["windows"]) == {-1}
+    ordered = list(runs.values())
+    for one in ordered:
+        if one["row"]["arm"] != "control":
+            ratio = shares(one, find_control(one, ordered))["cloze_near"]["ratio"]
+            assert ratio is None or ratio >= 0
+    assert (out / "table.md").read_text() == table(quality_runs(out))
+    (shipped,) = (out / "ship").iterdir()
+    tensors, metadata = read_delta(shipped)
+    assert metadata["license"] == "apache-2.0" and "--arms ship" in metadata["command"]
+    assert any(name.endswith("q_proj.down") for name in tensors) and any("g_proj" in name for name in tensors)
+    capsys.readouterr()
+    assert run(place, data, out, "--arms", "constant,ship,ship_svd") == 0
+    assert capsys.readouterr().out.count("is there already") == 3
+    assert len(list((out / "ship").iterdir())) == 2
+
+
+def quality_runs(out):
+    from experiments.quality_report import read_runs
+
+    return read_runs(out)
+
+
+def test_a_control_has_a_row_for_every_budget_that_it_serves():
+    rows = [
+        {"arm": arm, "budget": budget, "control": "x", "tokens": 5, "seed": 0}
+        for arm, budget in (("control", "4full"), ("4full", "4full"), ("1full", "1full"))
+    ]
+    found = summary_rows([{"row": row} for row in rows])
+    assert [(row["arm"], row["budget"]) for row in found] == [
+        ("control", "1full"),
+        ("control", "4full"),
+        ("4full", "4full"),
+        ("1full", "1full"),
     ]
 
 
-def test_perplexities_are_compared_on_the_texts_that_both_read(rows):
-    assert quality.relative_perplexity(rows[1], rows[0]) == pytest.approx(math.exp(0.1))
-    assert quality.relative_perplexity({"run": "other"}, rows[0]) is None
-
-
-def test_the_table_has_a_line_for_every_run(rows):
-    lines = quality.table(rows).splitlines()
-    assert "| teacher |  | all | 1.000 | 1.000 |  | 100 50 | 100 50 |" in lines
-    assert "| mine, 6 M | lr 0.5 | 1 | 1.105 | 1.105 | 1.649 | 100 50 | 100 50 |" in lines
-
-
-def test_pictures_are_drawn_and_a_folder_without_a_teacher_is_refused(rows, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "summary.json").write_text(json.dumps(rows))
-    assert quality.main([str(tmp_path)]) == 0
-    drawn = {"summary.json", "table.md", "recall.png", "perplexity.png"}
-    assert {path.name for path in tmp_path.iterdir()} == drawn
-    entries = [{"tokens": 1e6 * n, "kl": 1 / n, "answer_accuracy": 0.5} for n in range(1, 100)]
-    runs = [{"run": "mine", "seed": 0, "tokens": 6e6, "log": entries[:n]} for n in (3, 99)]
-    (tmp_path / "logs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    assert quality.main([str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {*drawn, "logs.jsonl", "learning.png"}
-    (tmp_path / "summary.json").write_text(json.dumps(rows[1:]))
-    with pytest.raises(SystemExit):
-        quality.main([str(tmp_path)])
-    assert "expected a row of the run teacher" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        quality.main([str(tmp_path / "nowhere")])
-    assert "expected summary.json in" in capsys.readouterr().err
+def test_unknown_arms_and_shards_are_refused():
+    for wrong in (["--arms", "5full"], ["--shard", "2/2"], []):
+        with pytest.raises(SystemExit):
+            quality.main(wrong if wrong == [] else [*wrong, "--data", "."])

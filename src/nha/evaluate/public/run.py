@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from nha.evaluate.public.written import begins_with, has_answer, write
 FORMAT = "nha-public-v1"
 NEEDLE, PERPLEXITY = "needle", "perplexity"
 PARTS = (*FORMATS, *RANGES, NEEDLE, PERPLEXITY)
+EDGES = {"cloze_near": (72, 128, 192, 256), "cloze_far": (500, 1000, 2000, 4000)}  # of distances shown apart
 CHUNK = 1024  # items that are kept together
 ANSWER_TOKENS = 32
 PASSAGES = "squad_qa"  # the set whose passages are documents where no others are given
@@ -165,9 +167,9 @@ def measure_public(
 ) -> dict[str, Any]:
     """All parts of a model as plain data: {"sets", "needle", "perplexity", "notes", "seconds"}.
 
-    `sets` maps a part to {accuracy, interval (95 %, Wilson), count, correct (one digit an item)}; `needle` does so by
-    length, with `by_depth`; `perplexity` is the data of `measure_texts`; `notes` say what did not fit the model's
-    context. Each part is kept in `partial` under `name` as soon as it is known.
+    `sets` maps a part to {accuracy, interval (95 %, Wilson), count, correct (one digit an item)}, clozes with
+    `by_distance`; `needle` does so by length, with `by_depth`; `perplexity` is the data of `measure_texts`; `notes` say
+    what did not fit the model's context. Each part is kept in `partial` under `name` as soon as it is known.
     """
     session = _Session(model, tokenizer, data, name, partial or PartialResults(), progress, max_batch_tokens)
     found: dict[str, Any] = {"sets": {}, NEEDLE: {}, PERPLEXITY: {}, "notes": session.notes, "seconds": {}}
@@ -178,7 +180,7 @@ def measure_public(
         elif part == PERPLEXITY:
             found[PERPLEXITY] = session.perplexity()
         elif (correct := session.correct(part)) is not None:
-            found["sets"][part] = counted(correct)
+            found["sets"][part] = counted(correct) | session.by_distance(part, correct)
         found["seconds"][part] = round(time.perf_counter() - started, 2)
     return found
 
@@ -236,6 +238,18 @@ class _Session:
             prompts = [self._ids(item.prompt) for item in items]
             return self._written(part, prompts, ANSWER_TOKENS, lambda i, text: has_answer(text, items[i].answers))
         return self._choices(part, items)
+
+    def by_distance(self, part: str, correct: Sequence[int]) -> dict[str, Any]:
+        """{"by_distance": {"72 to 128": [accuracy, count]}} of clozes, by tokens from the source; else nothing."""
+        if part not in RANGES:
+            return {}
+        distances = np.array([cloze.distance for cloze in self.data.clozes(self.tokenizer, part)])
+        found: dict[str, list[float]] = {}
+        for low, high in pairwise(EDGES[part]):
+            inside = (distances >= low) & ((distances < high) | (high == EDGES[part][-1]))
+            if inside.any():
+                found[f"{low:,} to {high:,}"] = [float(np.array(correct)[inside].mean()), int(inside.sum())]
+        return {"by_distance": found}
 
     def _ids(self, prompt: str) -> list[int]:
         return list(self.tokenizer(prompt, verbose=False).input_ids)

@@ -1,0 +1,152 @@
+"""Runs of `experiments/quality.py`: which settings each has, its fair control, and how they are dealt to GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nha.distill.recipes import recipe_settings
+from nha.distill.settings import DistillSettings
+from nha.models.loading import EMBEDDED_ID
+
+BUDGETS = ("4full", "1full", "constant")
+TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 40e6}
+# What a control does not depend on: it has full attention, and trains the linear layers of attention.
+HYBRID_ALONE = ("window_size", "num_slots", "full_layers", "init", "num_sinks", "slot_distance", "align_steps")
+HYBRID_ALONE += ("align_sequences", "gate_lr", "sink_lr", "window_dropout", "trainable", "lora_rank")
+COMPILE_S, EVAL_S, LOAD_S = 60.0, 85.0, 80.0
+TOKENS_PER_S = {"text": 230e3, "long": 150e3, "control": 260e3, "long control": 140e3}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of run.
+
+    Attributes:
+        name: of the row.
+        budget: the column of the targets that its bytes fit.
+        recipe: of `nha distill --recipe`.
+        changes: settings that differ from the recipe's.
+        long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
+        shipped: measure the small file of gates, sinks and low-rank changes instead of the trained model; "lora" for
+            what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`.
+        source: the arm whose run an "svd" file is made of.
+    """
+
+    name: str
+    budget: str
+    recipe: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    long_needles: tuple[int, ...] = ()
+    shipped: str | None = None
+    source: str | None = None
+
+
+LONG_TAIL = {"long_range_fraction": 0.5}
+LORA = {"trainable": "lora", "lora_rank": 16}
+LONG = (32768, 65536, 131072)
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("4full", "4full", "quality", LONG_TAIL, (32768,)),
+        Arm("1full", "1full", "balanced", LONG_TAIL, (32768,)),
+        Arm("constant", "constant", "constant", {}, LONG),
+        Arm("ship", "constant", "constant", LORA, LONG, shipped="lora"),
+        Arm("ship_svd", "constant", "constant", {}, LONG, shipped="svd", source="constant"),
+    )
+}
+DEFAULT_ARMS = ("4full", "1full", "constant", "ship")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed and tokens, or the control made for the arm `beside`: `arm` is None then."""
+
+    arm: Arm | None
+    budget: str
+    settings: DistillSettings
+    beside: str
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
+
+    @property
+    def name(self) -> str:
+        """A name for files: arm or control, tokens, seed."""
+        kind = self.arm.name if self.arm else f"control-{batches_digest(self.settings)}"
+        return f"{kind}-{self.settings.tokens / 1e6:g}M-{self.seed}"
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes on one H100, without loading."""
+        if self.arm and self.arm.shipped == "svd":
+            return EVAL_S
+        kind = "" if self.arm else "control"
+        long = self.settings.long_tokens
+        speed = TOKENS_PER_S[kind or "text"], TOKENS_PER_S[f"long {kind}".strip()]
+        return COMPILE_S + (self.settings.tokens - long) / speed[0] + long / speed[1] + EVAL_S
+
+
+def batches_digest(settings: DistillSettings) -> str:
+    """A short digest of all settings that a control depends on: runs with the same one share a control.
+
+    >>> one, other = (DistillSettings(full_layers=full) for full in ((), (1, 2)))
+    >>> batches_digest(one) == batches_digest(other) != batches_digest(DistillSettings(recall_fraction=0.5))
+    True
+    """
+    kept = {name: x for name, x in settings.identity().items() if name not in (*HYBRID_ALONE, "tokens", "seed")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def control_of(run: Run) -> Run:
+    """The fair control of a run: the original, trained in all its attention layers on the same batches."""
+    plain = DistillSettings()
+    same = {name: getattr(plain, name) for name in HYBRID_ALONE}
+    return Run(None, run.budget, dataclasses.replace(run.settings, **same), run.beside)
+
+
+def make_runs(
+    names: Sequence[str],
+    seeds: Sequence[int],
+    tokens: Mapping[str, float],
+    layers: int = 30,
+    given: Mapping[str, Any] | None = None,
+    controls: bool = True,
+) -> list[Run]:
+    """All runs of some arms and seeds, each control once, before the arms that it is for."""
+    found: dict[str, Run] = {}
+    for seed in seeds:
+        for name in names:
+            arm = ARMS[name]
+            count = tokens.get(name, tokens.get(arm.budget, TOKENS[arm.budget]))
+            changes = {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
+            run = Run(arm, arm.budget, recipe_settings(arm.recipe, layers, EMBEDDED_ID, changes), name)
+            control = control_of(run)
+            if controls:
+                found.setdefault(control.name, control)
+            found[run.name] = run
+    return list(found.values())
+
+
+def deal(runs: Sequence[Run], shards: int) -> list[list[Run]]:
+    """Runs for each of `shards` GPUs, the longest first to the GPU that is free first; one of another run follows it.
+
+    >>> runs = make_runs(["4full", "1full", "constant"], [0], {})
+    >>> [[run.name.split("-")[0] for run in some] for some in deal(runs, 2)]
+    [['constant', '1full'], ['control', '4full', 'control']]
+    """
+    piles: list[list[Run]] = [[] for _ in range(shards)]
+    follows = [run for run in runs if run.arm and run.arm.source]
+    for run in sorted((run for run in runs if run not in follows), key=lambda run: -run.seconds):
+        min(piles, key=lambda pile: sum(one.seconds for one in pile)).append(run)
+    for run in follows:
+        for pile in piles:
+            if any(one.arm and run.arm and one.arm.name == run.arm.source and one.seed == run.seed for one in pile):
+                pile.append(run)
+                break
+    return piles

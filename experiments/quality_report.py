@@ -1,0 +1,213 @@
+"""Table and pictures of what `experiments/quality.py` measured, every number relative to the fair control."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from nha.evaluate.public.run import KNOWLEDGE, relative
+from nha.io import write_atomically
+from nha.report.results import to_json
+
+Run = dict[str, Any]  # a file of runs/: row, settings, log, eval
+LOWER = ("ppl_2k", "ppl_8k")
+SHOWN = {
+    "ppl_2k": "perplexity 2K",
+    "ppl_8k": "perplexity 8K",
+    "average": "average of 6 sets",
+    "squad": "SQuAD, written",
+    "cloze_near": "near cloze, written",
+    "cloze_far": "far cloze, written",
+}
+PARTS = {"ppl_2k": "perplexity 2,048", "ppl_8k": "perplexity 8,192", "squad": "squad_qa"}
+DPI = 160
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs of a folder: controls first, then by budget, tokens and seed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    order = {"4full": 0, "1full": 1, "constant": 2}
+
+    def key(run: Run) -> tuple[Any, ...]:
+        row = run["row"]
+        return row["arm"] != "control", order[row["budget"]], row["arm"], row["tokens"], row["seed"]
+
+    return sorted(found, key=key)
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """A run in a few words.
+
+    >>> name_of({"arm": "4full", "tokens": 24_969_216, "seed": 1, "budget": "4full"})
+    '4full, 25 M, seed 1'
+    """
+    seed = f", seed {row['seed']}" if row["seed"] else ""
+    return f"{row['arm']}, {row['tokens'] / 1e6:.0f} M{seed}"
+
+
+def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The control of a run: it read the same batches."""
+    row = run["row"]
+    same = ("control", "tokens", "seed")
+    matches = [r for r in runs if r["row"]["arm"] == "control" and all(r["row"][k] == row[k] for k in same)]
+    return matches[0] if matches else None
+
+
+def value_of(row: Mapping[str, Any], name: str) -> float | None:
+    """A number of a row without its count."""
+    value = row.get(name)
+    return value[0] if isinstance(value, list) else value
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of summary.json; a control that serves several budgets has one row for each."""
+    rows = []
+    for run in runs:
+        row = run["row"]
+        if row["arm"] != "control":
+            rows.append(row)
+            continue
+        budgets = {r["row"]["budget"] for r in runs if find_control(r, runs) is run} | {row["budget"]}
+        rows += [row | {"budget": budget} for budget in sorted(budgets)]
+    return rows
+
+
+def shares(run: Run, control: Run | None) -> dict[str, Any]:
+    """{name: {ratio, interval}} of a run's shown numbers relative to its control's; no interval for the average."""
+    if control is None:
+        return {}
+    ratios = relative(run["eval"], control["eval"])
+    found = {name: ratios[PARTS.get(name, name)] for name in SHOWN if PARTS.get(name, name) in ratios}
+    pair = [value_of(one["row"], "average") for one in (run, control)]
+    if pair[0] is not None and pair[1]:
+        found["average"] = {"ratio": pair[0] / pair[1], "interval": None}
+    return found
+
+
+def number(row: Mapping[str, Any], name: str) -> str:
+    value = value_of(row, name)
+    if value is None:
+        return ""
+    return f"{value:.2f}" if name in LOWER else f"{100 * value:.1f}"
+
+
+def share(found: Mapping[str, Any] | None, name: str) -> str:
+    if not found or found["ratio"] is None:
+        return ""
+    digits = (lambda x: f"{x:.3f}") if name in LOWER else (lambda x: f"{100 * x:.0f}")
+    interval = "" if found["interval"] is None else " ({} to {})".format(*map(digits, found["interval"]))
+    return f"{digits(found['ratio'])}{interval}"
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Three tables in Markdown: the numbers, their shares of the control's, and needles and clozes by distance."""
+    head = ["run, tokens", "full layers", "MB at 16K", *SHOWN.values()]
+    lines = ["Accuracies in %. MB: the cache of one sequence of 16,384 tokens in bf16.", "", _line(head), _rule(head)]
+    for run in runs:
+        row = run["row"]
+        full = [str(i) for i, window in enumerate(row["windows"]) if window == -1]
+        layers = "all" if len(full) == len(row["windows"]) else ", ".join(full) or "none"
+        numbers = [number(row, name) for name in SHOWN]
+        lines.append(_line([name_of(row), layers, f"{row['bytes_16k'] / 1e6:.1f}", *numbers]))
+    others = [run for run in runs if run["row"]["arm"] != "control"]
+    lines += [
+        "",
+        "Relative to the fair control, the original trained on the same batches with full attention: perplexity",
+    ]
+    lines[-1] += " as a ratio, the rest in % of the control's; 95 % intervals by paired bootstrap over items."
+    head = ["run, tokens", *SHOWN.values()]
+    lines += ["", _line(head), _rule(head)]
+    for run in others:
+        found = shares(run, find_control(run, runs))
+        lines.append(_line([name_of(run["row"]), *(share(found.get(name), name) for name in SHOWN)]))
+    lengths = sorted({int(n) for run in runs for n in run["row"]["needle"] or {}})
+    edges = list(dict.fromkeys(edge for run in runs for part in distances(run) for edge in part))
+    head = ["run, tokens", *(f"needle {n // 1024}K" for n in lengths), *(f"cloze {edge}" for edge in edges)]
+    lines += ["", "By distance in tokens, %.", "", _line(head), _rule(head)]
+    for run in runs:
+        needles, clozes = run["row"]["needle"] or {}, {k: v for part in distances(run) for k, v in part.items()}
+        cells = [f"{100 * needles[str(n)][0]:.0f}" if str(n) in needles else "" for n in lengths]
+        cells += [f"{100 * clozes[edge][0]:.0f}" if edge in clozes else "" for edge in edges]
+        lines.append(_line([name_of(run["row"]), *cells]))
+    head = ["run, tokens", *KNOWLEDGE, "tokens/s", "training, s", "measuring, s"]
+    lines += ["", "The sets in %, and the time on one GPU.", "", _line(head), _rule(head)]
+    for run in runs:
+        row = run["row"]
+        cells = [f"{100 * row['sets'][n][0]:.1f}" if n in (row["sets"] or {}) else "" for n in KNOWLEDGE]
+        times = [f"{row['tokens_per_s'] or 0:,.0f}", f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
+        lines.append(_line([name_of(row), *cells, *times]))
+    return "\n".join(lines) + "\n"
+
+
+def distances(run: Run) -> list[dict[str, Any]]:
+    """Accuracy of near and far clozes by distance."""
+    sets = run["eval"]["sets"]
+    return [sets[name]["by_distance"] for name in ("cloze_near", "cloze_far") if name in sets]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(cells: Sequence[str]) -> str:
+    return "|" + "---|" * len(cells)
+
+
+def shares_png(runs: Sequence[Run]) -> bytes:
+    """Shares of the control's quality, a point for every run and number; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    from nha.report.curves import line_styles
+    from nha.report.plots import LIGHT
+
+    drawn = [(run, shares(run, find_control(run, runs))) for run in runs if run["row"]["arm"] != "control"]
+    drawn = [(run, found) for run, found in drawn if found]
+    names = [name for name in SHOWN if any(found.get(name) and found[name]["ratio"] for _, found in drawn)]
+    figure = Figure(figsize=(4.9, 0.5 * len(names) + 1.5), layout="constrained", facecolor=LIGHT.background)
+    axes = figure.add_subplot()
+    styles = line_styles([name_of(run["row"]) for run, _ in drawn])
+    for index, ((_, found), (label, (colour, _))) in enumerate(zip(drawn, styles.items(), strict=True)):
+        places, values = [], []
+        for at, name in enumerate(names):
+            ratio = (found.get(name) or {}).get("ratio")
+            if ratio:
+                places.append(at + 0.12 * (index - (len(drawn) - 1) / 2))
+                values.append(100 / ratio if name in LOWER else 100 * ratio)
+        axes.plot(values, places, "osD^vPX"[index % 7], color=colour, label=label, markersize=5)
+    axes.axvline(100, color=LIGHT.line, linewidth=1)
+    axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the fair control's (perplexity: control's / hybrid's)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color=LIGHT.line, linewidth=0.8)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT.background)
+    return buffer.getvalue()
+
+
+def write_report(folder: Path) -> str:
+    """Write summary.json, logs.jsonl, table.md and, with matplotlib, pictures. Returns the table."""
+    runs = read_runs(folder)
+    write_atomically(folder / "summary.json", to_json(summary_rows(runs)))
+    if not runs:
+        return "no runs\n"
+    kept = ("arm", "budget", "seed", "tokens")
+    logs = [json.dumps({k: run["row"][k] for k in kept} | {"log": run["log"]}) for run in runs]
+    write_atomically(folder / "logs.jsonl", "\n".join(logs) + "\n")
+    text = table(runs)
+    write_atomically(folder / "table.md", text)
+    if find_spec("matplotlib") is not None:
+        from nha.report.public import public_png
+
+        first = [run for run in runs if not run["row"]["seed"]]
+        if any(shares(run, find_control(run, runs)) for run in runs):
+            write_atomically(folder / "shares.png", shares_png(runs))
+        if first:
+            models = {name_of(run["row"]): run["eval"] for run in first}
+            write_atomically(folder / "public.png", public_png(models))
+    return text

@@ -1,0 +1,144 @@
+"""A hybrid as a small file beside its base model: gates, sinks and low-rank changes of weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nha.io import read_tensors, write_tensors
+from nha.models.adapter import hybrid_config, to_hybrid
+from nha.models.config import FULL
+from nha.models.windows import attention_layers, decoder
+
+FORMAT = "nha-delta-v1"
+SIZES = ("num_slots", "num_sinks", "slot_distance")
+SLOTS = ("g_proj.weight", "g_proj.bias", "sink_key", "sink_value")
+TRAINED = re.compile(r".*?(layers\.\d+\..+?)\.lora_(A|B)\.default\.weight")
+
+
+def slots_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gates and sinks of the layers of a hybrid that are not full, by their names in the decoder."""
+    found = {}
+    for index, (module, window) in enumerate(zip(attention_layers(model), windows_of(model), strict=True)):
+        if window != FULL:
+            own = module.nha.state_dict()
+            found |= {f"layers.{index}.self_attn.nha.{name}": own[name] for name in SLOTS}
+    return found
+
+
+def windows_of(model: PreTrainedModel) -> list[Any]:
+    """The windows of a hybrid's layers."""
+    return list(decoder(model).config.window_sizes)
+
+
+def low_rank_changes(base: PreTrainedModel, model: PreTrainedModel, rank: int) -> dict[str, Tensor]:
+    """The best changes of rank `rank` from a base model's linear layers to a hybrid's, by singular values.
+
+    Two tensors for each layer that differs, `<name>.down` [rank, in] and `<name>.up` [out, rank] in float32; biases
+    are not covered. Raises ValueError for weights that differ outside linear layers.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> one = LlamaForCausalLM(LlamaConfig(**small))
+    >>> low_rank_changes(one, one, 2)
+    {}
+    """
+    old, found = dict(decoder(base).named_parameters()), {}
+    for name, weight in decoder(model).named_parameters():
+        if ".nha." in name or torch.equal(weight, old[name]):
+            continue
+        if weight.dim() != 2 or "embed" in name:
+            raise ValueError(f"expected changes of linear layers alone, {name} differs")
+        change = (weight.double() - old[name].double()).float()
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        root = s[:rank].sqrt()
+        stem = name.removesuffix(".weight")
+        found[f"{stem}.down"] = root[:, None] * v[:rank]
+        found[f"{stem}.up"] = u[:, :rank] * root
+    return found
+
+
+def lora_changes(trained: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The changes that LoRA trained, from the tensors of a checkpoint, named as `low_rank_changes` names them.
+
+    >>> stem = "model.base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    >>> pair = {f"{stem}A.default.weight": torch.ones(1, 2), f"{stem}B.default.weight": torch.ones(3, 1)}
+    >>> {name: x.tolist() for name, x in lora_changes(pair, 2.0).items()}
+    {'layers.0.self_attn.q_proj.down': [[1.0, 1.0]], 'layers.0.self_attn.q_proj.up': [[2.0], [2.0], [2.0]]}
+    """
+    found = {}
+    for name, x in trained.items():
+        match = TRAINED.fullmatch(name)
+        if match is not None:
+            found[match[1] + (".down" if match[2] == "A" else ".up")] = x if match[2] == "A" else scale * x
+    return found
+
+
+def save_delta(
+    path: str | Path,
+    model: PreTrainedModel,
+    changes: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a hybrid's gates and sinks and the changes of its base's weights, durably, with a checksum.
+
+    `facts` are more of the file's metadata: base, licence, command.
+    """
+    config = decoder(model).config
+    sizes = {name: getattr(config, name) for name in SIZES}
+    kept = {"format": FORMAT, "windows": json.dumps(windows_of(model)), "sizes": json.dumps(sizes)}
+    kept["config"] = json.dumps(config.to_diff_dict(), default=str)
+    tensors = {name: x.to(dtype) for name, x in {**slots_of(model), **changes}.items()}
+    write_tensors(path, tensors, {**facts, **kept})
+
+
+def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file that `save_delta` wrote. Raises ValueError for any other file."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"expected a delta of format {FORMAT!r} at {path}, got format {metadata.get('format')!r}")
+    return tensors, metadata
+
+
+def delta_config(path: str | Path, base: Any) -> Any:
+    """The configuration of the hybrid that a delta makes of a base model's configuration."""
+    _, metadata = read_delta(path)
+    return hybrid_config(base, {"window_sizes": json.loads(metadata["windows"]), **json.loads(metadata["sizes"])})
+
+
+@torch.no_grad()
+def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
+    """Turn a base model into the hybrid of a delta, in place; changes are added in float32.
+
+    Raises ValueError, before anything changes, for a base model whose layers have other shapes.
+    """
+    tensors, metadata = read_delta(path)
+    changes = {name.rpartition(".")[0] for name in tensors if name.endswith((".down", ".up"))}
+    stack = decoder(model)
+    for name in sorted(changes):
+        try:
+            layer: Any = stack.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"expected a base model with {name} for {path}, got {type(model).__name__}") from None
+        wanted = [tensors[f"{name}.up"].shape[0], tensors[f"{name}.down"].shape[1]]
+        if not isinstance(layer, nn.Linear) or list(layer.weight.shape) != wanted:
+            got = list(getattr(layer, "weight", torch.empty(0)).shape)
+            raise ValueError(f"expected {name} of shape {wanted} for {path}, got {got}")
+    to_hybrid(model, json.loads(metadata["windows"]), **json.loads(metadata["sizes"]))
+    stack = decoder(model)
+    for name in sorted(changes):
+        weight = stack.get_submodule(name).weight
+        change = tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float()
+        weight.copy_(weight.float() + change.to(weight.device))
+    own = dict(stack.named_parameters())
+    for name, x in tensors.items():
+        if ".nha." in name:
+            own[name].copy_(x)
