@@ -19,7 +19,7 @@ from nha.evaluate.measure import Progress, cut, label, measure_texts, plain_ids,
 from nha.evaluate.partial import PartialResults
 from nha.evaluate.public.cloze import RANGES, Cloze, make_clozes
 from nha.evaluate.public.needle import DEPTHS, make_needles
-from nha.evaluate.public.scoring import ContinuationScorer, choice_requests, is_correct
+from nha.evaluate.public.scoring import ContinuationScorer, Request, choice_requests, is_correct
 from nha.evaluate.public.sets import (
     FORMATS,
     HELD_OUT,
@@ -98,6 +98,19 @@ class PublicData:
             settings = self.settings
             known[part] = make_clozes(tokenizer, self.held_out, settings.clozes, RANGES[part], settings.seed)
         return known[part]
+
+    def requests(
+        self, tokenizer: PreTrainedTokenizerBase, part: str, context: int | None
+    ) -> tuple[list[list[Request]], int]:
+        """The requests of a part's items and how many were truncated, the same for all models with this tokenizer."""
+        key = (part, context)
+        if key not in self._requests:
+            self._requests[key] = choice_requests(tokenizer, self.items[part], context)
+        return self._requests[key]
+
+    @cached_property
+    def _requests(self) -> dict[tuple[str, int | None], tuple[list[list[Request]], int]]:
+        return {}
 
     @cached_property
     def _clozes(self) -> dict[str, list[Cloze]]:
@@ -255,7 +268,7 @@ class _Session:
         return list(self.tokenizer(prompt, verbose=False).input_ids)
 
     def _choices(self, part: str, items: Sequence[Item]) -> list[int]:
-        requests, truncated = choice_requests(self.tokenizer, items, self.context.tokens)
+        requests, truncated = self.data.requests(self.tokenizer, part, self.context.tokens)
         if truncated:
             self.notes.append(f"{part}: {truncated} items are cut to the context of {self.context.tokens:,} tokens")
         order = sorted(range(len(items)), key=lambda i: -len(requests[i][0].inputs))
