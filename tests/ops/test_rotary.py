@@ -36,3 +36,23 @@ def test_interleaved_pairs_are_those_of_reordered_dimensions():
     slot_q, slot_k = unrotate_for_slots(rotated, rotated, near, far, interleaved=True)
     assert torch.allclose(slot_k, x)
     assert torch.allclose(slot_q, rotate(x, *far, interleaved=True))
+
+
+@pytest.mark.parametrize("rotated, interleaved", [(8, False), (4, False), (8, True)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_token_is_unrotated_as_a_token_of_many(rows, rotated, interleaved):
+    q, k = (torch.randn(3, 4, heads, 8, dtype=torch.float64) for heads in (4, 2))
+    angle = torch.randn(rows, 4, rotated // 2, dtype=torch.float64).repeat(1, 1, 2)
+    far = torch.randn(1, 1, rotated // 2, dtype=torch.float64).repeat(1, 1, 2)
+    options = {"interleaved": interleaved}
+    many = unrotate_for_slots(q, k, (angle.cos(), angle.sin()), (far.cos(), far.sin()), **options)
+    for t in (2, 3):
+        one = slice(t, t + 1)
+        tables = angle[:, one].cos(), angle[:, one].sin()
+        for distance in (far, far + 1, far):
+            found = unrotate_for_slots(q[:, one], k[:, one], tables, (distance.cos(), distance.sin()), **options)
+            assert torch.allclose(found[1], many[1][:, one], atol=1e-12)
+            assert torch.allclose(found[0], many[0][:, one], atol=1e-12) == (distance is far)
+        tables[0].neg_()  # what is kept from the last token is not used once its tables have changed
+        found = unrotate_for_slots(q[:, one], k[:, one], tables, (far.cos(), far.sin()), **options)
+        assert not torch.allclose(found[1], many[1][:, one], atol=1e-3)

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from nha.models.config import FULL
 from nha.models.rollback import attend_with_rollback, supports_rollback
-from nha.models.segment import Inputs, Reading, Segment, attend, initial_state
+from nha.models.segment import Inputs, Reading, Segment, attend, initial_state, step, steps_in_place
 from nha.ops import NHAState, RingState
+from nha.ops.single_token import FusedRing
 from nha.ops.state import check_max_rollback
 
 DRAFTS = 64  # tokens of a segment that may be a draft: longer ones are not recorded beside a rollback
@@ -78,6 +79,12 @@ class NHACacheLayer(CacheLayerMixin):
     def attend(self, segment: Segment, reading: Reading) -> Tensor:
         """Read slots and window for a segment, [B, T, HQ, Dv], and remember the segment."""
         before = self.state if self.state is not None else initial_state(segment, reading)
+        if not (self.is_compileable or self.record_past or self.max_rollback):
+            if steps_in_place(segment, reading, before):
+                out, self.state = step(segment, reading, before)
+                self._count(segment)
+                return out
+        before = before.aligned() if isinstance(before, FusedRing) else before
         rollback = self.max_rollback if not self.is_compileable and supports_rollback(segment, before) else 0
         recorded = self.record_past and self._must_record(segment, rollback)
         base = self._snapshot(before) if recorded else None

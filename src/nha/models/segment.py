@@ -12,6 +12,7 @@ from torch import Tensor
 from nha.ops import NHAState, RingState, nha_attention, nha_decode, supports_decode
 from nha.ops.autocast import cast_for_autocast
 from nha.ops.padding import align_left
+from nha.ops.single_token import FusedRing, read_token, supports_step
 from nha.ops.sliding_window import sliding_window_attention
 from nha.ops.state import MAX_NEW, advance
 
@@ -191,6 +192,21 @@ def attend(
     return result.out, RingState.of(result.state) if writes_in_place(segment, reading, state) else result.state
 
 
+def steps_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:
+    """Whether `step` reads a segment: a token of each sequence on a CPU."""
+    if segment.length != 1 or segment.mask is not None or segment.cu_seqlens is not None or reading.impl != "auto":
+        return False
+    return reading.observe_mass is None and supports_step(state, (*segment.tensors, *(reading.sink or ())))
+
+
+def step(segment: Segment, reading: Reading, state: NHAState) -> tuple[Tensor, FusedRing]:
+    """Read a token of each sequence, [B, 1, HQ, Dv], and write it into `state`, or into a copy made for that."""
+    sink = reading.sink
+    if not isinstance(state, FusedRing) or not state.hold_sink(sink):
+        state = FusedRing.of(state, sink)
+    return read_token(state, *segment.tensors, scale=reading.scale, softcap=reading.softcap), state
+
+
 def writes_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:
     """Whether later tokens of these sequences can be written into their state by one kernel."""
     before = () if state is None else state.tensors().values()
@@ -279,6 +295,8 @@ def mask_first_token_write(
     [-1.0, 0.0, -1.0]
     """
     length = log_gate.shape[1]
+    if isinstance(state, FusedRing):  # the first token was read long ago
+        return log_gate
     if length == 1 and cu_seqlens is None and state is not None:
         return log_gate.masked_fill((state.num_tokens == 0)[:, None, None, None], 0.0)
     place = torch.arange(length, device=log_gate.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nha.ops import backends
+from nha.ops.padding import readable
 from nha.ops.state import slot_dtype
 from nha.ops.validation import KERNEL_DTYPES
 
@@ -92,9 +95,70 @@ def unrotate_for_slots(
         from nha.ops.triton.unrotate import unrotate_for_slots as kernel
 
         return kernel(q, k, *tables, *distance)
+    if q.shape[1] == 1 and readable(q) and not backends.needs_grad([q, k, *tables, *distance]):
+        query_matrix, key_matrix = _token_matrices(tables, distance, q.shape[3], interleaved)
+        return _times(q, query_matrix), _times(k, key_matrix)
+    back, forth = _back_tables(tables, distance)
+    return rotate(q, *back, interleaved=interleaved), rotate(k, *forth, interleaved=interleaved)
+
+
+def _back_tables(tables: Tables, distance: Tables) -> tuple[Tables, Tables]:
+    """Tables that make slot queries of rotated queries, and slot keys of rotated keys."""
     (cos, sin), (far_cos, far_sin) = without_scale(*tables), without_scale(*distance)
     back = far_cos * cos + far_sin * sin, far_sin * cos - far_cos * sin  # both rotations are one
-    return rotate(q, *back, interleaved=interleaved), rotate(k, cos, -sin, interleaved=interleaved)
+    return back, (cos, -sin)
+
+
+@dataclass(frozen=True)
+class _TokenMatrices:
+    """Rotations as matrices [B, D, D], and what they were made of: the tables themselves and a copy of the distance."""
+
+    tables: Tables
+    versions: tuple[int, ...]
+    distance: Tables
+    interleaved: bool
+    matrices: tuple[Tensor, Tensor]
+
+    def made_of(self, tables: Tables, distance: Tables, dim: int, interleaved: bool) -> bool:
+        same = self.tables[0] is tables[0] and self.tables[1] is tables[1]
+        if not (same and self.versions == _versions(tables)) or self.matrices[0].shape[1] != dim:
+            return False
+        equal = torch.equal(self.distance[0], distance[0]) and torch.equal(self.distance[1], distance[1])
+        return equal and self.interleaved == interleaved
+
+
+_last_matrices: _TokenMatrices | None = None
+
+
+def _versions(tables: Tables) -> tuple[int, ...]:
+    """How often tables were written; those of inference mode do not count that, and are never written again."""
+    return tuple(0 if x.is_inference() else x._version for x in tables)
+
+
+def _token_matrices(tables: Tables, distance: Tables, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Matrices [B, D, D] for the queries and keys of one token.
+
+    All layers of a model share their tables, so that the last matrices are kept: a product then takes the place of some
+    thirty operations a layer.
+    """
+    global _last_matrices
+    last = _last_matrices
+    if last is None or not last.made_of(tables, distance, dim, interleaved):
+        unit = torch.eye(dim, dtype=slot_dtype(tables[0].dtype)).expand(tables[0].shape[0], 1, dim, dim)
+        query, key = (rotate(unit, *x, interleaved=interleaved)[:, 0] for x in _back_tables(tables, distance))
+        far = distance[0].clone(), distance[1].clone()
+        last = _last_matrices = _TokenMatrices(tables, _versions(tables), far, interleaved, (query, key))
+    return last.matrices
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [B, 1, heads, D] times matrices [B or 1, D, D], in the dtype of x."""
+    wide = x.to(matrix.dtype)
+    if matrix.shape[0] == 1:
+        out = torch.mm(wide.reshape(-1, x.shape[3]), matrix[0])
+    else:
+        out = torch.bmm(wide.squeeze(1), matrix)
+    return out.view(x.shape).to(x.dtype)
 
 
 def _has_kernel(q: Tensor, k: Tensor) -> bool:

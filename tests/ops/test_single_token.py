@@ -1,0 +1,190 @@
+"""A step for one token on a CPU: the reference's numbers, in place, and a state that anything else can go on with."""
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nha import NHAState, nha_attention
+from nha.ops.single_token import FusedRing, read_token, supports_step
+from tests.builders import exponent_rounding
+from tests.inputs import TOKENWISE, Case, assert_close_to, cases, error, leaves, make, rounding, slice_tokens
+
+WINDOWS = st.sampled_from([0, 1, 2, 5, 16])
+
+
+def pieces(inputs) -> list[Any]:
+    """The arguments of `read_token` besides the state."""
+    return [inputs.get(name) for name in TOKENWISE]
+
+
+def stepped(inputs, state, start, stop, **options):
+    """Outputs of tokens start..stop, one step each, and the state after them."""
+    ring = FusedRing.of(state, inputs.get("sink"))
+    outs = [read_token(ring, *pieces(slice_tokens(inputs, t, t + 1)), **options) for t in range(start, stop)]
+    return torch.cat(outs, 1), ring
+
+
+def halves(case, dtype=torch.float64, impl="chunked", **options):
+    """Outputs and states of a sequence whose second half is read token by token, and of one call."""
+    inputs, cut = make(case, dtype), case.window + 1 + case.length // 2
+    options |= {"window_size": case.window, "return_state": True}
+    before = nha_attention(**slice_tokens(inputs, 0, cut), impl="chunked", **options).state
+    options |= {"impl": impl}
+    whole = nha_attention(**inputs, **options)
+    options = {name: options[name] for name in ("scale", "softcap") if name in options}
+    out, ring = stepped(inputs, before, cut, whole.out.shape[1], **options)
+    return inputs, (out, ring), (whole.out[:, cut:], whole.state), cut
+
+
+def longer(case):
+    """A case whose tokens fill the window, with some more."""
+    return Case(**vars(case) | {"length": 2 * (case.window + case.length) + 3})
+
+
+@given(case=cases(max_length=20, windows=WINDOWS), softcap=st.sampled_from([None, 0.7]))
+def test_single_tokens_equal_one_call_of_the_reference(case, softcap):
+    _, (out, ring), (exact, state), _ = halves(longer(case), impl="reference", softcap=softcap, scale=0.3)
+    assert_close_to(out, exact, "out")
+    tensors = ring.tensors()
+    assert list(tensors) == list(state.tensors())
+    for name, x in state.tensors().items():
+        assert tensors[name].dtype == x.dtype
+        assert_close_to(tensors[name], x, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@given(case=cases(max_length=20, windows=WINDOWS))
+def test_single_tokens_err_at_most_twice_as_much_as_the_reference(dtype, case):
+    case = longer(case)
+    low, (out, ring), _, cut = halves(case, dtype)
+    double = {n: tuple(x.double() for x in v) if n == "sink" else v.double() for n, v in low.items()}
+    options = {"window_size": case.window, "impl": "reference", "return_state": True}
+    exact, reference = nha_attention(**double, **options), nha_attention(**low, **options)
+    size = {"out": low["v"].double().abs().max()}
+    size |= {
+        f"slot_{n}": low[m if m in low else n[0]].double().abs().max() for n, m in (("key", "k_slot"), ("value", "v"))
+    }
+    band = exponent_rounding(low["log_gate"])
+    for name, got, own, true in (
+        ("out", out, reference.out[:, cut:], exact.out[:, cut:]),
+        ("slot_key", ring.slot_key, reference.state.slot_key, exact.state.slot_key),
+        ("slot_value", ring.slot_value, reference.state.slot_value, exact.state.slot_value),
+    ):
+        units = max(
+            band * rounding(size[name], torch.float32), rounding(size[name], dtype if name == "out" else torch.float32)
+        )
+        assert error(got, true) <= 2 * (error(own, true) + units), name
+
+
+@pytest.mark.parametrize("gate", [0.0, -5.0, -1e4, 1e4])
+@pytest.mark.parametrize("size", [1e-4, 100.0])
+def test_everything_stays_finite(gate, size):
+    case = Case(length=30, window=5, sinks=1)
+    inputs = {n: x if n == "sink" else x * size for n, x in make(case, torch.float32).items()}
+    inputs["log_gate"] = torch.full_like(inputs["log_gate"], gate)
+    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
+    out, ring = stepped(inputs, before, 9, 30)
+    assert out.isfinite().all() and ring.memory.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), FusedRing.aligned], ids=range(3)
+)
+def test_a_copy_goes_on_with_the_same_bits(again, dtype, window):
+    inputs = make(Case(length=30, window=window, sinks=1), dtype)
+    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=window, return_state=True).state
+    whole, _ = stepped(inputs, before, 9, 30)
+    _, ring = stepped(inputs, before, 9, 16)
+    state = again(ring)
+    assert type(state) is NHAState
+    assert torch.equal(stepped(inputs, state, 16, 30)[0], whole[:, 7:])
+    assert torch.equal(ring.aligned().num_tokens, torch.full((2,), 16))  # the copy was written, not the ring
+
+
+def test_a_step_writes_into_the_buffer_and_copies_no_state():
+    inputs = make(Case(length=30, window=5), torch.float32)
+    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
+    kept = {name: x.clone() for name, x in before.tensors().items()}
+    ring = FusedRing.of(before)
+    address = ring.memory.data_ptr()
+    for t in range(9, 20):
+        read_token(ring, *pieces(slice_tokens(inputs, t, t + 1)))
+    assert ring.memory.data_ptr() == address and ring.cursor == 20 % 5
+    assert ring.num_tokens.tolist() == [20, 20]
+    assert all(torch.equal(x, kept[name]) for name, x in before.tensors().items())
+
+
+def test_a_sink_that_changes_is_read_again():
+    inputs = make(Case(length=30, window=5, sinks=1), torch.float32)
+    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
+    ring = FusedRing.of(before, inputs["sink"])
+    token = pieces(slice_tokens(inputs, 9, 10))
+    for x in inputs["sink"]:
+        x.mul_(-2)
+    assert ring.hold_sink(inputs["sink"])
+    exact, _ = stepped(inputs, before, 9, 10)
+    assert torch.equal(read_token(ring, *token), exact)
+    other = tuple(x + 1 for x in inputs["sink"])
+    assert ring.hold_sink(other) and ring.sink is other
+    assert not ring.hold_sink(tuple(x.repeat(1, 2, 1) for x in other)) and not ring.hold_sink(None)
+
+
+def test_rows_with_tokens_of_their_own_number_step_together():
+    inputs = make(Case(batch=2, length=30, window=5), torch.float64)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[1, :3] = False
+    before = nha_attention(**slice_tokens(inputs, 0, 12), window_size=5, return_state=True, attention_mask=mask[:, :12])
+    whole = nha_attention(**inputs, window_size=5, attention_mask=mask)
+    assert before.state.num_tokens.tolist() == [12, 9]
+    assert_close_to(stepped(inputs, before.state, 12, 30)[0], whole.out[:, 12:])
+
+
+def test_what_a_step_supports():
+    flat = leaves(make(Case(length=30, window=5), torch.float32))
+    one = {n: x[:, :1].detach() for n, x in flat.items()}
+    options = {"window_size": 5, "return_state": True}
+
+    def state(length, **more):
+        inputs = {n: x[:, :length].detach() for n, x in flat.items()}
+        return nha_attention(**inputs, **options, **more).state
+
+    full = state(9)
+    assert supports_step(full, tuple(pieces(one)))
+    assert supports_step(FusedRing.of(full), tuple(pieces(one)))
+    two = {n: x[:, :2].detach() for n, x in flat.items()}
+    refused = [(state(3), one), (None, one), (full, two), (full, {n: x[:, :1] for n, x in flat.items()})]
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :6] = False
+    refused += [(state(9, attention_mask=mask), one), (full, {n: x.to("meta") for n, x in one.items()})]
+    for case, inputs in refused:
+        assert not supports_step(case, tuple(pieces(inputs)))
+    with torch.no_grad():
+        assert supports_step(full, tuple(pieces({n: x[:, :1] for n, x in flat.items()})))
+    with torch.inference_mode():
+        ring = FusedRing.of(full)
+        assert supports_step(ring, tuple(pieces(one)))
+    assert not supports_step(ring, tuple(pieces(one)))  # what inference mode made is not written outside it
+
+
+def test_segments_and_single_tokens_take_turns():
+    inputs = make(Case(length=60, window=5, sinks=1))
+    state, outs = None, []
+    for start, stop in itertools.pairwise([0, 9, 10, 11, 20, 21, 22, 40, 41, 60]):
+        part = slice_tokens(inputs, start, stop)
+        if stop - start == 1:
+            ring = state if isinstance(state, FusedRing) else FusedRing.of(state, inputs["sink"])
+            outs.append(read_token(ring, *pieces(part)))
+            state = ring
+        else:
+            found = nha_attention(**part, window_size=5, state=state, return_state=True)
+            outs.append(found.out)
+            state = found.state
+    assert_close_to(torch.cat(outs, 1), nha_attention(**inputs, window_size=5).out)
