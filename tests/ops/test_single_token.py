@@ -16,6 +16,7 @@ from tests.builders import exponent_rounding
 from tests.inputs import TOKENWISE, Case, assert_close_to, cases, error, leaves, make, rounding, slice_tokens
 
 WINDOWS = st.sampled_from([0, 1, 2, 5, 16])
+attention: Any = nha_attention  # whose state is there where it was asked for
 
 
 def pieces(inputs) -> list[Any]:
@@ -23,20 +24,20 @@ def pieces(inputs) -> list[Any]:
     return [inputs.get(name) for name in TOKENWISE]
 
 
-def stepped(inputs, state, start, stop, **options):
+def stepped(inputs, state: Any, start, stop, **options):
     """Outputs of tokens start..stop, one step each, and the state after them."""
     ring = FusedRing.of(state, inputs.get("sink"))
     outs = [read_token(ring, *pieces(slice_tokens(inputs, t, t + 1)), **options) for t in range(start, stop)]
     return torch.cat(outs, 1), ring
 
 
-def halves(case, dtype=torch.float64, impl="chunked", **options):
+def halves(case, dtype=torch.float64, impl="chunked", **options) -> Any:
     """Outputs and states of a sequence whose second half is read token by token, and of one call."""
     inputs, cut = make(case, dtype), case.window + 1 + case.length // 2
     options |= {"window_size": case.window, "return_state": True}
-    before = nha_attention(**slice_tokens(inputs, 0, cut), impl="chunked", **options).state
+    before = attention(**slice_tokens(inputs, 0, cut), impl="chunked", **options).state
     options |= {"impl": impl}
-    whole = nha_attention(**inputs, **options)
+    whole = attention(**inputs, **options)
     options = {name: options[name] for name in ("scale", "softcap") if name in options}
     out, ring = stepped(inputs, before, cut, whole.out.shape[1], **options)
     return inputs, (out, ring), (whole.out[:, cut:], whole.state), cut
@@ -65,7 +66,7 @@ def test_single_tokens_err_at_most_twice_as_much_as_the_reference(dtype, case):
     low, (out, ring), _, cut = halves(case, dtype)
     double = {n: tuple(x.double() for x in v) if n == "sink" else v.double() for n, v in low.items()}
     options = {"window_size": case.window, "impl": "reference", "return_state": True}
-    exact, reference = nha_attention(**double, **options), nha_attention(**low, **options)
+    exact, reference = attention(**double, **options), attention(**low, **options)
     size = {"out": low["v"].double().abs().max()}
     size |= {
         f"slot_{n}": low[m if m in low else n[0]].double().abs().max() for n, m in (("key", "k_slot"), ("value", "v"))
@@ -88,7 +89,7 @@ def test_everything_stays_finite(gate, size):
     case = Case(length=30, window=5, sinks=1)
     inputs = {n: x if n == "sink" else x * size for n, x in make(case, torch.float32).items()}
     inputs["log_gate"] = torch.full_like(inputs["log_gate"], gate)
-    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
+    before = attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
     out, ring = stepped(inputs, before, 9, 30)
     assert out.isfinite().all() and ring.memory.isfinite().all()
 
@@ -100,7 +101,7 @@ def test_everything_stays_finite(gate, size):
 )
 def test_a_copy_goes_on_with_the_same_bits(again, dtype, window):
     inputs = make(Case(length=30, window=window, sinks=1), dtype)
-    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=window, return_state=True).state
+    before = attention(**slice_tokens(inputs, 0, 9), window_size=window, return_state=True).state
     whole, _ = stepped(inputs, before, 9, 30)
     _, ring = stepped(inputs, before, 9, 16)
     state = again(ring)
@@ -111,7 +112,7 @@ def test_a_copy_goes_on_with_the_same_bits(again, dtype, window):
 
 def test_a_step_writes_into_the_buffer_and_copies_no_state():
     inputs = make(Case(length=30, window=5), torch.float32)
-    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
+    before = attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
     kept = {name: x.clone() for name, x in before.tensors().items()}
     ring = FusedRing.of(before)
     address = ring.memory.data_ptr()
@@ -124,7 +125,7 @@ def test_a_step_writes_into_the_buffer_and_copies_no_state():
 
 def test_a_sink_that_changes_is_read_again():
     inputs = make(Case(length=30, window=5, sinks=1), torch.float32)
-    before = nha_attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
+    before = attention(**slice_tokens(inputs, 0, 9), window_size=5, return_state=True).state
     ring = FusedRing.of(before, inputs["sink"])
     token = pieces(slice_tokens(inputs, 9, 10))
     for x in inputs["sink"]:
@@ -141,8 +142,8 @@ def test_rows_with_tokens_of_their_own_number_step_together():
     inputs = make(Case(batch=2, length=30, window=5), torch.float64)
     mask = torch.ones(2, 30, dtype=torch.bool)
     mask[1, :3] = False
-    before = nha_attention(**slice_tokens(inputs, 0, 12), window_size=5, return_state=True, attention_mask=mask[:, :12])
-    whole = nha_attention(**inputs, window_size=5, attention_mask=mask)
+    before = attention(**slice_tokens(inputs, 0, 12), window_size=5, return_state=True, attention_mask=mask[:, :12])
+    whole = attention(**inputs, window_size=5, attention_mask=mask)
     assert before.state.num_tokens.tolist() == [12, 9]
     assert_close_to(stepped(inputs, before.state, 12, 30)[0], whole.out[:, 12:])
 
@@ -154,7 +155,7 @@ def test_what_a_step_supports():
 
     def state(length, **more):
         inputs = {n: x[:, :length].detach() for n, x in flat.items()}
-        return nha_attention(**inputs, **options, **more).state
+        return attention(**inputs, **options, **more).state
 
     full = state(9)
     assert supports_step(full, tuple(pieces(one)))
@@ -176,7 +177,8 @@ def test_what_a_step_supports():
 
 def test_segments_and_single_tokens_take_turns():
     inputs = make(Case(length=60, window=5, sinks=1))
-    state, outs = None, []
+    state: Any = None
+    outs = []
     for start, stop in itertools.pairwise([0, 9, 10, 11, 20, 21, 22, 40, 41, 60]):
         part = slice_tokens(inputs, start, stop)
         if stop - start == 1:
@@ -184,7 +186,7 @@ def test_segments_and_single_tokens_take_turns():
             outs.append(read_token(ring, *pieces(part)))
             state = ring
         else:
-            found = nha_attention(**part, window_size=5, state=state, return_state=True)
+            found = attention(**part, window_size=5, state=state, return_state=True)
             outs.append(found.out)
             state = found.state
-    assert_close_to(torch.cat(outs, 1), nha_attention(**inputs, window_size=5).out)
+    assert_close_to(torch.cat(outs, 1), attention(**inputs, window_size=5).out)
