@@ -79,11 +79,11 @@ class NHACacheLayer(CacheLayerMixin):
     def attend(self, segment: Segment, reading: Reading) -> Tensor:
         """Read slots and window for a segment, [B, T, HQ, Dv], and remember the segment."""
         before = self.state if self.state is not None else initial_state(segment, reading)
-        if not (self.is_compileable or self.record_past or self.max_rollback):
-            if steps_in_place(segment, reading, before):
-                out, self.state = step(segment, reading, before)
-                self._count(segment)
-                return out
+        append_only = not (self.is_compileable or self.record_past or self.max_rollback)
+        if append_only and before is not None and steps_in_place(segment, reading, before):
+            out, self.state = step(segment, reading, before)
+            self._count(segment)
+            return out
         before = before.aligned() if isinstance(before, FusedRing) else before
         rollback = self.max_rollback if not self.is_compileable and supports_rollback(segment, before) else 0
         recorded = self.record_past and self._must_record(segment, rollback)
