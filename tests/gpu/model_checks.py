@@ -211,5 +211,35 @@ def distilling_in_cuda_graphs(setting: Setting) -> None:
     expect_none(wrong)
 
 
+def generating(setting: Setting) -> None:
+    """`generate` writes the same tokens with a CUDA graph of its step as without."""
+    from nha.models import decode_graph
+
+    model, ids = hybrid(setting).eval(), token_ids(setting, 2, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    recorded, wrong = [], []
+    wrapped = decode_graph.capture
+
+    def spy(run: Callable[[], Any]) -> Any:
+        recorded.append(True)
+        return wrapped(run)
+
+    decode_graph.capture = spy
+    try:
+        for name, options in (("alone", {}), ("padded", {"attention_mask": mask})):
+            settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+            found = model.generate(ids, **settings)
+            eager = model.generate(ids, disable_compile=True, **settings)
+            if not torch.equal(found, eager):
+                first = (found != eager).any(0).nonzero()[0].item()
+                wrong.append(f"{name}: tokens differ from place {first} of {found.shape[1]} on")
+    finally:
+        decode_graph.capture = wrapped
+    if len(recorded) != 2:
+        wrong.append(f"{len(recorded)} of 2 steps were recorded")
+    expect_none(wrong)
+
+
 CHECKS: tuple[Callable[[Setting], None], ...] = (automatic, training, packed, decoding, autocast)
-GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, distilling_in_cuda_graphs)
+GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, generating, distilling_in_cuda_graphs)

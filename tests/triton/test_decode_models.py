@@ -12,6 +12,7 @@ import nha.models.full_attention
 import nha.ops.backends
 from nha import load_cache, save_cache
 from nha.models.cache import nha_layers
+from nha.models.decode_graph import make_static
 from nha.ops import RingState
 from tests.inputs import error, rounding
 from tests.models.families import hybrid, tokens
@@ -175,3 +176,18 @@ def test_a_compiled_decoding_step_is_compiled_once_and_writes_in_place(fused):
         torch.compiler.set_stance("default")
         torch._dynamo.reset()
     assert held == [x.data_ptr() for layer in nha_layers(cache) for x in layer.state.tensors().values()]
+
+
+def test_a_growing_cache_that_is_made_static_decodes_on(fused):
+    model, ids, cuts = build(), tokens(2, 17), [0, 14, 15, 16, 17]
+    exact = in_steps(build(dtype=torch.float64), ids, None, [0, 17])
+    plain = in_steps(model, ids, caches(model)[1], cuts)
+    fused()
+    growing = DynamicCache(config=model.config)
+    parts = [read(model, ids[:, :14], growing)]
+    make_static(growing, 40)
+    held = [layer.state.key.data_ptr() for layer in nha_layers(growing)]
+    parts += [read(model, ids[:, i : i + 1], growing) for i in range(14, 17)]
+    assert_as_exact(torch.cat(parts, 1), plain, exact)
+    assert all(isinstance(layer.state, RingState) for layer in nha_layers(growing))
+    assert [layer.state.key.data_ptr() for layer in nha_layers(growing)] == held

@@ -30,6 +30,7 @@ from nha.models.attention import LayerInputs, cache_windows, check_implementatio
 from nha.models.cache import allow_rollback, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
+from nha.models.decode_graph import UNPADDED, graph_of, plan
 from nha.models.families import check_family, rotates
 from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
@@ -42,16 +43,24 @@ class HybridGenerationMixin:
     """Gives `generate` a cache of NHA layers, and a mask that is padding."""
 
     def _prepare_cache_for_generation(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         parent: Any = super()
-        made = parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        given = cache_argument(model_kwargs)
+        made = parent._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         cache = cache_argument(model_kwargs)
         if isinstance(cache, Cache):
             prepare_cache(cache, cache_windows(attention_layers(self)[0]))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)
+            if given is None:
+                plan(self, generation_config, model_kwargs, mode, batch_size, max_cache_length, before_decoder)
         return made
 
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +72,28 @@ class HybridGenerationMixin:
             drafts = (getattr(drafter, name, None) for name in ("num_assistant_tokens", "num_output_tokens"))
             raise_rollback(cache, next((int(number) for number in drafts if number), None))
         return drafter
+
+    def _valid_auto_compile_criteria(self: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        parent: Any = super()
+        planned = graph_of(model_kwargs) is not None
+        return planned or parent._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self: Any, compile_config: Any) -> Any:
+        """The decoding step of `generate`: the graph of the cache if it has one, else the compiled forward pass."""
+        parent: Any = super()
+
+        def step(**kwargs: Any) -> Any:
+            graph = graph_of(kwargs)
+            return parent.get_compiled_call(compile_config)(**kwargs) if graph is None else graph(**kwargs)
+
+        return step
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        parent: Any = super()
+        graph = graph_of(kwargs)
+        if graph is not None and graph.steps and not graph.padded:
+            kwargs["attention_mask"] = UNPADDED
+        return parent.prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_attention_mask_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The mask of a prompt that came without one: pad tokens at its ends are padding, one inside is text."""

@@ -113,6 +113,16 @@ class NHACacheLayer(CacheLayerMixin):
             return False
         return bool(self._recorded) or segment.mask is not None or self._since_crop + segment.length > rollback
 
+    def make_static(self, max_cache_len: int) -> None:
+        """From now on keep the addresses of all tensors, up to `max_cache_len` tokens in layers with full attention."""
+        state, length = self.state, self.length
+        self.max_cache_len, self.is_compileable, self.state = max_cache_len, True, None
+        if state is not None:
+            self.lazy_initialization(state.key, state.value)
+            self._keep(state)
+        if isinstance(self.length, Tensor):
+            self.length.fill_(length)
+
     def check(self, rows: int, slots: int) -> None:
         """Raise ValueError for a state that holds another number of sequences or slots."""
         got = [rows, slots] if self.state is None else [self.state.slot_key.shape[0], self.state.slot_key.shape[2]]

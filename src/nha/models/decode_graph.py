@@ -1,0 +1,161 @@
+"""The decoding step of `generate` as one CUDA graph, which the host launches instead of some thousand kernels.
+
+`generate` reads the prompt into a cache that grows, as ever. Its first step then moves the cache to tensors that stay
+where they are, the second is recorded, and later steps replay it: the same kernels on the same inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+
+from nha.models.cache import NHACacheLayer
+from nha.models.masks import HybridMask, cache_argument
+from nha.models.windows import attention_layers, decoder
+
+MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
+UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
+ATTRIBUTE = "decode_graph"  # of a cache: the graph of the steps that go on from it
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether steps on this device can be recorded."""
+    return device.type == "cuda"
+
+
+def capture(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """Where the output of a call will be, and a function that computes it; recording the call computes nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = run()
+    return output, graph.replay
+
+
+def graph_of(kwargs: dict[str, Any]) -> DecodeGraph | None:
+    """The graph of the cache among a call's arguments, if it has one."""
+    return getattr(cache_argument(kwargs), ATTRIBUTE, None)
+
+
+class DecodeGraph:
+    """The steps of one call of `generate`: call it with the arguments of the model's forward pass."""
+
+    def __init__(self, model: Any, max_cache_len: int, padded: bool):
+        self.model, self.max_cache_len, self.padded = model, max_cache_len, padded
+        self.steps = 0
+        self.inputs: list[Any] = []
+        self.spec: Any = None
+        self.output: Any = None
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """The model's output for one token of every sequence; the next call overwrites its logits."""
+        if not self.padded:
+            kwargs.pop("attention_mask", None)
+        self.steps += 1
+        if self.steps == 1:
+            make_static(cache_argument(kwargs), self.max_cache_len)
+            return self.model(**kwargs)
+        leaves, spec = pytree.tree_flatten({n: x for n, x in kwargs.items() if not isinstance(x, Cache)})
+        described = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
+        if self.steps == 2:
+            return self._record(kwargs, leaves, (spec, described))
+        if self.replay is None or (spec, described) != self.spec:
+            return self.model(**kwargs)
+        for held, new in zip(self.inputs, leaves, strict=True):
+            if isinstance(new, Tensor):
+                held.copy_(new)
+        self.replay()
+        return self.output
+
+    def _record(self, kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Any:
+        self.inputs, self.spec = [x.clone() if isinstance(x, Tensor) else x for x in leaves], spec
+        own = {n: x for n, x in kwargs.items() if isinstance(x, Cache)} | pytree.tree_unflatten(self.inputs, spec[0])
+        try:
+            self.output, replay = capture(lambda: self.model(**own))
+        except RuntimeError as error:
+            warnings.warn(f"decoding goes on without a CUDA graph, which could not be recorded: {error}", stacklevel=2)
+            return self.model(**kwargs)
+        replay()
+        self.replay = replay
+        return self.output
+
+
+def make_static(cache: Cache, max_cache_len: int) -> None:
+    """Move a cache to tensors that keep their addresses until it holds `max_cache_len` tokens."""
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        if isinstance(layer, NHACacheLayer):
+            layer.make_static(max_cache_len)
+            continue
+        new = StaticLayer(max_cache_len)
+        new.update(layer.keys, layer.values)
+        layers[index] = new
+
+
+def is_growing(layer: Any) -> bool:
+    """Whether a layer is an NHA layer that `make_static` can change."""
+    return isinstance(layer, NHACacheLayer) and not layer.is_compileable and not layer.max_rollback
+
+
+def static_bytes(model: Any, batch: int, max_cache_len: int) -> int:
+    """Bytes of the full layers of a static cache."""
+    config = decoder(model).config
+    width = config.num_key_value_heads * attention_layers(model)[0].head_dim
+    return 2 * config.window_sizes.count(-1) * batch * width * max_cache_len * model.dtype.itemsize
+
+
+def has_memory(model: Any, batch: int, max_cache_len: int) -> bool:
+    """Whether the full layers of a static cache take less than half of the memory that is free."""
+    if model.device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
+    free -= torch.cuda.memory_allocated(model.device)
+    return 2 * static_bytes(model, batch, max_cache_len) < free
+
+
+def is_plain(model: Any, before_decoder: Callable) -> bool:
+    """Whether a model's forward pass does nothing but compute: one device, no hooks and no observers in Python."""
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    spread = spread or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    changed = getattr(model, "hf_quantizer", None) is not None or model._compiled_call_impl is not None
+    if spread or changed or model.training or not model._can_compile_fullgraph or torch.is_autocast_enabled("cuda"):
+        return False
+    if any(module.observer or module.mass_observer for module in attention_layers(model)):
+        return False
+    return not any(
+        hook is not before_decoder
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def plan(
+    model: Any,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    mode: GenerationMode,
+    batch: int,
+    max_cache_len: int,
+    before_decoder: Callable,
+) -> None:
+    """Give the new cache of a call of `generate` a graph, where its steps can be recorded and pay for it."""
+    cache, mask = cache_argument(model_kwargs), model_kwargs.get("attention_mask")
+    kept = config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None
+    chosen = config.disable_compile or config.compile_config is not None or config.cache_implementation is not None
+    single = mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH) and config.num_return_sequences == 1
+    if kept or chosen or not single or not can_capture(model.device) or config.max_new_tokens is None:
+        return
+    layers = getattr(cache, "layers", [])
+    if config.max_new_tokens < MIN_TOKENS or getattr(cache, "offloading", False) or not layers:
+        return
+    known = all(type(layer) is DynamicLayer or is_growing(layer) for layer in layers)
+    if known and is_plain(model, before_decoder) and has_memory(model, batch, max_cache_len):
+        padded = mask is not None and not bool(mask.all())
+        setattr(cache, ATTRIBUTE, DecodeGraph(model, max_cache_len, padded))
