@@ -46,13 +46,15 @@ class HybridGenerationMixin:
         self: Any,
         generation_config: Any,
         model_kwargs: dict[str, Any],
-        mode: Any,
+        generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
         parent: Any = super()
         given = cache_argument(model_kwargs)
-        made = parent._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+        made = parent._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         cache = cache_argument(model_kwargs)
         if isinstance(cache, Cache):
             prepare_cache(cache, cache_windows(attention_layers(self)[0]))
@@ -60,7 +62,9 @@ class HybridGenerationMixin:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)
             if given is None:
-                plan(self, generation_config, model_kwargs, mode, batch_size, max_cache_length, before_decoder)
+                plan(
+                    self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, before_decoder
+                )
         return made
 
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
