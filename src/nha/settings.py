@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 INITS = ("kmeans", "soft", "spread", "keys", "paper")
@@ -63,6 +64,38 @@ def parse_window(text: str) -> int | tuple[int, ...]:
     if not windows:
         raise ValueError(f"expected an integer or a list of them, got {text!r}")
     return windows if "," in text else windows[0]
+
+
+def read_settings(kind: type, path: Path | str) -> dict[str, Any]:
+    """The settings of a dataclass that a YAML file holds, by name; fields that it leaves out are not in the result.
+
+    Raises ValueError, with the file's name, for a file that cannot be read, is no mapping or names other settings.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"expected settings in YAML at {path}, got: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a mapping of settings in {path}, got {type(found).__name__}")
+    entries = {entry.name: entry for entry in dataclasses.fields(kind)}
+    unknown = sorted(str(name) for name in found if name not in entries)
+    if unknown:
+        raise ValueError(f"expected settings out of {', '.join(entries)} in {path}, got {unknown[0]}")
+    return {name: _from_yaml(value, str(entries[name].type)) for name, value in found.items()}
+
+
+def _from_yaml(value: Any, kind: str) -> Any:
+    """A value as the dataclass has it: YAML knows no tuples, and reads 15e9 as text."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and "float" in kind:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def check_settings(settings: Any) -> None:

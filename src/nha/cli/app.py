@@ -21,6 +21,7 @@ from nha.cli.public import public
 from nha.cli.quickstart import quickstart
 from nha.cli.search import search
 from nha.cli.tasks import tasks
+from nha.cli.train import train
 
 
 class OneLineErrors(TyperGroup):
@@ -92,6 +93,7 @@ def root(
 app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-360M --output report[/]")(quickstart)
 app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 8,18,20,23[/]")(hybridize)
 app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
+app.command(epilog="Example: [cyan]nha train run --preset 20m --text books/ --tokens 20e6[/]")(train)
 app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(search)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 app.command(epilog="Example: [cyan]nha chat my-hybrid --temperature 0.7[/]")(chat)

@@ -116,7 +116,6 @@ def exit_code(reason: str) -> int:
 def read_text(source: loading.Source, text: list[str] | None, cache: Path, field: str, held_out: float) -> Corpus:
     """The corpus in `cache`, made from `text` if that is given and it is not there yet."""
     from nha.data.corpus import open_corpus
-    from nha.data.prepare import prepare
     from nha.data.sources import check_sources
 
     if text is not None:
@@ -125,6 +124,13 @@ def read_text(source: loading.Source, text: list[str] | None, cache: Path, field
         tokenizer = loading.load_tokenizer(source)
     if text is None:
         return open_corpus(cache, tokenizer)
+    return prepare_corpus(text, cache, tokenizer, field, held_out)
+
+
+def prepare_corpus(text: list[str], cache: Path, tokenizer: Any, field: str, held_out: float) -> Corpus:
+    """The corpus in `cache`, made from `text` if it is not there yet, with progress on stderr."""
+    from nha.data.prepare import prepare
+
     with common.progress_bar() as bar:
         task = bar.add_task("reading text", total=None)
 

@@ -7,18 +7,25 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nha.cli.common import BadInput
-from nha.settings import option_name
+from nha.settings import default_text, option_name, read_settings
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-def with_settings(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of a dataclass, in place of its parameter `settings`."""
+SETTINGS_FILE = "settings_file"
+
+
+def with_settings(kind: type, *, file: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of a dataclass, in place of its parameter `settings`.
+
+    With `file`, the option --settings reads them from a YAML file, which the other options override.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
@@ -27,9 +34,14 @@ def with_settings(kind: type) -> Callable[[Callable[..., None]], Callable[..., N
         @functools.wraps(function)
         def run(**options: Any) -> None:
             values = {name: _read(fields[name], options.pop(name)) for name in fields}
+            if file:
+                path = options.pop(SETTINGS_FILE)
+                given = {name: value for name, value in values.items() if value is not None}
+                values = ({} if path is None else read_settings(kind, path)) | given
             function(**options, settings=make_settings(kind, values))
 
-        options = [_option(entry) for entry in fields.values()]
+        options = [_option(entry, file) for entry in fields.values()]
+        options += [_file_option()] if file else []
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *options]]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -38,8 +50,14 @@ def with_settings(kind: type) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def _option(entry: dataclasses.Field) -> inspect.Parameter:
-    """The command line's option for a setting."""
+def _file_option() -> inspect.Parameter:
+    option = typer.Option("--settings", help="A YAML file with settings by name; options override it.")
+    annotation = Annotated[Path | None, option]
+    return inspect.Parameter(SETTINGS_FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option(entry: dataclasses.Field, file: bool = False) -> inspect.Parameter:
+    """The command line's option for a setting; with a file of settings, None stands for an option not given."""
     metadata = entry.metadata
     choices = metadata.get("choices")
     text = metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
@@ -48,8 +66,10 @@ def _option(entry: dataclasses.Field) -> inspect.Parameter:
     default = entry.default
     if "parse" in metadata and default is not None:
         default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    option = typer.Option(option_name(entry), help=text, show_default=metadata.get("shown", True))
-    annotation = Annotated[kind | None if "None" in kinds else kind, option]
+    shown = metadata.get("shown", default_text(entry) if file else True)
+    option = typer.Option(option_name(entry), help=text, show_default=shown)
+    annotation = Annotated[kind | None if file or "None" in kinds else kind, option]
+    default = None if file else default
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -148,8 +148,8 @@ def make_trainer(
         bf16=resolve_dtype(settings) == torch.bfloat16,
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        save_steps=settings.save_every,
-        save_strategy="steps",
+        save_steps=settings.save_every or batches.steps,
+        save_strategy="steps" if settings.save_every else "no",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -249,7 +249,7 @@ def train(
 
     Args:
         data: a corpus, or sequences of a task (`nha.train.rows.Rows`).
-        run: the directory of the run.
+        run: the directory of the run. Without checkpoints (`save_every=0`) a finished run is trained again.
         settings: default `TrainSettings()`.
         make_model: makes the model, after everything random was seeded; default: the preset of the settings. Any causal
             language model of transformers' interface, with a head without a bias.

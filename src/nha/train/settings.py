@@ -108,7 +108,9 @@ class TrainSettings:
         0, "Steps between measurements of the held-out loss; 0: at the end only.", at_least=0, resumable=True
     )
     eval_sequences: int = count(64, "Held-out sequences to measure with, if there are as many.", resumable=True)
-    save_every: int = count(500, "Steps between checkpoints.", at_most=10**9, resumable=True)
+    save_every: int = count(
+        500, "Steps between checkpoints; 0: only where the run is stopped.", at_least=0, at_most=10**9, resumable=True
+    )
     log_every: int = count(10, "Steps between entries of the log.", at_most=10**9, resumable=True)
     budget: float | None = setting(
         None,

@@ -1,0 +1,114 @@
+"""`nha train` trains, resumes and saves; bad input is one line, exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from nha.cli import app
+from tests.convert.test_hybridize import byte_tokenizer
+from tests.data.test_corpus import texts
+
+runner = CliRunner()
+SETTINGS = """
+preset: tiny
+window_size: 8
+num_slots: 6
+tokens: 7e2
+batch_size: 4
+seq_len: 32
+log_every: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a tokenizer of bytes, `bytes`, text for it, `texts.jsonl`, and settings, `settings.yaml`."""
+    path = tmp_path_factory.mktemp("train")
+    byte_tokenizer(path / "bytes")
+    (path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts()))
+    (path / "settings.yaml").write_text(SETTINGS)
+    return path
+
+
+def call(place, *arguments: str):
+    common = ["--tokenizer", place / "bytes", "--settings", place / "settings.yaml", "--corpus", place / "corpus"]
+    return runner.invoke(app, ["train", *map(str, [*arguments, *common])])
+
+
+def test_a_run_stops_resumes_and_saves_a_model(place):
+    text = ("--text", place / "texts.jsonl", "--json")
+    stopped = call(place, place / "run", *text, "--budget", "0")
+    assert stopped.exit_code == 3 and json.loads(stopped.stdout)["steps"] == 1
+    done = call(place, place / "run", *text, "--lr", "2e-3")
+    assert done.exit_code == 2 and "lr" in done.stderr
+    done = call(place, place / "run", *text)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["finished"] and found["steps"] == round(700 / 128)
+    assert found["settings"]["window_size"] == 8 and found["settings"]["tokens"] == 700
+    model = AutoModelForCausalLM.from_pretrained(found["model"])
+    assert model.config.window_sizes == [8, 8] and model.config.vocab_size == 320
+    assert json.loads((place / "run" / "model" / "training.json").read_text())["summary"]["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--schedule", "linear"], "--schedule"),
+        (["--window", "8,8,8"], "2"),
+        (["--batch-size", "5", "--micro-batch-size", "2"], "batch_size"),
+        (["--optimizer", "muon", "--parallel", "fsdp"], "muon"),
+        (["--seq-len", "1000000", "--tokens", "1e7"], "1000000"),
+        (["--window", "1000"], "1000"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_one_line(place, arguments, words):
+    result = call(place, place / "refused", "--text", place / "texts.jsonl", *arguments)
+    assert result.exit_code == 2 and words in result.stderr, result.output
+    assert len(result.stderr.strip().splitlines()[-1]) < 400 and not (place / "refused").exists()
+
+
+def test_a_settings_file_with_an_unknown_name_is_refused(place, tmp_path):
+    for content, word in (("learning_rate: 1", "learning_rate"), ("- 1", "mapping"), ("a: [", "YAML")):
+        (tmp_path / "wrong.yaml").write_text(content)
+        result = runner.invoke(app, ["train", str(tmp_path / "run"), "--settings", str(tmp_path / "wrong.yaml")])
+        assert result.exit_code == 2 and word in result.stderr
+
+
+def test_a_dry_run_estimates_the_papers_run_without_text(place):
+    arguments = [
+        "--dry-run",
+        "--preset",
+        "1.3b",
+        "--tokens",
+        "100e9",
+        "--batch-size",
+        "1024",
+        "--micro-batch-size",
+        "8",
+    ]
+    result = call(place, place / "dry", *arguments, "--gpu", "H100", "--gpus", "32", "--json")
+    found = json.loads(result.stdout)
+    assert 1.2e9 < found["parameters"] < 1.5e9 and found["seconds"] > 0 and found["total_bytes"] > 16 * 1.2e9
+    assert not (place / "dry").exists()
+    shown = call(place, place / "dry", *arguments, "--gpu", "H100")
+    assert shown.exit_code == 0 and "about" in shown.stdout
+    assert call(place, place / "dry", *arguments, "--gpu", "unheard-of").exit_code == 2
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(place):
+    call(place, place / "unused", "--text", place / "texts.jsonl", "--prepare-only")
+    other = place / "other"
+    tokenizer = byte_tokenizer(other)
+    tokenizer.add_tokens(["quick"])
+    tokenizer.save_pretrained(other)
+    result = runner.invoke(
+        app,
+        ["train", str(place / "refused"), "--tokenizer", str(other), "--corpus", str(place / "corpus")],
+    )
+    assert result.exit_code == 2 and "tokenizer" in result.stderr
