@@ -17,6 +17,7 @@ from nha.data.text import blocks, calibration_text
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
+from nha.models.quantized import keep_unpacked
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
@@ -135,6 +136,7 @@ def hybridize(
     if all(window == FULL for window in windows):
         raise ValueError(f"expected at least one layer to convert, got windows {windows}")
     paper = init == "paper"
+    keep_unpacked(model)
     ids = calibration_ids(model, calibration, tokenizer, num_slots)
     with reasons(model), unchanged_on_error(model), in_eval_mode(model):
         before = reference(model, ids)

@@ -16,6 +16,7 @@ from nha.distill.gradients import whole
 from nha.distill.loss import Head, head_loss
 from nha.distill.settings import TRAINABLE
 from nha.models.config import FULL
+from nha.models.quantized import check_unpacked
 from nha.models.windows import attention_layers, hybrid_layers, temporary_windows
 
 Weights = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out] of a linear layer
@@ -110,7 +111,8 @@ class Distillation(nn.Module):
         has_teacher: False leaves the teacher's forward pass out; the KL divergence is 0 then.
 
     Raises:
-        ValueError: an unknown `trainable`, quantized weights that it cannot train, or a head with a bias.
+        ValueError: an unknown `trainable`, quantized weights that it cannot train or that are packed, or a head with
+            a bias.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Distillation(nn.Module):
             raise ValueError(f"expected trainable to be one of {', '.join(TRAINABLE)}, got {trainable!r}")
         hybrid_layers(model)
         Head.of(model)
+        check_unpacked(model)
         names = linear_layers(model, trainable)
         self.mode = Mode()
         self.has_teacher = has_teacher
