@@ -14,6 +14,7 @@ from typing import Any
 
 INITS = ("kmeans", "soft", "spread", "keys", "paper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SLOT_FEATURES = ("none", "silu", "relu")
 MAX_LENGTH, MAX_WINDOW = 1 << 24, (1 << 31) - 1
 
 

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from nha.models.parallel import slot_plan
+from nha.settings import SLOT_FEATURES
 
 FULL = -1
 
@@ -120,6 +121,11 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     Takes every argument of `transformers.LlamaConfig` and those of `HybridConfigMixin`, with the defaults of the
     paper: no sinks, and slots without positions. Raises ValueError for a window list of the wrong length.
 
+    Attributes:
+        qk_norm: normalize queries and keys of every head, before positions (arXiv 2302.05442).
+        output_gate: multiply what attention returns by a sigmoid of the layer's input (arXiv 2505.06708).
+        slot_features: function of the queries and keys that the slots see: "none", "silu" (arXiv 2409.07146) or "relu".
+
     >>> NHAConfig.tiny(window_sizes=[4, -1]).window_sizes
     [4, -1]
     """
@@ -129,11 +135,20 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     window_sizes: int | list[int] = 64
     num_slots: int = 64
     num_sinks: int = 0
+    qk_norm: bool = False
+    output_gate: bool = False
+    slot_features: str = "none"
 
     slot_distance = 0
     slots_from_start = False
     converted_from = None
     base_model_tp_plan = slot_plan(LlamaConfig.base_model_tp_plan, "layers.*.self_attn")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.slot_features not in SLOT_FEATURES:
+            known = ", ".join(SLOT_FEATURES)
+            raise ValueError(f"expected slot_features to be one of {known}, got {self.slot_features!r}")
 
     @classmethod
     def tiny(cls, **changes: Any) -> NHAConfig:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from nha.layer import NativeHybridAttention, log_gate
@@ -19,6 +21,8 @@ from nha.models.observe import Observation
 from nha.models.segment import Reading, Segment
 from nha.models.windows import freeze_unused
 from nha.ops.rotary import rotate
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "silu": F.silu, "relu": F.relu}
 
 
 class NHAAttention(NativeHybridAttention):
@@ -40,11 +44,26 @@ class NHAAttention(NativeHybridAttention):
             bias=config.attention_bias,
         )
         self.config, self.layer_idx = config, layer_idx
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+        width = self.num_heads * self.head_dim
+        self.output_gate = nn.Linear(config.hidden_size, width, bias=False) if config.output_gate else None
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.ablation: str | None = None
         self.observer: Any = None
         self.mass_observer: Any = None
         self.slots_frozen = False
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, HQ, D], keys [B, T, H, D] and values [B, T, H, D] of x [B, T, hidden], no positions yet."""
+        q, k, v = super().project(x)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def output(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """The layer's output [B, T, hidden] of what attention returned [B, T, HQ, D]."""
+        out = out.flatten(2)
+        return self.o_proj(out if self.output_gate is None else out * torch.sigmoid(self.output_gate(hidden)))
 
     def forward(  # type: ignore[override]
         self,
@@ -58,6 +77,8 @@ class NHAAttention(NativeHybridAttention):
         check_dropout(self.config.attention_dropout or 0.0 if self.training else 0.0)
         slot_query, slot_key, value = self.project(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
+        features = FEATURES[self.config.slot_features]
+        slot_query, slot_key = features(slot_query), features(slot_key)
         cache, cu = cache_argument(kwargs), kwargs.get("cu_seq_lens_q")
         mask = read_mask(self, attention_mask, hidden_states.shape[1], cu)
         layer = layer_cache(self, cache, hidden_states.shape[0])
@@ -73,14 +94,14 @@ class NHAAttention(NativeHybridAttention):
                 options = {"softcap": None, "scaling": scale, "appended": mask.appended}
                 out, _ = base_attention(self, q, k, v, mask.base, **options)
             unused = () if self.slots_frozen else (self.g_proj(hidden_states[:, :1]), self.sink_key, self.sink_value)
-            return self.o_proj(keep_in_graph(out, unused).flatten(2)), None
+            return self.output(keep_in_graph(out, unused), hidden_states), None
         gate = log_gate(self.g_proj(hidden_states), key.shape[2])
         if self.ablation == "slots_off":
             gate = gate[..., :0]
         window = 0 if self.ablation == "window_off" else self.window_size
         segment = Segment(query, key, value, gate, slot_query, slot_key, mask.padding, cu)
         out = read_segment(segment, Reading(window, sink=self.sink, observe_mass=self.mass_observer), layer)
-        return self.o_proj(out.flatten(2)), None
+        return self.output(out, hidden_states), None
 
 
 class NHAModel(LlamaModel):

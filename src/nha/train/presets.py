@@ -43,7 +43,8 @@ def model_config(settings: TrainSettings, vocab_size: int) -> NHAConfig:
     >>> model_config(TrainSettings(preset="tiny", window_size=8, full_layers=(1,)), 300).window_sizes
     [8, -1]
     """
-    changes: dict[str, Any] = dict(num_slots=settings.num_slots, num_sinks=settings.num_sinks, window_sizes=FULL)
+    shared = ("num_slots", "num_sinks", "qk_norm", "output_gate", "slot_features")
+    changes: dict[str, Any] = {name: getattr(settings, name) for name in shared} | {"window_sizes": FULL}
     config = preset_config(settings.preset, vocab_size, **changes)
     size = settings.window_size
     config.window_sizes = plan_windows(config, size if isinstance(size, int) else list(size), settings.full_layers)

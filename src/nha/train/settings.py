@@ -7,7 +7,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nha.settings import MAX_WINDOW, check_settings, count, fraction, parse_ints, parse_window, setting, weight
+from nha.settings import (
+    MAX_WINDOW,
+    SLOT_FEATURES,
+    check_settings,
+    count,
+    fraction,
+    parse_ints,
+    parse_window,
+    setting,
+    weight,
+)
 
 PRESETS = ("tiny", "20m", "60m", "340m", "1.3b")
 OPTIMIZERS = ("adamw", "muon")
@@ -59,6 +69,9 @@ class TrainSettings:
     )
     num_slots: int = count(64, "Slots per KV head.", at_most=1 << 16, option="slots")
     num_sinks: int = count(0, "Learned sinks per KV head.", at_least=0, at_most=1 << 10, option="sinks")
+    qk_norm: bool = setting(False, "Normalize queries and keys of every head.")
+    output_gate: bool = setting(False, "Multiply what attention returns by a sigmoid of the layer's input.")
+    slot_features: str = setting("none", "Function of the queries and keys that the slots see.", choices=SLOT_FEATURES)
     tokens: float = setting(150e6, "Tokens to train on, on all GPUs together.", at_least=1, at_most=MAX_TOKENS)
     batch_size: int = count(32, "Sequences of a step, on all GPUs together.", at_most=1 << 20)
     seq_len: int = count(2048, "Tokens of a sequence.", at_least=2)

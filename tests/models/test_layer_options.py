@@ -1,0 +1,58 @@
+"""Options of the layer that is trained from scratch keep its laws: the cache, full attention, disk, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nha import NHAConfig, NHAForCausalLM
+
+OPTIONS = [{"qk_norm": True}, {"output_gate": True}, {"slot_features": "silu"}, {"slot_features": "relu"}]
+ALL = {"qk_norm": True, "output_gate": True, "slot_features": "silu"}
+
+
+def model(**changes) -> NHAForCausalLM:
+    torch.manual_seed(0)
+    return NHAForCausalLM(NHAConfig.tiny(window_sizes=[4, -1], num_sinks=1, **changes)).eval()
+
+
+def ids(length: int = 40) -> torch.Tensor:
+    return torch.randint(2, 128, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_each_option_changes_the_model(changes):
+    plain, other = model(), model(**changes)
+    other.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert not torch.allclose(other(ids()).logits, plain(ids()).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_segments_through_the_cache_equal_one_call():
+    hybrid, cache, found = model(**ALL), None, []
+    for part in ids().split([9, 1, 1, 29], 1):
+        output = hybrid(part, past_key_values=cache, use_cache=True)
+        found.append(output.logits)
+        cache = output.past_key_values
+    assert torch.allclose(torch.cat(found, 1), hybrid(ids()).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_slot_features_do_not_touch_a_sequence_that_the_window_holds():
+    hybrid, plain = model(slot_features="silu"), model()
+    assert torch.equal(hybrid(ids(4)).logits, plain(ids(4)).logits)
+
+
+def test_a_saved_model_has_the_same_bits_and_all_parameters_get_gradients(tmp_path):
+    hybrid = model(**ALL)
+    hybrid.save_pretrained(tmp_path)
+    again = NHAForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids()).logits, hybrid(ids()).logits)
+    hybrid(ids(), labels=ids()).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in hybrid.parameters() if p.requires_grad)
+
+
+def test_an_unknown_function_is_refused():
+    with pytest.raises(ValueError, match="slot_features.*gelu"):
+        NHAConfig.tiny(slot_features="gelu")
