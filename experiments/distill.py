@@ -191,7 +191,7 @@ def measure(model: Any, suite: Suite, settings: DistillSettings | None, generate
     variant = "slots_off" if settings.slots_off else "hybrid"
     with use_variant(model, variant):
         found = measure_model(model, suite, generate=generate)
-    if variant == "hybrid" and any(window >= 0 for window in model.config.window_sizes):
+    if variant == "hybrid" and any(window != -1 for window in model.config.window_sizes):
         teacher_forced = Suite(suite.texts, [one for one in suite.recall if one.task in ("one_fact", "four_facts")])
         with use_variant(model, "slots_off"):
             found["slots_off"] = measure_model(model, teacher_forced, generate=False)

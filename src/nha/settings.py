@@ -16,6 +16,7 @@ INITS = ("kmeans", "soft", "spread", "keys", "paper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SLOT_FEATURES = ("none", "silu", "relu")
 MAX_LENGTH, MAX_WINDOW = 1 << 24, (1 << 31) - 1
+WINDOWS = "int | tuple[int | tuple[int, ...], ...]"  # one for all, one per layer, or in a layer one per KV head
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -122,6 +123,9 @@ def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -
         if not isinstance(value, bool):
             raise ValueError(f"expected {name} to be True or False, got {value!r}")
         return
+    if isinstance(value, (tuple, list)) and kind == WINDOWS:
+        value = [own for entry in value for own in (entry if isinstance(entry, (tuple, list)) and entry else [entry])]
+        kinds = ["int", "tuple[int, ...]"]
     if isinstance(value, (tuple, list)) and "tuple[int, ...]" in kinds:
         if not value and "int" in kinds:
             raise ValueError(f"expected {name} to be an int or a list of them, got an empty list")

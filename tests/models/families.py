@@ -140,7 +140,7 @@ def sliding(window: int) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": ("sliding_attention", "full_attention", "sliding_attention")}
 
 
-def hybrid(family: str = "llama", windows: int | list[int] = 8, *, slots: int = 6, sinks: int = 1, **changes: Any):
+def hybrid(family: str = "llama", windows: Any = 8, *, slots: int = 6, sinks: int = 1, **changes: Any):
     """The hybrid of `teacher(family)` with random gates and sinks."""
     options = {k: changes.pop(k) for k in ("slot_distance", "slots_from_start") if k in changes}
     model = teacher(family, **changes)

@@ -69,7 +69,7 @@ def hybridize(
     if as_json:
         print_json(found)
         return
-    converted = sum(w >= 0 for w in found["window_sizes"])
+    converted = sum(w != -1 for w in found["window_sizes"])
     shown = escape(str(output))
     out.print(f"[green]✓[/] {converted} of {len(found['window_sizes'])} layers converted, saved in [bold]{shown}[/]")
     for name, variant in measured.items():

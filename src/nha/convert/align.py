@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nha.models.config import FULL
+from nha.models.config import FULL, LayerWindow, smallest_window
 from nha.models.windows import hybrid_layers, set_windows
 
 GATE_LR, SINK_LR = 1e-2, 1e-3
@@ -37,8 +37,8 @@ def align(
     (0 for layers that are not hybrid). Raises ValueError if no window is shorter than the sequences.
     """
     modules = hybrid_layers(model)
-    windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
-    shortest = min((w for w in windows if w != FULL), default=FULL)
+    windows: list[LayerWindow] = list(model.config.window_sizes)  # type: ignore[arg-type]
+    shortest = smallest_window(windows)
     if shortest == FULL or ids.shape[1] <= shortest:
         raise ValueError(
             f"expected texts longer than the smallest window, got {ids.shape[1]} tokens, windows {windows}"

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from nha.errors import one_line
 from nha.io import write_atomically
+from nha.models.config import FULL
 from nha.models.loading import EMBEDDED_ID, EMBEDDED_LICENSE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -83,8 +84,9 @@ def model_card(config: Any, facts: CardFacts, *, chat: bool = False) -> str:
     | hybrid | 3.00 | 1.50 |
     """
     config = config.get_text_config()
-    windows: list[int] = list(config.window_sizes)
-    converted = sum(window >= 0 for window in windows)
+    windows = list(config.window_sizes)
+    converted = sum(window != FULL for window in windows)
+    each = " A list has one window per key-value head." if any(isinstance(window, list) for window in windows) else ""
     lines = [
         "---",
         front_matter(facts.base).to_yaml().strip(),
@@ -94,7 +96,8 @@ def model_card(config: Any, facts: CardFacts, *, chat: bool = False) -> str:
         "",
         f"{converted} of {len(windows)} layers read {config.num_slots} long-term slots and a short sliding window "
         f"with one softmax ([arXiv 2510.07019](https://arxiv.org/abs/2510.07019)). Windows per layer, in tokens, "
-        f"-1 for full attention: {windows}. Sinks: {config.num_sinks}; slot distance: {config.slot_distance} tokens.",
+        f"-1 for full attention: {windows}.{each} Sinks: {config.num_sinks}; slot distance: "
+        f"{config.slot_distance} tokens.",
         "",
         "```bash",
         INSTALL,

@@ -16,6 +16,7 @@ from nha.models.config import FULL, sliding_layers
 from nha.models.families import FAMILIES, KEEP_POSITIONS
 from nha.models.observe import Observation, observe
 from nha.models.windows import hybrid_layers, temporary_windows
+from nha.ops.heads import map_window
 
 TOKENS = 6
 SHIFT = 97  # tokens by which the same text is moved to see whether slot keys change
@@ -117,7 +118,7 @@ def check_conversion(model: PreTrainedModel, before: Reference) -> None:
     """
     config: Any = model.config.get_text_config()
     length = before.ids.shape[1]
-    windows = [window if window == FULL else max(window, length) for window in config.window_sizes]
+    windows = [map_window(lambda own: own if own == FULL else max(own, length), each) for each in config.window_sizes]
     if config.slots_from_start:  # then slots change predictions from the first token on
         windows = [FULL] * len(windows)
     with in_eval_mode(model), temporary_windows(model, windows):

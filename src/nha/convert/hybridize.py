@@ -18,6 +18,7 @@ from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
 from nha.models.quantized import keep_unpacked
+from nha.ops.heads import Window
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
@@ -74,7 +75,7 @@ def fill(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
 def hybridize(
     model: PreTrainedModel,
     num_slots: int = 64,
-    window_size: int | Sequence[int] = 64,
+    window_size: int | Sequence[Window] = 64,
     full_layers: Sequence[int] = (),
     *,
     init: Init = "kmeans",
@@ -96,8 +97,8 @@ def hybridize(
             text model inside it is converted. The families of `nha.models.families.FAMILIES` are tested;
             any other family is tried, unless it is known not to work.
         num_slots: slots per KV head.
-        window_size: tokens in the window of every layer that has full attention, or a list with one int per layer
-            (-1 leaves a layer as it is).
+        window_size: tokens in the window of every layer that has full attention, or a list with one entry per layer
+            (-1 leaves a layer as it is): an int, or a list with one int per KV head.
         full_layers: layers that keep full attention.
         init: how gates start. "kmeans" routes tokens to slots by k-means of their keys. "soft" does so with gates
             that have a gradient everywhere, as a start for training; "spread" as well, with slots written ever more

@@ -25,10 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nha.data.recall import RecallSettings, training_sequence
 from nha.data.text import blocks, calibration_text
 from nha.io import write_atomically
-from nha.models.config import FULL, check_windows, sliding_layers
+from nha.models.config import FULL, LayerWindow, check_windows, sliding_layers
 from nha.models.head import batch_tokens, check_head, hidden_states, token_losses
 from nha.models.windows import attention_layers, decoder, hybrid_layers, temporary_windows
 from nha.ops import NHAState
+from nha.ops.heads import HeadGroup, Window, head_groups, per_head
 
 FORMAT, OLD_FORMAT = "nha-search-v2", "nha-search-v1"
 OLD_SETTINGS = {"window": "window_size", "wide": "wide_window", "weight": "recall_weight", "slots": "num_slots"}
@@ -96,10 +97,17 @@ def candidate_layers(config: Any) -> list[int]:
     return [i for i, slides in enumerate(sliding) if not slides or all(sliding)]
 
 
-def layer_bytes(model: PreTrainedModel, window: int, context: int) -> int:
-    """Bytes that a layer with this window keeps of a text of `context` tokens, exactly."""
+def layer_bytes(model: PreTrainedModel, window: Window, context: int) -> int:
+    """Bytes that a layer with this window, or these windows of its heads, keeps of `context` tokens, exactly."""
+    groups = head_groups(per_head(window, model.config.num_key_value_heads))  # type: ignore[arg-type]
+    return sum(group_bytes(model, group, context) for group in groups)
+
+
+def group_bytes(model: PreTrainedModel, group: HeadGroup, context: int) -> int:
+    """Bytes that some heads of a layer with one window keep of a text of `context` tokens."""
     config: Any = model.config
-    heads, dim, kind = config.num_key_value_heads, attention_layers(model)[0].head_dim, model.dtype
+    heads, window = len(group.heads), group.window_size
+    dim, kind = attention_layers(model)[0].head_dim, model.dtype
     if window == FULL:
         return 2 * heads * dim * context * kind.itemsize
     like = torch.empty(1, 1, heads, dim, dtype=kind, device="meta")
@@ -108,12 +116,12 @@ def layer_bytes(model: PreTrainedModel, window: int, context: int) -> int:
     return NHAState.empty(window, key=like, value=like, log_gate=gate, shared=not rotates).padded().nbytes
 
 
-def cache_bytes(model: PreTrainedModel, windows: Sequence[int], context: int) -> int:
+def cache_bytes(model: PreTrainedModel, windows: Sequence[Window], context: int) -> int:
     """Bytes that the cache of a hybrid with these windows takes after `context` tokens of one text."""
     own = getattr(model.config, "sliding_window", None)
     total = 0
     for window, slides in zip(windows, sliding_layers(model.config), strict=True):
-        tokens = min(context, own) if slides and own is not None and window == FULL else context
+        tokens = min(context, own) if slides and own is not None else context  # windows are no longer than that
         total += layer_bytes(model, window, tokens)
     return total
 
@@ -163,7 +171,7 @@ class Evaluator:
         self.layer_inputs: list[dict[int, Tensor]] = [{} for _ in self.batches]
         self.base: Layers | None = None
 
-    def windows_of(self, chosen: Layers) -> list[int]:
+    def windows_of(self, chosen: Layers) -> list[LayerWindow]:
         """The windows of all layers when these are wide."""
         return [self.wide_window if i in chosen else window for i, window in enumerate(self.windows)]
 
@@ -315,7 +323,7 @@ class SearchResult:
     """
 
     settings: dict[str, Any]
-    windows: list[int] = field(default_factory=list)
+    windows: list[LayerWindow] = field(default_factory=list)
     full_layers: list[int] = field(default_factory=list)
     evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
     placements: dict[str, list[int]] = field(default_factory=dict)
@@ -469,7 +477,7 @@ def load_search(path: str | Path, settings: dict[str, Any] | None = None) -> Sea
     return result
 
 
-def windows_from_search(path: str | Path) -> list[int]:
+def windows_from_search(path: str | Path) -> list[LayerWindow]:
     """The windows of all layers that a search found best. Raises ValueError for a search that has not ended."""
     result = load_search(path)
     if not result.windows:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nha.settings import DTYPES, INITS, MAX_WINDOW, check_settings, count, fraction, parse_ints, parse_window, setting
+from nha.settings import (
+    DTYPES,
+    INITS,
+    MAX_WINDOW,
+    check_settings,
+    count,
+    fraction,
+    parse_ints,
+    parse_window,
+    setting,
+)
 
 SEARCHED_LAYERS = {"HuggingFaceTB/SmolLM2-135M-Instruct": (8, 18, 20, 23)}  # see docs/searching.md
 MAX_SEED = (1 << 32) - 1
@@ -19,7 +29,7 @@ class HybridizeSettings:
     ValueError: expected num_slots of at least 1 and at most 65536, got 0
     """
 
-    window_size: int | tuple[int, ...] = setting(
+    window_size: int | tuple[int | tuple[int, ...], ...] = setting(
         64,
         "Tokens of every window, or a list with one entry per layer; -1: full attention.",
         at_least=-1,

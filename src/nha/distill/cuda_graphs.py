@@ -111,7 +111,7 @@ class CUDAGraphRunner:
 
     def _start(self, name: str, batch: Batch, max_seq_len: int) -> Pass:
         """Run one pass, or start its replay and return the tensors that it fills."""
-        key = (name, max_seq_len, *self.model.current_windows, *(x.shape for x in batch.values()))
+        key = (name, max_seq_len, self.model.current_windows, *(x.shape for x in batch.values()))
         self.counts[key] += 1
         device = self.parameters[0].device
         if key not in self.captured:

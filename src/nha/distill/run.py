@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -39,10 +40,11 @@ from nha.distill.stopping import Stop, handle_signals
 from nha.distill.student import Distillation, linear_layers
 from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback
 from nha.models.adapter import to_hybrid
-from nha.models.config import FULL, plan_windows
+from nha.models.config import FULL, largest_window, plan_windows, smallest_window
 from nha.models.families import check_family
 from nha.models.head import check_head
 from nha.models.windows import attention_layers
+from nha.ops.heads import Window
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
 CONTROL_SETTINGS = ("trainable", "lora_rank", "lr", "warmup_fraction", "max_grad_norm", "gradients", "answer_weight")
@@ -78,7 +80,8 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
     steps = max(1, round((settings.tokens - settings.long_tokens) / (settings.batch_size * settings.seq_len * world)))
     long_size = max(1, settings.batch_size * settings.seq_len // settings.long_seq_len)
     long_steps = round(settings.long_tokens / (long_size * settings.long_seq_len * world))
-    window = settings.window_size if isinstance(settings.window_size, int) else max(settings.window_size)
+    given = settings.window_size
+    window = max(smallest_window([each]) for each in ([given] if isinstance(given, int) else given))
     defaults = RecallSettings()
     return Mixture(
         steps=steps + long_steps,
@@ -137,13 +140,13 @@ def control_identity(
     return {"control": True} | inputs_identity(model, corpus, world) | rest | {"batches": batches}
 
 
-def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> None:
+def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: Sequence[Window]) -> None:
     """Raise ValueError for a corpus that cannot train a model with these windows."""
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
     tokens = corpus.meta["tokenizer"]["vocabulary"]
     if tokens > vocabulary:
         raise ValueError(f"expected a corpus of at most {vocabulary} different tokens, the model's, got {tokens}")
-    smallest = min((w for w in windows if w != FULL), default=0)
+    smallest = max(smallest_window(windows), 0)
     longest = int(corpus.lengths[corpus.train_indices].max(initial=0))
     if longest <= smallest:
         raise ValueError(
@@ -151,10 +154,10 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: list[int]) -> 
         )
 
 
-def align_ids(corpus: Corpus, settings: DistillSettings, windows: list[int]) -> Tensor:
+def align_ids(corpus: Corpus, settings: DistillSettings, windows: Sequence[Window]) -> Tensor:
     """Sequences [N, T] to calibrate and align gates and sinks on: single documents, longer than the windows."""
     count = max(settings.align_sequences, -(-SINK_TOKENS // settings.seq_len))
-    return torch.from_numpy(corpus.sample(count, settings.seq_len, settings.seed, max(max(windows) + 1, 2)))
+    return torch.from_numpy(corpus.sample(count, settings.seq_len, settings.seed, max(largest_window(windows) + 1, 2)))
 
 
 def fsdp_options(student: Distillation) -> dict[str, Any]:
@@ -302,7 +305,7 @@ def distill(
 
 
 def make_student(
-    model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, windows: list[int], control: bool = False
+    model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, windows: Sequence[Window], control: bool = False
 ) -> tuple[Distillation, Tensor]:
     """Convert a model in place and make a student of it; also the ids [N, T] that it was calibrated on.
 
@@ -359,5 +362,5 @@ def align_student(
     )
 
 
-def _as_list(windows: int | tuple[int, ...]) -> int | list[int]:
+def _as_list(windows: int | Sequence[Window]) -> int | list[Window]:
     return windows if isinstance(windows, int) else list(windows)

@@ -6,7 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from nha.settings import INITS, MAX_WINDOW, check_settings, count, fraction, parse_ints, parse_window, setting, weight
+from nha.settings import (
+    INITS,
+    MAX_WINDOW,
+    check_settings,
+    count,
+    fraction,
+    parse_ints,
+    parse_window,
+    setting,
+    weight,
+)
 
 TRAINABLE = ("attention", "layers", "lora", "slots")
 GRADIENTS = ("clip", "normalise", "together")
@@ -29,7 +39,7 @@ class DistillSettings:
     ValueError: expected lr of at least 0 and at most 1, got inf
     """
 
-    window_size: int | tuple[int, ...] = setting(
+    window_size: int | tuple[int | tuple[int, ...], ...] = setting(
         64,
         "Tokens of every window, or a list with one entry per layer; -1: full attention.",
         at_least=-1,

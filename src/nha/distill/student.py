@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from nha.distill.gradients import whole
 from nha.distill.loss import Head, head_loss
 from nha.distill.settings import TRAINABLE
-from nha.models.config import FULL
+from nha.models.config import FULL, LayerWindow
 from nha.models.quantized import check_unpacked
 from nha.models.windows import attention_layers, hybrid_layers, temporary_windows
+from nha.ops.heads import Window, window_of
 
 Weights = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out] of a linear layer
 SUMS = ("kl", "cross_entropy", "tokens", "answer_loss", "answers", "correct_answers")
@@ -132,7 +133,7 @@ class Distillation(nn.Module):
         names = linear_layers(model, trainable)
         self.mode = Mode()
         self.has_teacher = has_teacher
-        self.windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
+        self.windows: list[LayerWindow] = list(model.config.window_sizes)  # type: ignore[arg-type]
         model.requires_grad_(False)
         if trainable == "lora":
             from peft import LoraConfig, get_peft_model
@@ -178,9 +179,9 @@ class Distillation(nn.Module):
         return [{"params": params, "lr": rate, "name": kind} for (kind, params), rate in rates if params]
 
     @property
-    def current_windows(self) -> list[int]:
-        """The window of every layer."""
-        return list(self.config.window_sizes)
+    def current_windows(self) -> tuple[int | tuple[int, ...], ...]:
+        """The window of every layer, or those of its heads."""
+        return tuple(window_of(window) for window in self.config.window_sizes)
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -194,8 +195,8 @@ class Distillation(nn.Module):
                 self.mode.teacher = False
 
     @contextmanager
-    def using(self, windows: int | Sequence[int]) -> Iterator[None]:
-        """Within the context, attention has other windows: one for all layers, or one per layer."""
+    def using(self, windows: int | Sequence[Window]) -> Iterator[None]:
+        """Within the context, attention has other windows: one for all layers, or one per layer or head."""
         given = [windows] * len(self.windows) if isinstance(windows, int) else windows
         with temporary_windows(self.causal, given):
             yield

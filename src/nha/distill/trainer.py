@@ -25,6 +25,7 @@ from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop
 from nha.distill.student import SUMS, Distillation
 from nha.io import write_atomically
+from nha.ops.heads import map_window
 
 Log = dict[str, float]
 Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the stage "align" or "train"
@@ -94,7 +95,7 @@ class DistillTrainer(ResumableTrainer):
         if self.last_log is None:
             self._begin(model, step)
         dropped = self.drops_window(step)
-        windows = [w // 4 if dropped and w > 0 else w for w in self.model.windows]
+        windows = [map_window(lambda w: w // 4 if dropped and w > 0 else w, own) for own in self.model.windows]
         with self.model.using(windows):
             parts, losses = self._gradients(model, inputs, self.stream.mixture.shape(step)[1])
         loss = torch.zeros((), device=self.args.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nha.models.config import largest_window
 from nha.models.head import hidden_states
 from nha.models.observe import observe_mass
 from nha.models.windows import hybrid_layers
@@ -40,7 +41,7 @@ def slot_mass(model: PreTrainedModel, ids: Tensor) -> SlotMass:
 
     Raises ValueError for a model that is not a hybrid.
     """
-    windows = [module.window_size for module in hybrid_layers(model)]
+    windows = [largest_window([module.window_size]) for module in hybrid_layers(model)]
     found: dict[int, tuple[float, float, float]] = {}
 
     def observe(layer: int, slots: Tensor, sink: Tensor) -> None:

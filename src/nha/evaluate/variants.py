@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from nha.models.observe import ablate
 from nha.models.windows import hybrid_layers, temporary_windows
+from nha.ops.heads import map_window
 
 VARIANTS: dict[str, str] = {
     "hybrid": "window and slots",
@@ -40,6 +41,6 @@ def use_variant(model: PreTrainedModel, name: str) -> Iterator[None]:
 def longer_window(model: PreTrainedModel) -> Iterator[None]:
     """Within the context, the hybrid has no slots, and windows longer by as many tokens: as many keys and values."""
     slots: int = model.config.num_slots  # type: ignore[assignment]
-    windows: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
-    with temporary_windows(model, [w if w < 0 else w + slots for w in windows]), ablate(model, "slots_off"):
+    windows = [map_window(lambda w: w if w < 0 else w + slots, own) for own in model.config.window_sizes]  # type: ignore[union-attr]
+    with temporary_windows(model, windows), ablate(model, "slots_off"):
         yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import cache as memoize
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
 from nha.models.slots import SlotParameters
 from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused
+from nha.ops.heads import Window, window_of
 from nha.ops.state import MAX_ROLLBACK
 
 
@@ -206,7 +208,7 @@ def install(model: PreTrainedModel) -> None:
             new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
             module.nha = new.to(device=next(module.parameters()).device, dtype=dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
-        module.window_size, module.ablation, module.observer, module.mass_observer = window, None, None, None
+        module.window_size, module.ablation, module.observer, module.mass_observer = window_of(window), None, None, None
         module.rotates, module.slots_frozen = rotates(config, module), False
     watch_decoder(stack)
     freeze_unused(model)
@@ -284,7 +286,7 @@ def hybrid_config(old: Any, changes: dict[str, Any]) -> Any:
 
 def to_hybrid(
     model: PreTrainedModel,
-    windows: list[int],
+    windows: Sequence[Window],
     *,
     num_slots: int = 64,
     num_sinks: int = 1,
@@ -303,13 +305,12 @@ def to_hybrid(
     old: Any = model.config
     text = old.get_text_config()
     check_family(text)
-    check_windows(text, windows)
     changes = {
         "num_slots": num_slots,
         "num_sinks": num_sinks,
         "slot_distance": slot_distance,
         "slots_from_start": slots_from_start,
-        "window_sizes": list(windows),
+        "window_sizes": check_windows(text, windows),
     }
     check_sizes(SimpleNamespace(**changes))
     task = "causal-lm" if text is old else "image-text-to-text"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from nha.models.cache import NHACacheLayer, nha_layers, prepare_cache
+from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer, nha_layers, prepare_cache
 from nha.models.config import FULL
 from nha.models.full_attention import base_attention, packed_base_attention
+from nha.models.head_windows import LayerCache, keep_in_graph, read_heads, read_segment
 from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
 from nha.models.observe import Observation
-from nha.models.segment import Reading, Segment, attend, mask_first_token_write, zero_slots
+from nha.models.segment import Reading, Segment, mask_first_token_write, zero_slots
+from nha.ops.heads import Window, map_window
 from nha.ops.rotary import unrotate, unrotate_for_slots
 
 
@@ -32,17 +33,22 @@ class LayerInputs:
 
     hidden: Tensor
     tables: tuple[Tensor, Tensor] | None
-    cache: NHACacheLayer | None
+    cache: LayerCache | None
 
 
-def cache_windows(module: Any) -> list[int]:
+def cache_windows(module: Any) -> list[int | tuple[int, ...]]:
     """The windows of all layers as their caches see them, from one attention module."""
-    off = module.ablation == "window_off"
     windows = module.config.window_sizes[: module.config.num_hidden_layers]
-    return [0 if off and window != FULL else window for window in windows]
+    return [window_now(module, window) for window in windows]
 
 
-def layer_cache(module: Any, cache: Cache | None, rows: int) -> NHACacheLayer | None:
+def window_now(module: Any, window: Window) -> int | tuple[int, ...]:
+    """A layer's window, without the windows that an ablation takes off."""
+    off = module.ablation == "window_off"
+    return map_window(lambda own: 0 if off and own != FULL else own, window)
+
+
+def layer_cache(module: Any, cache: Cache | None, rows: int) -> LayerCache | None:
     """The NHA layer of a cache that belongs to an attention module; the first module prepares the whole cache.
 
     Raises ValueError for a cache of other sizes than a batch of `rows` sequences needs.
@@ -55,7 +61,7 @@ def layer_cache(module: Any, cache: Cache | None, rows: int) -> NHACacheLayer | 
         for layer in nha_layers(cache):
             layer.check(rows, slots)
     layer = cache.layers[module.layer_idx]
-    return layer if isinstance(layer, NHACacheLayer) else None
+    return layer if isinstance(layer, NHACacheLayer | HeadGroupsCacheLayer) else None
 
 
 def hybrid_attention(
@@ -78,14 +84,17 @@ def hybrid_attention(
         module.observer(observation(module, key, value, nha))
     cu = kwargs.get("cu_seq_lens_q")
     mask = read_mask(module, attention_mask, query.shape[2], cu)
-    base = partial(base_attention, module, query, key, value, softcap=softcap, scaling=scaling)
-    if module.window_size == FULL:
+    options: dict[str, Any] = {"softcap": softcap, "scaling": scaling}
+
+    def full(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         if cu is None:
-            out, weights = base(mask.base, dropout=dropout, appended=mask.appended, **kwargs)
-        else:
-            lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
-            options = {"softcap": softcap, "scaling": scaling, "dropout": dropout} | lengths
-            out, weights = packed_base_attention(module, query, key, value, cu, **options)
+            own = kwargs | options | {"dropout": dropout, "appended": mask.appended}
+            return base_attention(module, q, k, v, mask.base, **own)
+        lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
+        return packed_base_attention(module, q, k, v, cu, **options, **lengths, dropout=dropout)
+
+    if module.window_size == FULL:
+        out, weights = full(query, key, value)
         return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     check_dropout(dropout)
     state = None if nha.cache is None else nha.cache.state
@@ -107,16 +116,19 @@ def hybrid_attention(
         initial = zero_slots(segment)
     # The mask of a static cache has room for later tokens.
     within = causal_mask(mask.padding) if mask.base is None else mask.base[..., : query.shape[2]]
+    window = window_now(module, module.window_size)
     reading = Reading(
-        window_size=0 if module.ablation == "window_off" else module.window_size,
+        window_size=window if isinstance(window, int) else 0,
         scale=scaling,
         sink=sink,
         softcap=softcap,
         initial=initial,
-        base=lambda: base(within, **kwargs)[0],
+        base=lambda q, k, v: base_attention(module, q, k, v, within, **options, **kwargs)[0],
         observe_mass=module.mass_observer,
     )
-    return read_segment(segment, reading, nha.cache), None
+    if isinstance(window, int):
+        return read_segment(segment, reading, nha.cache), None
+    return read_heads(segment, reading, window, nha.cache, lambda q, k, v: full(q, k, v)[0]), None
 
 
 def observation(module: Any, key: Tensor, value: Tensor, nha: LayerInputs) -> Observation:
@@ -128,32 +140,12 @@ def observation(module: Any, key: Tensor, value: Tensor, nha: LayerInputs) -> Ob
     return Observation(nha.hidden, slot_key, key, value)
 
 
-def read_segment(segment: Segment, reading: Reading, cache: NHACacheLayer | None) -> Tensor:
-    """Read a segment, [B, T, HQ, Dv], with what a cache layer remembers, if there is one."""
-    out = attend(segment, reading)[0] if cache is None else cache.attend(segment, reading)
-    packed = segment.cu_seqlens is not None and not out.is_cuda  # one by one, each perhaps within the window
-    short = packed or segment.length <= reading.window_size
-    return keep_in_graph(out, (segment.log_gate, *(reading.sink or ()))) if short else out
-
-
 def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:
     """Gate and sink of a layer that reads neither, for `keep_in_graph`; nothing where no gradient is asked for."""
     if module.slots_frozen or not torch.is_grad_enabled():
         return ()
     slots = module.nha(hidden[:, :1])
     return slots.log_gate, *(slots.sink or ())
-
-
-def keep_in_graph(out: Tensor, unused: tuple[Tensor, ...]) -> Tensor:
-    """`out`, of which `unused` tensors that ask for gradients get zeros.
-
-    Data-parallel training waits for the gradient of every parameter, also of slots that a short sequence does not read.
-    """
-    if not torch.is_grad_enabled():
-        return out
-    for x in unused:
-        out = out + x.flatten()[:0].sum().to(out.dtype) if x.requires_grad else out
-    return out
 
 
 def check_dropout(probability: float) -> None:

@@ -14,6 +14,7 @@ from nha.models.config import FULL
 from nha.models.rollback import attend_with_rollback, supports_rollback
 from nha.models.segment import Inputs, Reading, Segment, attend, initial_state, step, steps_in_place
 from nha.ops import NHAState, RingState
+from nha.ops.heads import Window, head_groups, window_of
 from nha.ops.single_token import FusedRing
 from nha.ops.state import check_max_rollback
 
@@ -269,6 +270,96 @@ class NHACacheLayer(CacheLayerMixin):
         """Do nothing, as for `offload`."""
 
 
+class HeadGroupsCacheLayer(CacheLayerMixin):
+    """The memory of a layer whose KV heads have windows of their own: one part per group of `head_groups`.
+
+    A part is an `NHACacheLayer`; heads with full attention keep the layer that transformers has for them. All parts
+    read the same tokens, so whatever happens to one happens to all.
+    """
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, windows: Sequence[int], base: CacheLayerMixin, max_rollback: int = 0):
+        self.keys = self.values = None  # as in a layer that is empty: the parts hold them
+        self.window_size = tuple(windows)
+        self.parts: list[Any] = []
+        limit = base.max_cache_len if isinstance(base, StaticLayer) else None
+        for group in head_groups(windows):
+            own = base if group.window_size == FULL else NHACacheLayer(group.window_size, limit, max_rollback)
+            self.parts.append(own)
+        self.is_compileable = limit is not None
+        # Masks are sized after full attention, where there is any.
+        self.is_sliding = next((p.is_sliding for p in self.parts if p is base), NHACacheLayer.is_sliding)
+
+    def __repr__(self) -> str:
+        return f"HeadGroupsCacheLayer(window_size={self.window_size})"
+
+    @property
+    def _counting(self) -> NHACacheLayer:
+        return next(part for part in self.parts if isinstance(part, NHACacheLayer))
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self._counting.is_initialized
+
+    @property
+    def state(self) -> Any:
+        """The state of the first part that has one: it has read the same tokens as the others."""
+        return self._counting.state
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: each part does so with its own heads."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse an unconverted layer, as an `NHACacheLayer` does."""
+        raise ValueError(f"expected a cache that an unconverted layer can read, got {self!r}")
+
+    def get_seq_length(self) -> int:
+        return self._counting.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self._counting.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        sized = next((part for part in self.parts if not isinstance(part, NHACacheLayer)), self._counting)
+        return sized.get_mask_sizes(query_length)
+
+    def activate_past_recording(self) -> None:
+        self._call("activate_past_recording")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens in all parts, or raise before anything changes."""
+        for part in self.parts:
+            if isinstance(part, NHACacheLayer):
+                part.check_crop(tokens_to_remove)
+        for part in sorted(self.parts, key=lambda part: isinstance(part, NHACacheLayer)):  # others may refuse as well
+            part.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self._call("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._call("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._call("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._call("batch_select_indices", indices)
+
+    def offload(self) -> None:
+        self._call("offload")
+
+    def prefetch(self) -> None:
+        self._call("prefetch")
+
+    def _call(self, name: str, *args: Any) -> None:
+        for part in self.parts:
+            if hasattr(part, name):
+                getattr(part, name)(*args)
+
+
 class HybridCacheMixin:
     """A cache in which some layers are NHA layers: it is cropped in all layers or in none."""
 
@@ -295,8 +386,10 @@ def _rebuild(kind: type[Cache]) -> Cache:
     return new.__new__(new)
 
 
-def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
+def prepare_cache(cache: Cache, windows: Sequence[Window]) -> None:
     """Put an NHA layer into every place of `cache` whose window is not -1; other layers stay transformers' own.
+
+    A layer with windows per head gets one of several parts.
 
     Raises ValueError, before anything changes, for a cache that has already been filled by another model or with
     other windows.
@@ -307,8 +400,8 @@ def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
         layers.append(replicate())
     if len(layers) != len(windows):
         raise ValueError(f"expected a cache of {len(windows)} layers, got one of {len(layers)}")
-    for index, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-        is_nha = isinstance(layer, NHACacheLayer)
+    for index, (layer, given) in enumerate(zip(layers, windows, strict=True)):
+        window, is_nha = window_of(given), isinstance(layer, NHACacheLayer | HeadGroupsCacheLayer)
         if is_nha and layer.window_size in (None, window) and window != FULL:
             continue
         filled = getattr(layer, "is_initialized", False)
@@ -319,12 +412,15 @@ def prepare_cache(cache: Cache, windows: Sequence[int]) -> None:
                 f"expected an empty cache or one made with these windows, got {got} in layer {index}, whose window is "
                 f"{window}{hint}"
             )
-        if window != FULL:
+        rollback = getattr(cache, "max_rollback", 0)
+        if isinstance(window, tuple):
+            layers[index] = HeadGroupsCacheLayer(window, layer, rollback)
+        elif window != FULL:
             length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
-            layers[index] = NHACacheLayer(window, length, getattr(cache, "max_rollback", 0))
+            layers[index] = NHACacheLayer(window, length, rollback)
     for layer, window in zip(layers, windows, strict=True):
         if isinstance(layer, NHACacheLayer):
-            layer.window_size = window
+            layer.window_size = window_of(window)  # type: ignore[assignment]
     cache.layers[:] = layers
     if not isinstance(cache, HybridCacheMixin) and not torch.compiler.is_compiling():  # which cannot trace this
         cache.__class__ = hybrid_cache_class(type(cache))
@@ -354,17 +450,18 @@ def allow_rollback(cache: Cache, max_rollback: int) -> None:
 
 
 def nha_layers(cache: Cache) -> list[NHACacheLayer]:
-    """The NHA layers of a cache, in order."""
-    return [layer for layer in cache.layers if isinstance(layer, NHACacheLayer)]
+    """The NHA layers of a cache, in order, and in their place those of layers with windows per head."""
+    parts = [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]
+    return [part for part in parts if isinstance(part, NHACacheLayer)]
 
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes held by all layers of a cache; those of NHA layers do not grow with the text."""
     total = 0
-    for layer in cache.layers:
-        if isinstance(layer, NHACacheLayer):
-            total += layer.nbytes
+    for part in [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]:
+        if isinstance(part, NHACacheLayer):
+            total += part.nbytes
         else:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            tensors = (getattr(part, "keys", None), getattr(part, "values", None))
             total += sum(x.numel() * x.element_size() for x in tensors if x is not None)
     return total

@@ -12,13 +12,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.modeling_utils import PreTrainedModel
 
 from nha.io import read_tensors, write_tensors
-from nha.models.cache import NHACacheLayer, prepare_cache
+from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer, prepare_cache
 from nha.models.config import FULL
 from nha.models.windows import decoder
 from nha.ops import NHAState
 from nha.ops.state import check_state
 
 FORMAT = "nha-cache-v2"
+HEADS = "heads"  # the kind of a layer with windows per head
 # Settings that say where a configuration came from or how to train and write, never what a forward pass computes.
 IRRELEVANT = (
     "_name_or_path",
@@ -65,17 +66,28 @@ def cache_contents(cache: Cache, model: PreTrainedModel) -> tuple[dict[str, Tens
     layers: list[dict[str, Any]] = []
     caches: list[Any] = list(cache.layers)
     for index, layer in enumerate(caches):
-        if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
-            parts: dict[str, Any] = {} if layer.state is None else layer.state.aligned().tensors()
-            active = layer.state is not None and layer.state.slots_active
-            layers.append({"kind": "nha", "window": layer.window_size, "length": layer.length, "active": active})
-        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            parts = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
-            layers.append({"kind": type(layer).__name__, "length": layer.get_seq_length()})
+        if not isinstance(layer, HeadGroupsCacheLayer):
+            entry, own = layer_contents(layer, index)
         else:
-            raise ValueError(f"expected a dynamic cache, got {type(layer).__name__} in layer {index}")
-        tensors |= {f"{index}.{name}": x for name, x in parts.items()}
+            found = [layer_contents(part, index) for part in layer.parts]
+            entry = {"kind": HEADS, "length": layer.get_seq_length(), "parts": [entry for entry, _ in found]}
+            own = {f"{place}.{name}": x for place, (_, parts) in enumerate(found) for name, x in parts.items()}
+        layers.append(entry)
+        tensors |= {f"{index}.{name}": x for name, x in own.items()}
     return tensors, {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers)}
+
+
+def layer_contents(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The entry of a file and the tensors of one layer, or of one part of a layer with windows per head."""
+    if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
+        active = layer.state is not None and layer.state.slots_active
+        entry = {"kind": "nha", "window": layer.window_size, "length": layer.length, "active": active}
+        return entry, {} if layer.state is None else layer.state.aligned().tensors()
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        entry = {"kind": type(layer).__name__, "length": layer.get_seq_length()}
+        parts: dict[str, Any] = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+        return entry, parts
+    raise ValueError(f"expected a dynamic cache, got {type(layer).__name__} in layer {index}")
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> Cache:
@@ -102,11 +114,24 @@ def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str |
     if len(entries) != len(cache.layers):
         raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
     for index, entry in enumerate(entries):
-        prefix = f"{index}."
-        parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        if entry["length"]:
-            fill_layer(cache.layers[index], parts, entry, f"of layer {index} at {path}")
+        layer, own, where = cache.layers[index], with_prefix(tensors, f"{index}."), f"of layer {index} at {path}"
+        if not entry["length"]:
+            continue
+        if not isinstance(layer, HeadGroupsCacheLayer):
+            fill_layer(layer, own, entry, where)
+            continue
+        kinds = [part["kind"] for part in entry.get("parts", [])]
+        if entry["kind"] != HEADS or len(kinds) != len(layer.parts):
+            got = f"{entry['kind']!r} {kinds}"
+            raise ValueError(f"expected a layer of kind {HEADS!r} with {len(layer.parts)} parts, got {got} {where}")
+        for place, (part, inner) in enumerate(zip(layer.parts, entry["parts"], strict=True)):
+            fill_layer(part, with_prefix(own, f"{place}."), inner, f"of part {place} {where}")
     return cache
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: str) -> None:

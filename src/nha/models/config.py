@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache as memoize
 from typing import Any
 
@@ -12,9 +12,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from nha.models.parallel import slot_plan
+from nha.ops.heads import Window, all_windows, window_of
 from nha.settings import SLOT_FEATURES
 
 FULL = -1
+LayerWindow = int | list[int]  # of a configuration: one for all KV heads of a layer, or one each
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:
@@ -31,15 +33,20 @@ def sliding_layers(config: PreTrainedConfig) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def check_windows(config: PreTrainedConfig, windows: int | Sequence[int]) -> list[int]:
+def check_windows(config: PreTrainedConfig, windows: int | Sequence[Window]) -> list[LayerWindow]:
     """One window per layer, in tokens; an int stands for all layers, -1 for the layer as it came.
 
-    Raises ValueError for a list of the wrong length, for a window below -1 and for one that is longer than the
-    sliding window a layer was trained with: beyond that the layer never saw a token.
+    The entry of a layer may be a list of one window per KV head, -1 for a head with full attention; where all are
+    equal, an int takes its place. Raises ValueError for a list of the wrong length, for a window below -1 and for one
+    that is longer than the sliding window a layer was trained with: beyond that the layer never saw a token.
 
     >>> from transformers import LlamaConfig
-    >>> check_windows(LlamaConfig(num_hidden_layers=3), [64, -1, 64])
-    [64, -1, 64]
+    >>> config = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    >>> check_windows(config, [64, -1, [8, 256]])
+    [64, -1, [8, 256]]
+    >>> check_windows(config, [64, -1, [8, 8, 8]])
+    Traceback (most recent call last):
+    ValueError: expected 2 window sizes for layer 2, one per KV head, got 3
     """
     layers = config.num_hidden_layers
     if not isinstance(windows, (int, Sequence)):
@@ -48,19 +55,50 @@ def check_windows(config: PreTrainedConfig, windows: int | Sequence[int]) -> lis
     if len(given) != layers:
         raise ValueError(f"expected {layers} window sizes, one per layer, got {len(given)}")
     own = getattr(config, "sliding_window", None)
-    for index, (window, sliding) in enumerate(zip(given, sliding_layers(config), strict=True)):
-        if isinstance(window, bool) or not isinstance(window, int) or window < FULL:
-            raise ValueError(f"expected window sizes to be ints >= -1, got {window!r} for layer {index}")
-        if sliding and own is not None and window > own:
-            raise ValueError(
-                f"expected a window of at most {own} for layer {index}, its own sliding window, got {window}"
-            )
-    return given
+    return [
+        _layer_window(config, index, window, own if sliding else None)
+        for index, (window, sliding) in enumerate(zip(given, sliding_layers(config), strict=True))
+    ]
+
+
+def _layer_window(config: Any, layer: int, window: Any, own: int | None) -> LayerWindow:
+    """The window of one layer, checked; `own` is the sliding window that it was trained with."""
+    listed = isinstance(window, Sequence) and not isinstance(window, str)
+    if listed and len(window) != config.num_key_value_heads:
+        heads = config.num_key_value_heads
+        raise ValueError(f"expected {heads} window sizes for layer {layer}, one per KV head, got {len(window)}")
+    for head, each in enumerate(window if listed else [window]):
+        where = f"layer {layer}, head {head}" if listed else f"layer {layer}"
+        if isinstance(each, bool) or not isinstance(each, int) or each < FULL:
+            raise ValueError(f"expected window sizes to be ints >= -1, got {each!r} for {where}")
+        if own is not None and each > own:
+            raise ValueError(f"expected a window of at most {own} for {where}, its own sliding window, got {each}")
+    short = window_of(window)
+    return short if isinstance(short, int) else list(short)
+
+
+def largest_window(windows: Iterable[Window]) -> int:
+    """The largest window of any head, -1 where all have full attention.
+
+    >>> largest_window([64, -1, [24, 256]])
+    256
+    """
+    return max([FULL, *all_windows(windows)])
+
+
+def smallest_window(windows: Iterable[Window]) -> int:
+    """The smallest window of a head without full attention, -1 where there is none.
+
+    >>> smallest_window([64, -1, [24, 256]])
+    24
+    """
+    found = [window for window in all_windows(windows) if window != FULL]
+    return min(found) if found else FULL
 
 
 def plan_windows(
-    config: PreTrainedConfig, window_size: int | Sequence[int], full_layers: Sequence[int] = ()
-) -> list[int]:
+    config: PreTrainedConfig, window_size: int | Sequence[Window], full_layers: Sequence[int] = ()
+) -> list[LayerWindow]:
     """The windows of a conversion: `window_size` in every layer with full attention, except in `full_layers`.
 
     Layers that slide over a window of their own already take constant memory and stay as they are, unless all
@@ -94,7 +132,8 @@ class HybridConfigMixin:
     """Adds the settings of hybrid layers to a family's configuration.
 
     Attributes:
-        window_sizes: tokens in the window of each layer; -1 leaves the layer as it came. An int is expanded.
+        window_sizes: tokens in the window of each layer; -1 leaves the layer as it came. A list in place of an int has
+            one window per KV head of the layer. An int alone stands for all layers.
         num_slots: slots per KV head.
         num_sinks: constant key/value pairs per KV head that stand in for the first tokens of a text.
         slot_distance: tokens between a query and where it sees the slots.
@@ -102,7 +141,7 @@ class HybridConfigMixin:
         converted_from: name or path of the model before its conversion.
     """
 
-    window_sizes: int | list[int]
+    window_sizes: int | list[int | list[int]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -132,7 +171,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
 
     model_type = "nha"
 
-    window_sizes: int | list[int] = 64
+    window_sizes: int | list[int | list[int]] = 64
     num_slots: int = 64
     num_sinks: int = 0
     qk_norm: bool = False
@@ -203,7 +242,7 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
 
     base = CONFIG_MAPPING[family]
     fields: dict[str, tuple[Any, Any]] = {
-        "window_sizes": (int | list[int], 64),
+        "window_sizes": (int | list[int | list[int]], 64),
         "num_slots": (int, 64),
         "num_sinks": (int, 1),
         "slot_distance": (int, 128),

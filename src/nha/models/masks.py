@@ -10,6 +10,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from nha.models.config import FULL
+from nha.ops.heads import all_windows
 
 NAME = "nha"  # of the attention and of the mask function, in transformers' registries
 
@@ -148,7 +149,7 @@ def hybrid_mask(
     static = not isinstance(q_offset, int)
     appended = not static and not padded and plain and allow_is_causal_skip and 1 < q_length < kv_length
     appended = appended and kv_length == q_offset + q_length  # type: ignore[operator]
-    windows = config.window_sizes
+    windows = all_windows(config.window_sizes)
     first = static or q_offset == 0
     if appended or not (FULL in windows or (first and q_length <= max(windows))):
         return HybridMask(None, padding, appended)

@@ -12,14 +12,16 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from nha.layer import NativeHybridAttention, log_gate
 from nha.models.adapter import HybridGenerationMixin, before_decoder
-from nha.models.attention import check_dropout, check_implementation, keep_in_graph, layer_cache, read_segment
+from nha.models.attention import check_dropout, check_implementation, layer_cache, window_now
 from nha.models.checkpoint import CheckpointMixin
 from nha.models.config import FULL, NHAConfig
 from nha.models.full_attention import base_attention, packed_base_attention
+from nha.models.head_windows import keep_in_graph, read_heads, read_segment
 from nha.models.masks import NAME, HybridMask, cache_argument, read_mask
 from nha.models.observe import Observation
 from nha.models.segment import Reading, Segment
 from nha.models.windows import freeze_unused
+from nha.ops.heads import window_of
 from nha.ops.rotary import rotate
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "silu": F.silu, "relu": F.relu}
@@ -32,18 +34,19 @@ class NHAAttention(NativeHybridAttention):
 
     def __init__(self, config: NHAConfig, layer_idx: int):
         windows: Any = config.window_sizes
+        window = window_of(windows[layer_idx])
         super().__init__(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.num_slots,
-            windows[layer_idx],
+            window if isinstance(window, int) else max(window),
             config.head_dim,
             config.num_sinks,
             rope_theta=None,
             bias=config.attention_bias,
         )
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.window_size = config, layer_idx, window
         self.q_norm, self.k_norm = (
             nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
@@ -84,23 +87,30 @@ class NHAAttention(NativeHybridAttention):
         layer = layer_cache(self, cache, hidden_states.shape[0])
         if self.observer is not None:
             self.observer(Observation(hidden_states, slot_key, key, value))
+
+        def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scale, longest = self.head_dim**-0.5, kwargs.get("max_length_q")
+            if cu is not None:
+                return packed_base_attention(self, q, k, v, cu, scaling=scale, max_seq_len=longest)[0]
+            return base_attention(self, q, k, v, mask.base, softcap=None, scaling=scale, appended=mask.appended)[0]
+
         if self.window_size == FULL:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            scale = self.head_dim**-0.5
-            if cu is not None:
-                out, _ = packed_base_attention(self, q, k, v, cu, scaling=scale, max_seq_len=kwargs.get("max_length_q"))
-            else:
-                k, v = (k, v) if cache is None else cache.update(k, v, self.layer_idx)
-                options = {"softcap": None, "scaling": scale, "appended": mask.appended}
-                out, _ = base_attention(self, q, k, v, mask.base, **options)
+            k, v = (k, v) if cache is None else cache.update(k, v, self.layer_idx)
+            out = full(q, k, v)
             unused = () if self.slots_frozen else (self.g_proj(hidden_states[:, :1]), self.sink_key, self.sink_value)
             return self.output(keep_in_graph(out, unused), hidden_states), None
         gate = log_gate(self.g_proj(hidden_states), key.shape[2])
         if self.ablation == "slots_off":
             gate = gate[..., :0]
-        window = 0 if self.ablation == "window_off" else self.window_size
+        window = window_now(self, self.window_size)
         segment = Segment(query, key, value, gate, slot_query, slot_key, mask.padding, cu)
-        out = read_segment(segment, Reading(window, sink=self.sink, observe_mass=self.mass_observer), layer)
+        one = window if isinstance(window, int) else 0
+        reading = Reading(one, sink=self.sink, observe_mass=self.mass_observer)
+        if isinstance(window, int):
+            out = read_segment(segment, reading, layer)
+        else:
+            out = read_heads(segment, reading, window, layer, full)
         return self.output(out, hidden_states), None
 
 

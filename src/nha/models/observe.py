@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from nha.models.config import FULL
 from nha.models.windows import hybrid_layers, temporary_windows
+from nha.ops.heads import Window
 
 ABLATIONS = (None, "slots_off", "window_off")
 
@@ -48,7 +49,7 @@ def ablate(model: PreTrainedModel, ablation: str | None) -> Iterator[None]:
 
 @contextmanager
 def observe(
-    model: PreTrainedModel, callback: Callable[[int, Observation], None], windows: int | Sequence[int] = FULL
+    model: PreTrainedModel, callback: Callable[[int, Observation], None], windows: int | Sequence[Window] = FULL
 ) -> Iterator[None]:
     """Within the context, call `callback(layer, observation)` in every forward pass, as soon as a layer has its keys.
 

@@ -17,9 +17,10 @@ from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from nha.models.config import FULL
+from nha.models.config import FULL, largest_window
 from nha.models.slots import SlotInputs
 from nha.models.windows import hybrid_layers
+from nha.ops.heads import head_groups, per_head
 
 METHOD, PREFIX = "NHA_SLOTS", "nha_slots_"
 STARTS = ("zeros", "random")
@@ -152,12 +153,16 @@ def read(model: Any, ids: Tensor, adapter_name: str = "default") -> None:
     if not layers:
         raise ValueError(f"expected a model with initial slots (SlotsConfig), got {type(model).__name__}")
     causal = model.get_base_model()
-    windows = [w for w in causal.config.window_sizes if w != FULL]
-    if ids.shape[0] != 1 or ids.shape[1] <= max(windows):
-        raise ValueError(f"expected one text of more than {max(windows)} tokens, got {list(ids.shape)}")
+    largest = largest_window(causal.config.window_sizes)
+    if ids.shape[0] != 1 or ids.shape[1] <= largest:
+        raise ValueError(f"expected one text of more than {largest} tokens, got {list(ids.shape)}")
     with model.disable_adapter():
         cache = causal.get_decoder()(ids.to(causal.device), use_cache=True).past_key_values
     for module, layer in zip(hybrid_layers(causal), cache.layers, strict=True):
         if isinstance(module.nha, SlotsLayer):
-            module.nha.nha_slots_key[adapter_name].copy_(layer.state.slot_key[0])
-            module.nha.nha_slots_value[adapter_name].copy_(layer.state.slot_value[0])
+            windows = per_head(module.window_size, module.config.num_key_value_heads)
+            for group, part in zip(head_groups(windows), getattr(layer, "parts", [layer]), strict=True):
+                if group.window_size != FULL:  # heads with full attention have no slots
+                    heads = list(group.heads)
+                    module.nha.nha_slots_key[adapter_name][heads] = part.state.slot_key[0]
+                    module.nha.nha_slots_value[adapter_name][heads] = part.state.slot_value[0]

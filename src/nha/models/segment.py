@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nha.ops import NHAState, RingState, nha_attention, nha_decode, supports_decode
 from nha.ops.autocast import cast_for_autocast
+from nha.ops.heads import take_heads
 from nha.ops.padding import align_left
 from nha.ops.single_token import FusedRing, read_token, supports_step
 from nha.ops.sliding_window import sliding_window_attention
@@ -94,9 +95,20 @@ class Segment:
         return Segment(**fields)
 
     @property
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as transformers lays them out, [B, heads, T, dim]."""
+        return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Everything that attention reads."""
         return self.query, self.key, self.value, self.log_gate, self.slot_query, self.slot_key
+
+    def take_heads(self, heads: Sequence[int]) -> Segment:
+        """The part of some KV heads and of the query heads that read them."""
+        count = self.key.shape[2]
+        parts = (None if x is None else take_heads(x, heads, 2, count) for x in self.tensors)
+        return Segment(*parts, self.mask, self.cu_seqlens)  # type: ignore[arg-type]
 
     @property
     def inputs(self) -> Inputs:
@@ -114,7 +126,8 @@ class Reading:
         sink: constant keys and values.
         softcap: of the scores.
         initial: what the slots of every sequence hold before its first token, active from there on.
-        base: the attention of the unconverted layer, for a first segment that its window holds: the same bits.
+        base: the attention of the unconverted layer, for a first segment that its window holds: the same bits. It maps
+            queries [B, HQ, T, D], keys and values [B, H, T, D] to outputs [B, T, HQ, Dv].
         observe_mass: gets the attention mass of slots and of the sink, [B, T, HQ] each.
         impl: of `nha_attention`.
     """
@@ -124,9 +137,17 @@ class Reading:
     sink: Sink | None = None
     softcap: float | None = None
     initial: Initial | None = None
-    base: Callable[[], Tensor] | None = None
+    base: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     observe_mass: Callable[[Tensor, Tensor], None] | None = None
     impl: str = "auto"
+
+    def take_heads(self, heads: Sequence[int], count: int, **changes: Any) -> Reading:
+        """How some of `count` KV heads read segments: with their sinks and slots, and the changes given."""
+        pairs = {
+            name: None if pair is None else tuple(take_heads(x, heads, 0, count) for x in pair)
+            for name, pair in (("sink", self.sink), ("initial", self.initial))
+        }
+        return replace(self, **pairs, **changes)
 
 
 def attend(
@@ -141,7 +162,8 @@ def attend(
     if state is None:
         state = initial_state(segment, reading)
     if state is None and reading.base is not None and segment.cu_seqlens is None and segment.length <= window:
-        return reading.base(), first_state(segment, reading) if keep else None
+        out = reading.base(*segment.by_head)
+        return out, first_state(segment, reading) if keep else None
     if reading.impl == "auto" and state is None and observer is None and has_window_only(segment, window):
         return attend_window(segment, reading), first_state(segment, reading) if keep else None
     short = keep and state is not None and observer is None and segment.length <= MAX_NEW

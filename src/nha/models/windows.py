@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nha.models.config import FULL, check_windows
+from nha.ops.heads import Window, all_windows, map_window, window_of
 
 
 def decoder(model: PreTrainedModel) -> Any:
@@ -38,20 +39,26 @@ def follow_config(stack: Any) -> None:
     ValueError for windows that do not fit the model.
     """
     modules = [layer.self_attn for layer in stack.layers]
-    if [module.window_size for module in modules] == stack.config.window_sizes:
+    given = stack.config.window_sizes
+    if isinstance(given, list) and [module.window_size for module in modules] == [_frozen(each) for each in given]:
         return
-    stack.config.window_sizes = check_windows(stack.config, stack.config.window_sizes)
+    stack.config.window_sizes = check_windows(stack.config, given)
     for module, window in zip(modules, stack.config.window_sizes, strict=True):
-        module.window_size = window
+        module.window_size = window_of(window)
 
 
-def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
+def _frozen(window: Any) -> Any:
+    """An entry of the configuration as a module holds it: a list of heads as a tuple, which nobody can edit."""
+    return tuple(window) if isinstance(window, list) else window
+
+
+def set_windows(model: PreTrainedModel, windows: int | Sequence[Window]) -> None:
     """Change the windows of a model, in tokens.
 
-    An int is the new window of every hybrid layer: layers with full attention (-1) keep it. A list has one int per
-    layer, and -1 there makes a layer what it was before the conversion. The int -1 does that to all layers; a list
-    brings them back. Weights stay as they are; a running cache made with other windows is refused by the next
-    forward pass. `model.config.window_sizes` holds the result.
+    An int is the new window of every hybrid layer: layers and heads with full attention (-1) keep it. A list has one
+    entry per layer, an int or a list of one int per KV head, and -1 there makes a layer or head what it was before the
+    conversion. The int -1 does that to all layers; a list brings them back. Weights stay as they are; a running cache
+    made with other windows is refused by the next forward pass. `model.config.window_sizes` holds the result.
 
     Raises:
         ValueError: a list of the wrong length, a window that a layer cannot have, or an int where every layer has
@@ -63,27 +70,31 @@ def set_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
     >>> set_windows(model, 32)
     >>> model.config.window_sizes
     [32, -1]
+    >>> set_windows(model, [8, [4, 16]])  # one window per KV head of the second layer
+    >>> model.config.window_sizes
+    [8, [4, 16]]
     """
     _change_windows(model, windows)
     freeze_unused(model)
 
 
-def _change_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> None:
+def _change_windows(model: PreTrainedModel, windows: int | Sequence[Window]) -> None:
     hybrid_layers(model)
     stack = decoder(model)
     if isinstance(windows, int) and windows != FULL:
         now = stack.config.window_sizes
-        if all(window == FULL for window in now):
+        if all(window == FULL for window in all_windows(now)):
             raise ValueError(
                 f"expected a list of {len(now)} windows where every layer has full attention, got {windows}"
             )
-        windows = [FULL if window == FULL else windows for window in now]
+        size = windows
+        windows = [map_window(lambda own: FULL if own == FULL else size, window) for window in now]
     stack.config.window_sizes = check_windows(stack.config, windows)
     follow_config(stack)
 
 
 @contextmanager
-def temporary_windows(model: PreTrainedModel, windows: int | Sequence[int]) -> Iterator[None]:
+def temporary_windows(model: PreTrainedModel, windows: int | Sequence[Window]) -> Iterator[None]:
     """Within the context, the model has other windows, as `set_windows` takes them; then its own again."""
     hybrid_layers(model)
     before = list(decoder(model).config.window_sizes)

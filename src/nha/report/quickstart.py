@@ -30,6 +30,7 @@ from nha.models.config import FULL, plan_windows, sliding_layers
 from nha.models.conversation import encode
 from nha.models.observe import ablate
 from nha.models.windows import set_windows, temporary_windows
+from nha.ops.heads import all_windows
 from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
 from nha.report.results import VARIANTS, Check, Cost, Results, Sample, Tuning, Variant
 
@@ -313,7 +314,7 @@ def write(model: Any, tokenizer: Any, ids: Tensor, count: int) -> str:
 @torch.no_grad()
 def run_checks(model: Any, texts: Tensor) -> list[Check]:
     """Properties of every model: the same predictions inside the window, and hybrid layers that do not grow."""
-    windows = [w for w in model.config.window_sizes if w >= 0]
+    windows = [w for w in all_windows(model.config.window_sizes) if w >= 0]
     ids = texts[:1].to(model.device)
     checks: list[Check] = []
     if min(windows) > 0:
