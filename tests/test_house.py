@@ -27,7 +27,7 @@ LEVELS = (
     {"io"},
     {"layer"},
     {"models"},
-    {"data"},
+    {"data", "memory"},
     {"convert"},
     {"distill", "evaluate"},
     {"train"},

@@ -182,3 +182,13 @@ def test_assisted_decoding_equals_greedy_in_float32(seed, schedule):
     mask[:, :3] = 0
     found = generate(model, padded, attention_mask=mask, prompt_lookup_num_tokens=5)
     assert torch.equal(found[:, 3:], wanted)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("read_before", [5, 20, 35])
+def test_assisted_decoding_goes_on_from_a_filled_cache(windows, read_before):
+    model, ids = hybrid("llama", windows).double(), tokens(1, 6).repeat(1, 6)
+    cache = DynamicCache(config=model.config)
+    read(model, ids[:, :read_before], cache)
+    found = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=4)
+    assert torch.equal(found, generate(model, ids))

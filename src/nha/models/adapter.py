@@ -69,6 +69,20 @@ class HybridGenerationMixin:
                 )
         return made
 
+    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The inputs of a step; assisted decoding from a filled cache would read the whole prompt again."""
+        cache = cache_argument(kwargs)
+        if kwargs.get("is_first_iteration") and isinstance(cache, Cache) and kwargs.get("inputs_embeds") is None:
+            past = cache.get_seq_length()
+            unread = kwargs.get("next_sequence_length") is None and not args and isinstance(past, int)
+            if unread and 0 < past < input_ids.shape[1]:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - past
+        graph = graph_of(kwargs)
+        if graph is not None and graph.steps and not graph.padded:
+            kwargs["attention_mask"] = UNPADDED
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The source of drafts for assisted decoding; the cache takes back as many at no cost."""
         parent: Any = super()
@@ -93,13 +107,6 @@ class HybridGenerationMixin:
             return parent.get_compiled_call(compile_config)(**kwargs) if graph is None else graph(**kwargs)
 
         return step
-
-    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        parent: Any = super()
-        graph = graph_of(kwargs)
-        if graph is not None and graph.steps and not graph.padded:
-            kwargs["attention_mask"] = UNPADDED
-        return parent.prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_attention_mask_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The mask of a prompt that came without one: pad tokens at its ends are padding, one inside is text."""

@@ -91,6 +91,7 @@ class NHACacheLayer(CacheLayerMixin):
         base = self._snapshot(before) if recorded else None
         if not isinstance(before, RingState) or before.max_rollback != rollback:
             self._removable = 0  # a ring of another size begins with all that left the window in its slots
+            before = before.aligned() if isinstance(before, RingState) and before.max_rollback else before
         if rollback:
             out, after, removable = attend_with_rollback(segment, reading, before, rollback)
         else:
