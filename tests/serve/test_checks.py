@@ -40,6 +40,11 @@ def test_a_model_that_is_no_hybrid_is_refused():
         check_model(SimpleNamespace(model_type="llama"))
 
 
+def test_experts_are_refused():
+    with pytest.raises(ValueError, match="nha-mixtral"):
+        check_model(SimpleNamespace(model_type="nha-mixtral", window_sizes=[8]))
+
+
 @pytest.mark.parametrize("name", ["NHAGemma3ForConditionalGeneration", "NHAHeliumForCausalLM"])
 def test_a_family_that_vllm_lacks_is_refused(name):
     with pytest.raises(ValueError, match=name):
@@ -72,10 +77,10 @@ def test_every_causal_hybrid_has_a_base():
     assert base_architecture("NHAGemma2ForCausalLM") == "Gemma2ForCausalLM"
 
 
-def test_layers_with_a_state_are_marked_where_all_others_have_full_attention():
+def test_a_model_with_states_is_marked_where_its_layers_had_full_attention():
     config = hybrid_config_class("qwen2")(num_hidden_layers=3, window_sizes=[8, -1, 8])
     mark_layers(config)
-    assert config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
+    assert set(config.layer_types) == {"linear_attention"}
 
 
 def test_layers_beside_sliding_ones_keep_their_kinds():

@@ -20,6 +20,7 @@ from nha.cli.hybridize import hybridize
 from nha.cli.public import public
 from nha.cli.quickstart import quickstart
 from nha.cli.search import search
+from nha.cli.serve import serve
 from nha.cli.tasks import tasks
 from nha.cli.train import train
 
@@ -97,6 +98,7 @@ app.command(epilog="Example: [cyan]nha train run --preset 20m --text books/ --to
 app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(search)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 app.command(epilog="Example: [cyan]nha chat my-hybrid --temperature 0.7[/]")(chat)
+app.command(epilog="Example: [cyan]nha serve my-hybrid --port 8000 --api-key secret[/]")(serve)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
 evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
     recall

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nha.models.config import FULL
+from nha.models.families import EXPERTS, TABLE
 
+WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number
 
 
@@ -26,19 +28,28 @@ def check_architecture(architecture: str, known: bool) -> None:
 
     >>> check_architecture("NHAHeliumForCausalLM", known=False)
     Traceback (most recent call last):
-    ValueError: expected a family that vLLM has a model of, got NHAHeliumForCausalLM; transformers can serve it
+    ValueError: expected a family that vLLM has code of its own for, got NHAHeliumForCausalLM; transformers can serve it
     """
     if not architecture.endswith("ForCausalLM"):
         raise ValueError(f"expected a model of text alone in vLLM, got {architecture}; transformers can serve it")
     if not known:
-        raise ValueError(f"expected a family that vLLM has a model of, got {architecture}; transformers can serve it")
+        raise ValueError(
+            f"expected a family that vLLM has code of its own for, got {architecture}; transformers can serve it"
+        )
 
 
 def check_model(config: Any) -> None:
-    """Raise ValueError for a configuration that is no hybrid's, or whose windows a state in vLLM cannot hold."""
+    """Raise ValueError for a configuration that is no hybrid's, or whose windows or weights vLLM cannot hold.
+
+    Experts are saved as transformers has them in memory, all of a layer in one tensor; vLLM reads them one by one.
+    """
     windows = getattr(config, "window_sizes", None)
     if not isinstance(windows, (list, tuple)):
         raise ValueError(f"expected the configuration of a hybrid, got {config.model_type}: call hybridize first")
+    if config.model_type.removeprefix("nha-") in WITH_EXPERTS:
+        raise ValueError(
+            f"expected a model without experts in vLLM, got {config.model_type}; transformers can serve it"
+        )
     for layer, window in enumerate(windows):
         if isinstance(window, bool) or not isinstance(window, int):
             raise ValueError(f"expected one window for all heads of a layer in vLLM, got {window!r} in layer {layer}")

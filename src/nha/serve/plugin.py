@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nha.models.auto import register as register_auto
+from nha.models.config import FULL
 from nha.models.families import FAMILIES, MULTIMODAL
 from nha.serve.checks import check_architecture, check_model, check_run, check_version
 
@@ -63,12 +64,23 @@ def architectures() -> dict[str, str]:
 
 
 def mark_layers(config: Any) -> None:
-    """Say in `layer_types` which layers keep a state: vLLM takes a model of full attention alone for no hybrid."""
+    """Say in `layer_types` that a model keeps states: vLLM takes one whose layers all have full attention for no hybrid.
+
+    All layers get the same word, since some families refuse a mixture. Layers that slide are a mixture already.
+    """
     windows = config.window_sizes
-    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * len(windows))
-    if set(kinds) == {"full_attention"}:
-        kinds = ["full_attention" if window == -1 else "linear_attention" for window in windows]
-        config.layer_types = kinds
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds == {"full_attention"}:
+        kind = "full_attention" if all(window == FULL for window in windows) else "linear_attention"
+        config.layer_types = [kind] * len(windows)
+
+
+def native_architectures() -> set[str]:
+    """The models that vLLM has code of its own for; others it runs through transformers, which cannot hold states."""
+    from vllm.model_executor.models import ModelRegistry
+
+    models = ModelRegistry.models.items()
+    return {name for name, model in models if not getattr(model, "module_name", "").endswith(".transformers")}
 
 
 def register() -> None:
@@ -92,7 +104,7 @@ def register() -> None:
             check_run(vllm_config)
 
     register_auto()
-    known = set(ModelRegistry.get_supported_archs())
+    known = native_architectures()
     for architecture in architectures():
         supported = base_architecture(architecture) in known and architecture.endswith("ForCausalLM")
         ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}" if supported else PLACEHOLDER)

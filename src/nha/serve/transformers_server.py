@@ -1,0 +1,50 @@
+"""transformers' own server with a hybrid: its models made known, and our limits around its requests."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from nha.models.auto import hybrid_classes
+from nha.models.loading import Source, is_hybrid
+from nha.serve.limits import VARIABLE, Limits, Policy
+from nha.serve.settings import ServeSettings
+
+
+def expose(source: Source) -> None:
+    """Let transformers' server find a hybrid's class, which it looks up in transformers by name."""
+    import transformers
+
+    config: Any = source.config
+    if is_hybrid(config):
+        model = hybrid_classes(config.model_type)[1]
+        setattr(transformers, model.__name__, model)
+
+
+def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) -> None:
+    """Run transformers' server in this process; SIGTERM lets running requests end for `drain_s` seconds."""
+    import uvicorn
+    from transformers.cli import serve as command
+    from transformers.cli.serving import server
+
+    expose(source)
+    os.environ[VARIABLE] = policy.to_json()
+    build = server.build_server
+
+    @functools.wraps(build)
+    def build_limited(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        app.add_middleware(Limits)
+        return app
+
+    server.build_server = build_limited
+    uvicorn.Config = functools.partial(uvicorn.Config, timeout_graceful_shutdown=settings.drain_s)  # type: ignore[misc]
+    command.Serve(
+        force_model=str(source.directory),
+        host=host,
+        port=settings.port,
+        dtype=settings.dtype,
+        device="auto",
+    )

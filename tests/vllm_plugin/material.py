@@ -1,0 +1,125 @@
+"""Tiny models, what transformers writes with them, and engines of vLLM in this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nha import NHAConfig, NHAForCausalLM, hybridize
+from tests.data.tokenizers import small_tokenizer
+
+VOCAB, MAX_LEN, KV_BYTES = 320, 4096, 96 << 20
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=128,
+    intermediate_size=192,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=MAX_LEN,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def sharpen(model: Any, factor: float) -> Any:
+    """Scale the weights up, so that greedy tokens vary and no two are nearly as likely."""
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "sink" in name:
+                x.normal_()
+            elif x.dim() > 1:
+                x.mul_(factor)
+    return model.eval()
+
+
+def make_model(path: Path, family: str, windows: list[int], *, factor: float = 3.0, **changes: Any) -> Path:
+    """Save a tiny hybrid of a family, or with "nha" a model trained from scratch, with a tokenizer."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": len(windows)} | changes
+    if family == "nha":
+        model = sharpen(NHAForCausalLM(NHAConfig(**sizes, window_sizes=windows, num_slots=8, num_sinks=1)), factor)
+    else:
+        whole = sharpen(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), attn_implementation="eager"), factor
+        )
+        text = torch.randint(3, VOCAB, (4, 256))
+        model = hybridize(whole, num_slots=8, window_size=windows, calibration=text)
+    model.save_pretrained(path)
+    tokenizer = small_tokenizer("bytes")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_prompts(lengths: list[int], seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 259, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def greedy(path: Path, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The tokens that transformers writes after each prompt, one at a time."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist())
+    return found
+
+
+@contextmanager
+def engine(path: Path, *, apart: bool = False, **options: Any) -> Iterator[Any]:
+    """vLLM with a model, in this process (or `apart`, in one of its own) and eager unless told otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
+    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
+
+    defaults: dict[str, Any] = dict(
+        dtype="float32",
+        max_model_len=MAX_LEN,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=KV_BYTES,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        disable_log_stats=False,
+    )
+    made = None
+    try:
+        made = LLM(str(path), **(defaults | options))
+        yield made
+    finally:
+        if made is not None:
+            made.llm_engine.engine_core.shutdown()
+        del made
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def write(llm: Any, prompts: list[list[int]], new: int) -> list[Any]:
+    """vLLM's greedy answers to all prompts at once."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+
+def tokens(answers: list[Any]) -> list[list[int]]:
+    return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+def metric(llm: Any, name: str) -> int:
+    """A counter of vLLM's."""
+    return sum(found.value for found in llm.get_metrics() if found.name == name)

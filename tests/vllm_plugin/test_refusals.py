@@ -1,0 +1,44 @@
+"""What vLLM cannot run exactly is refused in one line before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.vllm_plugin.material import engine
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "named"),
+    [
+        ({"window_sizes": [8, [8, 16], 16]}, {}, r"\[8, 16\]"),
+        (
+            {},
+            {"enable_prefix_caching": True, "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "prefix caching",
+        ),
+    ],
+)
+def test_refusals_name_what_is_wrong(changes, options, named, hybrid, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(hybrid, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(Exception, match=named), engine(path, **options):
+        pass
+
+
+def test_missing_gates_are_named(hybrid, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "model"
+    shutil.copytree(hybrid, path)
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.0.self_attn.nha.g_proj.bias"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"layers\.0\.self_attn\.nha\.bias"), engine(path):
+        pass
