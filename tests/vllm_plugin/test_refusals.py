@@ -1,4 +1,4 @@
-"""What vLLM cannot run exactly is refused in one line before the model is loaded."""
+"""Refusals in vLLM itself: one line that names the reason, before the model is loaded."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_compiled_code_writes_the_same(hybrid):
 FAMILIES = {
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": 32, "factor": 2.0},
+    "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "cohere": {"tie_word_embeddings": True},
     "phi3": {},
 }

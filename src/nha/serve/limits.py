@@ -1,4 +1,4 @@
-"""What a server adds around every request: how many there may be, how long, and whose. An ASGI middleware."""
+"""Limits around every request to a server, as ASGI middleware: how many at a time, how long, and whose."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_OFFERED = ("n", "best_of", "logprobs", "top_logprobs", "echo", "tools", "res
 
 @dataclass(frozen=True)
 class Policy:
-    """What clients may ask for.
+    """Limits of a server.
 
     Attributes:
         max_requests: requests at a time.

@@ -64,7 +64,7 @@ def architectures() -> dict[str, str]:
 
 
 def mark_layers(config: Any) -> None:
-    """Say in `layer_types` that a model keeps states: vLLM takes one whose layers all have full attention for no hybrid.
+    """Say in `layer_types` that a model keeps states: to vLLM, one whose layers all have full attention is no hybrid.
 
     All layers get the same word, since some families refuse a mixture. Layers that slide are a mixture already.
     """

@@ -11,7 +11,7 @@ BACKENDS = ("auto", "vllm", "transformers")
 
 @dataclass
 class ServeSettings:
-    """What runs a model, and how much clients may ask for.
+    """Server of a model, and how much clients may ask for.
 
     >>> ServeSettings(port=0)
     Traceback (most recent call last):
