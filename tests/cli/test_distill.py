@@ -191,3 +191,22 @@ def test_a_control_is_trained_beside_the_hybrid_and_shared_with_others(place, co
     none = runner.invoke(app, [*base, str(tmp_path / "third"), *rest, "--control", "both"])
     assert none.exit_code == 2 and "expected --control to be also, only" in none.stderr.replace("\n", " ")
     assert not (tmp_path / "third").exists()
+
+
+def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(place, tmp_path):
+    (tmp_path / "shapes").mkdir()
+    shutil.copy(place / "tiny" / "config.json", tmp_path / "shapes")
+    shutil.copy(place / "tiny" / "model.safetensors", tmp_path / "shapes")  # checked, never loaded
+    arguments = ["distill", str(tmp_path / "shapes"), str(tmp_path / "run"), "--dry-run", "--json"]
+    result = runner.invoke(app, [*arguments, "--recipe", "constant"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["settings"]["long_tokens"] == 2e7 and found["steps"] > 0 and found["on_h100"]["seconds"] > 0
+    again = runner.invoke(app, [*arguments, "--recipe", "constant", "--recall-fraction", "0.125", "--tokens", "1e6"])
+    settings = json.loads(again.stdout)["settings"]
+    assert (settings["recall_fraction"], settings["long_tokens"], settings["long_range_fraction"]) == (0.125, 5e5, 0.5)
+    table = runner.invoke(app, arguments[:-1])
+    assert table.exit_code == 0 and "memory" in table.stdout and "on one H100" in table.stdout
+    wrong = runner.invoke(app, [*arguments, "--recipe", "best"])
+    assert wrong.exit_code == 2 and "quality, balanced, constant" in wrong.stderr
+    assert not (tmp_path / "run").exists()

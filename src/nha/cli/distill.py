@@ -15,8 +15,10 @@ from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
+from nha.cli.evaluate_options import with_groups
 from nha.cli.hybridize import check_convertible, searched_windows
-from nha.cli.options import with_settings
+from nha.cli.options import given_options, make_settings, with_settings
+from nha.distill.recipes import RECIPES, recipe_values
 from nha.distill.settings import CONTROL, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.io import atomic_directory
@@ -30,39 +32,73 @@ UNFINISHED = 3
 ALSO, ONLY = "also", "only"
 DTYPES = ("auto", "float32", "bfloat16")
 
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Measured settings, which other options override. "
+        + "; ".join(f"{name}: {one.meaning}" for name, one in RECIPES.items())
+        + ".",
+        show_default="none",
+    ),
+]
+ControlOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The fair control, the original trained on the same batches with full attention. 'also' trains it "
+        "first, in OUTPUT/control, 'only' trains it alone; a directory is that of one trained before. The hybrid's "
+        "numbers are then shown relative to it.",
+        show_default="none",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options for the text to train on."""
+
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to train on: a file, a folder, or datasets:NAME. May be given several times."),
+    ] = None
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Where the tokens of the text are kept, to be read again.", show_default="OUTPUT.corpus"),
+    ] = None
+    field: Annotated[str, typer.Option(help="The field with the text in .jsonl, .parquet and datasets.")] = "text"
+    held_out: Annotated[float, typer.Option(help="Fraction of the documents that are never trained on.")] = 0.02
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Read the text and stop.")] = False
+
+    def check(self, needed: bool) -> None:
+        """Raise BadInput for options that cannot be, and where text is needed and none is named."""
+        if needed and self.text is None and self.corpus is None:
+            raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
+        common.check_range("--held-out", self.held_out, at_least=0, below=1)
+
+
+DEFAULT_TEXT = TextOptions()
+
 
 @command
+@with_groups
 @with_settings(DistillSettings)
 def distill(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The teacher: a model directory, a Hub id, or 'smollm2'.")],
     output: Annotated[
         Path, typer.Argument(help="The directory of the run: settings, checkpoints, log, and the hybrid in hybrid/.")
     ],
     settings: DistillSettings,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to train on: a file, a folder, or datasets:NAME. May be given several times."),
-    ] = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(help="Where the tokens of the text are kept, to be read again.", show_default="OUTPUT.corpus"),
-    ] = None,
-    field: Annotated[str, typer.Option(help="The field with the text in .jsonl, .parquet and datasets.")] = "text",
-    held_out: Annotated[float, typer.Option(help="Fraction of the documents that are never trained on.")] = 0.02,
-    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="Read the text and stop.")] = False,
+    text: TextOptions = DEFAULT_TEXT,
     windows: Annotated[
         Path | None,
         typer.Option(help="A result of nha search, instead of --window and --full-layers.", show_default=False),
     ] = None,
-    control: Annotated[
-        str | None,
-        typer.Option(
-            help="The fair control, the original trained on the same batches with full attention. 'also' trains it "
-            "first, in OUTPUT/control, 'only' trains it alone; a directory is that of one trained before. The hybrid's "
-            "numbers are then shown relative to it.",
-            show_default="none",
-        ),
-    ] = None,
+    recipe: RecipeOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print parameters, memory, steps and time of the run, and stop."),
+    ] = False,
+    control: ControlOption = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -79,22 +115,28 @@ def distill(
     stop = Stop(settings.budget)
     try:
         with handle_signals(stop):
-            if text is None and corpus is None:
-                raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
+            text.check(needed=not dry_run)
             common.check_choice("--dtype", dtype, DTYPES)
             if control not in (None, ALSO, ONLY) and not Path(control).is_dir():
                 raise BadInput(
                     f"expected --control to be {ALSO}, {ONLY} or the directory of a control, got {control!r}"
                 )
-            common.check_range("--held-out", held_out, at_least=0, below=1)
-            if windows is not None:
-                found = searched_windows(windows, settings.window_size, settings.full_layers)
-                settings = dataclasses.replace(settings, window_size=tuple(found))
             source = loading.find(model)
-            given = settings.window_size
-            check_convertible(source, given if isinstance(given, int) else list(given), list(settings.full_layers))
-            opened = read_text(source, text, corpus or output.with_name(output.name + ".corpus"), field, held_out)
-            if prepare_only:
+            given = {name: getattr(settings, name) for name in given_options(context, DistillSettings)}
+            if windows is not None:
+                given["window_size"] = tuple(searched_windows(windows, settings.window_size, settings.full_layers))
+            if recipe is not None:
+                values = recipe_values(recipe, layers_of(source), source.base, given)
+            else:
+                values = dataclasses.asdict(settings) | given
+            settings = make_settings(DistillSettings, values)
+            size = settings.window_size
+            check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
+            if dry_run:
+                report_estimate(source, settings, as_json)
+                return
+            opened = read_text(source, text, text.corpus or output.with_name(output.name + ".corpus"))
+            if text.prepare_only:
                 report_corpus(opened, as_json)
                 return
             run(Job(source, opened, output, settings, dtype, control, as_json), stop)
@@ -113,18 +155,19 @@ def exit_code(reason: str) -> int:
     return UNFINISHED if reason == "budget" else 128 + signal.Signals[reason]
 
 
-def read_text(source: loading.Source, text: list[str] | None, cache: Path, field: str, held_out: float) -> Corpus:
-    """The corpus in `cache`, made from `text` if that is given and it is not there yet."""
+def read_text(source: loading.Source, given: TextOptions, cache: Path) -> Corpus:
+    """The corpus in `cache`, made from text if some is named and it is not there yet."""
     from nha.data.corpus import open_corpus
     from nha.data.sources import check_sources
 
+    text = given.text
     if text is not None:
         check_sources(text)
     with common.status("loading the tokenizer"):
         tokenizer = loading.load_tokenizer(source)
     if text is None:
         return open_corpus(cache, tokenizer)
-    return prepare_corpus(text, cache, tokenizer, field, held_out)
+    return prepare_corpus(text, cache, tokenizer, given.field, given.held_out)
 
 
 def prepare_corpus(text: list[str], cache: Path, tokenizer: Any, field: str, held_out: float) -> Corpus:
@@ -140,6 +183,41 @@ def prepare_corpus(text: list[str], cache: Path, tokenizer: Any, field: str, hel
         found = prepare(text, cache, tokenizer, field=field, held_out_fraction=held_out, progress=progress)
         bar.update(task, total=len(found.held), completed=len(found.held))
     return found
+
+
+def layers_of(source: loading.Source) -> int:
+    """The number of a model's layers."""
+    from nha.models.smollm2 import LAYERS
+
+    return LAYERS if source.config is None else loading.layers_of(source.config)
+
+
+def report_estimate(source: loading.Source, settings: DistillSettings, as_json: bool) -> None:
+    """Print what a run will cost, from the model's configuration alone."""
+    from nha.distill.estimate import estimate
+
+    config = loading.read_config(source)
+    found = estimate(config, settings, world=world_size())
+    elsewhere = None if found.device != "CPU" else estimate(config, settings, device="H100")
+    if as_json:
+        result = {"model": source.name, **dataclasses.asdict(found), "settings": dataclasses.asdict(settings)}
+        print_json(result | ({"on_h100": dataclasses.asdict(elsewhere)} if elsewhere else {}))
+        return
+    table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+    memory = f"about {found.memory_bytes / 2**30:.1f} GiB on each device"
+    time = f"about {common.duration(found.seconds)} on {found.device}, at {found.assumed}"
+    for name, text in (
+        (
+            "model",
+            f"{source.label}, {found.parameters / 1e6:,.0f} M parameters, {found.trainable / 1e6:,.1f} M trained",
+        ),
+        ("run", f"{found.tokens:,} tokens in {found.steps:,} steps, {found.flops_per_token / 1e9:,.2f} GFLOP a token"),
+        ("memory", memory),
+        ("time", time + ", besides about a minute to compile and align"),
+        *([("on one H100", f"about {common.duration(elsewhere.seconds)}")] if elsewhere else []),
+    ):
+        table.add_row(f"[dim]{name}[/]", escape(text))
+    out.print(table)
 
 
 def report_corpus(corpus: Corpus, as_json: bool) -> None:

@@ -50,6 +50,12 @@ def with_settings(kind: type, *, file: bool = False) -> Callable[[Callable[..., 
     return decorate
 
 
+def given_options(context: typer.Context, kind: type) -> list[str]:
+    """The fields of a settings dataclass whose options stand on the command line, also those equal to the default."""
+    names = [entry.name for entry in dataclasses.fields(kind)]
+    return [name for name in names if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"]
+
+
 def _file_option() -> inspect.Parameter:
     option = typer.Option("--settings", help="A YAML file with settings by name; options override it.")
     annotation = Annotated[Path | None, option]

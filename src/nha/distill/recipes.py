@@ -40,7 +40,9 @@ RECIPES = {
     ),
     "constant": Recipe("no full layer: memory that does not grow", 0.0, 0.5, {"tokens": 40e6, **LONG_RANGE}),
 }
-SEARCHED_SINGLE = {(8, 18, 20, 23): (18,)}  # the best layer alone, where a search found these four
+SEARCHED_SINGLE: dict[tuple[int, ...], tuple[int, ...]] = {
+    (8, 18, 20, 23): (18,)
+}  # the best layer alone, where a search found these four
 
 
 def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ...]:
@@ -59,13 +61,13 @@ def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ..
     return tuple(layers * (2 * i + 1) // (2 * count) for i in range(count))
 
 
-def recipe_settings(name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None) -> DistillSettings:
-    """The settings of a recipe for a model of so many layers; those `given` override the recipe's.
+def recipe_values(name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a recipe that are not the default, by name; those `given` override the recipe's.
 
     A window per layer, or full layers, override the recipe's full layers. Raises ValueError for an unknown recipe.
 
-    >>> recipe_settings("constant", 24, given={"tokens": 1e6}).long_tokens
-    500000.0
+    >>> recipe_values("quality", 12, given={"tokens": 1e6})["full_layers"]
+    (3, 9)
     """
     if name not in RECIPES:
         raise ValueError(f"expected a recipe out of {', '.join(RECIPES)}, got {name!r}")
@@ -75,7 +77,16 @@ def recipe_settings(name: str, layers: int, base: str = "", given: Mapping[str, 
     values.setdefault("long_tokens", recipe.long_fraction * tokens)
     if not isinstance(values.get("window_size", 0), (tuple, list)):
         values.setdefault("full_layers", choose_full_layers(base, layers, recipe.full_fraction))
-    return DistillSettings(**values)
+    return values
+
+
+def recipe_settings(name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None) -> DistillSettings:
+    """The settings of a recipe for a model of so many layers, as `recipe_values` has them.
+
+    >>> recipe_settings("constant", 24, given={"tokens": 1e6}).long_tokens
+    500000.0
+    """
+    return DistillSettings(**recipe_values(name, layers, base, given))
 
 
 def changed_settings(settings: DistillSettings, names: Collection[str] | None = None) -> dict[str, Any]:

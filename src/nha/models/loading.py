@@ -168,6 +168,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def read_config(source: Source) -> PretrainedConfig:
+    """The config of a model, also of the embedded one, whose file is read for it."""
+    if source.config is not None:
+        return source.config
+    import transformers
+
+    from nha.models.smollm2 import gguf_path
+
+    path = gguf_path()
+    return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def layers_of(config: Any) -> int:
     """The number of decoder layers of a config."""
     return int(config.get_text_config().num_hidden_layers)

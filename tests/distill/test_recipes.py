@@ -1,0 +1,81 @@
+"""Recipes: measured settings that every option overrides; estimates of their cost from shapes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from nha.distill.estimate import empty_model, estimate, trained_parameters
+from nha.distill.recipes import RECIPES, choose_full_layers, recipe_settings, recipes_table
+from nha.distill.settings import DistillSettings
+from nha.distill.student import Distillation
+from nha.models.adapter import to_hybrid
+from tests.models.families import teacher
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHAPE = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
+def test_recipes_keep_some_few_and_no_full_layers():
+    full = {name: recipe_settings(name, 30, SMOLLM2).full_layers for name in RECIPES}
+    assert full == {"quality": (8, 18, 20, 23), "balanced": (18,), "constant": ()}
+    assert len(recipe_settings("quality", 32, "other").full_layers) == 4
+    assert recipe_settings("balanced", 12, "other").full_layers == (6,)
+
+
+def test_full_layers_are_inside_the_model_whatever_its_size():
+    for layers in (1, 2, 5, 30, 80):
+        for recipe in RECIPES.values():
+            chosen = choose_full_layers(SMOLLM2, layers, recipe.full_fraction)
+            assert len(set(chosen)) == len(chosen) and all(0 <= layer < layers for layer in chosen)
+
+
+def test_what_is_given_overrides_a_recipe():
+    assert recipe_settings("quality", 30, given={"full_layers": (1,)}).full_layers == (1,)
+    assert recipe_settings("constant", 30, given={"long_tokens": 0.0}).long_tokens == 0
+    assert recipe_settings("constant", 30, given={"tokens": 1e6}).long_tokens == 5e5
+    assert recipe_settings("quality", 3, given={"window_size": (64, -1, 64)}).full_layers == ()
+    with pytest.raises(ValueError, match="quality, balanced, constant"):
+        recipe_settings("best", 30)
+
+
+def test_the_docs_show_all_recipes():
+    assert recipes_table() in (Path(__file__).parents[2] / "docs" / "distilling.md").read_text()
+
+
+@pytest.mark.parametrize("trainable", ["attention", "layers", "lora", "slots"])
+def test_an_estimate_counts_the_parameters_that_are_trained(trainable):
+    settings = DistillSettings(trainable=trainable, num_slots=6, window_size=16, lora_rank=2, full_layers=(1,))
+    model = teacher()
+    counted = sum(trained_parameters(empty_model(model.config), settings, [16, -1, 16]))
+    to_hybrid(model, [16, -1, 16], num_slots=6)
+    student = Distillation(model, trainable=trainable, lora_rank=2)
+    assert counted == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+def test_an_estimate_is_near_what_one_h100_measured():
+    """254,000 tokens/s and 19 GiB for SmolLM2-135M with the defaults."""
+    found = estimate(SHAPE, DistillSettings(tokens=12e6), device="NVIDIA H100 80GB HBM3")
+    assert found.parameters == pytest.approx(138e6, rel=0.02)
+    assert found.tokens / found.seconds == pytest.approx(254_000, rel=0.15)
+    assert found.memory_bytes / 2**30 == pytest.approx(19, rel=0.2)
+
+
+def test_long_sequences_full_layers_and_more_devices_change_an_estimate():
+    base = estimate(SHAPE, DistillSettings(), device="H100")
+    assert estimate(SHAPE, DistillSettings(long_tokens=1e7), device="H100").flops_per_token > base.flops_per_token
+    assert estimate(SHAPE, DistillSettings(full_layers=(1,)), device="H100").flops_per_token > base.flops_per_token
+    two = estimate(SHAPE, DistillSettings(), device="H100", world=2)
+    assert two.steps == pytest.approx(base.steps / 2, abs=1) and two.device == "2 x H100"
+    small = estimate(SHAPE, DistillSettings(gradient_checkpointing=True), device="H100")
+    assert small.memory_bytes < base.memory_bytes
