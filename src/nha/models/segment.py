@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nha.ops import NHAState, RingState, nha_attention, nha_decode, supports_decode
 from nha.ops.autocast import cast_for_autocast
+from nha.ops.backends import needs_grad
 from nha.ops.heads import take_heads
 from nha.ops.padding import align_left
 from nha.ops.single_token import FusedRing, read_token, supports_step
@@ -211,7 +212,11 @@ def attend(
         observer((mass - of_sink).clamp_min(0), of_sink)
     if not keep or result.state is None:
         return result.out, None
-    return result.out, RingState.of(result.state) if writes_in_place(segment, reading, state) else result.state
+    if not writes_in_place(segment, reading, state):
+        return result.out, result.state
+    if state is None and segment.mask is None and segment.cu_seqlens is None and segment.length >= window:
+        return result.out, RingState.take_over(result.state, segment.length)
+    return result.out, RingState.of(result.state)
 
 
 def steps_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:
@@ -312,6 +317,8 @@ def mask_first_token_write(
 ) -> Tensor:
     """Set the log-gate of every sequence's first token to 0: the sink stands in for it, the slots skip it.
 
+    Where no gradient is needed, `log_gate` itself may be changed.
+
     >>> gate = torch.full((1, 3, 1, 1), -1.0)
     >>> mask_first_token_write(gate, torch.tensor([[False, True, True]]), None, None).flatten().tolist()
     [-1.0, 0.0, -1.0]
@@ -321,6 +328,9 @@ def mask_first_token_write(
         return log_gate
     if length == 1 and cu_seqlens is None and state is not None:
         return log_gate.masked_fill((state.num_tokens == 0)[:, None, None, None], 0.0)
+    if mask is None and cu_seqlens is None and state is None and not needs_grad([log_gate]):
+        log_gate[:, :1].zero_()  # one operation: short prompts wait for the host
+        return log_gate
     place = torch.arange(length, device=log_gate.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1] if state is None else torch.where(state.num_tokens > 0, length, cu_seqlens[:-1])

@@ -119,7 +119,8 @@ def nha_attention(
     fresh = state is None
     # Nothing leaves the window. The kernels read later segments even then: the size of their state is fixed.
     within = window_size == -1 or (_holds_all(state, window_size, q.shape[1]) and (fresh or name != "triton"))
-    if fresh and (return_state or within or name != "triton"):
+    simple = attention_mask is None and cu_seqlens is None and q.shape[1] >= window_size  # needs no empty state
+    if fresh and (within or name != "triton" or (return_state and not simple)):
         shared = k_slot is None
         state = NHAState.empty(window_size, key=k, value=v, log_gate=log_gate, shared=shared, cu_seqlens=cu_seqlens)
     if state is not None and name == "triton" and not within:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 HAS_TRITON = find_spec("triton") is not None  # looked up once: torch.compile cannot trace it
 
@@ -61,6 +62,21 @@ def can_skip_autograd(tensors: Sequence[Tensor | None], impl: str = "auto") -> b
     """Whether `impl` is the kernels on the first tensor's device and no gradient is needed: some kernels have none."""
     first = tensors[0]
     return first is not None and resolve_impl(impl, first.device) == "triton" and not needs_grad(tensors)
+
+
+def can_skip_dispatch(tensors: Sequence[object]) -> bool:
+    """Whether an operator's own function may be called past PyTorch's dispatcher, which costs more than some kernels.
+
+    It may where nothing is differentiated, traced, mapped, wrapped or watched: plain tensors (and other arguments).
+
+    >>> can_skip_dispatch([torch.ones(2), None, 3]), can_skip_dispatch([torch.ones(2, requires_grad=True)])
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    found = [x for x in tensors if isinstance(x, Tensor)]
+    wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    return not needs_grad(found) and all(type(x) in (Tensor, Parameter) and not wrapped(x) for x in found)
 
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:

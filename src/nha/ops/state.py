@@ -230,6 +230,27 @@ class NHAState:
         return replace(states[0], **joined)
 
 
+def after_first(
+    window_size: int, k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor | None, slots: tuple[Tensor, Tensor]
+) -> NHAState:
+    """The state after a first segment of at least W tokens without padding: `advance` of an empty state, with fewer
+    operations; `k_slot` is None where slots and window read the same keys."""
+
+    def last(x: Tensor) -> Tensor:
+        return x[:, x.shape[1] - window_size :].clone(memory_format=torch.contiguous_format)
+
+    return NHAState(
+        window_size=window_size,
+        slot_key=slots[0],
+        slot_value=slots[1],
+        key=last(k),
+        value=last(v),
+        window_slot_key=None if k_slot is None else last(k_slot),
+        window_log_gate=last(log_gate),
+        num_tokens=torch.full((k.shape[0],), k.shape[1], device=k.device),
+    )
+
+
 def advance(
     state: NHAState,
     k: Tensor,
@@ -247,6 +268,8 @@ def advance(
     width = past + length if state.window_size < 0 else min(past + length, state.window_size)
 
     def last(old: Tensor, new: Tensor) -> Tensor:
+        if count is None and width <= length:
+            return new[:, length - width :].to(old.dtype, copy=True, memory_format=torch.contiguous_format)
         joined = torch.cat([old, new.to(old.dtype)], 1)
         if count is None:
             return joined[:, past + length - width :].clone()
@@ -323,6 +346,19 @@ class RingState(NHAState):
             num_written=(state.num_tokens - state.window_size).clamp_min(0) if max_rollback else None,
             **_copies(replace(state, **wide), -1),
         )
+
+    @classmethod
+    def take_over(cls, state: NHAState, length: int) -> RingState:
+        """The ring of a state that its maker gives away, after `length` tokens of each sequence, W or more.
+
+        As `of`, with fewer operations: nothing is checked, and what need not move is not copied.
+        """
+        turn = length % max(state.window_size, 1)
+        fields: dict[str, Any] = {"window_slot_key": None}
+        for name, x in state.tensors().items():
+            fields[name] = x.detach().roll(turn, 1) if turn and name in WINDOW_CACHE else x.detach()
+        counter = state.num_tokens.new_zeros(state.num_tokens.shape[0], state.slot_key.shape[1] + 1, dtype=torch.int32)
+        return cls(window_size=state.window_size, slots_active=state.slots_active, arrival_counter=counter, **fields)
 
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first and all other tokens in the slots, as in an `NHAState`."""

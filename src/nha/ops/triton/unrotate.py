@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nha.ops.backends import can_skip_dispatch
 from nha.ops.triton.chunk.tiling import device_guard, padded_width
 
 BLOCK_T = 16  # tokens of a program, where there are several
@@ -83,8 +84,15 @@ def unrotate_kernel(
     tl.store(p_out + o_t[:, None] * out_t + o_d[None, :], b_out.to(p_out_q.dtype.element_ty), mask)
 
 
-@torch.library.custom_op("nha::unrotate_for_slots", mutates_args=())
 def unrotate_for_slots(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, slot_cos: Tensor, slot_sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `nha.ops.rotary.unrotate_for_slots`."""
+    args = (q, k, cos, sin, slot_cos, slot_sin)
+    return (_compute if can_skip_dispatch(args) else _unrotate)(*args)
+
+
+def _compute(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, slot_cos: Tensor, slot_sin: Tensor, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `nha.ops.rotary.unrotate_for_slots`; with `backward`, its gradients from those of its outputs instead."""
@@ -122,7 +130,10 @@ def unrotate_for_slots(
     return out_q, out_k
 
 
-@unrotate_for_slots.register_fake
+_unrotate = torch.library.custom_op("nha::unrotate_for_slots", _compute, mutates_args=())
+
+
+@_unrotate.register_fake
 def _(q, k, cos, sin, slot_cos, slot_sin, backward=False):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
 
@@ -133,7 +144,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dq, dk):
-    return *unrotate_for_slots(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None, None, None
+    return *_unrotate(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None, None, None
 
 
-unrotate_for_slots.register_autograd(_differentiate, setup_context=_save)
+_unrotate.register_autograd(_differentiate, setup_context=_save)

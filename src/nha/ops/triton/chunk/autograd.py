@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nha.ops.backends import can_skip_dispatch
 from nha.ops.padding import align_left, restore
-from nha.ops.state import NHAState, advance
+from nha.ops.state import NHAState, advance, after_first
 from nha.ops.triton.chunk import host
 from nha.ops.triton.chunk.call import Call, ChunkStates, Inputs
 from nha.ops.triton.chunk.host import Saved
@@ -30,14 +31,18 @@ TENSORS = 12  # arguments of `nha::triton` that are tensors
 DIFFERENTIABLE = 10  # the first of them, which have gradients
 
 
-@torch.library.custom_op("nha::triton", mutates_args=(), schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
-def _forward(*args):
+def _compute(*args):
     """out [B, T, HQ, Dv], mass and log2-sum-exp [B, T, HQ], final slots [N, H, M, ...] and the `ChunkStates`."""
     inputs = Inputs(*args)
     with device_guard(inputs.q):
         call = Call.of(inputs)
         states, final = host.slot_states(call)
         return *host.outputs(call, states), *final, *states
+
+
+_forward = torch.library.custom_op(
+    "nha::triton", _compute, mutates_args=(), schema=f"({INPUTS}) -> ({', '.join(['Tensor'] * 8)})"
+)
 
 
 @_forward.register_fake
@@ -173,7 +178,8 @@ def triton_attention(
 ) -> tuple[Tensor, Tensor, NHAState | None]:
     """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and, with `keep`, the state after the segment (as `nha_attention`).
 
-    `fresh` means that `state` holds no tokens and no slots; it may then be None, unless `keep`.
+    `fresh` means that `state` holds no tokens and no slots. It may then be None, unless `keep` and the segment is
+    padded, packed or shorter than its window.
     """
     count = None
     if attention_mask is not None:
@@ -191,7 +197,7 @@ def triton_attention(
     if count is not None:
         token = torch.arange(gates.shape[1], device=gates.device)
         gates = torch.where((token < (count + past - window)[:, None])[..., None, None], gates, 0)
-    out, mass, _, slot_key, slot_value, *_ = _forward(
+    args = (
         segment.q,
         k,
         v,
@@ -208,8 +214,11 @@ def triton_attention(
         scale,
         before is not None and before.slots_active,
     )
+    out, mass, _, slot_key, slot_value, *_ = (_compute if can_skip_dispatch(args) else _forward)(*args)
     slots, after = (slot_key, slot_value), None
-    if keep and state is not None and cu_seqlens is not None:
+    if keep and state is None:
+        after = after_first(window, k, v, gates, None if k_slot is k else k_slot, slots)
+    elif keep and state is not None and cu_seqlens is not None:
         after = _advance_packed(state, cu_seqlens, joined or [x[:, :0] for x in segment.keys], slots)
     elif keep and state is not None:
         after = advance(state, segment.k, segment.v, segment.log_gate, segment.k_slot, slots, count)
