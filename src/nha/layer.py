@@ -21,7 +21,7 @@ def log_gate(logits: Tensor, heads: int) -> Tensor:
     >>> log_gate(torch.zeros(1, 1, 2), heads=1)[0, 0, 0].tolist()  # ln(1/2) / 8
     [-0.08664339780807495, -0.08664339780807495]
     """
-    return F.logsigmoid(logits).unflatten(-1, (heads, -1)) / GATE_DIVISOR
+    return F.logsigmoid(logits).view(*logits.shape[:-1], heads, -1) / GATE_DIVISOR
 
 
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,8 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
     def forward(
         self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        check_implementation(self.config)
+        if self.layer_idx == 0:  # all layers share the configuration, which is slow to read
+            check_implementation(self.config)
         cache = cache_argument(kwargs)
         own = layer_cache(self, cache, hidden_states.shape[0])
         for name in ("cache", "past_key_values"):

@@ -18,7 +18,8 @@ from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
 from nha.models.observe import Observation
 from nha.models.segment import Reading, Segment, mask_first_token_write, zero_slots
 from nha.ops.heads import Window, map_window
-from nha.ops.rotary import unrotate, unrotate_for_slots
+from nha.ops.rotary import unrotate, unrotate_for_slots, unrotate_token
+from nha.ops.single_token import FusedRing, can_write
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def hybrid_attention(
         module.observer(observation(module, key, value, nha))
     cu = kwargs.get("cu_seq_lens_q")
     mask = read_mask(module, attention_mask, query.shape[2], cu)
+    if cu is None and mask.padding is None and not dropout and is_next_token(module, query, nha.cache):
+        return next_token(module, (query, key, value), nha, scaling, softcap), None
     options: dict[str, Any] = {"softcap": softcap, "scaling": scaling}
 
     def full(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -129,6 +132,35 @@ def hybrid_attention(
     if isinstance(window, int):
         return read_segment(segment, reading, nha.cache), None
     return read_heads(segment, reading, window, nha.cache, lambda q, k, v: full(q, k, v)[0]), None
+
+
+def is_next_token(module: Any, query: Tensor, cache: LayerCache | None) -> bool:
+    """Whether `next_token` reads queries [B, HQ, T, D]: steps write into the cache's state already."""
+    if not isinstance(cache, NHACacheLayer) or not isinstance(cache.state, FusedRing):
+        return False
+    if module.mass_observer is not None:
+        return False
+    return query.shape[2] == 1 and cache.appends_only and can_write(cache.state, query)
+
+
+def next_token(
+    module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """`hybrid_attention` without what only longer segments need: queries, keys, values [B, heads, 1, D] in."""
+    cache = nha.cache
+    assert isinstance(cache, NHACacheLayer)
+    slots = module.nha(nha.hidden)
+    gate, sink = slots.log_gate, slots.sink
+    if module.ablation == "slots_off":
+        gate = gate[..., :0]
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    if sink is not None and sink[0].dtype != k.dtype:
+        sink = (sink[0].to(k.dtype), sink[1].to(v.dtype))
+    slot_query = slot_key = None
+    if nha.tables is not None:
+        interleaved = module.rotary_style.interleaved
+        slot_query, slot_key = unrotate_token(q, k, nha.tables, slots.tables, interleaved=interleaved)
+    return cache.append((q, k, v, gate, slot_query, slot_key), sink, scaling, softcap)
 
 
 def observation(module: Any, key: Tensor, value: Tensor, nha: LayerInputs) -> Observation:

@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from nha.models.config import FULL
 from nha.models.rollback import attend_with_rollback, supports_rollback
-from nha.models.segment import Inputs, Reading, Segment, attend, initial_state, step, steps_in_place
+from nha.models.segment import Inputs, Reading, Segment, Sink, attend, initial_state, steps_in_place
 from nha.ops import NHAState, RingState
 from nha.ops.heads import Window, head_groups, window_of
-from nha.ops.single_token import FusedRing
+from nha.ops.single_token import FusedRing, read_token
 from nha.ops.state import check_max_rollback
 
 DRAFTS = 64  # tokens of a segment that may be a draft: longer ones are not recorded beside a rollback
@@ -80,11 +80,9 @@ class NHACacheLayer(CacheLayerMixin):
     def attend(self, segment: Segment, reading: Reading) -> Tensor:
         """Read slots and window for a segment, [B, T, HQ, Dv], and remember the segment."""
         before = self.state if self.state is not None else initial_state(segment, reading)
-        append_only = not (self.is_compileable or self.record_past or self.max_rollback)
-        if append_only and before is not None and steps_in_place(segment, reading, before):
-            out, self.state = step(segment, reading, before)
-            self._count(segment)
-            return out
+        if self.appends_only and before is not None and steps_in_place(segment, reading, before):
+            self.state = before
+            return self.append(segment.tensors, reading.sink, reading.scale, reading.softcap)
         before = before.aligned() if isinstance(before, FusedRing) else before
         rollback = self.max_rollback if not self.is_compileable and supports_rollback(segment, before) else 0
         recorded = self.record_past and self._must_record(segment, rollback)
@@ -108,6 +106,25 @@ class NHACacheLayer(CacheLayerMixin):
         self._keep(after)
         self._count(segment)
         return out
+
+    @property
+    def appends_only(self) -> bool:
+        """Whether tokens are never taken back and no tensor has to keep its address."""
+        return not (self.is_compileable or self.record_past or self.max_rollback)
+
+    def append(
+        self, inputs: tuple[Tensor | None, ...], sink: Sink | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        """Read the next token of every sequence, [B, 1, HQ, Dv], and write it into the state, or first into a copy.
+
+        `inputs` as `Segment.tensors`; `supports_step` says where this works.
+        """
+        state = self.state
+        assert state is not None and isinstance(self.length, int)
+        if not isinstance(state, FusedRing) or not state.hold_sink(sink):
+            state = self.state = FusedRing.of(state, sink)
+        self.length += 1
+        return read_token(state, *inputs, scale=scale, softcap=softcap)  # type: ignore[arg-type]
 
     def _must_record(self, segment: Segment, rollback: int) -> bool:
         """Whether a crop may have to go back behind what a rollback takes back. A prompt is not kept for that."""

@@ -14,7 +14,7 @@ from nha.ops.autocast import cast_for_autocast
 from nha.ops.backends import needs_grad
 from nha.ops.heads import take_heads
 from nha.ops.padding import align_left
-from nha.ops.single_token import FusedRing, read_token, supports_step
+from nha.ops.single_token import FusedRing, supports_step
 from nha.ops.sliding_window import sliding_window_attention
 from nha.ops.state import MAX_NEW, advance
 
@@ -220,18 +220,10 @@ def attend(
 
 
 def steps_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:
-    """Whether `step` reads a segment: a token of each sequence on a CPU."""
+    """Whether a segment is a token of each sequence on a CPU, which a step writes into its state."""
     if segment.length != 1 or segment.mask is not None or segment.cu_seqlens is not None or reading.impl != "auto":
         return False
     return reading.observe_mass is None and supports_step(state, (*segment.tensors, *(reading.sink or ())))
-
-
-def step(segment: Segment, reading: Reading, state: NHAState) -> tuple[Tensor, FusedRing]:
-    """Read a token of each sequence, [B, 1, HQ, Dv], and write it into `state`, or into a copy made for that."""
-    sink = reading.sink
-    if not isinstance(state, FusedRing) or not state.hold_sink(sink):
-        state = FusedRing.of(state, sink)
-    return read_token(state, *segment.tensors, scale=reading.scale, softcap=reading.softcap), state
 
 
 def writes_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:

@@ -96,10 +96,17 @@ def unrotate_for_slots(
 
         return kernel(q, k, *tables, *distance)
     if q.shape[1] == 1 and readable(q) and not backends.needs_grad([q, k, *tables, *distance]):
-        query_matrix, key_matrix = _token_matrices(tables, distance, q.shape[3], interleaved)
-        return _times(q, query_matrix), _times(k, key_matrix)
+        return unrotate_token(q, k, tables, distance, interleaved=interleaved)
     back, forth = _back_tables(tables, distance)
     return rotate(q, *back, interleaved=interleaved), rotate(k, *forth, interleaved=interleaved)
+
+
+def unrotate_token(
+    q: Tensor, k: Tensor, tables: Tables, distance: Tables, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`unrotate_for_slots` of one token, in two products, without gradients."""
+    query_matrix, key_matrix = _token_matrices(tables, distance, q.shape[3], interleaved)
+    return _times(q, query_matrix), _times(k, key_matrix)
 
 
 def _back_tables(tables: Tables, distance: Tables) -> tuple[Tables, Tables]:
@@ -111,7 +118,7 @@ def _back_tables(tables: Tables, distance: Tables) -> tuple[Tables, Tables]:
 
 @dataclass(frozen=True)
 class _TokenMatrices:
-    """Rotations as matrices [B, D, D], and what they were made of: the tables themselves and a copy of the distance."""
+    """Rotations as matrices, for `_times`, and what they were made of: the tables, and a copy of the distance."""
 
     tables: Tables
     versions: tuple[int, ...]
@@ -121,7 +128,7 @@ class _TokenMatrices:
 
     def made_of(self, tables: Tables, distance: Tables, dim: int, interleaved: bool) -> bool:
         same = self.tables[0] is tables[0] and self.tables[1] is tables[1]
-        if not (same and self.versions == _versions(tables)) or self.matrices[0].shape[1] != dim:
+        if not (same and self.versions == _versions(tables)) or self.matrices[0].shape[-1] != dim:
             return False
         equal = torch.equal(self.distance[0], distance[0]) and torch.equal(self.distance[1], distance[1])
         return equal and self.interleaved == interleaved
@@ -136,7 +143,7 @@ def _versions(tables: Tables) -> tuple[int, ...]:
 
 
 def _token_matrices(tables: Tables, distance: Tables, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Matrices [B, D, D] for the queries and keys of one token.
+    """Matrices, for `_times`, of the queries and keys of one token.
 
     All layers of a model share their tables, so that the last matrices are kept: a product then takes the place of some
     thirty operations a layer.
@@ -145,20 +152,21 @@ def _token_matrices(tables: Tables, distance: Tables, dim: int, interleaved: boo
     last = _last_matrices
     if last is None or not last.made_of(tables, distance, dim, interleaved):
         unit = torch.eye(dim, dtype=slot_dtype(tables[0].dtype)).expand(tables[0].shape[0], 1, dim, dim)
-        query, key = (rotate(unit, *x, interleaved=interleaved)[:, 0] for x in _back_tables(tables, distance))
+        query, key = (rotate(unit, *x, interleaved=interleaved).squeeze(1) for x in _back_tables(tables, distance))
+        if query.shape[0] == 1:
+            query, key = query[0], key[0]
         far = distance[0].clone(), distance[1].clone()
         last = _last_matrices = _TokenMatrices(tables, _versions(tables), far, interleaved, (query, key))
     return last.matrices
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [B, 1, heads, D] times matrices [B or 1, D, D], in the dtype of x."""
-    wide = x.to(matrix.dtype)
-    if matrix.shape[0] == 1:
-        out = torch.mm(wide.reshape(-1, x.shape[3]), matrix[0])
-    else:
-        out = torch.bmm(wide.squeeze(1), matrix)
-    return out.view(x.shape).to(x.dtype)
+    """x [B, 1, heads, D] times one matrix [D, D], or one a sequence [B, D, D], in the dtype of x."""
+    wide = x if x.dtype == matrix.dtype else x.to(matrix.dtype)
+    one = matrix.dim() == 2
+    out = torch.mm(wide.reshape(-1, x.shape[3]), matrix) if one else torch.bmm(wide.squeeze(1), matrix)
+    out = out.view(x.shape)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def _has_kernel(q: Tensor, k: Tensor) -> bool:

@@ -187,12 +187,24 @@ def supports_step(state: NHAState | None, tensors: tuple[Tensor | None, ...]) ->
     if needs_grad(tensors):
         return False
     if isinstance(state, FusedRing):
-        return state.memory.is_inference() == torch.is_inference_mode_enabled()
+        return _is_writable(state)
     if type(state) is not NHAState or state.key.shape[1] != state.window_size or not readable(state.num_tokens):
         return False
     if torch.is_grad_enabled() and needs_grad([*state.tensors().values()]):
         return False
     return int(state.num_tokens.min()) >= max(state.window_size, 1)
+
+
+def can_write(state: FusedRing, q: Tensor) -> bool:
+    """`supports_step` for a token that follows another, with queries `q`: nothing but the modes can have changed."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type):
+        return False
+    return _is_writable(state) and readable(q)
+
+
+def _is_writable(state: FusedRing) -> bool:
+    """Whether steps may write: what inference mode made is read-only outside it."""
+    return torch.is_inference_mode_enabled() or not state.memory.is_inference()
 
 
 def read_token(
@@ -224,13 +236,15 @@ def read_token(
         views.slots.lerp_(written, gate.clamp(GATE_FLOOR, 0).expm1_().neg_())
     state.num_tokens.add_(1)
     rows = (views.value.shape[0], -1, dim)
-    query = q.to(dtype).reshape(rows)
-    slot_query = query if q_slot is None else q_slot.to(dtype).reshape(rows)
+    query = (q if q.dtype == dtype else q.to(dtype)).reshape(rows)
+    slot_query = query
+    if q_slot is not None:
+        slot_query = (q_slot if q_slot.dtype == dtype else q_slot.to(dtype)).reshape(rows)
     score = torch.bmm(slot_query, views.slot_key)
     if state.window_size:
-        score = torch.cat([score, torch.bmm(query, views.window_key)], 2)
+        score = torch.cat((score, torch.bmm(query, views.window_key)), 2)
     score.mul_(dim**-0.5 if scale is None else scale)
     if softcap is not None:
         score.div_(softcap).tanh_().mul_(softcap)
-    out = torch.bmm(score.softmax(2), views.value)
-    return out.view(q.shape[0], 1, q.shape[2], -1).to(state.dtype)
+    out = torch.bmm(score.softmax(2), views.value).view(q.shape[0], 1, q.shape[2], -1)
+    return out if state.dtype == dtype else out.to(state.dtype)
