@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +20,8 @@ from nha.distill.trainer import Reports
 from nha.train.run import train
 from nha.train.trainer import TrainingDiverged
 from tests.train.material import LENGTH, Copying, material, settings
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +159,37 @@ def test_a_spike_stops_and_keeps_the_last_whole_checkpoint(tmp_path):
         train(Wrong(), tmp_path / "run", settings(max_spike=0.01))
     kept = latest_checkpoint(tmp_path / "run")
     assert kept is not None and step_of(kept) == 4
+
+
+RUN = """
+from pathlib import Path
+from tests.train.material import Copying, settings
+from nha.train.run import train
+train(Copying(), Path({path!r}), settings(tokens=40 * 4 * 32, save_every=2))
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_loss_curve(tmp_path):
+    long = settings(tokens=40 * 4 * LENGTH, save_every=20)
+    whole = train(Copying(), tmp_path / "whole", long)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN.format(path=str(tmp_path / "run"))], env=environment, cwd=ROOT
+    )
+    try:
+        until = time.monotonic() + 240
+        while latest_checkpoint_step(tmp_path / "run") < 4:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "run" / "checkpoint-40").exists()
+    found = train(Copying(), tmp_path / "run", long)
+    assert losses(found) == losses(whole) and len(losses(whole)) == 40
+    for name, weight in found.model.state_dict().items():
+        assert torch.equal(weight, whole.model.state_dict()[name]), name
+
+
+def latest_checkpoint_step(run: Path) -> int:
+    return max((step_of(path) for path in run.glob("checkpoint-*")), default=-1)

@@ -57,6 +57,7 @@ def train(
         str | None, typer.Option(help="The GPU that --dry-run estimates for.", show_default="the one that is there")
     ] = None,
     gpus: Annotated[int, typer.Option(help="How many GPUs --dry-run estimates for.")] = 1,
+    mfu: Annotated[float, typer.Option(help="Fraction of the GPU's peak that --dry-run assumes.")] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Train a model from scratch.
@@ -66,7 +67,8 @@ def train(
     """
     if dry_run:
         common.check_at_least("--gpus", gpus, 1)
-        report_estimate(settings, tokenizer, gpu, gpus, as_json)
+        common.check_range("--mfu", mfu, above=0, at_most=1)
+        report_estimate(settings, tokenizer, (gpu, gpus, mfu), as_json)
         return
     stop = Stop(settings.budget)
     try:
@@ -122,22 +124,23 @@ def read_text(
     return loaded, prepare_corpus(text, cache, loaded, field, held_out)
 
 
-def report_estimate(settings: TrainSettings, tokenizer: str, gpu: str | None, gpus: int, as_json: bool) -> None:
-    """Print what a run would take."""
+def report_estimate(
+    settings: TrainSettings, tokenizer: str, machine: tuple[str | None, int, float], as_json: bool
+) -> None:
+    """Print parameters, memory and time of a run on a machine: (GPU, how many, fraction of their peak)."""
     import torch
 
     from nha.models.nha import NHAForCausalLM
-    from nha.train.estimate import device_bytes, estimate, peak_operations
+    from nha.train.estimate import PEAK_OPERATIONS, device_bytes, estimate, peak_operations
     from nha.train.presets import model_config
 
+    gpu, gpus, mfu = machine
     if gpu is not None and peak_operations(gpu) is None:
-        from nha.train.estimate import PEAK_OPERATIONS
-
         raise BadInput(f"expected --gpu to be one of {', '.join(PEAK_OPERATIONS)}, got {gpu!r}")
     vocabulary = len(load_tokenizer(tokenizer))
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, vocabulary))
-    found = estimate(model, settings, world=gpus, device=gpu)
+    found = estimate(model, settings, world=gpus, device=gpu, utilisation=mfu)
     available = device_bytes() if gpu is None else None
     if as_json:
         print_json(dataclasses.asdict(found) | {"total_bytes": found.total_bytes, "device_bytes": available})
@@ -159,7 +162,7 @@ def estimate_table(found: Estimate, settings: TrainSettings, available: int | No
         f"about {human_bytes(found.activation_bytes)} of activations",
         "time": "unknown: no GPU here whose peak is known, name one with --gpu"
         if found.seconds is None
-        else f"about {duration(found.seconds)} at {100 * found.utilisation:.0f} % of the peak, an assumption",
+        else f"about {duration(found.seconds)} at {100 * found.utilisation:.0f} % of the peak, which --mfu names",
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
@@ -203,6 +206,8 @@ def train_with_progress(corpus: Corpus, output: Path, settings: TrainSettings, s
     from nha.train.run import train as train_model
 
     steps = settings.steps()
+    if os.environ.get("RANK", "0") != "0":
+        return train_model(corpus, output, settings, stop=stop), steps
     with common.progress_bar() as bar:
         tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
         texts = {"train": "training"}

@@ -26,6 +26,7 @@ from nha.distill.checkpoint import (
     step_of,
     wait_for_begin,
 )
+from nha.distill.gradients import whole
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.trainer import JsonlLogger, Log, Reports, StopCallback
 from nha.models.config import FULL
@@ -126,7 +127,7 @@ def make_trainer(
     run: Path,
     settings: TrainSettings,
     *,
-    world: int,
+    sharding: dict[str, Any],
     start: int,
     expected: Estimate,
     reports: Reports,
@@ -157,7 +158,7 @@ def make_trainer(
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         seed=settings.seed,
-        **sharding_options(model, settings, world),
+        **sharding,
     )
     peak = peak_operations()
     trainer = PretrainTrainer(
@@ -169,7 +170,7 @@ def make_trainer(
         start=start,
         losses=[entry["loss"] for entry in read_log(run, until=start) if "loss" in entry],
         operations=expected.operations_per_token,
-        peak=None if peak is None else peak * world,
+        peak=None if peak is None else peak * arguments.world_size,
     )
     from transformers.trainer_callback import PrinterCallback
 
@@ -231,6 +232,24 @@ class Measure:
         return before
 
 
+def seeded(make: MakeModel, seed: int) -> PreTrainedModel:
+    """A model whose weights are a function of the seed."""
+    torch.manual_seed(seed)
+    return make()
+
+
+def gather(sharded: PreTrainedModel, make: MakeModel, seed: int) -> PreTrainedModel:
+    """A model that nothing shards, with the weights of a sharded one, on its device and in evaluation mode."""
+    weights = {name: whole(p.detach()) for name, p in sharded.named_parameters() if p.numel()}
+    device = next(iter(weights.values())).device
+    model = seeded(make, seed).to(device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return model.eval()
+
+
 def train(
     data: Corpus | Rows,
     run: Path | str,
@@ -267,8 +286,8 @@ def train(
     settings, reports, run = settings or TrainSettings(), reports or Reports(), Path(run)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     batches, dtype = MicroBatches(data, settings, rank, world), resolve_dtype(settings)
-    torch.manual_seed(settings.seed)
-    causal = make_model() if make_model else NHAForCausalLM(model_config(settings, vocabulary(data)))
+    make = make_model or (lambda: NHAForCausalLM(model_config(settings, vocabulary(data))))
+    causal = seeded(make, settings.seed)
     check_data(data, causal.config, settings)
     expected = estimate(causal, settings, seq_len=batches.seq_len, world=world)
     check_memory(expected)
@@ -276,6 +295,7 @@ def train(
     if rank == 0:  # the others may look while it is being written
         check_directory(run, wanted)
     model = LanguageModel(causal, dtype)
+    sharding = sharding_options(model, settings, world)
     if settings.gradient_checkpointing:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     measure = Measure(model, held_out_batches(data, settings, batches.size), evaluate, dtype)
@@ -290,8 +310,10 @@ def train(
             begin(run, wanted)
         else:
             wait_for_begin(run)
-        speeds, steps = _train(model, batches, run, settings, measure, expected, world, reports, stop)
+        speeds, steps = _train(model, batches, run, settings, measure, expected, sharding, reports, stop)
     model.release().eval()
+    if sharding:
+        causal = measure.model.causal = gather(causal, make, settings.seed)
     log, finished = read_log(run), steps >= batches.steps
     measures = measure() if finished else {}
     summary = {"parameters": expected.parameters, "steps": steps, "seconds": time.perf_counter() - begun}
@@ -311,7 +333,7 @@ def _train(
     settings: TrainSettings,
     measure: Measure,
     expected: Estimate,
-    world: int,
+    sharding: dict[str, Any],
     reports: Reports,
     stop: Stop,
 ) -> tuple[list[float], int]:
@@ -325,15 +347,15 @@ def _train(
     if settings.compile == "layers" or (settings.compile == "auto" and torch.cuda.is_available()):
         model.compile_layers()
     trainer = make_trainer(
-        model, batches, run, settings, world=world, start=start, expected=expected, reports=reports, stop=stop
+        model, batches, run, settings, sharding=sharding, start=start, expected=expected, reports=reports, stop=stop
     )
 
     def record() -> None:
         begun = time.perf_counter()
         trainer.record(measure(), time.perf_counter() - begun)
 
-    sharded = world > 1 and settings.parallel == "fsdp"  # a part of the model cannot be called by itself there
-    trainer.add_callback(MeasureCallback(0 if sharded else settings.eval_every, record))
+    # Where the model is sharded, a part of it cannot be called by itself.
+    trainer.add_callback(MeasureCallback(0 if sharding else settings.eval_every, record))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except TrainingDiverged as error:
