@@ -31,7 +31,7 @@ LEVELS = (
     {"convert"},
     {"distill", "evaluate"},
     {"train"},
-    {"bench", "report", "serve"},
+    {"ablate", "bench", "report", "serve"},
     {"cli", "__main__"},
 )
 MODEL_LEVELS = (

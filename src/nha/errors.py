@@ -16,3 +16,11 @@ def one_line(message: object) -> str:
     'expected 3 got 4'
     """
     return re.sub(r"\s+", " ", str(message)).strip()
+
+
+class OutOfTime(Exception):
+    """Work that would take longer than there is time for; `needed` is what it would still take, in seconds."""
+
+    def __init__(self, needed: float):
+        super().__init__(f"expected work that fits into the time left, it needs {needed:.0f} s more")
+        self.needed = needed

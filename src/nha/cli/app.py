@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from nha.cli import common
+from nha.cli.ablate import ablate
 from nha.cli.bench import bench_app
 from nha.cli.chat import chat
 from nha.cli.distill import distill
@@ -95,6 +96,7 @@ app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-
 app.command(epilog="Example: [cyan]nha hybridize smollm2 my-hybrid --window 64 --full-layers 8,18,20,23[/]")(hybridize)
 app.command(epilog="Example: [cyan]nha distill smollm2 run --text books/ --tokens 20e6[/]")(distill)
 app.command(epilog="Example: [cyan]nha train run --preset 20m --text books/ --tokens 20e6[/]")(train)
+app.command(epilog="Example: [cyan]nha ablate recall-cpu --output results[/]")(ablate)
 app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(search)
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 app.command(epilog="Example: [cyan]nha chat my-hybrid --temperature 0.7[/]")(chat)

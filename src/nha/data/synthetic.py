@@ -36,12 +36,15 @@ class TaskSize:
         seq_len: tokens of an example.
         num_items: pairs of key and value (mqar), or tokens to copy (selective_copying); unused by in_context_recall.
         vocab_size: number of tokens.
+        power, filler: as `mqar` takes them.
     """
 
     task: str
     seq_len: int
     num_items: int = 0
     vocab_size: int = 8192
+    power: float = 0.01
+    filler: str = "random"
 
     @property
     def label(self) -> str:
@@ -194,7 +197,8 @@ def in_context_recall(count: int, *, seq_len: int, generator: torch.Generator, v
 
 
 def _mqar(size: TaskSize, count: int, generator: torch.Generator) -> Examples:
-    return mqar(count, seq_len=size.seq_len, num_pairs=size.num_items, vocab_size=size.vocab_size, generator=generator)
+    options = {"vocab_size": size.vocab_size, "power": size.power, "filler": size.filler}
+    return mqar(count, seq_len=size.seq_len, num_pairs=size.num_items, generator=generator, **options)
 
 
 def _selective_copying(size: TaskSize, count: int, generator: torch.Generator) -> Examples:

@@ -1,0 +1,136 @@
+"""Training and measuring one language model of a table: perplexity by position, verbatim clozes, public sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nha.data.corpus import Corpus
+from nha.errors import OutOfTime
+from nha.evaluate.public.cloze import RANGES
+from nha.evaluate.public.run import PERPLEXITY, PublicData, PublicSettings, measure_public, read_public
+from nha.models.config import NHAConfig
+from nha.train.presets import preset_config
+from nha.train.run import TrainResult, train
+from nha.train.settings import TrainSettings
+
+# Attention may read across documents: not every arm has boundaries within a row.
+SHARED_SETTINGS = {"packing": "joined"}
+
+
+@dataclass(frozen=True)
+class LanguagePlan:
+    """How language models are trained, and what they are measured on.
+
+    Attributes:
+        preset: shape of all models, a preset of `nha train`.
+        train: settings of `TrainSettings`, besides windows, learning rate and seed.
+        shape: settings of `NHAConfig` that change the preset for all arms.
+        lengths: tokens of the documents for perplexity.
+        documents: of each length, at most.
+        sets: parts of `nha eval public`.
+        limit: items of a set, at most.
+        clozes: near, and far clozes.
+    """
+
+    preset: str = "20m"
+    train: dict[str, Any] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = (2048, 8192)
+    documents: int = 32
+    sets: tuple[str, ...] = ("lambada_openai", "piqa", "cloze_near", "cloze_far")
+    limit: int | None = None
+    clozes: int = 200
+
+    def __post_init__(self) -> None:
+        self.settings(lr=1e-3, seed=0)
+        assert self.public.parts
+
+    def settings(self, lr: float, seed: int, budget: float | None = None) -> TrainSettings:
+        """The settings of one run. Raises ValueError for what cannot be."""
+        values = SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget} | self.train
+        try:
+            return TrainSettings(**values)
+        except TypeError as error:
+            raise ValueError(f"expected settings of nha train, got {error}") from None
+
+    @property
+    def public(self) -> PublicSettings:
+        """The parts to measure, and their sizes."""
+        return PublicSettings(
+            parts=(*self.sets, PERPLEXITY),
+            limit=self.limit,
+            clozes=self.clozes,
+            lengths=self.lengths,
+            documents=self.documents,
+        )
+
+    def config(self, vocab_size: int) -> NHAConfig:
+        """The configuration that all arms share."""
+        return preset_config(self.preset, vocab_size, **self.shape)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Text to train on, its tokenizer, and what to measure on."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    public: PublicData
+
+
+@dataclass(frozen=True)
+class LanguageOutcome:
+    """One trained and measured model: data of `measure_public`, and the summary of `nha.train`."""
+
+    measures: dict[str, Any]
+    summary: dict[str, Any]
+
+
+def open_sources(plan: LanguagePlan, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Path) -> Sources:
+    """All that a language table reads. Raises ValueError for a set that is missing."""
+    return Sources(corpus, tokenizer, read_public(data, plan.public))
+
+
+def train_language(
+    make_model: Callable[[], PreTrainedModel],
+    plan: LanguagePlan,
+    sources: Sources,
+    run: Path,
+    *,
+    lr: float,
+    seed: int,
+    has_cache: bool = True,
+    time_left: float = math.inf,
+    reserve: float = 0.0,
+) -> LanguageOutcome:
+    """Train a model in the directory `run`, which is resumed if it holds a part of that, and measure it.
+
+    Models without a cache write nothing: they get no clozes.
+
+    Raises:
+        OutOfTime: training was stopped `reserve` seconds before `time_left` were over; its checkpoint is kept.
+    """
+    budget = None if math.isinf(time_left) else max(0.0, time_left - reserve)
+    settings = plan.settings(lr, seed, budget)
+    trained: TrainResult = train(sources.corpus, run, settings, make_model=make_model)
+    if not trained.finished:
+        rate = trained.summary.get("tokens_per_s") or math.inf
+        raise OutOfTime((settings.steps() - trained.steps) * settings.batch_size * settings.seq_len / rate)
+    model = trained.model.eval()
+    if torch.cuda.is_available():
+        model = model.to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+    parts = tuple(part for part in sources.public.settings.parts if has_cache or part not in RANGES)
+    return LanguageOutcome(measure_public(model, sources.tokenizer, with_parts(sources.public, parts)), trained.summary)
+
+
+def with_parts(data: PublicData, parts: tuple[str, ...]) -> PublicData:
+    """The same data, of which only some parts are measured."""
+    return PublicData(dataclasses.replace(data.settings, parts=parts), data.items, data.held_out, data.files)

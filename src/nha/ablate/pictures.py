@@ -1,0 +1,121 @@
+"""Pictures of tables: accuracy against the bytes of the state, perplexity by position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from nha.report.curves import MARKERS, WIDTH, _legend_above, _place, _png, line_styles
+from nha.report.plots import LIGHT, _context_axis, _figure, _plain_log_ticks, _style, _title
+
+Data = dict[str, Any]
+MAX_PANELS = 6
+PANEL = 1.7  # inches
+GAP = (0.5, 0.8)
+
+
+def draw(rows: Sequence[Data]) -> dict[str, bytes]:
+    """PNG files by name, from the best rows of all tables; names begin with that of the table."""
+    found: dict[str, bytes] = {}
+    for table in dict.fromkeys(row["table"] for row in rows):
+        own = [row for row in rows if row["table"] == table]
+        if own[0]["kind"] == "recall":
+            found[f"{table}-state.png"] = accuracy_png(own)
+        elif any(size["task"] == "perplexity" for row in own for size in row["sizes"]):
+            found[f"{table}-position.png"] = position_png(own)
+    return found
+
+
+def _legend_room(names: Sequence[str]) -> tuple[int, float]:
+    """Names side by side, and inches above the axes for title and legend."""
+    columns = max(1, min(4, int(WIDTH / (0.5 + 0.075 * max(map(len, names))))))
+    return columns, 0.6 + 0.2 * math.ceil(len(names) / columns)
+
+
+def accuracy_png(rows: Sequence[Data]) -> bytes:
+    """Accuracy against the bytes of one sequence's state: a panel a size, a point an arm, bars from lowest to highest
+    seed."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    sizes = list(dict.fromkeys(f"{s['task']} {s['size']}" for row in rows for s in row["sizes"]))
+    sizes = sizes[-MAX_PANELS:]
+    columns = 1 if len(sizes) == 1 else 2
+    lines = math.ceil(len(sizes) / columns)
+    named, head = _legend_room(arms)
+    width = (WIDTH - 0.4) / columns - GAP[0]
+    figure, first = _figure(LIGHT, (WIDTH, head + lines * (PANEL + GAP[1])))
+    styles = line_styles(arms)
+    for number, size in enumerate(sizes):
+        axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        row_number, column = divmod(number, columns)
+        memory: list[float] = []
+        for index, arm in enumerate(arms):
+            found = [s for row in rows if row["arm"] == arm for s in row["sizes"] if f"{s['task']} {s['size']}" == size]
+            if not found:
+                continue
+            values = [100 * s["accuracy"] for s in found]
+            middle, x = float(np.mean(values)), found[0]["state_bytes"] / 1024
+            memory.append(x)
+            axes.errorbar(
+                [x],
+                [middle],
+                yerr=[[middle - min(values)], [max(values) - middle]],
+                color=styles[arm][0],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5.5,
+                linestyle="",
+                label=arm if number == 0 else None,
+                clip_on=False,
+                zorder=3,
+            )
+        axes.set_xscale("log")
+        axes.set_xlim(min(memory) / 1.5, max(memory) * 1.5)
+        _plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        axes.set_ylim(0, 100)
+        _style(figure, axes, LIGHT, right=0.2)
+        bottom = 0.5 + (lines - 1 - row_number) * (PANEL + GAP[1])
+        _place(figure, axes, 0.55 + column * (width + GAP[0]), bottom, width, PANEL)
+        axes.set_title(size, loc="left", fontsize=9, color=LIGHT.ink, pad=6)
+        if number >= len(sizes) - columns:
+            axes.set_xlabel("state of one sequence, KiB (logarithmic)")
+    _title(first, LIGHT, "Answers that are right (%), by tokens / pairs of an example")
+    _legend_above(figure, named)
+    return _png(figure)
+
+
+def position_png(rows: Sequence[Data]) -> bytes:
+    """Perplexity by position in the longest documents, one line an arm (mean loss over seeds)."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    longest = max(int(s["size"]) for row in rows for s in row["sizes"] if s["task"] == "perplexity")
+    named, head = _legend_room(arms)
+    size = (WIDTH, 2.9 + head)
+    figure, axes = _figure(LIGHT, size)
+    styles = line_styles(arms)
+    edges: list[int] = []
+    for arm in arms:
+        found = [
+            s
+            for row in rows
+            if row["arm"] == arm
+            for s in row["sizes"]
+            if s["task"] == "perplexity" and int(s["size"]) == longest
+        ]
+        if not found:
+            continue
+        edges = found[0]["edges"]
+        middles = [math.sqrt(max(1, a) * b) for a, b in pairwise(edges)]
+        values = np.exp(np.log([s["by_position"] for s in found]).mean(0))
+        colour, dash = styles[arm]
+        axes.plot(middles, values, color=colour, linestyle=dash, linewidth=1.8, label=arm)
+    axes.set_yscale("log")
+    _context_axis(axes, [edge for edge in edges if edge], "position in the document, tokens", most=6)
+    low, high = axes.get_ylim()
+    _plain_log_ticks(axes.yaxis, low, high)
+    _style(figure, axes, LIGHT, right=0.25)
+    _place(figure, axes, 0.62, 0.56, size[0] - 0.87, size[1] - head - 0.56)
+    _title(axes, LIGHT, f"Perplexity by position, documents of {longest:,} tokens (logarithmic)")
+    _legend_above(figure, named)
+    return _png(figure)

@@ -1,0 +1,281 @@
+"""Running a table: row by row, resumable, shared by any number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nha.ablate.arms import SOFTMAX, state_bytes, used_parameters
+from nha.ablate.language import Sources, train_language
+from nha.ablate.recall import mean_valid, train_recall
+from nha.ablate.table import Row, Table
+from nha.distill.checkpoint import locked
+from nha.errors import OutOfTime, one_line
+from nha.evaluate.public.run import PERPLEXITY
+from nha.io import write_atomically
+
+ROWS, RUNS, LOCKS = "rows", "runs", "locks"
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Process `index` (from 1) of `count` that share the rows of a table; each uses one of the machine's GPUs.
+
+    >>> Shard.parse("2/4")
+    Shard(index=2, count=4)
+    """
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """A shard from I/N. Raises ValueError unless 1 <= I <= N."""
+        first, _, last = text.partition("/")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ValueError(f"expected a shard I/N with 1 <= I <= N, got {text!r}")
+        return cls(int(first), int(last))
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", (self.index - 1) % torch.cuda.device_count())
+
+    def order(self, rows: list[Row]) -> list[Row]:
+        """The rows, own ones first: whoever is done helps with what nobody has begun."""
+        own, others = rows[self.index - 1 :: self.count], []
+        for step in range(1, self.count):
+            others += rows[(self.index - 1 + step) % self.count :: self.count]
+        return own + others
+
+
+@dataclass
+class Progress:
+    """The rows of a table by what became of them in this process."""
+
+    made: list[str] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def row_file(out: Path, name: str) -> Path:
+    """Where the result of a row is."""
+    return out / ROWS / f"{name}.json"
+
+
+def read_row(path: Path, digest: str) -> dict[str, Any] | None:
+    """The result of a row, None if there is none.
+
+    Raises ValueError, with the file's name, if it is of other settings or damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = found["digest"] == digest
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"expected a row of a table in {path}, got another file") from None
+    if not same:
+        raise ValueError(f"expected the row in {path} to be of the settings of this table, got others: delete it")
+    return found
+
+
+@contextmanager
+def claimed(out: Path, name: str) -> Iterator[bool]:
+    """Whether this process may make a row; no other one may meanwhile. Ends with the process, in whatever way."""
+    manager = locked(out / LOCKS / name)
+    try:
+        manager.__enter__()
+    except ValueError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        manager.__exit__(None, None, None)
+
+
+def run_table(
+    table: Table,
+    out: Path,
+    *,
+    shard: Shard | None = None,
+    budget: float = math.inf,
+    sources: Sources | None = None,
+    reserve: float = 60.0,
+    log: Log = lambda line: None,
+) -> Progress:
+    """Train and measure the rows that `out` does not have yet; each is written durably as soon as it is known.
+
+    Args:
+        table: what to make.
+        out: the directory of the results.
+        shard: this process among several that share `out`.
+        budget: seconds; a row that would take longer than what is left is not made.
+        sources: text, for a language table.
+        reserve: seconds that measuring a language model takes.
+        log: gets lines about the progress.
+
+    Raises:
+        ValueError: a row in `out` is of other settings; nothing has run.
+    """
+    shard = shard or Shard()
+    started, device = time.monotonic(), shard.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    progress = Progress()
+    rows = table.rows
+    for row in rows:
+        read_row(row_file(out, row.name(table.name)), table.digest(row))
+    for row in shard.order(rows):
+        name = row.name(table.name)
+        path, left = row_file(out, name), budget - (time.monotonic() - started)
+        with claimed(out, name) as mine:
+            if not mine:
+                progress.elsewhere.append(name)
+            elif path.exists():
+                progress.present.append(name)
+            elif left <= 0:
+                progress.late.append(name)
+            else:
+                _make(table, row, out, device, left, sources, reserve, progress, log)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return progress
+
+
+def _make(
+    table: Table,
+    row: Row,
+    out: Path,
+    device: torch.device,
+    left: float,
+    sources: Sources | None,
+    reserve: float,
+    progress: Progress,
+    log: Log,
+) -> None:
+    """Make one row and say what became of it."""
+    name = row.name(table.name)
+    log(f"{name}: starts")
+    try:
+        if table.kind == "recall":
+            found = recall_row(table, row, device, left, log)
+        else:
+            if sources is None:
+                raise ValueError("expected text for a language table, got none")
+            found = language_row(table, row, out, sources, left, reserve)
+    except OutOfTime as error:
+        progress.late.append(name)
+        log(f"{name}: {error}")
+        return
+    except (RuntimeError, ArithmeticError, ImportError) as error:  # an arm that fails must not take the others along
+        progress.failed.append(f"{name} ({type(error).__name__}: {one_line(error)[:200]})")
+        log(f"{name}: failed: {one_line(error)[:200]}")
+        return
+    about = {"table": table.name, "kind": table.kind, "digest": table.digest(row), "arm": row.arm.name}
+    about |= {"settings": dataclasses.asdict(row.arm), "lr": row.lr, "seed": row.seed, "device": device_name(device)}
+    path = row_file(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(about | found, indent=1, default=list) + "\n")
+    progress.made.append(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name for results."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def recall_row(table: Table, row: Row, device: torch.device, left: float, log: Log) -> dict[str, Any]:
+    """Train and measure a row of a recall table. Raises OutOfTime."""
+    assert table.recall is not None
+    model = row.arm.build(table.recall_shape, row.seed, match=table.matched).to(device)  # type: ignore[arg-type]
+    name = row.name(table.name)
+    outcome = train_recall(
+        model,
+        table.recall,
+        lr=row.lr,
+        seed=row.seed,
+        time_left=left,
+        progress=lambda step, loss: log(f"{name}: step {step:,}, loss {loss:.3f}"),
+    )
+    log(f"{name}: {outcome.seconds:.0f} s, " + ", ".join(f"{s.size.label} {s.accuracy:.2f}" for s in outcome.scores))
+    sizes = [
+        {
+            "task": score.size.task,
+            "size": score.size.label.split(" ", 1)[1],
+            "state_bytes": state_bytes(model, score.size.seq_len),
+            "accuracy": score.accuracy,
+            "interval": list(score.interval),
+            "count": score.count,
+            "valid_accuracy": score.valid_accuracy,
+        }
+        for score in outcome.scores
+    ]
+    return {
+        "parameters": used_parameters(model),
+        "tokens": outcome.tokens,
+        "steps": outcome.steps,
+        "seconds": round(outcome.seconds, 1),
+        "loss": outcome.loss,
+        "valid": mean_valid(outcome.scores),
+        "sizes": sizes,
+    }
+
+
+def language_row(table: Table, row: Row, out: Path, sources: Sources, left: float, reserve: float) -> dict[str, Any]:
+    """Train and measure a row of a language table. Raises OutOfTime."""
+    plan = table.language
+    assert plan is not None
+    started, run = time.monotonic(), out / RUNS / row.name(table.name)
+    shape = plan.config(sources.corpus.meta["tokenizer"]["vocabulary"])
+    outcome = train_language(
+        lambda: row.arm.build(shape, row.seed, match=table.matched),
+        plan,
+        sources,
+        run,
+        lr=row.lr,
+        seed=row.seed,
+        has_cache=row.arm.fusion == SOFTMAX,
+        time_left=left,
+        reserve=reserve,
+    )
+    shutil.rmtree(run, ignore_errors=True)  # checkpoints; the results are what a table keeps
+    model = row.arm.build(shape, row.seed, match=table.matched)
+    found = outcome.measures
+    sizes = [
+        {"task": "perplexity", "size": length, "state_bytes": state_bytes(model, int(length))} | values
+        for length, values in found[PERPLEXITY].items()
+    ]
+    context = plan.settings(row.lr, row.seed).seq_len
+    of_context = state_bytes(model, context)
+    sizes += [
+        {"task": name, "size": str(context), "state_bytes": of_context} | values
+        for name, values in found["sets"].items()
+    ]
+    return {
+        "parameters": used_parameters(model),
+        "tokens": outcome.summary["tokens"],
+        "steps": outcome.summary["steps"],
+        "seconds": round(time.monotonic() - started, 1),
+        "tokens_per_s": outcome.summary.get("tokens_per_s"),
+        "loss": outcome.summary.get("eval_loss", outcome.summary.get("loss")),
+        "valid": -outcome.summary.get("eval_loss", math.inf),
+        "notes": found["notes"],
+        "sizes": sizes,
+    }

@@ -1,0 +1,250 @@
+"""Tables in YAML: arms, what they learn and are measured on, and what the paper says about the outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nha.ablate.arms import Arm
+from nha.ablate.language import LanguagePlan
+from nha.ablate.recall import RecallPlan
+from nha.data.synthetic import TASKS, TaskSize
+from nha.models.config import NHAConfig
+
+EXPECTATIONS = {"above": "better than", "at least": "no worse than", "equal": "as good as"}
+KINDS = ("recall", "language")
+FORMAT = 1  # of what a row's results depend on besides its settings
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper that a table tests.
+
+    Attributes:
+        says: the statement in words.
+        arm, against: the arms that it compares.
+        expect: how the first does beside the second: "above", "at least" or "equal".
+        measure: what is compared: "accuracy", or the name of a set or "perplexity" of language tables.
+        sizes: labels of sizes that count; none means all.
+    """
+
+    says: str
+    arm: str
+    against: str
+    expect: str = "above"
+    measure: str = "accuracy"
+    sizes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.expect not in EXPECTATIONS:
+            raise ValueError(f"expected expect to be one of {', '.join(EXPECTATIONS)}, got {self.expect!r}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a table to train and measure."""
+
+    arm: Arm
+    lr: float
+    seed: int
+
+    def name(self, table: str) -> str:
+        """A name for its files.
+
+        >>> Row(Arm("window alone"), 3e-3, 1).name("recall")
+        'recall--window-alone--lr0.003--seed1'
+        """
+        return f"{table}--{self.arm.name.replace(' ', '-')}--lr{self.lr:g}--seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arms, learning rates and seeds, of which every combination is a row.
+
+    Attributes:
+        name: as it stands in results and names of files.
+        title: one line for the page.
+        kind: "recall" trains on tasks of random tokens (`recall`), "language" on text (`language`).
+        arms: the models.
+        lrs: learning rates; the page shows each arm's best on validation data.
+        seeds: of weights and data.
+        shape: settings of `NHAConfig` that all arms share (recall).
+        match: name of the arm whose number of parameters all others have.
+        claims: what is tested.
+        recall, language: how the models are trained and measured, by kind.
+        chosen: names of the arms that have rows; none means all.
+    """
+
+    name: str
+    title: str
+    kind: str
+    arms: tuple[Arm, ...]
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    shape: dict[str, Any] = field(default_factory=dict)
+    match: str | None = None
+    claims: tuple[Claim, ...] = ()
+    recall: RecallPlan | None = None
+    language: LanguagePlan | None = None
+    chosen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"expected arms of different names, got {', '.join(names) or 'none'}")
+        if self.kind not in KINDS or getattr(self, self.kind) is None:
+            raise ValueError(
+                f"expected kind to be one of {', '.join(KINDS)} with a plan of that name, got {self.kind!r}"
+            )
+        named = [self.match] if self.match else []
+        named += [name for claim in self.claims for name in (claim.arm, claim.against)]
+        unknown = [name for name in named if name not in names]
+        if unknown:
+            raise ValueError(f"expected names out of {', '.join(names)}, got {unknown[0]!r}")
+        if not self.lrs or not self.seeds:
+            raise ValueError(f"expected learning rates and seeds, got {list(self.lrs)} and {list(self.seeds)}")
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, seed by seed, so that a table that is stopped has whole comparisons."""
+        arms = [arm for arm in self.arms if not self.chosen or arm.name in self.chosen]
+        return [Row(arm, lr, seed) for seed, lr, arm in itertools.product(self.seeds, self.lrs, arms)]
+
+    @property
+    def matched(self) -> Arm | None:
+        """The arm whose number of parameters all others have."""
+        return next((arm for arm in self.arms if arm.name == self.match), None)
+
+    @property
+    def recall_shape(self) -> NHAConfig:
+        """The configuration that all arms of a recall table share."""
+        assert self.recall is not None
+        return NHAConfig.tiny(**({"vocab_size": self.recall.vocab_size, "tie_word_embeddings": True} | self.shape))
+
+    def digest(self, row: Row) -> str:
+        """A digest of all that a row's results depend on, besides text and machine."""
+        kept = {
+            "format": FORMAT,
+            "row": dataclasses.asdict(row),
+            "match": None if self.matched is None else dataclasses.asdict(self.matched),
+            "shape": self.shape,
+            "plan": dataclasses.asdict(getattr(self, self.kind)),
+        }
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+    def only(self, arms: Sequence[str] = (), seeds: Sequence[int] = (), lrs: Sequence[float] = ()) -> Table:
+        """The table with some of its arms, and with other seeds or learning rates.
+
+        Raises ValueError for an arm that it does not have.
+        """
+        names = [arm.name for arm in self.arms]
+        unknown = [name for name in arms if name not in names]
+        if unknown:
+            raise ValueError(f"expected arms out of {', '.join(names)}, got {unknown[0]!r}")
+        changes: dict[str, Any] = {"chosen": tuple(arms)}
+        changes |= {"seeds": tuple(seeds)} if seeds else {}
+        changes |= {"lrs": tuple(lrs)} if lrs else {}
+        return dataclasses.replace(self, **changes)
+
+
+def built_in_tables() -> list[str]:
+    """Names of the tables that come with the library.
+
+    >>> "recall-cpu" in built_in_tables()
+    True
+    """
+    folder = files("nha.ablate").joinpath("tables")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_table(name: str | Path) -> Table:
+    """A table from a YAML file, or a built-in one by its name.
+
+    Raises ValueError, with the place in the file, for what is missing, unknown or cannot be.
+
+    >>> read_table("recall-cpu").kind
+    'recall'
+    """
+    if str(name) in built_in_tables():
+        text = files("nha.ablate").joinpath("tables", f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name)
+        if not path.is_file():
+            known = ", ".join(built_in_tables())
+            raise ValueError(f"expected a YAML file or one of the tables {known}, got {str(name)!r}")
+        text = path.read_text(encoding="utf-8")
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML in {name}, got: {error}") from None
+    try:
+        return parse_table(found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{error} in {name}") from None
+
+
+def parse_table(found: Any) -> Table:
+    """A table from plain data, as YAML gives it. Raises ValueError for what cannot be."""
+    values = dict(_mapping("a table", found))
+    arms = _mapping("arms", values.pop("arms", None))
+    values["arms"] = tuple(
+        _make(Arm, {"name": str(name), **_mapping(f"arm {name}", settings or {})}, f"arm {name}")
+        for name, settings in arms.items()
+    )
+    values["claims"] = tuple(
+        _make(Claim, claim, f"claim {number}") for number, claim in enumerate(values.pop("claims", None) or (), 1)
+    )
+    if "recall" in values:
+        values["recall"] = _recall_plan(_mapping("recall", values["recall"]))
+    if "language" in values:
+        values["language"] = _make(LanguagePlan, values["language"], "language")
+    values["lrs"] = tuple(float(lr) for lr in values.get("lrs") or ())
+    return _make(Table, values, "a table")
+
+
+def _recall_plan(found: Mapping[str, Any]) -> RecallPlan:
+    values = dict(found)
+    train = [dict(_mapping("a size", size)) for size in values.get("train") or ()]
+    values["weights"] = tuple(float(size.pop("weight", 1.0)) for size in train)
+    values["train"] = tuple(_size(size) for size in train)
+    values["test"] = tuple(_size(_mapping("a size", size)) for size in values.get("test") or ())
+    return _make(RecallPlan, values, "recall")
+
+
+def _size(found: Mapping[str, Any]) -> TaskSize:
+    size: TaskSize = _make(TaskSize, {"task": "mqar"} | dict(found), "a size")
+    if size.task not in TASKS:
+        raise ValueError(f"expected a task out of {', '.join(TASKS)}, got {size.task!r}")
+    return size
+
+
+def _mapping(what: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected {what} to be a mapping, got {type(value).__name__}")
+    return value
+
+
+def _make(kind: type, values: Any, what: str) -> Any:
+    """An instance of a dataclass; lists become tuples. Raises ValueError for unknown and missing names."""
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    values = _mapping(what, values)
+    unknown = sorted(str(name) for name in values if name not in fields)
+    required = [
+        name
+        for name, entry in fields.items()
+        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if unknown or missing:
+        problem = f"got unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+        raise ValueError(f"expected {what} with names out of {', '.join(fields)}, {problem}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

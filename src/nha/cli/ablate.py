@@ -1,0 +1,191 @@
+"""`nha ablate`: a table of models trained from scratch, row by row, and a page with the outcome."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from nha.cli import common
+from nha.cli.common import BadInput, command, err, out, print_json
+from nha.cli.evaluate_options import with_groups
+
+if TYPE_CHECKING:
+    from nha.ablate.language import Sources
+    from nha.ablate.table import Table
+
+UNFINISHED = 3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Options for the rows to make."""
+
+    arms: Annotated[str | None, typer.Option(help="Arms to make, separated by commas.", show_default="all")] = None
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.", show_default="the table's")] = None
+    lrs: Annotated[
+        str | None, typer.Option(help="Learning rates, separated by commas.", show_default="the table's")
+    ] = None
+    shard: Annotated[
+        str, typer.Option(help="I/N: one of N processes that share the rows, on GPU I of the machine.")
+    ] = "1/1"
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Seconds; a row that does not fit into what is left is not made.", show_default="no limit"),
+    ] = None
+    reserve: Annotated[float, typer.Option(help="Seconds to leave for measuring a language model.")] = 60.0
+
+    def apply(self, table: Table) -> Table:
+        """The table with the rows that are asked for. Raises ValueError or BadInput for what it cannot have."""
+        return table.only(
+            [name.strip() for name in (self.arms or "").split(",") if name.strip()],
+            common.parse_ints(self.seeds, "--seeds") if self.seeds else (),
+            parse_floats(self.lrs, "--lrs") if self.lrs else (),
+        )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options for the text of a language table."""
+
+    corpus: Annotated[
+        Path | None, typer.Option(help="Tokens to train language models on, from nha distill --prepare-only.")
+    ] = None
+    tokenizer: Annotated[str, typer.Option(help="A model whose tokenizer made the corpus.")] = "smollm2"
+    data: Annotated[
+        Path | None, typer.Option(help="The directory of the public sets, as for nha eval public.", show_default=False)
+    ] = None
+
+    def open(self, table: Table) -> Sources | None:
+        """The text of a language table, None for one of another kind. Raises BadInput where an option is missing."""
+        if table.language is None:
+            return None
+        if self.corpus is None or self.data is None:
+            raise BadInput(
+                f"expected --corpus and --data for the table {table.name}, got {self.corpus} and {self.data}"
+            )
+        from nha.ablate.language import open_sources
+        from nha.data.corpus import open_corpus
+        from nha.models import loading
+
+        with common.status("reading text"):
+            loaded = loading.load_tokenizer(loading.find(self.tokenizer))
+            return open_sources(table.language, open_corpus(self.corpus, loaded), loaded, self.data)
+
+
+ALL_ROWS, NO_TEXT = Selection(), TextOptions()
+
+
+@command
+@with_groups
+def ablate(
+    table: Annotated[str, typer.Argument(help="A table in YAML, or a built-in one; --list shows those.")] = "",
+    output: Annotated[Path, typer.Option(help="The directory of the results.")] = Path("results/from_scratch"),
+    rows: Selection = ALL_ROWS,
+    text: TextOptions = NO_TEXT,
+    summarize: Annotated[
+        bool, typer.Option("--summarize", help="Make no row: write the page of those in the directory.")
+    ] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the built-in tables and leave.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """Train and measure the arms of a table, each from scratch, and say what of the paper's claims was seen.
+
+    Writes summary.json, rows.csv, pictures and README.md. Run the same command again to resume; rows that are there are
+    not made again. Exit code 3: rows are missing for lack of time; 1: rows failed.
+    """
+    if show_list:
+        show_tables(as_json)
+        return
+    if summarize:
+        from nha.ablate.summary import write_summary
+
+        out.print(f"[green]✓[/] {escape(str(write_summary(output)))}", soft_wrap=True)
+        return
+    if not table:
+        raise BadInput("expected a table, or --list to see those that are built in, got neither")
+    if rows.budget is not None:
+        common.check_at_least("--budget", rows.budget, 0)
+    common.check_at_least("--reserve", rows.reserve, 0)
+    from nha.ablate.run import Shard, run_table
+    from nha.ablate.summary import remember, write_summary
+    from nha.ablate.table import read_table
+
+    own = Shard.parse(rows.shard)
+    chosen = rows.apply(read_table(table))
+    sources = text.open(chosen)
+    remember(chosen, output, shlex.join(["nha", *sys.argv[1:]]))
+
+    def log(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True, highlight=False)
+
+    progress = run_table(
+        chosen,
+        output,
+        shard=own,
+        budget=math.inf if rows.budget is None else rows.budget,
+        sources=sources,
+        reserve=rows.reserve,
+        log=log,
+    )
+    page = write_summary(output)
+    if as_json:
+        print_json({"page": str(page), **vars(progress)})
+    else:
+        report(progress, page)
+    if progress.failed:
+        raise typer.Exit(1)
+    if progress.late:
+        raise typer.Exit(UNFINISHED)
+
+
+def report(progress: Any, page: Path) -> None:
+    """Print what became of the rows."""
+    words = {
+        "made": "made",
+        "present": "there already",
+        "elsewhere": "being made by another process",
+        "late": "left out for lack of time",
+        "failed": "failed",
+    }
+    for name, text in words.items():
+        rows = getattr(progress, name)
+        if rows:
+            shown = ": " + "; ".join(rows) if name in ("late", "failed") else ""
+            err.print(f"{len(rows)} rows {text}{shown}", markup=False, soft_wrap=True)
+    out.print(f"[green]✓[/] {escape(str(page))}", soft_wrap=True)
+
+
+def show_tables(as_json: bool) -> None:
+    """Print the built-in tables."""
+    from nha.ablate.table import built_in_tables, read_table
+
+    found = {name: read_table(name) for name in built_in_tables()}
+    if as_json:
+        print_json(
+            {
+                name: {"title": t.title, "arms": [arm.name for arm in t.arms], "rows": len(t.rows)}
+                for name, t in found.items()
+            }
+        )
+        return
+    for name, t in found.items():
+        out.print(f"[bold]{name}[/]: {escape(t.title)}; {len(t.arms)} arms, {len(t.rows)} rows", soft_wrap=True)
+
+
+def parse_floats(text: str, option: str) -> list[float]:
+    """Numbers separated by commas. Raises BadInput.
+
+    >>> parse_floats("1e-3, 0.01", "--lrs")
+    [0.001, 0.01]
+    """
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise BadInput(f"expected numbers separated by commas for {option}, got {text!r}") from None

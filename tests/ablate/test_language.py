@@ -1,0 +1,83 @@
+"""Language tables: every arm trains on the same text and is measured; a run that has no time keeps its checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from nha.ablate.language import LanguagePlan, open_sources
+from nha.ablate.run import RUNS, run_table
+from nha.ablate.summary import compare, read_rows, remember, write_summary
+from nha.ablate.table import Claim, parse_table
+from tests.evaluate.test_public import PROSE, lines
+from tests.train.material import material
+
+TABLE = """
+name: text
+title: Tiny language models
+kind: language
+match: nha
+lrs: [3e-3]
+arms:
+  nha: {windows: 8, num_slots: 6}
+  transformer: {windows: -1}
+  two: {windows: 8, num_slots: 6, fusion: average}
+language:
+  preset: tiny
+  train: {tokens: 512, seq_len: 32, batch_size: 4, log_every: 1, save_every: 2}
+  lengths: [128]
+  documents: 2
+  sets: [piqa, cloze_near]
+  limit: 4
+  clozes: 2
+claims:
+  - {says: better, arm: nha, against: transformer, measure: perplexity}
+"""
+
+
+@pytest.fixture
+def table():
+    return parse_table(yaml.safe_load(TABLE))
+
+
+@pytest.fixture
+def sources(table, tmp_path):
+    corpus, tokenizer = material(tmp_path)
+    items = [{"query": "abc", "choices": ["def", "ghi"], "gold": 0}] * 4
+    (tmp_path / "piqa.jsonl").write_text(lines(items))
+    (tmp_path / "heldout.jsonl").write_text(lines(PROSE))
+    return open_sources(table.language, corpus, tokenizer, tmp_path)
+
+
+def test_every_arm_is_trained_on_as_many_tokens_and_measured(table, sources, tmp_path):
+    out = tmp_path / "out"
+    progress = run_table(table, out, sources=sources)
+    assert len(progress.made) == 3 and not progress.failed
+    rows = {row["arm"]: row for row in read_rows(out)}
+    assert {row["tokens"] for row in rows.values()} == {512}
+    tasks = {arm: {size["task"] for size in row["sizes"]} for arm, row in rows.items()}
+    assert tasks["nha"] == tasks["transformer"] == {"perplexity", "piqa", "cloze_near"}
+    assert tasks["two"] == {"perplexity", "piqa"}  # writes nothing: it has no cache
+    found = compare(list(rows.values()), Claim("x", "nha", "transformer", measure="perplexity"))
+    assert found is not None and found.count == 2
+    remember(table, out, "nha ablate text")
+    assert "perplexity 128" in write_summary(out).read_text()
+    entries = json.loads((out / "summary.json").read_text())
+    assert {"ppl", "by_position"} <= next(e for e in entries if e["task"] == "perplexity").keys()
+
+
+def test_a_run_without_time_is_late_and_resumes(table, sources, tmp_path, monkeypatch):
+    one = table.only(["nha"])
+    name = one.rows[0].name("text")
+    assert run_table(one, tmp_path / "out", sources=sources, budget=60.0, reserve=60.0).late == [name]
+    assert (tmp_path / "out" / RUNS / name).exists()
+    assert run_table(one, tmp_path / "out", sources=sources).made == [name]
+    assert not (tmp_path / "out" / RUNS / name).exists()
+
+
+@pytest.mark.parametrize("changes, name", [(dict(train={"tokenz": 1}), "tokenz"), (dict(sets=("mmlu",)), "mmlu")])
+def test_plans_that_cannot_be_are_refused_by_name(changes, name):
+    with pytest.raises(ValueError, match=name):
+        LanguagePlan(**changes)

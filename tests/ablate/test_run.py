@@ -1,0 +1,229 @@
+"""Tables: read from YAML, made row by row, resumed, shared by processes, stopped in time, and summarized on a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nha.ablate import run
+from nha.ablate.arms import Arm
+from nha.ablate.run import Shard, claimed, read_row, row_file, run_table
+from nha.ablate.summary import Difference, best_rows, compare, remember, write_summary
+from nha.ablate.table import Claim, built_in_tables, parse_table, read_table
+
+TINY = """
+name: tiny
+title: A tiny table
+kind: recall
+shape: {hidden_size: 16, intermediate_size: 16}
+match: nha
+lrs: [1e-3, 0.01]
+seeds: [0]
+arms:
+  nha: {windows: 4, num_slots: 4}
+  window only: {windows: 4, slots: false}
+recall:
+  steps: 6
+  batch_size: 4
+  examples: 8
+  train: [{task: in_context_recall, seq_len: 16, vocab_size: 8}]
+  test: [{task: in_context_recall, seq_len: 16, vocab_size: 8}, {task: in_context_recall, seq_len: 32, vocab_size: 8}]
+claims:
+  - {says: slots help, arm: nha, against: window only}
+"""
+
+
+@pytest.fixture
+def table():
+    return parse_table(yaml.safe_load(TINY))
+
+
+def changed(**changes):
+    return yaml.safe_load(TINY) | changes
+
+
+def test_a_table_has_a_row_for_every_arm_rate_and_seed(table):
+    assert [row.name("t") for row in table.rows] == [
+        "t--nha--lr0.001--seed0",
+        "t--window-only--lr0.001--seed0",
+        "t--nha--lr0.01--seed0",
+        "t--window-only--lr0.01--seed0",
+    ]
+    assert len(table.only(["nha"], seeds=[1, 2], lrs=[0.1]).rows) == 2
+
+
+@pytest.mark.parametrize("name", built_in_tables())
+def test_built_in_tables_are_whole(name):
+    table = read_table(name)
+    assert table.name == name and table.claims and table.rows
+
+
+@pytest.mark.parametrize(
+    "found, names",
+    [
+        (changed(arms={"nha": {"window": 4}}), ("window", "windows", "arm nha")),
+        (changed(kind="poetry"), ("poetry", "recall", "language")),
+        (changed(match="x"), ("x", "nha", "window only")),
+        (changed(lrs=[]), ("learning rates",)),
+        (changed(arms={}), ("arms", "none")),
+        (changed(recall={"train": [{"task": "copy", "seq_len": 8}], "test": []}), ("copy", "mqar")),
+        (changed(claims=[{"says": "x", "arm": "nha", "against": "nha", "expect": "below"}]), ("below", "above")),
+        (changed(language={"train": {"token": 1}}), ("token",)),
+        ([1], ("mapping", "list")),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused_by_name(found, names):
+    with pytest.raises(ValueError) as error:
+        parse_table(found)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    with pytest.raises(ValueError, match="recall-cpu"):
+        read_table("no-such-table")
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        read_table(path)
+
+
+def test_rows_are_made_once_and_kept(table, tmp_path):
+    small = table.only(["nha"], lrs=[1e-3])
+    first = run_table(small, tmp_path)
+    assert first.made == ["tiny--nha--lr0.001--seed0"] and not first.present
+    before = row_file(tmp_path, first.made[0]).read_bytes()
+    again = run_table(small, tmp_path)
+    assert again.present == first.made and not again.made
+    assert row_file(tmp_path, first.made[0]).read_bytes() == before
+    row_file(tmp_path, first.made[0]).unlink()
+    assert run_table(small, tmp_path).made == first.made
+
+
+def test_a_row_of_other_settings_is_refused_before_anything_runs(table, tmp_path, monkeypatch):
+    small = table.only(["nha"], lrs=[1e-3])
+    run_table(small, tmp_path)
+    monkeypatch.setattr(run, "_make", lambda *_: pytest.fail("a row was made"))
+    other = parse_table(changed(recall=yaml.safe_load(TINY)["recall"] | {"steps": 7})).only(["nha"], lrs=[1e-3])
+    with pytest.raises(ValueError, match=r"tiny--nha--lr0\.001--seed0\.json"):
+        run_table(other, tmp_path)
+    row_file(tmp_path, small.rows[0].name("tiny")).write_text("{")
+    with pytest.raises(ValueError, match="another file"):
+        run_table(small, tmp_path)
+
+
+def test_rows_that_do_not_fit_into_the_budget_are_named_and_not_written(table, tmp_path):
+    progress = run_table(table, tmp_path, budget=0.0)
+    assert progress.late == [row.name("tiny") for row in table.rows]
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_row_that_fails_does_not_take_the_others_along(table, tmp_path, monkeypatch):
+    def build(self, *args, **options):
+        if self.name == "nha":
+            raise RuntimeError("no such\nkernel")
+        return original(self, *args, **options)
+
+    original = Arm.build
+    monkeypatch.setattr(Arm, "build", build)
+    progress = run_table(table.only(lrs=[1e-3]), tmp_path)
+    assert progress.failed == ["tiny--nha--lr0.001--seed0 (RuntimeError: no such kernel)"]
+    assert progress.made == ["tiny--window-only--lr0.001--seed0"]
+
+
+def test_shards_begin_with_different_rows_and_cover_all(table):
+    orders = [Shard(i, 3).order(table.rows) for i in (1, 2, 3)]
+    assert len({order[0].name("t") for order in orders}) == 3
+    assert all(sorted(r.name("t") for r in order) == sorted(r.name("t") for r in table.rows) for order in orders)
+    for text in ("0/2", "3/2", "2", "a/b", "1/0"):
+        with pytest.raises(ValueError, match=text):
+            Shard.parse(text)
+
+
+def _hold(out: Path, name: str, begun, done) -> None:
+    with claimed(out, name) as mine:
+        assert mine
+        begun.set()
+        done.wait(60)
+
+
+def test_a_row_that_another_process_makes_is_left_to_it(table, tmp_path):
+    small = table.only(["nha"], lrs=[1e-3])
+    name = small.rows[0].name("tiny")
+    context = multiprocessing.get_context("spawn")
+    begun, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, name, begun, done))
+    process.start()
+    try:
+        assert begun.wait(60)
+        assert run_table(small, tmp_path).elsewhere == [name]
+        process.kill()  # the lock ends with the process
+        process.join()
+        assert run_table(small, tmp_path).made == [name]
+    finally:
+        done.set()
+        process.join()
+
+
+def test_the_page_holds_claims_rows_and_command_and_the_csv_every_rate(table, tmp_path):
+    run_table(table, tmp_path)
+    remember(table, tmp_path, "nha ablate tiny")
+    page = write_summary(tmp_path).read_text()
+    assert "nha ablate tiny" in page and "slots help" in page and "in_context_recall 32" in page
+    entries = json.loads((tmp_path / "summary.json").read_text())
+    assert (
+        len(entries) == 4
+        and {"arm", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entries[0].keys()
+    )
+    with (tmp_path / "rows.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert (tmp_path / "tiny-state.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def row(arm: str, lr: float, seed: int, valid: float, accuracies: dict[str, float]) -> dict:
+    sizes = [{"task": "mqar", "size": size, "accuracy": value} for size, value in accuracies.items()]
+    return {"table": "t", "kind": "recall", "arm": arm, "lr": lr, "seed": seed, "valid": valid, "sizes": sizes}
+
+
+def test_the_best_rate_is_chosen_by_validation_over_all_seeds():
+    rows = [
+        row("a", 0.1, 0, 0.9, {}),
+        row("a", 0.1, 1, 0.1, {}),
+        row("a", 0.2, 0, 0.6, {}),
+        row("a", 0.2, 1, 0.6, {}),
+        row("a", 0.3, 0, 1.0, {}),  # one seed of two
+    ]
+    assert [(r["lr"], r["seed"]) for r in best_rows(rows)] == [(0.2, 0), (0.2, 1)]
+
+
+def test_a_difference_is_over_pairs_of_the_same_seed_and_size():
+    rows = [row("a", 1, s, 0, {"64/4": 0.9, "64/8": 0.8}) for s in (0, 1)] + [row("b", 1, 0, 0, {"64/4": 0.5})]
+    found = compare(rows, Claim("x", "a", "b"))
+    assert found is not None and found.count == 1 and found.mean == pytest.approx(0.4)
+    assert compare(rows, Claim("x", "a", "b", sizes=("mqar 64/8",))) is None
+
+
+@pytest.mark.parametrize(
+    "expect, found, verdict",
+    [
+        ("above", (0.1, 0.05, 0.15), "agrees"),
+        ("above", (0.0, -0.1, 0.01), "disagrees"),
+        ("above", (0.1, -0.1, 0.3), "undecided"),
+        ("at least", (0.0, -0.01, 0.01), "agrees"),
+        ("at least", (-0.1, -0.15, -0.05), "disagrees"),
+        ("at least", (-0.1, -0.3, 0.1), "undecided"),
+        ("equal", (0.0, -0.01, 0.01), "agrees"),
+        ("equal", (-0.1, -0.15, -0.05), "disagrees"),
+        ("equal", (0.0, -0.1, 0.1), "undecided"),
+    ],
+)
+def test_verdicts_follow_from_the_interval(expect, found, verdict):
+    assert Difference(*found, count=9).verdict(expect, 0.02) == verdict
+
+
+def test_read_row_gives_nothing_where_nothing_is(tmp_path):
+    assert read_row(tmp_path / "no.json", "digest") is None
