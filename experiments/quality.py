@@ -116,8 +116,8 @@ def prepare_model(given: str, work: Path) -> Any:
         if not (place / "config.json").is_file():
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            from nha.convert.hybridize import forget_gguf
             from nha.io import atomic_directory
+            from nha.models.smollm2 import forget_gguf
 
             path = Path(given)
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
@@ -237,20 +237,13 @@ class Shard:
 
     def shipped(self, run: Run, found: Any) -> Any:
         """The base model with the small file of a run, which is written to `ship`."""
-        from safetensors.torch import load_file
-
-        from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
-        from nha.models.delta import apply_delta, lora_changes, low_rank_changes, save_delta
+        from experiments.ship import make_delta
+        from nha.models.delta import apply_delta
 
         path = self.options.out / "ship" / f"{run.name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if run.arm and run.arm.shipped == "lora":
-            checkpoint = latest_checkpoint(self.options.work / "runs" / run.name)
-            changes = lora_changes(load_file(checkpoint / WEIGHTS), scale=2.0)  # type: ignore[operator]
-        else:
-            changes = low_rank_changes(self.load(), found.model, run.settings.lora_rank)
-        facts = {"base": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "command": command_of(run)}
-        save_delta(path, found.model, changes, facts)
+        lora = self.options.work / "runs" / run.name if run.arm and run.arm.shipped == "lora" else None
+        base = None if lora else self.load()
+        make_delta(path, base, found.model, {"command": command_of(run)}, lora, run.settings.lora_rank)
         self.print(f"  {path}: {path.stat().st_size / 1e6:.2f} MB")
         model = self.load()
         apply_delta(model, path)

@@ -109,8 +109,7 @@ def table(runs: Sequence[Run]) -> str:
     lines = ["Accuracies in %. MB: the cache of one sequence of 16,384 tokens in bf16.", "", _line(head), _rule(head)]
     for run in runs:
         row = run["row"]
-        full = [str(i) for i, window in enumerate(row["windows"]) if window == -1]
-        layers = "all" if len(full) == len(row["windows"]) else ", ".join(full) or "none"
+        layers = full_layers(row["windows"])
         numbers = [number(row, name) for name in SHOWN]
         lines.append(_line([name_of(row), layers, f"{row['bytes_16k'] / 1e6:.1f}", *numbers]))
     others = [run for run in runs if run["row"]["arm"] != "control"]
@@ -141,6 +140,19 @@ def table(runs: Sequence[Run]) -> str:
         times = [f"{row['tokens_per_s'] or 0:,.0f}", f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
         lines.append(_line([name_of(row), *cells, *times]))
     return "\n".join(lines) + "\n"
+
+
+def full_layers(windows: Sequence[Any]) -> str:
+    """The full layers in words; heads with full attention in other layers are counted.
+
+    >>> full_layers([64, -1, [64, -1, -1]])
+    '1, 2 heads'
+    """
+    full = [str(i) for i, window in enumerate(windows) if window == -1]
+    heads = sum(list(window).count(-1) for window in windows if not isinstance(window, int))
+    if len(full) == len(windows):
+        return "all"
+    return ", ".join([*full, *([f"{heads} heads"] if heads else [])]) or "none"
 
 
 def distances(run: Run) -> list[dict[str, Any]]:

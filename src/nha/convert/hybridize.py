@@ -18,6 +18,7 @@ from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
 from nha.models.quantized import keep_unpacked
+from nha.models.smollm2 import forget_gguf
 from nha.ops.heads import Window
 
 Calibration = Sequence[str] | Tensor | None
@@ -179,15 +180,3 @@ def keep_slots_unquantized(model: PreTrainedModel) -> None:
 
             skipped = getattr(quantization, name)
             setattr(quantization, name, [*(get_keys_to_not_convert(model) if skipped is None else skipped), "g_proj"])
-
-
-def forget_gguf(model: PreTrainedModel) -> None:
-    """Let a model that was read from a GGUF file be saved: its weights are plain numbers by now."""
-    quantization = getattr(model.config, "quantization_config", None)
-    method = getattr(quantization, "quant_method", None) or (
-        quantization.get("quant_method") if isinstance(quantization, dict) else None
-    )
-    if quantization is not None and str(getattr(method, "value", method)) == "gguf":
-        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-        model.hf_quantizer = None  # type: ignore[assignment]
-        model.is_quantized = False  # type: ignore[assignment]

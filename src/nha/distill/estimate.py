@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from nha.distill.run import make_mixture
 from nha.distill.settings import DistillSettings
 from nha.distill.student import linear_layers
 from nha.models.config import FULL, plan_windows
+from nha.ops.heads import Window, per_head
 
 # Peak of dense matrix products in bf16, FLOP/s, by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12}
@@ -57,7 +59,7 @@ def empty_model(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def trained_parameters(model: PreTrainedModel, settings: DistillSettings, windows: list[int]) -> tuple[int, int]:
+def trained_parameters(model: PreTrainedModel, settings: DistillSettings, windows: Sequence[Window]) -> tuple[int, int]:
     """(weights, gates and sinks) that are trained."""
     layers: list[Any] = [model.get_submodule(name) for name in linear_layers(model, settings.trainable)]
     if settings.trainable == "lora":
@@ -72,7 +74,9 @@ def trained_parameters(model: PreTrainedModel, settings: DistillSettings, window
     return weights, sum(window != FULL for window in windows) * (gates + sinks)
 
 
-def flops_per_token(model: PreTrainedModel, settings: DistillSettings, windows: list[int], trained: int) -> float:
+def flops_per_token(
+    model: PreTrainedModel, settings: DistillSettings, windows: Sequence[Window], trained: int
+) -> float:
     """FLOPs of a token: the teacher's pass, the student's, gradients of activations and of what is trained."""
     config: Any = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -84,8 +88,10 @@ def flops_per_token(model: PreTrainedModel, settings: DistillSettings, windows: 
     long = settings.long_tokens / settings.tokens
     mean_seq_len = (1 - long) * settings.seq_len + long * settings.long_seq_len
     full = 2 * mean_seq_len * width  # scores and values over half of the sequence
-    own = [full if w == FULL else 4 * (w + settings.num_slots) * width for w in windows]
-    attention = full * len(windows) + 3 * sum(own)
+    heads = config.num_key_value_heads
+    each = [window for layer in windows for window in per_head(layer, heads)]
+    own = [full if w == FULL else 4 * (w + settings.num_slots) * width for w in each]
+    attention = full * len(windows) + 3 * sum(own) / heads
     teacher = settings.kl_weight > 0
     return (4 + 2 * teacher) * products + 2 * trained + attention
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nha.io import read_tensors, write_tensors
-from nha.models.adapter import hybrid_config, to_hybrid
-from nha.models.config import FULL
-from nha.models.windows import attention_layers, decoder
+from nha.models.adapter import to_hybrid
+from nha.models.config import FULL, hybrid_config_class
+from nha.models.windows import attention_layers, decoder, set_windows
 
 FORMAT = "nha-delta-v1"
 SIZES = ("num_slots", "num_sinks", "slot_distance")
+VOLATILE = ("transformers_version", "quantization_config", "auto_map", "dtype", "_name_or_path", "name_or_path")
 SLOTS = ("g_proj.weight", "g_proj.bias", "sink_key", "sink_value")
 TRAINED = re.compile(r".*?(layers\.\d+\..+?)\.lora_(A|B)\.default\.weight")
 
@@ -108,19 +109,28 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def delta_config(path: str | Path, base: Any) -> Any:
-    """The configuration of the hybrid that a delta makes of a base model's configuration."""
+def delta_config(path: str | Path) -> Any:
+    """The configuration of the hybrid in a delta."""
     _, metadata = read_delta(path)
-    return hybrid_config(base, {"window_sizes": json.loads(metadata["windows"]), **json.loads(metadata["sizes"])})
+    values = json.loads(metadata["config"])
+    kind = hybrid_config_class(values.pop("model_type").removeprefix("nha-"))
+    return kind(**{name: value for name, value in values.items() if name not in VOLATILE})
 
 
 @torch.no_grad()
 def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
     """Turn a base model into the hybrid of a delta, in place; changes are added in float32.
 
-    Raises ValueError, before anything changes, for a base model whose layers have other shapes.
+    The model may be a hybrid already, if its weights are the base's and its slots have the same sizes. Raises
+    ValueError, before anything changes, for a model whose layers or slots have other shapes.
     """
     tensors, metadata = read_delta(path)
+    windows, sizes = json.loads(metadata["windows"]), json.loads(metadata["sizes"])
+    config = decoder(model).config
+    is_hybrid = getattr(config, "window_sizes", None) is not None
+    own_sizes = {name: getattr(config, name) for name in SIZES} if is_hybrid else sizes
+    if own_sizes != sizes:
+        raise ValueError(f"expected a model or a hybrid of {sizes} for {path}, got one of {own_sizes}")
     changes = {name.rpartition(".")[0] for name in tensors if name.endswith((".down", ".up"))}
     stack = decoder(model)
     for name in sorted(changes):
@@ -132,7 +142,7 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
         if not isinstance(layer, nn.Linear) or list(layer.weight.shape) != wanted:
             got = list(getattr(layer, "weight", torch.empty(0)).shape)
             raise ValueError(f"expected {name} of shape {wanted} for {path}, got {got}")
-    to_hybrid(model, json.loads(metadata["windows"]), **json.loads(metadata["sizes"]))
+    set_windows(model, windows) if is_hybrid else to_hybrid(model, windows, **sizes)
     stack = decoder(model)
     for name in sorted(changes):
         weight = stack.get_submodule(name).weight

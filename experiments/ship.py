@@ -1,0 +1,96 @@
+"""Make the small file that ships a distilled hybrid: gates, sinks and low-rank changes of its base model's weights.
+
+    PYTHONPATH=src python -m experiments.ship BASE HYBRID --run RUN --out FILE      # what LoRA trained, exactly
+    PYTHONPATH=src python -m experiments.ship BASE HYBRID --rank 16 --out FILE      # the best changes of rank 16
+    PYTHONPATH=src python -m experiments.ship --install FILE                        # into the package, with its README
+
+HYBRID is the directory of a hybrid that `nha distill BASE RUN` made; --run names the run's directory, if it was made
+with --trainable lora.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
+from nha.io import write_atomically
+from nha.models import loading
+from nha.models.delta import lora_changes, low_rank_changes, read_delta, save_delta
+from nha.models.smollm2 import DELTA
+
+LORA_SCALE = 2.0  # lora_alpha over rank, as `nha.distill.student` sets it
+LIMIT = 12e6  # bytes
+FACTS = {"base": loading.EMBEDDED_ID, "license": loading.EMBEDDED_LICENSE}
+README = """# The distilled hybrid of the embedded model
+
+`{name}` makes a hybrid of [{base}](https://huggingface.co/{base}): gates and sinks of its layers,
+and low-rank changes of the weights of attention. `nha generate smollm2-hybrid "Why is the sky blue?"` loads it.
+
+| | |
+|---|---|
+| bytes | {size:,} |
+| SHA-256 | `{digest}` |
+| licence | {license}, that of the model |
+| windows | {windows} |
+| made by | `{command}` |
+"""
+
+
+def make_delta(path: Path, base: Any, hybrid: Any, facts: Mapping[str, str], run: Path | None, rank: int) -> None:
+    """Write the file of a hybrid: what LoRA trained in `run`, or the best changes of a rank from `base` without one."""
+    if run is not None:
+        checkpoint = latest_checkpoint(run)
+        if checkpoint is None:
+            raise SystemExit(f"expected a checkpoint in {run}, got none")
+        changes = lora_changes(load_file(checkpoint / WEIGHTS), LORA_SCALE)
+    else:
+        changes = low_rank_changes(base, hybrid, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_delta(path, hybrid, changes, {**FACTS, **facts})
+
+
+def install(file: Path, place: Path = DELTA) -> None:
+    """Put a file into the package, with a README that says what it is."""
+    tensors, metadata = read_delta(file)
+    data = file.read_bytes()
+    if len(data) > LIMIT:
+        raise SystemExit(f"expected at most {LIMIT:,.0f} bytes in {file}, got {len(data):,}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(place, data)
+    digest = hashlib.sha256(data).hexdigest()
+    text = README.format(name=place.name, size=len(data), digest=digest, **metadata)
+    write_atomically(place.parent / "README.md", text)
+    print(f"{place}: {len(data):,} bytes, {len(tensors)} tensors")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make a file, or install one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?")
+    parser.add_argument("hybrid", nargs="?")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--command", default="nha distill", help="the command that made the hybrid, for the file")
+    parser.add_argument("--install", type=Path)
+    options = parser.parse_args(arguments)
+    if options.install is not None:
+        install(options.install)
+        return 0
+    if options.hybrid is None or options.out is None:
+        parser.error("expected BASE, HYBRID and --out")
+    base, hybrid = (loading.load(loading.find(name), dtype="float32")[0] for name in (options.base, options.hybrid))
+    make_delta(options.out, base, hybrid, {"command": options.command}, options.run, options.rank)
+    print(f"{options.out}: {options.out.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
