@@ -38,10 +38,10 @@ def files(store: MemoryStore) -> list[Path]:
 def test_a_hit_gives_the_same_bits_as_reading(family, windows, marks, tmp_path):
     model = hybrid(family, windows, **(sliding(12) if family == "gemma3_text" and -1 in windows else {}))
     ids = tokens(1, 110)
-    cold = MemoryStore(tmp_path / "a", FEW, 32).read(model, ids, marks)
-    again = MemoryStore(tmp_path / "a", FEW, 32).read(model, ids, marks)
+    cold = MemoryStore(tmp_path / "a", FEW, 32, 1).read(model, ids, marks)
+    again = MemoryStore(tmp_path / "a", FEW, 32, 1).read(model, ids, marks)
     assert (cold.num_tokens, cold.num_found, again.num_found) == (96, 0, 96)
-    anew = MemoryStore(tmp_path / "b", FEW, 32).read(model, ids, marks)
+    anew = MemoryStore(tmp_path / "b", FEW, 32, 1).read(model, ids, marks)
     wanted = logits(model, ids, anew)
     assert torch.equal(logits(model, ids, cold), wanted)
     assert torch.equal(logits(model, ids, again), wanted)
@@ -50,7 +50,7 @@ def test_a_hit_gives_the_same_bits_as_reading(family, windows, marks, tmp_path):
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS.keys())
 def test_branches_share_the_longest_stored_prefix(windows, tmp_path):
     model, ids = hybrid("llama", windows), tokens(1, 100)
-    store = MemoryStore(tmp_path, FEW, 16)
+    store = MemoryStore(tmp_path, FEW, 16, 1)
     store.read(model, ids)
     held = files(store)
     for length in (70, 64, 17, 16, 1):
@@ -67,7 +67,7 @@ def test_branches_share_the_longest_stored_prefix(windows, tmp_path):
 def test_generation_goes_on_from_a_found_cache(tmp_path):
     model: Any = hybrid("llama", [8, -1, 3]).double()
     ids = tokens(1, 60)
-    store = MemoryStore(tmp_path, FEW, 16)
+    store = MemoryStore(tmp_path, FEW, 16, 1)
     wanted = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     for options in ({}, {"prompt_lookup_num_tokens": 3}):
         cache = store.read(model, ids).cache
@@ -79,7 +79,7 @@ def test_a_long_text_takes_space_in_proportion_to_its_length(tmp_path):
     model = hybrid("llama", [8, -1, -1], slots=1, sinks=0)
     sizes = []
     for length in (513, 1025):
-        store = MemoryStore(tmp_path / str(length), 1 << 30, 64)
+        store = MemoryStore(tmp_path / str(length), 1 << 30, 64, 1)
         store.read(model, tokens(1, length))
         sizes.append(store.nbytes)
     assert sizes[1] < 2.2 * sizes[0]
@@ -87,10 +87,10 @@ def test_a_long_text_takes_space_in_proportion_to_its_length(tmp_path):
 
 def test_the_least_recently_used_goes(tmp_path):
     model, texts = hybrid("llama", [8, -1, 3]), [tokens(1, 70, seed=i) for i in range(3)]
-    store = MemoryStore(tmp_path / "first", FEW, 32)
+    store = MemoryStore(tmp_path / "first", FEW, 32, 1)
     store.read(model, texts[0])
     room = 2 * store.nbytes + store.nbytes // 4  # for two texts
-    store = MemoryStore(tmp_path / "bounded", room, 32)
+    store = MemoryStore(tmp_path / "bounded", room, 32, 1)
     store.read(model, texts[0])
     store.read(model, texts[1])
     assert store.load(model, texts[0]) is not None  # used after the second
@@ -103,9 +103,9 @@ def test_the_least_recently_used_goes(tmp_path):
 
 def test_a_text_that_is_too_long_keeps_its_beginning(tmp_path):
     model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 200)
-    store = MemoryStore(tmp_path / "a", FEW, 32)
+    store = MemoryStore(tmp_path / "a", FEW, 32, 1)
     store.read(model, ids)
-    small = MemoryStore(tmp_path / "b", store.nbytes // 2, 32)
+    small = MemoryStore(tmp_path / "b", store.nbytes // 2, 32, 1)
     wanted = logits(model, ids, small.read(model, ids))
     assert small.nbytes <= small.max_bytes
     memory = small.read(model, ids)
@@ -117,7 +117,7 @@ def test_a_text_that_is_too_long_keeps_its_beginning(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
 def test_a_damaged_entry_is_dropped_and_read_again(kind, damage, tmp_path, caplog):
     model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 70)
-    store = MemoryStore(tmp_path, FEW, 32)
+    store = MemoryStore(tmp_path, FEW, 32, 1)
     wanted = logits(model, ids, store.read(model, ids))
     path = next(path for path in files(store) if path.name.startswith("00000064") and f".{kind}." in path.name)
     data = bytearray(path.read_bytes())
@@ -137,7 +137,7 @@ def test_a_damaged_entry_is_dropped_and_read_again(kind, damage, tmp_path, caplo
 
 def test_a_missing_part_is_a_miss(tmp_path):
     model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 100)
-    store = MemoryStore(tmp_path, FEW, 32)
+    store = MemoryStore(tmp_path, FEW, 32, 1)
     store.read(model, ids)
     next(p for p in files(store) if p.name.startswith("00000064") and ".growth." in p.name).unlink()
     assert store.load(model, ids).num_found == 32  # type: ignore[union-attr]
@@ -147,7 +147,7 @@ def test_a_missing_part_is_a_miss(tmp_path):
 
 def test_another_model_finds_nothing_and_its_entry_is_refused_by_name(tmp_path, caplog):
     model, other, ids = hybrid("llama", 8), hybrid("llama", 4), tokens(1, 70)
-    store = MemoryStore(tmp_path, FEW, 32)
+    store = MemoryStore(tmp_path, FEW, 32, 1)
     store.read(model, ids)
     own = files(store)
     assert store.load(other, ids) is None
@@ -166,7 +166,7 @@ import resource, signal, sys, torch
 from nha.memory import MemoryStore
 from tests.models.families import hybrid, tokens
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-model, ids, store = hybrid("llama", [8, -1, 3]), tokens(1, 70), MemoryStore(sys.argv[1], 1 << 30, 32)
+model, ids, store = hybrid("llama", [8, -1, 3]), tokens(1, 70), MemoryStore(sys.argv[1], 1 << 30, 32, 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # as a disk that is full after so many bytes
 memory = store.read(model, ids)
 print(memory.num_tokens, memory.cache.get_seq_length())
@@ -175,7 +175,7 @@ READER = """
 import sys, torch
 from nha.memory import MemoryStore
 from tests.models.families import hybrid, tokens
-model, store = hybrid("llama", [8, -1, 3]), MemoryStore(sys.argv[1], int(sys.argv[2]), 16)
+model, store = hybrid("llama", [8, -1, 3]), MemoryStore(sys.argv[1], int(sys.argv[2]), 16, 1)
 print("ready", flush=True)
 sys.stdin.readline()
 for turn in range(int(sys.argv[3])):
@@ -205,7 +205,7 @@ def start(path: Path, max_bytes: int, turns: int) -> subprocess.Popen[str]:
 def test_two_processes_and_one_that_is_killed(tmp_path):
     """Both store, find and remove the same entries at once; a third is killed in between."""
     model = hybrid("llama", [8, -1, 3])
-    alone = MemoryStore(tmp_path / "alone", 1 << 30, 16)
+    alone = MemoryStore(tmp_path / "alone", 1 << 30, 16, 1)
     alone.read(model, tokens(1, 100))
     path, room = tmp_path / "shared", 3 * alone.nbytes
     processes = [start(path, room, 12), start(path, room, 12), start(path, room, 10_000)]
@@ -222,7 +222,7 @@ def test_two_processes_and_one_that_is_killed(tmp_path):
         assert errors.count("Traceback") == 0
         assert "dropped" not in errors, errors
     processes[2].communicate(timeout=60)
-    store = MemoryStore(path, room, 16)
+    store = MemoryStore(path, room, 16, 1)
     assert store.nbytes <= room
     for turn in range(5):
         ids = tokens(1, 100, seed=turn)
@@ -230,7 +230,7 @@ def test_two_processes_and_one_that_is_killed(tmp_path):
 
 
 def test_files_of_dead_processes_are_removed_and_new_ones_are_not(tmp_path):
-    store = MemoryStore(tmp_path, FEW, 32)
+    store = MemoryStore(tmp_path, FEW, 32, 1)
     old, new = tmp_path / ".x.state.safetensors.1.ab.tmp", tmp_path / ".x.state.safetensors.2.cd.tmp"
     for path in (old, new):
         path.write_bytes(b"part")
@@ -259,3 +259,20 @@ def test_refused_texts(tmp_path):
 
 def test_only_its_owner_reads_a_store(tmp_path):
     assert os.stat(MemoryStore(tmp_path / "made").path).st_mode & 0o777 == 0o700
+
+
+def test_entries_lie_further_apart_than_blocks(tmp_path):
+    """At every fourth block, at marks and at the last one; a text that goes on builds on any of them."""
+    model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 260)
+    store = MemoryStore(tmp_path / "a", FEW, 16, 4)
+    store.read(model, ids[:, :100], marks=[41])
+    stops = {int(path.name.split("-")[0]) for path in files(store)}
+    assert stops == {41, 64, 96}
+    memory = store.read(model, ids, marks=[41])
+    assert (memory.num_found, memory.num_tokens) == (96, 256)
+    anew = MemoryStore(tmp_path / "b", FEW, 16, 4).read(model, ids, marks=[41])
+    wanted = logits(model, ids, anew)
+    assert torch.equal(logits(model, ids, memory), wanted)
+    again = store.read(model, ids, marks=[41])
+    assert again.num_found == 256
+    assert torch.equal(logits(model, ids, again), wanted)

@@ -1,10 +1,9 @@
 """Caches on disk by the text they hold: what a model has read once, no process reads again.
 
-A text is read in segments that end at block boundaries and at marks of the caller. The cache after each segment is an
-entry, named by a hash of the model and of all segments so far. An entry is one file with the layers of constant size,
-and one file with what its own segment added to the layers that grow (full attention). To load an entry, the files of
-the second kind of all entries before it are read too: what is stored grows with the length of the text, not with its
-square.
+A text is read in segments that end at block boundaries and at marks of the caller. Some of the caches in between are
+stored as entries, named by a hash of the model and of all segments so far: those at marks, every few blocks, and the
+last one. An entry is one file with the layers of constant size, and one file with what the layers that grow (full
+attention) got since the entry that it builds on. What is stored grows with the length of a text, not with its square.
 """
 
 from __future__ import annotations
@@ -52,10 +51,18 @@ class Memory(NamedTuple):
 
 
 class Boundary(NamedTuple):
-    """The end of a segment: how many tokens lie before it, and the name of the entry there."""
+    """The end of a segment: how many tokens lie before it, the name of an entry there, and whether it is a mark."""
 
     stop: int
     name: str
+    is_mark: bool
+
+
+class Entry(NamedTuple):
+    """A cache that was loaded, and the boundaries of the entries that it was put together from, its own the last."""
+
+    cache: Cache
+    chain: list[Boundary]
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class MemoryStore:
     Attributes:
         path: the directory; it is made, readable by its owner alone.
         max_bytes: size of all entries together; those used least recently are removed.
-        block_size: tokens from one boundary to the next. A smaller one shares more between texts and stores more.
+        block_size: tokens from one boundary to the next. Smaller blocks are shared by more texts and read slower.
+        blocks_per_entry: blocks from one entry to the next, the last of a text aside.
 
     >>> import tempfile
     >>> from nha import NHAConfig, NHAForCausalLM
@@ -83,10 +91,11 @@ class MemoryStore:
 
     path: str | Path
     max_bytes: int = 10 * 2**30
-    block_size: int = 4096
+    block_size: int = 1024
+    blocks_per_entry: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "block_size"):
+        for name in ("max_bytes", "block_size", "blocks_per_entry"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
         Path(self.path).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -101,7 +110,8 @@ class MemoryStore:
 
         None where nothing is stored. An entry that is damaged or of another model is removed, with one line in the log.
         """
-        return self._load(model, self._boundaries(model, ids, marks))
+        entry = self._load(model, self._boundaries(model, ids, marks))
+        return None if entry is None else Memory(entry.cache, entry.chain[-1].stop, entry.chain[-1].stop)
 
     def read(self, model: PreTrainedModel, ids: Tensor, marks: Sequence[int] = ()) -> Memory:
         """A cache that has read a text `ids` [1, T] up to the last boundary before its end, ready for `generate`.
@@ -111,19 +121,21 @@ class MemoryStore:
         one line in the log. Raises ValueError for more than one row.
         """
         boundaries = self._boundaries(model, ids, marks)
-        found = self._load(model, boundaries)
-        cache = DynamicCache(config=model.config) if found is None else found.cache
-        done = 0 if found is None else found.num_found
+        cache, chain = self._load(model, boundaries) or Entry(DynamicCache(config=model.config), [])
+        found = done = chain[-1].stop if chain else 0
         ids, storing = ids.to(model.device), True
-        for index, (stop, _) in enumerate(boundaries):
-            start = boundaries[index - 1].stop if index else 0
-            if stop <= done:
+        for place in boundaries:
+            if place.stop <= found:
                 continue
             with torch.no_grad():
                 options: dict[str, Any] = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
-                model(ids[:, start:stop], **options)
-            storing = storing and self._save(model, cache, boundaries[: index + 1])
-        return Memory(cache, boundaries[-1].stop if boundaries else 0, done)
+                model(ids[:, done : place.stop], **options)
+            done = place.stop
+            wanted = place is boundaries[-1] or place.is_mark or done % (self.block_size * self.blocks_per_entry) == 0
+            if storing and wanted:
+                chain = [*chain, place]
+                storing = self._save(model, cache, chain)
+        return Memory(cache, done, found)
 
     def clear(self) -> None:
         """Remove all entries."""
@@ -143,53 +155,61 @@ class MemoryStore:
         found = []
         for start, stop in pairwise([0, *stops]):
             digest.update(f"{stop}:".encode() + numbers[start:stop].tobytes())
-            found.append(Boundary(stop, f"{stop:08d}-{digest.hexdigest()[:40]}"))
+            found.append(Boundary(stop, f"{stop:08d}-{digest.hexdigest()[:40]}", stop in marks))
         return found
 
-    def _file(self, name: str, suffix: str = SUFFIX) -> Path:
-        return Path(self.path) / (name + suffix)
+    def _state_file(self, place: Boundary) -> Path:
+        return Path(self.path) / (place.name + SUFFIX)
 
-    def _save(self, model: PreTrainedModel, cache: Cache, boundaries: list[Boundary]) -> bool:
-        """Store the cache at the last boundary; False, and nothing is left behind, where that cannot be done."""
-        stop, name = boundaries[-1]
-        start = boundaries[-2].stop if len(boundaries) > 1 else 0
+    def _growth_files(self, chain: list[Boundary]) -> list[Path]:
+        """What growing layers got from each entry of a chain to the next."""
+        starts = [0, *(place.stop for place in chain)]
+        return [
+            Path(self.path) / f"{place.name}.{start}{GROWTH_SUFFIX}"
+            for start, place in zip(starts, chain, strict=False)
+        ]
+
+    def _save(self, model: PreTrainedModel, cache: Cache, chain: list[Boundary]) -> bool:
+        """Store the cache at the end of a chain; False, and nothing is left behind, where that cannot be done."""
+        stop, start = chain[-1].stop, chain[-2].stop if len(chain) > 1 else 0
         tensors, metadata = cache_contents(cache, model)
         grows = [n for n, x in tensors.items() if n.endswith((".keys", ".values")) and x.shape[2] == stop]
         growth = {n: tensors.pop(n)[:, :, start:] for n in grows}
-        metadata |= {"kind": FORMAT, "grows": json.dumps(grows)}
+        metadata |= {"kind": FORMAT, "grows": json.dumps(grows), "chain": json.dumps([place.stop for place in chain])}
+        path = self._state_file(chain[-1])
         try:
             if growth:
-                write_tensors(self._file(name, GROWTH_SUFFIX), growth, {"kind": FORMAT})
-            write_tensors(self._file(name), tensors, metadata)
-            self._touch(boundaries)
+                write_tensors(self._growth_files(chain)[-1], growth, {"kind": FORMAT})
+            write_tensors(path, tensors, metadata)
+            self._touch(chain)
             self._shrink(self.max_bytes)
         except (OSError, SafetensorError) as error:
             logger.warning("reading goes on without storing in %s: %s", self.path, one_line(error))
             return False
-        return self._file(name).exists()  # else all entries of this text are more than may be stored
+        return path.exists()  # else all entries of this text are more than may be stored
 
-    def _load(self, model: PreTrainedModel, boundaries: list[Boundary]) -> Memory | None:
-        """The memory at the last of these boundaries that is stored whole."""
+    def _load(self, model: PreTrainedModel, boundaries: list[Boundary]) -> Entry | None:
+        """The entry at the last of these boundaries where one is stored whole."""
         for index in range(len(boundaries), 0, -1):
-            cache = self._load_entry(model, boundaries[:index])
-            if cache is not None:
-                self._touch(boundaries[:index])
-                return Memory(cache, boundaries[index - 1].stop, boundaries[index - 1].stop)
+            entry = self._load_entry(model, boundaries[:index])
+            if entry is not None:
+                self._touch(entry.chain)
+                return entry
         return None
 
-    def _load_entry(self, model: PreTrainedModel, boundaries: list[Boundary]) -> Cache | None:
-        """The cache at the last boundary; None where it is not stored whole, and a file that is damaged is removed."""
-        stop, name = boundaries[-1]
-        path = self._file(name)
-        if not path.exists():
-            return None
-        state = self._read(path, model)
+    def _load_entry(self, model: PreTrainedModel, boundaries: list[Boundary]) -> Entry | None:
+        """The entry at the last boundary; None where it is not stored whole, and a file that is damaged is removed."""
+        path = self._state_file(boundaries[-1])
+        state = self._read(path, model) if path.exists() else None
         if state is None:
             return None
         tensors, metadata = state
         try:
-            grows: list[str] = json.loads(metadata["grows"])
-            paths = [self._file(before, GROWTH_SUFFIX) for _, before in boundaries] if grows else []
+            grows, stops = json.loads(metadata["grows"]), json.loads(metadata["chain"])
+            chain = [place for place in boundaries if place.stop in stops]
+            if [place.stop for place in chain] != stops or stops[-1] != boundaries[-1].stop:
+                raise ValueError(f"expected entries at some of {[place.stop for place in boundaries]}, got {stops}")
+            paths = self._growth_files(chain) if grows else []
             with ThreadPoolExecutor(READERS) as pool:
                 parts = list(pool.map(lambda part: self._read(part, model), paths))
             found = [part[0] for part in parts if part is not None]
@@ -197,9 +217,9 @@ class MemoryStore:
                 return None
             tensors |= {key: torch.cat([part[key] for part in found], 2) for key in grows}
             cache = cache_from(tensors, metadata, path, model)
-            if cache.get_seq_length() != stop:
-                raise ValueError(f"expected a cache of {stop} tokens, got {cache.get_seq_length()}")
-            return cache
+            if cache.get_seq_length() != stops[-1]:
+                raise ValueError(f"expected a cache of {stops[-1]} tokens, got {cache.get_seq_length()}")
+            return Entry(cache, chain)
         except (ValueError, KeyError, TypeError) as error:
             drop(path, error)
             return None
@@ -219,13 +239,13 @@ class MemoryStore:
             drop(path, error)
         return None
 
-    def _touch(self, boundaries: list[Boundary]) -> None:
+    def _touch(self, chain: list[Boundary]) -> None:
         """Note that these entries were used; the shorter ones, which others build on, a little later."""
         now = time.time_ns()
-        for stop, name in boundaries:
-            for suffix in (SUFFIX, GROWTH_SUFFIX):
+        for place, growth in zip(chain, self._growth_files(chain), strict=True):
+            for path in (self._state_file(place), growth):
                 with suppress(OSError):
-                    os.utime(self._file(name, suffix), ns=(now, now - stop))
+                    os.utime(path, ns=(now, now - place.stop))
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
         """When each file was used last, its bytes, and its path."""
