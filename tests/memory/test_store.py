@@ -1,4 +1,4 @@
-"""What was read once is found again: the same bits, in any process, within a bound, whatever happens to the files."""
+"""A text that was read once is found again: the same bits, in any process, whatever becomes of the files."""
 
 from __future__ import annotations
 

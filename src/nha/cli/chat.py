@@ -18,6 +18,8 @@ from nha.cli import common
 from nha.cli.common import command, err, error_line, escape, out
 from nha.cli.generate import (
     MAX_NEW_TOKENS,
+    MEMORY,
+    MEMORY_GIB,
     MODEL,
     RAW,
     SEED,
@@ -25,7 +27,9 @@ from nha.cli.generate import (
     TOP_P,
     WINDOW,
     load,
+    open_memory,
     printer,
+    reader,
     sampling,
     summary,
 )
@@ -46,6 +50,7 @@ class Session:
     conversation: Any
     raw: bool
     options: dict[str, Any]
+    recall: Any = None  # reads the first message through a store
 
 
 @command
@@ -60,15 +65,19 @@ def chat(
     window: Annotated[str | None, WINDOW] = None,
     raw: Annotated[bool, RAW] = False,
     seed: Annotated[int, SEED] = 0,
+    memory: Annotated[Path | None, MEMORY] = None,
+    memory_gib: Annotated[float, MEMORY_GIB] = 10.0,
 ) -> None:
     """Talk to a model; each turn reads only its own tokens. Where stdin is no terminal, every line is a turn."""
     options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
+    store = open_memory(memory, memory_gib)
     loaded, tokenizer, source = load(model, windows, seed)
     from nha.models.conversation import Conversation, has_template, load_conversation
 
     conversation = Conversation() if resume is None else load_conversation(resume, loaded)
-    session = Session(loaded, tokenizer, conversation, raw, options)
+    recall = None if store is None else reader(store, loaded, [])
+    session = Session(loaded, tokenizer, conversation, raw, options, recall)
     if not raw and not has_template(tokenizer):
         err.print(f"{escape(source.label)} has no chat template: it continues your text as it is", soft_wrap=True)
     if sys.stdin.isatty():
@@ -145,6 +154,7 @@ def speak(session: Session, text: str) -> None:
             raw=session.raw,
             streamer=printer(session.tokenizer),
             stop=lambda: bool(interrupted),
+            recall=session.recall,
             **session.options,
         )
     stopped = "stopped; " if found.stopped else ""

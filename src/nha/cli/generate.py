@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +21,8 @@ TOP_P = typer.Option(help="Sample from the likeliest tokens that add up to this.
 WINDOW = typer.Option(help="Change a hybrid's windows for this run; -1 is full attention.", show_default="as saved")
 RAW = typer.Option("--raw", help="Continue the text as it is, without the chat template.")
 SEED = typer.Option(help="Seed for sampling.")
+MEMORY = typer.Option(help="Keep what was read in this directory, and read nothing in it again.", show_default="none")
+MEMORY_GIB = typer.Option(help="Size of that directory; texts used least recently are removed.")
 
 
 @command
@@ -31,6 +35,11 @@ def generate(
     window: Annotated[str | None, WINDOW] = None,
     raw: Annotated[bool, RAW] = False,
     seed: Annotated[int, SEED] = 0,
+    document: Annotated[
+        Path | None, typer.Option(help="A text file that the prompt asks about; it comes first.", show_default="none")
+    ] = None,
+    memory: Annotated[Path | None, MEMORY] = None,
+    memory_gib: Annotated[float, MEMORY_GIB] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Write text; the memory that the conversation takes is shown at the end."""
@@ -39,24 +48,34 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise BadInput("expected a prompt, got nothing")
+    from nha.memory.document import document_marks, join
     from nha.models.conversation import Conversation, check_text, say
 
     check_text(text)
+    before = "" if document is None else common.read_text(document)
+    question, text = text, text if document is None else join(before, text)
+    store = open_memory(memory, memory_gib)
     loaded, tokenizer, source = load(model, windows, seed)
+    recall = None
+    if store is not None:
+        marks = [] if document is None else document_marks(tokenizer, before, question, raw=raw)
+        recall = reader(store, loaded, marks)
     conversation = Conversation()
     started = time.perf_counter()
     if as_json:
         with common.steps("writing") as advance:
             streamer = Counter(advance, max_new_tokens)
-            answer = say(loaded, tokenizer, conversation, text, raw=raw, streamer=streamer, **options)
+            answer = say(loaded, tokenizer, conversation, text, raw=raw, streamer=streamer, recall=recall, **options)
     else:
-        answer = say(loaded, tokenizer, conversation, text, raw=raw, streamer=printer(tokenizer), **options)
+        shown = printer(tokenizer)
+        answer = say(loaded, tokenizer, conversation, text, raw=raw, streamer=shown, recall=recall, **options)
     seconds = time.perf_counter() - started
     if as_json:
         found = {
             "model": source.name,
             "text": answer.text,
-            "prompt_tokens": answer.read,
+            "prompt_tokens": answer.read + answer.found,
+            "prompt_tokens_found": answer.found,
             "new_tokens": answer.written,
             "seconds": round(seconds, 3),
             "cache_bytes": conversation.nbytes,
@@ -93,11 +112,27 @@ def load(model: str, windows: int | list[int] | None, seed: int) -> tuple[Any, A
     return loaded, tokenizer, source
 
 
+def open_memory(path: Path | None, gib: float) -> Any:
+    """The store of these options, or None. Raises BadInput for a size that is not above 0."""
+    common.check_range("--memory-gib", gib, above=0, at_most=2**20)
+    if path is None:
+        return None
+    from nha.memory import MemoryStore
+
+    return MemoryStore(path, max_bytes=max(int(gib * 2**30), 1))
+
+
+def reader(store: Any, model: Any, marks: list[int]) -> Callable[[Any], Any]:
+    """Reads the first tokens of a conversation through a store."""
+    return lambda ids: store.read(model, ids, marks)
+
+
 def summary(answer: Any, seconds: float, nbytes: int) -> str:
     """Tokens, speed and memory after an answer."""
     speed = f", {answer.written / seconds:.1f} tokens/s" if seconds > 0 else ""
+    found = f" ({answer.found} found in memory)" if answer.found else ""
     return (
-        f"{answer.read} tokens read, {answer.written} written{speed}; "
+        f"{answer.read} tokens read{found}, {answer.written} written{speed}; "
         f"the conversation's memory is {common.human_bytes(nbytes)}"
     )
 

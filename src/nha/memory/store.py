@@ -162,7 +162,7 @@ class MemoryStore:
         return Path(self.path) / (place.name + SUFFIX)
 
     def _growth_files(self, chain: list[Boundary]) -> list[Path]:
-        """What growing layers got from each entry of a chain to the next."""
+        """The files of what growing layers got from each entry of a chain to the next."""
         starts = [0, *(place.stop for place in chain)]
         return [
             Path(self.path) / f"{place.name}.{start}{GROWTH_SUFFIX}"

@@ -49,12 +49,16 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's text, how many tokens were read for it and written, and whether it was stopped from outside."""
+    """An answer's text, how many tokens were read for it and written, and whether it was stopped from outside.
+
+    `found` are tokens that a store had read before.
+    """
 
     text: str
     read: int
     written: int
     stopped: bool
+    found: int = 0
 
 
 def cache_keyword(model: Any) -> str:
@@ -125,9 +129,13 @@ def say(
     raw: bool = False,
     streamer: Any = None,
     stop: Callable[[], bool] = lambda: False,
+    recall: Callable[[Tensor], tuple[Any, int, int]] | None = None,
     **options: Any,
 ) -> Answer:
     """Add a message and the model's answer to a conversation; `options` are those of `generate`.
+
+    `recall` gets the ids [1, T] of a new conversation and gives a cache that has read the first of them, how many these
+    are, and how many of them it found, as `nha.memory.MemoryStore.read` does.
 
     Only tokens that the cache has not read are read. `stop` is asked after every token and ends the answer; what is
     written until then stays part of the conversation.
@@ -136,8 +144,13 @@ def say(
 
     new = turn_ids(tokenizer, conversation, text, raw=raw)
     ids = torch.cat([conversation.ids, new], 1).to(model.device)
-    cache = DynamicCache(config=model.config) if conversation.cache is None else conversation.cache
-    before = cache.get_seq_length() if conversation.cache is not None else 0
+    cache, found = conversation.cache, 0
+    before = 0 if cache is None else cache.get_seq_length()
+    if cache is None and recall is not None:
+        cache, _, before = recall(ids)
+        found = before
+    elif cache is None:
+        cache = DynamicCache(config=model.config)
     stopped = False
 
     def asked(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -162,7 +175,7 @@ def say(
     conversation.ids = output.sequences.cpu()
     conversation.cache = cache
     conversation.closed = bool(len(written)) and int(written[-1]) == tokenizer.eos_token_id
-    return Answer(answer, ids.shape[1] - before, len(written), stopped)
+    return Answer(answer, ids.shape[1] - before, len(written), stopped, found)
 
 
 def save_conversation(conversation: Conversation, path: str | Path, model: Any) -> None:
