@@ -63,6 +63,7 @@ def make_corpus(work: Path) -> tuple[Any, Any]:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
+    from nha.data.corpus import open_corpus
     from nha.data.prepare import prepare
     from nha.data.text import calibration_text, evaluation_documents
 
@@ -71,6 +72,8 @@ def make_corpus(work: Path) -> tuple[Any, Any]:
     trained.train_from_iterator(texts, vocab_size=500, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
     work.mkdir(parents=True, exist_ok=True)
+    if (work / "corpus").is_dir():
+        return open_corpus(work / "corpus", tokenizer), tokenizer
     (work / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return prepare([str(work / "text.jsonl")], work / "corpus", tokenizer, held_out_fraction=0.0), tokenizer
 
