@@ -83,6 +83,13 @@ class HybridGenerationMixin:
         parent: Any = super()
         return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching, whose paged cache holds keys and values and no slots."""
+        raise NotImplementedError(
+            f"expected {type(self).__name__}.generate, for left-padded batches, or vLLM with the plugin of nha, "
+            "got continuous batching: its paged cache has no slots"
+        )
+
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The source of drafts for assisted decoding; the cache takes back as many at no cost."""
         parent: Any = super()
