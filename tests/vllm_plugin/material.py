@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nha import NHAConfig, NHAForCausalLM, hybridize
-from tests.data.tokenizers import small_tokenizer
+from tests.data.tokenizers import SPECIAL, wrap
 
 VOCAB, MAX_LEN, KV_BYTES = 320, 4096, 96 << 20
 SIZES: dict[str, Any] = dict(
@@ -29,7 +30,7 @@ SIZES: dict[str, Any] = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}>"
 
 
 def sharpen(model: Any, factor: float) -> Any:
@@ -56,15 +57,27 @@ def make_model(path: Path, family: str, windows: list[int], *, factor: float = 3
         text = torch.randint(3, VOCAB, (4, 256))
         model = hybridize(whole, num_slots=8, window_size=windows, calibration=text)
     model.save_pretrained(path)
-    tokenizer = small_tokenizer("bytes")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
+    ascii_tokenizer().save_pretrained(path)
     return path
+
+
+def ascii_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are printable characters and pairs of letters: any tokens are text."""
+    characters = ["Ġ", *map(chr, range(33, 127))]
+    letters = [chr(i) for i in range(97, 123)]
+    pairs = [(one, two) for one in letters for two in letters][: VOCAB - len(SPECIAL) - len(characters)]
+    vocab = [*SPECIAL, *characters, *("".join(pair) for pair in pairs)]
+    core = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(vocab)}, merges=pairs))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = wrap(core)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def make_prompts(lengths: list[int], seed: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 259, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
 @torch.no_grad()

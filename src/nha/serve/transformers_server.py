@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from nha.models.auto import hybrid_classes
 from nha.models.loading import Source, is_hybrid
@@ -37,8 +40,11 @@ def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) ->
     def build_limited(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
         app.add_middleware(Limits)
+        for held in args[0].loaded_models.values():
+            held.model.generation_config.do_sample = True  # a temperature of 0 turns it off again
         return app
 
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # older versions list its models, and fail without it
     server.build_server = build_limited
     uvicorn.Config = functools.partial(uvicorn.Config, timeout_graceful_shutdown=settings.drain_s)  # type: ignore[misc]
     command.Serve(
