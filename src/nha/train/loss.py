@@ -23,7 +23,7 @@ def chunk_loss(
 ) -> Chunk:
     """Summed loss [] of n tokens and its gradients with respect to hidden [n, hidden] and weight [V, hidden]."""
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    raw = (hidden @ weight.T).to(exact) * scale
+    raw, token_weight = (hidden @ weight.T).to(exact) * scale, token_weight.to(exact)
     slope = None
     if cap is not None:
         capped = torch.tanh(raw / cap)
