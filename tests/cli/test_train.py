@@ -92,13 +92,14 @@ def test_a_dry_run_estimates_the_papers_run_without_text(place):
         "--micro-batch-size",
         "8",
     ]
-    result = call(place, place / "dry", *arguments, "--gpu", "H100", "--gpus", "32", "--json")
+    result = call(place, place / "dry", *arguments, "--gpu", "H100:32", "--json")
     found = json.loads(result.stdout)
     assert 1.2e9 < found["parameters"] < 1.5e9 and found["seconds"] > 0 and found["total_bytes"] > 16 * 1.2e9
     assert not (place / "dry").exists()
     shown = call(place, place / "dry", *arguments, "--gpu", "H100")
     assert shown.exit_code == 0 and "about" in shown.stdout
-    assert call(place, place / "dry", *arguments, "--gpu", "unheard-of").exit_code == 2
+    for wrong in ("unheard-of", "H100:many", "H100:0"):
+        assert call(place, place / "dry", *arguments, "--gpu", wrong).exit_code == 2
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(place):

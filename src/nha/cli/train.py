@@ -54,9 +54,9 @@ def train(
         bool, typer.Option("--dry-run", help="Estimate memory and time, and stop; needs no text.")
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="The GPU that --dry-run estimates for.", show_default="the one that is there")
+        str | None,
+        typer.Option(help="GPUs that --dry-run estimates for, such as H100 or H100:8.", show_default="the one here"),
     ] = None,
-    gpus: Annotated[int, typer.Option(help="How many GPUs --dry-run estimates for.")] = 1,
     mfu: Annotated[float, typer.Option(help="Fraction of the GPU's peak that --dry-run assumes.")] = 0.35,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
@@ -66,9 +66,8 @@ def train(
     130 and 143: by SIGINT and SIGTERM, with a checkpoint.
     """
     if dry_run:
-        common.check_at_least("--gpus", gpus, 1)
         common.check_range("--mfu", mfu, above=0, at_most=1)
-        report_estimate(settings, tokenizer, (gpu, gpus, mfu), as_json)
+        report_estimate(settings, tokenizer, (*parse_gpus(gpu), mfu), as_json)
         return
     stop = Stop(settings.budget)
     try:
@@ -122,6 +121,20 @@ def read_text(
     if text is None:
         return loaded, open_corpus(cache, loaded)
     return loaded, prepare_corpus(text, cache, loaded, field, held_out)
+
+
+def parse_gpus(text: str | None) -> tuple[str | None, int]:
+    """A GPU's name and how many there are. Raises BadInput for no number.
+
+    >>> parse_gpus("H100:8"), parse_gpus("A100"), parse_gpus(None)
+    (('H100', 8), ('A100', 1), (None, 1))
+    """
+    if text is None:
+        return None, 1
+    name, _, count = text.partition(":")
+    if count and not (count.isascii() and count.isdigit() and int(count)):
+        raise BadInput(f"expected --gpu as NAME or NAME:COUNT, got {text!r}")
+    return name, int(count or 1)
 
 
 def report_estimate(
