@@ -41,7 +41,7 @@ import torch
 from nha.convert.search import windows_from_search
 from nha.data.corpus import Corpus, open_corpus
 from nha.data.stream import Stream
-from nha.distill.run import Distilled, compile_student, distill, make_mixture, make_student, make_trainer
+from nha.distill.run import Distilled, compiles, distill, make_mixture, make_student, make_trainer
 from nha.distill.settings import DistillSettings
 from nha.distill.trainer import Reports
 from nha.evaluate.measure import Suite, measure_model, measure_texts, standard_suite
@@ -239,7 +239,8 @@ def profile(name: str, corpus: Corpus, options: argparse.Namespace, steps: int =
     stream = Stream(corpus, tokenizer, make_mixture(settings))
     windows = plan_windows(model.config, settings.window_size, settings.full_layers)  # type: ignore[arg-type]
     student, _ = make_student(model, corpus, settings, windows)
-    compile_student(student, settings.compile)
+    if compiles(student, settings.compile):
+        student.compile_layers()
     with tempfile.TemporaryDirectory() as run:
         trainer = make_trainer(student.train(), stream, Path(run), settings)
         optimizer = trainer.create_optimizer()

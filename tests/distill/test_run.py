@@ -81,7 +81,8 @@ def test_a_run_trains_attention_and_gates_and_leaves_the_rest(whole_run):
     assert moved == {name for name in before if ".self_attn." in name}
     assert [entry["step"] for entry in found.log] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "kl", "cross_entropy", "answer_loss", "tokens_per_s"} <= found.log[0].keys()
-    assert {path.name for path in run.iterdir()} == {".lock", "run.json", "log.jsonl", "checkpoint-6", "tensorboard"}
+    files = {".lock", "run.json", "log.jsonl", "timeline.json", "checkpoint-6", "tensorboard"}
+    assert {path.name for path in run.iterdir()} == files
     assert found.model.config.use_cache
 
 

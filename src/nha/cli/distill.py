@@ -21,6 +21,7 @@ from nha.cli.options import given_options, make_settings, with_settings
 from nha.distill.recipes import RECIPES, recipe_values
 from nha.distill.settings import CONTROL, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
+from nha.distill.timeline import BEGUN, Timeline
 from nha.io import atomic_directory
 from nha.models import loading
 
@@ -135,11 +136,14 @@ def distill(
             if dry_run:
                 report_estimate(source, settings, as_json)
                 return
+            timeline = Timeline()
+            timeline.mark("options checked")
             opened = read_text(source, text, text.corpus or output.with_name(output.name + ".corpus"))
+            timeline.mark("text read")
             if text.prepare_only:
                 report_corpus(opened, as_json)
                 return
-            run(Job(source, opened, output, settings, dtype, control, as_json), stop)
+            run(Job(source, opened, output, settings, dtype, control, as_json, timeline), stop)
     except KeyboardInterrupt:
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
@@ -252,6 +256,7 @@ class Job:
     dtype: str
     control: str | None
     as_json: bool
+    timeline: Timeline
 
     def load(self) -> tuple[Any, Any]:
         """The original and its tokenizer."""
@@ -269,6 +274,7 @@ def run(job: Job, stop: Stop) -> None:
     from nha.distill.run import control_identity
 
     loaded, tokenizer = job.load()
+    job.timeline.mark("model loaded")
     stop.check()
     identity, control = None, None
     if job.control is not None:
@@ -303,7 +309,7 @@ def train_and_save(
     is_control = control_of is not None
     place = job.output / CONTROL if is_control else job.output
     folder = place / (MODEL if is_control else "hybrid")
-    found, steps = train(model, tokenizer, job.corpus, place, job.settings, stop, is_control)
+    found, steps = train(job, model, tokenizer, place, stop, is_control)
     if rank() != 0:
         return {}
     measured = relative = None
@@ -369,15 +375,15 @@ def base_dtype(source: loading.Source, default: Any) -> Any:
     return default if stored is None else stored
 
 
-def train(
-    model: Any, tokenizer: Any, corpus: Corpus, output: Path, settings: DistillSettings, stop: Stop, control: bool
-) -> tuple[Distilled, int]:
+def train(job: Job, model: Any, tokenizer: Any, output: Path, stop: Stop, control: bool) -> tuple[Distilled, int]:
     """Distil, or train a control, with progress on stderr. Returns the outcome and the number of steps in all."""
     from nha.distill.run import distill as train_hybrid
     from nha.distill.run import make_mixture
     from nha.distill.trainer import Reports
 
-    steps = make_mixture(settings, world_size()).steps
+    steps = make_mixture(job.settings, world_size()).steps
+    timeline = dataclasses.replace(job.timeline, stages=dict(job.timeline.stages))
+    shown: list[str] = []
     with common.progress_bar() as bar:
         tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
         texts = {"align": "aligning layers", "train": "training the control" if control else "training"}
@@ -386,14 +392,17 @@ def train(
             if stage not in tasks:
                 tasks[stage] = bar.add_task(texts[stage], total=total)
             bar.update(tasks[stage], completed=done, total=total, description=texts[stage])
+            if BEGUN in timeline.stages and not shown and not job.as_json:
+                shown.append(str(timeline))
+                bar.console.print(f"[dim]{escape(shown[0])}[/]", soft_wrap=True)
 
         def log(entry: dict[str, float]) -> None:
             texts["train"] = ("control, " if control else "") + describe(entry)
             progress("train", int(entry["step"]), steps)
 
-        reports = Reports(log=log, progress=progress)
-        found = train_hybrid(model, tokenizer, corpus, output, settings, control=control, reports=reports, stop=stop)
-        return found, steps
+        reports = Reports(log=log, progress=progress, timeline=timeline)
+        options = {"control": control, "reports": reports, "stop": stop}
+        return train_hybrid(model, tokenizer, job.corpus, output, job.settings, **options), steps
 
 
 def report(result: dict[str, Any], steps: int, as_json: bool) -> None:

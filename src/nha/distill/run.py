@@ -38,6 +38,7 @@ from nha.distill.loss import Head
 from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.student import Distillation, linear_layers
+from nha.distill.timeline import start_compiler
 from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, largest_window, plan_windows, smallest_window
@@ -213,11 +214,25 @@ def make_trainer(
     return trainer
 
 
-def compile_student(student: Distillation, what: str = "auto") -> None:
-    """Compile "layers" or "nothing"; "auto" compiles layers on a single GPU."""
-    single_gpu = next(student.parameters()).is_cuda and not fsdp_options(student)
-    if what == "layers" or (what == "auto" and single_gpu):
-        student.compile_layers()
+def compiles(model: torch.nn.Module, what: str = "auto") -> bool:
+    """Whether layers are compiled: for "layers", not for "nothing", and for "auto" on a single GPU."""
+    single_gpu = next(model.parameters()).is_cuda and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return what == "layers" or (what == "auto" and single_gpu)
+
+
+def with_timeline(reports: Reports, run: Path, start: int) -> Reports:
+    """Reports that also take down the first steps after `start`, on the first of several devices."""
+    first = os.environ.get("RANK", "0") == "0"
+
+    def progress(stage: str, done: int, total: int) -> None:
+        known = len(reports.timeline.stages)
+        reports.timeline.mark_step(done, start)
+        if first and len(reports.timeline.stages) > known:
+            reports.timeline.write(run)
+        if reports.progress is not None:
+            reports.progress(stage, done, total)
+
+    return dataclasses.replace(reports, progress=progress)
 
 
 def distill(
@@ -273,6 +288,8 @@ def distill(
         raise ValueError(f"expected trainable weights for a control, got trainable {settings.trainable!r}")
     stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world)
     stream[0]  # raises for sequences too short for recall text
+    if compiles(model, settings.compile):
+        start_compiler()
     wanted = (control_identity if control else identity)(model, corpus, settings, world)
     if rank == 0:  # the others may look while it is being written
         check_directory(run, wanted)
@@ -281,7 +298,9 @@ def distill(
             stop = Stop(settings.budget)
             stack.enter_context(handle_signals(stop))
         cached = model.config.use_cache
+        reports.timeline.mark("inputs checked")
         student, ids = make_student(model, corpus, settings, [FULL] * len(windows) if control else windows, control)
+        reports.timeline.mark("converted")
         stop.check()
         if rank == 0:
             stack.enter_context(locked(run))
@@ -291,10 +310,12 @@ def distill(
         checkpoint = latest_checkpoint(run)
         start = 0 if checkpoint is None else step_of(checkpoint)
         aligned = [] if checkpoint else align_student(student, ids, settings, reports, stop)
+        reports.timeline.mark("aligned")
         if start < len(stream):
             student.train()
-            compile_student(student, settings.compile)
-            trainer = make_trainer(student, stream, run, settings, start, reports, stop)
+            if compiles(student, settings.compile):
+                student.compile_layers()
+            trainer = make_trainer(student, stream, run, settings, start, with_timeline(reports, run, start), stop)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             start = trainer.state.global_step
         elif checkpoint is not None:

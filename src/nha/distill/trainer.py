@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nha.distill.resumable import ResumableTrainer
 from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop
 from nha.distill.student import SUMS, Distillation
+from nha.distill.timeline import Timeline
 from nha.io import write_atomically
 from nha.ops.heads import map_window
 
@@ -33,10 +34,14 @@ Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the st
 
 @dataclass
 class Reports:
-    """Functions that a run calls: `log` with every entry of the log, `progress` after every layer and step."""
+    """Functions that a run calls: `log` with every entry of the log, `progress` after every layer and step.
+
+    `timeline` takes down when each stage ends.
+    """
 
     log: Callable[[Log], None] | None = None
     progress: Progress | None = None
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 class DistillTrainer(ResumableTrainer):
