@@ -76,6 +76,24 @@ def measure(name: str, path: str, options: argparse.Namespace) -> list[dict[str,
     return [{"model": name, "trained_with": max(own, default=-1), "texts": len(ids), **row} for row in rows]
 
 
+def write(rows: list[dict[str, Any]], out: Path) -> None:
+    """Write the table, the comparison of the first model with the others, and the picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = stamp("torch", "transformers", "nha")
+    with (out / "knob.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], []).append(row)
+    first, *others = by_model
+    relative = {name: relative_perplexity(by_model[first], by_model[name]) for name in others}
+    found = {"rows": rows, f"perplexity of {first} relative to": relative, **about}
+    write_atomically(out / "knob.json", json.dumps(found, indent=1) + "\n")
+    draw(rows, out / "knob.png")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure all models and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,18 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = [pair.partition("=")[::2] for pair in options.models]
     if not all(name and path for name, path in pairs):
         parser.error(f"expected NAME=PATH, got {' '.join(options.models)}")
-    rows = [row for name, path in pairs for row in measure(name, path, options)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = stamp("torch", "transformers", "nha")
-    with (options.out / "knob.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
-    first, *others = (rows[at : at + len(options.windows)] for at in range(0, len(rows), len(options.windows)))
-    relative = {other[0]["model"]: relative_perplexity(first, other) for other in others}
-    found = {"rows": rows, "relative_perplexity_of_the_first": relative, **about}
-    write_atomically(options.out / "knob.json", json.dumps(found, indent=1) + "\n")
-    draw(rows, options.out / "knob.png")
+    write([row for name, path in pairs for row in measure(name, path, options)], options.out)
     return 0
 
 

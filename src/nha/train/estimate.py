@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nha.models.config import FULL
+from nha.ops.heads import all_windows
 from nha.train.loss import MAX_LOGITS
 from nha.train.settings import TrainSettings
 
@@ -92,10 +93,13 @@ def attention_operations(config: Any, seq_len: int) -> float:
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     total = 0.0
-    for window in getattr(config, "window_sizes", None) or [FULL] * layers:
-        slots = 0 if window == FULL or window >= seq_len else config.num_slots
-        sinks = config.num_sinks if slots else 0
-        total += 4.0 * dim * (heads * (keys_per_query(seq_len, window) + slots + sinks) + kv_heads * slots)
+    for each in getattr(config, "window_sizes", None) or [FULL] * layers:
+        windows = all_windows([each])  # one, or one for each KV head
+        for window in windows:
+            slots = 0 if window == FULL or window >= seq_len else config.num_slots
+            sinks = config.num_sinks if slots else 0
+            keys = heads * (keys_per_query(seq_len, window) + slots + sinks) + kv_heads * slots
+            total += 4.0 * dim * keys / len(windows)
     return total
 
 

@@ -29,7 +29,7 @@ from nha.distill.checkpoint import (
 from nha.distill.gradients import whole
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.trainer import JsonlLogger, Log, Reports, StopCallback
-from nha.models.config import FULL
+from nha.models.config import smallest_window
 from nha.models.nha import NHAForCausalLM
 from nha.train.estimate import Estimate, check_memory, estimate, peak_operations
 from nha.train.loss import LanguageModel
@@ -84,7 +84,7 @@ def check_data(data: Corpus | Rows, config: Any, settings: TrainSettings) -> Non
         raise ValueError(
             f"expected more than {settings.seq_len} tokens to train on, a sequence of seq_len, {data.path} has {found}"
         )
-    smallest = min((w for w in windows or () if w != FULL), default=0)
+    smallest = max(0, smallest_window(windows or ()))
     longest = int(data.lengths[data.train_indices].max(initial=0))
     if settings.packing == "documents" and longest <= smallest:
         raise ValueError(
