@@ -122,3 +122,38 @@ def test_the_command_has_help_with_an_example():
     result = runner.invoke(app, ["search", "--help"])
     assert result.exit_code == 0
     assert "Example" in result.stdout
+
+
+def test_heads_that_are_found_are_converted_and_another_plan_takes_their_weights(places, tmp_path):
+    path, text = tmp_path / "plan.json", tmp_path / "letters.txt"
+    names = ("Anna", "Berlin", "Cyrus", "Delphi", "Edward", "Florence", "Greta", "Havana")
+    lines = [
+        f"The {i} traveller whom old letter {i} praises often was {n}." for i, n in zip("abcdefgh", names, strict=True)
+    ]
+    text.write_text(" ".join(lines))
+    options = ["--heads", "1", "--head-steps", "1", "--window", "8", "--text", str(text)]
+    first = run(places, "search", "@tiny", str(path), *options, "--wide", "18", "--json")
+    assert first.exit_code == 0, first.output
+    found = json.loads(path.read_text())
+    assert sorted(w for row in found["windows"] for w in ([row] * 2 if isinstance(row, int) else row)) == [6] * 5 + [18]
+    second = run(places, "search", "@tiny", str(path), *options)
+    assert second.exit_code == 0 and "full attention" in second.stdout, second.output
+    full = json.loads(path.read_text())
+    assert full["weights"] == found["weights"] and full["wide_window"] == -1
+    made = tmp_path / "made"
+    arguments = ["hybridize", "@tiny", str(made), "--windows", str(path), "--slots", "8", "--no-measure", "--json"]
+    converted = run(places, *arguments)
+    assert converted.exit_code == 0, converted.output
+    assert json.loads(converted.stdout)["window_sizes"] == full["windows"]
+    for wrong, words in ((["@hybrid"], "not converted yet"), (["@tiny", "--seed", "1"], "seed 1")):
+        refused = run(places, "search", wrong[0], str(path), *options, *wrong[1:])
+        assert refused.exit_code == 2 and words in " ".join(refused.stderr.split())
+
+
+def test_windows_of_single_heads_are_named_on_the_command_line(places, tmp_path):
+    common = ["--window", "16", "--slots", "8", "--no-measure", "--json", "--windows"]
+    made = run(places, "hybridize", "@tiny", str(tmp_path / "made"), *common, "0.1=32, 2=-1")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["window_sizes"] == [[16, 32], 16, -1]
+    refused = run(places, "hybridize", "@tiny", str(tmp_path / "other"), *common, "0.2=32")
+    assert refused.exit_code == 2 and "heads below 2 in layer 0, got 2" in " ".join(refused.stderr.split())

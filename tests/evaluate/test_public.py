@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from nha.data.cloze import RANGES, cut_sentences, make_clozes
 from nha.data.text import calibration_text, evaluation_documents
 from nha.evaluate.partial import PartialResults
-from nha.evaluate.public.cloze import RANGES, cut_sentences, make_clozes
 from nha.evaluate.public.needle import DEPTHS, make_needles
 from nha.evaluate.public.run import PublicSettings, counted, measure_public, read_public, relative, summary
 from nha.evaluate.public.scoring import ContinuationScorer, choice_requests, encode, is_correct

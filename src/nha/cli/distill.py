@@ -16,7 +16,7 @@ from rich.table import Table
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.evaluate_options import with_groups
-from nha.cli.hybridize import check_convertible, searched_windows
+from nha.cli.hybridize import WINDOWS_HELP, check_convertible, searched_windows
 from nha.cli.options import given_options, make_settings, with_settings
 from nha.distill.recipes import RECIPES, recipe_values
 from nha.distill.settings import CONTROL, DistillSettings
@@ -91,8 +91,8 @@ def distill(
     settings: DistillSettings,
     text: TextOptions = DEFAULT_TEXT,
     windows: Annotated[
-        Path | None,
-        typer.Option(help="A result of nha search, instead of --window and --full-layers.", show_default=False),
+        str | None,
+        typer.Option(help=WINDOWS_HELP, show_default=False),
     ] = None,
     recipe: RecipeOption = None,
     dry_run: Annotated[
@@ -125,7 +125,8 @@ def distill(
             source = loading.find(model)
             given = {name: getattr(settings, name) for name in given_options(context, DistillSettings)}
             if windows is not None:
-                given["window_size"] = tuple(searched_windows(windows, settings.window_size, settings.full_layers))
+                found = searched_windows(windows, source, settings.window_size, settings.full_layers)
+                given |= {"window_size": tuple(found), "full_layers": ()}
             if recipe is not None:
                 values = recipe_values(recipe, layers_of(source), source.base, given)
             else:

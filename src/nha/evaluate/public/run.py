@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nha.data.cloze import RANGES, Cloze, make_clozes
 from nha.evaluate.bootstrap import LEVEL, RESAMPLES, wilson
 from nha.evaluate.measure import Progress, cut, label, measure_texts, plain_ids, tokenized
 from nha.evaluate.partial import PartialResults
-from nha.evaluate.public.cloze import RANGES, Cloze, make_clozes
 from nha.evaluate.public.needle import DEPTHS, make_needles
 from nha.evaluate.public.scoring import ContinuationScorer, Request, choice_requests, is_correct
 from nha.evaluate.public.sets import (
