@@ -134,7 +134,7 @@ def searched_windows(
 
     if not is_head_text(given):
         if window_size != HybridizeSettings().window_size or full_layers:
-            raise BadInput("expected a file for --windows or --window and --full-layers, got both")
+            raise BadInput("expected --windows or --window and --full-layers, got both")
         return list(windows_from_plan(given))
     if source.config is None:
         from nha.models.smollm2 import KV_HEADS, LAYERS
