@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nha.data.cloze import RANGES
 from nha.data.corpus import Corpus
 from nha.errors import OutOfTime
-from nha.evaluate.public.cloze import RANGES
 from nha.evaluate.public.run import PERPLEXITY, PublicData, PublicSettings, measure_public, read_public
 from nha.models.config import NHAConfig
 from nha.train.presets import preset_config
