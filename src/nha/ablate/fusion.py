@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from nha.layer import log_gate
 from nha.models.config import NHAConfig
 from nha.models.masks import HybridMask, cache_argument, read_mask
-from nha.models.nha import NHAAttention
+from nha.models.nha import FEATURES, NHAAttention
 from nha.models.segment import Reading, Segment, attend
 from nha.models.windows import decoder
 from nha.ops import nha_attention
@@ -47,13 +47,16 @@ class AveragedAttention(NHAAttention):
             raise ValueError(f"expected plain sequences in an ablation of the softmax, got {refused[0]}")
         q_slot, k_slot, v = self.project(hidden_states)
         q, k = rotate(q_slot, *position_embeddings), rotate(k_slot, *position_embeddings)
-        gate = log_gate(self.g_proj(hidden_states), k.shape[2])
-        near = attend(Segment(q, k, v, gate[..., :0], None, None, None, None), Reading(self.window_size))[0]
-        delayed = [delay(x, self.window_size) for x in (k_slot, v, gate)]
+        features = FEATURES[self.config.slot_features]
+        q_slot, k_slot = features(q_slot), features(k_slot)
+        gate, window = log_gate(self.g_proj(hidden_states), k.shape[2]), self.window_size
+        assert isinstance(window, int)  # an arm has one window for all heads of a layer
+        near = attend(Segment(q, k, v, gate[..., :0], None, None, None, None), Reading(window))[0]
+        delayed = [delay(x, window) for x in (k_slot, v, gate)]
         far = nha_attention(q_slot, delayed[0], delayed[1], delayed[2], window_size=0).out
-        written = torch.arange(q.shape[1], device=q.device) >= self.window_size
+        written = torch.arange(q.shape[1], device=q.device) >= window
         share = torch.where(written[:, None], self.slot_share(hidden_states), 0.0)[..., None].to(near.dtype)
-        return self.o_proj((near + share * (far - near)).flatten(2)), None
+        return self.output(near + share * (far - near), hidden_states), None
 
     def slot_share(self, hidden_states: Tensor) -> Tensor:
         """The weight of the slots' output, [B, T, HQ] or broadcast to it."""

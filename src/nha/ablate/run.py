@@ -242,6 +242,9 @@ def language_row(table: Table, row: Row, out: Path, sources: Sources, left: floa
     """Train and measure a row of a language table. Raises OutOfTime."""
     plan = table.language
     assert plan is not None
+    visible = torch.cuda.device_count()
+    if visible > 1:  # Trainer would spread each batch over all of them
+        raise ValueError(f"expected one visible GPU for a language table, got {visible}: set CUDA_VISIBLE_DEVICES")
     started, run = time.monotonic(), out / RUNS / row.name(table.name)
     shape = plan.config(sources.corpus.meta["tokenizer"]["vocabulary"])
     outcome = train_language(
