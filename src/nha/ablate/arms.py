@@ -151,5 +151,5 @@ def state_bytes(model: PreTrainedModel, context: int) -> int:
         tokens = sum(context if window == FULL else min(window, context) for window in config.window_sizes)
         return numbers * tokens * CACHE_DTYPE.itemsize
     with torch.device("meta"):
-        counted = NHAForCausalLM(copy.deepcopy(config)).to(CACHE_DTYPE)
+        counted = NHAForCausalLM(copy.deepcopy(config)).to(CACHE_DTYPE)  # type: ignore[arg-type]
     return cache_bytes(counted, list(config.window_sizes), context)

@@ -55,7 +55,9 @@ class LanguagePlan:
 
     def settings(self, lr: float, seed: int, budget: float | None = None) -> TrainSettings:
         """The settings of one run. Raises ValueError for what cannot be."""
-        values = SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget} | self.train
+        values: dict[str, Any] = (
+            SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget} | self.train
+        )
         try:
             return TrainSettings(**values)
         except TypeError as error:
