@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python -m experiments.ship BASE HYBRID --run RUN --out FILE      # what LoRA trained, exactly
     PYTHONPATH=src python -m experiments.ship BASE HYBRID --rank 16 --out FILE      # the best changes of rank 16
-    PYTHONPATH=src python -m experiments.ship --install FILE                        # into the package, with its README
+    PYTHONPATH=src python -m experiments.ship --install FILE --result results/quality  # into the package
 
 HYBRID is the directory of a hybrid that `nha distill BASE RUN` made; --run names the run's directory, if it was made
 with --trainable lora.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
-from nha.io import write_atomically
+from nha.io import DIGEST, write_atomically, write_tensors
 from nha.models import loading
 from nha.models.delta import lora_changes, low_rank_changes, read_delta, save_delta
 from nha.models.smollm2 import DELTA
@@ -56,18 +57,34 @@ def make_delta(path: Path, base: Any, hybrid: Any, facts: Mapping[str, str], run
     save_delta(path, hybrid, changes, {**FACTS, **facts})
 
 
-def install(file: Path, place: Path = DELTA) -> None:
-    """Put a file into the package, with a README that says what it is."""
+def install(file: Path, place: Path = DELTA, quality: Mapping[str, float] | None = None) -> None:
+    """Put a file into the package, with its numbers relative to the control, and a README that says what it is."""
     tensors, metadata = read_delta(file)
-    data = file.read_bytes()
-    if len(data) > LIMIT:
-        raise SystemExit(f"expected at most {LIMIT:,.0f} bytes in {file}, got {len(data):,}")
+    metadata.pop(DIGEST, None)
+    if file.stat().st_size > LIMIT:
+        raise SystemExit(f"expected at most {LIMIT:,.0f} bytes in {file}, got {file.stat().st_size:,}")
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, data)
-    digest = hashlib.sha256(data).hexdigest()
-    text = README.format(name=place.name, size=len(data), digest=digest, **metadata)
+    write_tensors(place, tensors, metadata | {"quality": json.dumps(quality or {})})
+    data = place.read_bytes()
+    text = README.format(name=place.name, size=len(data), digest=hashlib.sha256(data).hexdigest(), **metadata)
+    if quality:
+        text += "\nRelative to the fair control, the original trained on the same batches with full attention:\n\n"
+        text += "| | ratio |\n|---|---|\n" + "".join(f"| {name} | {value:.3f} |\n" for name, value in quality.items())
     write_atomically(place.parent / "README.md", text)
     print(f"{place}: {len(data):,} bytes, {len(tensors)} tensors")
+
+
+def quality_of(folder: Path, arm: str) -> dict[str, float]:
+    """The numbers of an arm of `experiments/quality.py` relative to its control, as ratios by name."""
+    from experiments.quality_report import find_control, read_runs, shares
+
+    runs = read_runs(folder)
+    for run in runs:
+        control = find_control(run, runs)
+        if run["row"]["arm"] == arm and control is not None:
+            found = shares(run, control)
+            return {name: round(value["ratio"], 4) for name, value in found.items() if value["ratio"] is not None}
+    raise SystemExit(f"expected the arm {arm} and its control in {folder}/runs, got none")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,9 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--command", default="nha distill", help="the command that made the hybrid, for the file")
     parser.add_argument("--install", type=Path)
+    parser.add_argument("--result", type=Path, help="the folder of results that has the file's run and its control")
+    parser.add_argument("--arm", default="ship", help="the run in it")
     options = parser.parse_args(arguments)
     if options.install is not None:
-        install(options.install)
+        install(options.install, quality=None if options.result is None else quality_of(options.result, options.arm))
         return 0
     if options.hybrid is None or options.out is None:
         parser.error("expected BASE, HYBRID and --out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nha.cli import app
@@ -44,6 +45,40 @@ def test_windows_of_minus_one_are_full_attention(tiny_hybrid):
     changed = json.loads(runner.invoke(app, [*arguments, "--window", "-1"]).stdout)["results"]["model"]
     original = json.loads(runner.invoke(app, [*arguments, "--ablations"]).stdout)["results"]["full attention"]
     assert changed["perplexity"] == original["perplexity"]
+
+
+def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it_ships(tiny, tmp_path, monkeypatch):
+    import transformers
+
+    from nha.models import loading, smollm2
+    from nha.models.delta import low_rank_changes, save_delta
+    from nha.report import quickstart
+    from tests.models.test_delta import changed
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    model = changed(base, [64, 64, 64], num_slots=64)
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, model, low_rank_changes(base, model, 2), {"quality": '{"ppl_2k": 1.08}'})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr(smollm2, "DELTA", path)
+    monkeypatch.setattr(quickstart, "DELTA", path)
+    monkeypatch.setattr(quickstart, "CONTEXTS", (512, 1024))
+    monkeypatch.setattr(smollm2, "gguf_path", lambda: path)
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (base, tokenizer))
+    arguments = ["quickstart", "--output", str(tmp_path / "report"), "--quick", "--json"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["source"] == loading.EMBEDDED and found["window_sizes"] == [64, 64, 64]
+    names = {variant["name"] for variant in found["variants"]}
+    assert names == {"teacher", "untrained", "hybrid", "slots_off", "longer_window", "window_off"}
+    assert found["distilled"]["facts"] == 1 and found["distilled"]["bytes"] == path.stat().st_size
+    assert found["tuning"] is None and len(found["samples"]) == 3
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Relative to the original trained on the same tokens" in page and "A fact 2,048 tokens back" in page
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "report" / "hybrid")
+    ids = torch.randint(97, (1, 40))
+    assert (saved(ids).logits - model(ids).logits).abs().max() < 0.3  # the file's numbers are bfloat16
 
 
 def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):

@@ -13,15 +13,15 @@ from experiments import ship
 from nha.distill.run import distill
 from nha.models import loading, smollm2
 from nha.models.adapter import to_hybrid
-from nha.models.delta import apply_delta, delta_config, low_rank_changes, read_delta, save_delta
+from nha.models.delta import apply_delta, delta_config, delta_quality, low_rank_changes, read_delta, save_delta
 from tests.distill.material import material, settings, tiny
 from tests.models.families import teacher
 
 
-def changed(base, windows, rank=2):
+def changed(base, windows, rank=2, num_slots=5):
     """A hybrid of a base model with other gates and sinks, and low-rank changes of two layers."""
     model = copy.deepcopy(base)
-    to_hybrid(model, windows, num_slots=5)
+    to_hybrid(model, windows, num_slots=num_slots)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -106,7 +106,8 @@ def test_the_embedded_models_hybrid_is_found_by_name_where_it_is_installed(tmp_p
     monkeypatch.setattr(smollm2, "load_smollm2", lambda: (copy.deepcopy(base), None))
     with pytest.raises(ImportError, match="smollm2-hybrid.safetensors"):
         loading.find(loading.EMBEDDED_HYBRID)
-    ship.install(made, smollm2.DELTA)
+    ship.install(made, smollm2.DELTA, {"ppl_2k": 1.08})
+    assert delta_quality(smollm2.DELTA) == {"ppl_2k": 1.08}
     assert smollm2.has_hybrid()
     source = loading.find(loading.EMBEDDED_HYBRID)
     assert loading.is_hybrid(source.config) and source.base == loading.EMBEDDED_ID
@@ -116,7 +117,7 @@ def test_the_embedded_models_hybrid_is_found_by_name_where_it_is_installed(tmp_p
     assert (loaded(ids.to(loaded.device)).logits.cpu() - model.eval()(ids).logits).abs().max() < 0.2
     readme = (smollm2.DELTA.parent / "README.md").read_text()
     assert "nha distill" in readme and "apache-2.0" in readme
-    assert json.dumps([8, -1, 8]) in readme
+    assert json.dumps([8, -1, 8]) in readme and "| ppl_2k | 1.080 |" in readme
 
 
 def test_the_file_in_the_package_is_small_and_is_what_its_readme_says():

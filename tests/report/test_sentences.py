@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from nha.report import Check, Cost, Results
+from nha.report.results import Distilled
 from nha.report.sentences import (
     change,
     conversion_text,
@@ -198,3 +200,11 @@ def test_next_steps_quote_names_for_the_shell():
     assert lines[0] == "nha hybridize 'my model' my-hybrid --full-layers 8,18,20,23"
     assert any(line.startswith("nha distill 'my model'") for line in lines)
     assert any(line.startswith("nha search 'my model'") for line in lines)
+
+
+def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_it_recalled():
+    found = replace(results(), tuning=None, distilled=Distilled(10_300_000, {"ppl_2k": 1.08}, 8192, 2, 1))
+    text = verdict(found).text
+    assert "after distillation" in text and "8 % higher" in text and "1 of 2 numbers" in text and "8,192" in text
+    assert "10.3 MB" in " ".join(conversion_text(found))
+    assert Results.from_dict(found.to_dict()) == found

@@ -117,6 +117,11 @@ def delta_config(path: str | Path) -> Any:
     return kind(**{name: value for name, value in values.items() if name not in VOLATILE})
 
 
+def delta_quality(path: str | Path) -> dict[str, float]:
+    """A delta's numbers relative to those of its fair control, as ratios by name; empty where it has none."""
+    return json.loads(read_delta(path)[1].get("quality", "{}"))
+
+
 @torch.no_grad()
 def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
     """Turn a base model into the hybrid of a delta, in place; changes are added in float32.

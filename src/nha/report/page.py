@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nha.report import plots, sentences
-from nha.report.results import TABLE, VARIANTS, Check, Results, to_json
+from nha.report.results import VARIANTS, Check, Results, to_json
 from nha.report.sentences import megabytes, number, times, tokens
 
 ALT = {
@@ -103,7 +103,7 @@ def _figure(name: str, images: Mapping[str, bytes]) -> dict[str, str]:
 def variant_rows(results: Results) -> list[dict[str, Any]]:
     """The rows of the table of variants, as text."""
     teacher, rows = results.perplexity("teacher"), []
-    for name in TABLE:
+    for name in results.table:
         variant = results.variant(name)
         if variant is None:
             continue

@@ -192,11 +192,11 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     entries = []
     every: list[float] = []
-    for name in ("slots_off", "longer_window", "all_hybrid", "teacher", "hybrid"):
+    for name in ("slots_off", "longer_window", "all_hybrid", "untrained", "teacher", "hybrid"):
         variant = results.variant(name)
         if variant is None:
             continue
-        colour, dash = theme.variants[name]
+        colour, dash = theme.variants["all_hybrid" if name == "untrained" else name]  # there is one of the two
         strong = name in ("teacher", "hybrid")
         points = [(x, y) for x, y in zip(middles, variant.by_position, strict=True) if math.isfinite(y)]
         if not points:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -21,24 +22,30 @@ from nha.convert.card import CardFacts, save_hybrid
 from nha.convert.hybridize import hybridize
 from nha.convert.settings import searched_layers
 from nha.data.text import blocks, calibration_text, evaluation_documents
-from nha.evaluate.measure import bucket_edges
+from nha.evaluate.measure import bucket_edges, plain_ids, tokenized
 from nha.evaluate.perplexity import Perplexity, perplexity
+from nha.evaluate.public.needle import make_needles
+from nha.evaluate.public.written import begins_with, first_line
+from nha.evaluate.public.written import write as generate_text
 from nha.evaluate.variants import longer_window
 from nha.models import loading
 from nha.models.cache import cache_nbytes, nha_layers
-from nha.models.config import FULL, plan_windows, sliding_layers
+from nha.models.config import FULL, LayerWindow, plan_windows, sliding_layers
 from nha.models.conversation import encode
+from nha.models.delta import apply_delta, delta_quality
 from nha.models.observe import ablate
+from nha.models.smollm2 import DELTA
 from nha.models.windows import set_windows, temporary_windows
 from nha.ops.heads import all_windows
 from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
-from nha.report.results import VARIANTS, Check, Cost, Results, Sample, Tuning, Variant
+from nha.report.results import VARIANTS, Check, Cost, Distilled, Results, Sample, Tuning, Variant
 
 # Layers that keep full attention, found by `nha search --full 4`, by the model's label.
 DOCUMENT = "the Python language reference"
 QUESTION = "Explain in two sentences what a function is in Python."
 DOCUMENTS = 2
 TRAINING_LENGTH = min(CONTEXTS)  # tokens of a text to train on; caches are filled from as many
+FACTS, FACT_TOKENS, QUICK_FACT_TOKENS = 2, 8192, 2048
 MAX_SLOTS = 4096  # half of the tokens that gates are calibrated on
 Report = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -46,16 +53,19 @@ Report = Callable[[str, int, int], None]  # (step, done, total)
 STEPS = {
     "loading the model": 19.0,
     "measuring the original": 12.0,
+    "writing as the original": 7.0,
     "calibrating sinks and gates": 27.0,
     "measuring before training": 14.0,
     "training gates and sinks": 58.0,
     "measuring with no full layers": 15.0,
+    "measuring the untrained hybrid": 15.0,
     "measuring the hybrid": 15.0,
     "measuring with slots off": 14.0,
     "measuring a longer window": 15.0,
     "measuring with the window off": 15.0,
     "measuring memory and time": 24.0,
     "writing samples": 13.0,
+    "recalling facts": 50.0,
     "checking": 1.0,
     "saving the hybrid": 2.0,
     "drawing and writing the report": 8.0,
@@ -64,7 +74,10 @@ STEPS = {
 
 @dataclass
 class Settings:
-    """A run's settings: `windows` and `full_layers` as `hybridize` takes them; `quick` measures less."""
+    """A run's settings: `windows` and `full_layers` as `hybridize` takes them; `quick` measures less.
+
+    `distilled` measures the embedded model's distilled hybrid instead of one whose gates are trained for a moment.
+    """
 
     windows: int | list[int]
     slots: int
@@ -72,6 +85,7 @@ class Settings:
     seed: int
     quick: bool = False
     tune: bool = True
+    distilled: bool = False
 
     def check(self) -> None:
         """Raise ValueError for sizes that the texts of a quickstart are too short for."""
@@ -119,9 +133,13 @@ class Clock:
 
 def planned_steps(settings: Settings) -> dict[str, float]:
     """The steps of a run, in order, with their expected seconds (their proportions are what counts)."""
-    left_out = set() if settings.tune else {"measuring before training", "training gates and sinks"}
-    if not settings.full_layers:
+    left_out = {"measuring before training", "training gates and sinks"}
+    if settings.tune and not settings.distilled:
+        left_out = set()
+    if not settings.full_layers or settings.distilled:
         left_out.add("measuring with no full layers")
+    if not settings.distilled:
+        left_out |= {"writing as the original", "measuring the untrained hybrid", "recalling facts"}
     return {name: seconds for name, seconds in STEPS.items() if name not in left_out}
 
 
@@ -143,15 +161,24 @@ def run(source: loading.Source, settings: Settings, report: Report, saved: Path 
         model, tokenizer = loading.load(source)
     parameters = model.num_parameters()
     texts = blocks(tokenizer, evaluation_documents(), DOCUMENTS, settings.length)
-    measured, tuning, every = convert_and_measure(model, tokenizer, texts, settings, clock)
-    hybrid: Any = model
     checks: list[Check] = []
     cost: list[Cost] = []
     samples: list[Sample] = []
+    original: list[str] | None = None
+    if settings.distilled:
+        with clock.step("writing as the original") as advance:
+            original = original_texts(model, tokenizer, texts, settings, advance)
+    measured, tuning, every = convert_and_measure(model, tokenizer, texts, settings, clock)
+    hybrid: Any = model
     with clock.step("measuring memory and time") as advance, kept(checks, "measuring memory and time"):
         cost += costs(hybrid, texts[:1], CONTEXTS[:5] if settings.quick else CONTEXTS, advance=advance)
     with clock.step("writing samples") as advance, kept(checks, "writing samples"):
-        write_samples(hybrid, tokenizer, texts, settings, samples, advance)
+        write_samples(hybrid, tokenizer, texts, settings, samples, advance, original)
+    distilled = None
+    if settings.distilled:
+        distilled = Distilled(DELTA.stat().st_size, delta_quality(DELTA))
+        with clock.step("recalling facts") as advance, kept(checks, "recalling facts"):
+            recall_facts(hybrid, tokenizer, settings, distilled, samples, advance)
     with clock.step("checking"), kept(checks, "checking"):
         checks += run_checks(hybrid, texts)
     if saved is not None:
@@ -186,12 +213,13 @@ def run(source: loading.Source, settings: Settings, report: Report, saved: Path 
         seed=settings.seed,
         sliding_layers=kept_sliding(hybrid.config),
         tuning=tuning,
+        distilled=distilled,
     )
 
 
 def convert_and_measure(
     model: Any, tokenizer: Any, texts: Tensor, settings: Settings, clock: Clock
-) -> tuple[dict[str, Perplexity], Tuning | None, list[int] | None]:
+) -> tuple[dict[str, Perplexity], Tuning | None, list[LayerWindow] | None]:
     """Convert `model` in place and measure every variant.
 
     Returns perplexity by variant, the training, and the windows with the full layers converted as well (None if no
@@ -217,7 +245,10 @@ def convert_and_measure(
             progress=advance,
         )
     tuning = None
-    if settings.tune:
+    if settings.distilled:
+        measure("untrained", "measuring the untrained hybrid")
+        apply_delta(model, DELTA)
+    elif settings.tune:
         with temporary_windows(model, windows):
             measure("untuned", "measuring before training")
         tuning = tune(model, tokenizer, settings, clock)
@@ -266,7 +297,9 @@ def tune(model: Any, tokenizer: Any, settings: Settings, clock: Clock) -> Tuning
     )
 
 
-def add_bytes(variants: list[Variant], model: Any, texts: Tensor, cost: list[Cost], every: list[int] | None) -> None:
+def add_bytes(
+    variants: list[Variant], model: Any, texts: Tensor, cost: list[Cost], every: list[LayerWindow] | None
+) -> None:
     """Give original, hybrid and the hybrid without full layers the bytes of their caches at the longest context."""
     if not cost:
         return
@@ -279,6 +312,26 @@ def add_bytes(variants: list[Variant], model: Any, texts: Tensor, cost: list[Cos
         variant.bytes = found.get(variant.name)
 
 
+def prompts_of(tokenizer: Any, texts: Tensor) -> list[tuple[str, str, Tensor]]:
+    """(title, what is shown, ids [1, T]) of the prompts that both models continue."""
+    long = texts[:1, :1024]
+    return [
+        ("A short question", QUESTION, encode(tokenizer, QUESTION, raw=False)),
+        ("Going on with a long document", "... " + tokenizer.decode(long[0, -60:]).strip(), long),
+    ]
+
+
+def original_texts(
+    model: Any, tokenizer: Any, texts: Tensor, settings: Settings, advance: Callable[[int, int], None]
+) -> list[str]:
+    """Continuations of the prompts by the model before its weights change."""
+    prompts, found = prompts_of(tokenizer, texts), []
+    for number, (_, _, ids) in enumerate(prompts):
+        found.append(write(model, tokenizer, ids, settings.new_tokens))
+        advance(number + 1, len(prompts))
+    return found
+
+
 def write_samples(
     model: Any,
     tokenizer: Any,
@@ -286,19 +339,47 @@ def write_samples(
     settings: Settings,
     found: list[Sample],
     advance: Callable[[int, int], None],
+    original: list[str] | None = None,
 ) -> None:
-    """Add to `found` what original and hybrid write, greedily, to a short question and after a long text."""
-    long = texts[:1, :1024]
-    prompts = [
-        ("A short question", QUESTION, encode(tokenizer, QUESTION, raw=False)),
-        ("Going on with a long document", "... " + tokenizer.decode(long[0, -60:]).strip(), long),
-    ]
+    """Add to `found` what original and hybrid write, greedily, to a short question and after a long text.
+
+    `original` are the original's texts, where the hybrid no longer has its weights.
+    """
+    prompts = prompts_of(tokenizer, texts)
     for number, (title, shown, ids) in enumerate(prompts):
         hybrid = write(model, tokenizer, ids, settings.new_tokens)
-        with as_teacher(model):
-            teacher = write(model, tokenizer, ids, settings.new_tokens)
+        if original is not None:
+            teacher = original[number]
+        else:
+            with as_teacher(model):
+                teacher = write(model, tokenizer, ids, settings.new_tokens)
         found.append(Sample(title, shown, ids.shape[1], teacher, hybrid))
         advance(number + 1, len(prompts))
+
+
+def recall_facts(
+    model: Any,
+    tokenizer: Any,
+    settings: Settings,
+    distilled: Distilled,
+    samples: list[Sample],
+    advance: Callable[[int, int], None],
+) -> None:
+    """Ask for numbers at the start of long prompts; counts go to `distilled`, the first answer to `samples`."""
+    length, count = (QUICK_FACT_TOKENS, 1) if settings.quick else (FACT_TOKENS, FACTS)
+    haystack = np.concatenate(plain_ids(tokenizer, tokenized(tokenizer)))
+    needles = make_needles(tokenizer, haystack, length, count, depths=(0.0,), seed=settings.seed)
+    new = 2 + max(len(needle.answer) for needle in needles)
+    for number, needle in enumerate(needles):
+        text = generate_text(model, tokenizer, [needle.prompt], new)[0]
+        distilled.fact_tokens, distilled.facts = length, number + 1
+        distilled.recalled += begins_with(text, needle.answer)
+        if not number:
+            ends = [str(tokenizer.decode(part)).strip() for part in (needle.prompt[:40], needle.prompt[-24:])]
+            teacher = "(not asked here: with full attention it reads this long)"
+            shown = " ... ".join(ends)
+            samples.append(Sample(f"A fact {length:,} tokens back", shown, length, teacher, first_line(text)))
+        advance(number + 1, count)
 
 
 def write(model: Any, tokenizer: Any, ids: Tensor, count: int) -> str:

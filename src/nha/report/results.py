@@ -14,12 +14,13 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "teacher": ("original", "the model as it came: full attention"),
     "hybrid": ("hybrid", "every hybrid layer reads its window and its slots"),
     "all_hybrid": ("no full layers", "the hybrid with the layers that kept full attention converted as well"),
+    "untrained": ("untrained", "the hybrid as converted: gates and sinks calibrated, nothing trained"),
     "slots_off": ("slots off", "the hybrid without its slots: window and sinks alone"),
     "longer_window": ("longer window", "no slots, and a window longer by as many tokens: as many keys and values"),
     "window_off": ("window off", "the hybrid with a window of 0: every token is written to the slots at once"),
     "untuned": ("before training", "the hybrid before the short training of its gates and sinks"),
 }
-TABLE = tuple(name for name in VARIANTS if name != "untuned")  # at most six rows
+TABLE = tuple(name for name in VARIANTS if name not in ("untuned", "untrained"))  # at most six rows
 
 
 def to_json(value: Any) -> str:
@@ -113,6 +114,24 @@ class Tuning:
 
 
 @dataclass
+class Distilled:
+    """The distilled hybrid that this package ships for the embedded model.
+
+    Attributes:
+        bytes: of its file.
+        relative: its numbers relative to those of the original trained on the same tokens, as ratios by name.
+        fact_tokens: length of the prompts that begin with a fact and end with its question.
+        facts, recalled: how many were asked for, and how many were written correctly.
+    """
+
+    bytes: int
+    relative: dict[str, float] = field(default_factory=dict)
+    fact_tokens: int = 0
+    facts: int = 0
+    recalled: int = 0
+
+
+@dataclass
 class Results:
     """Everything a quickstart run measured.
 
@@ -144,11 +163,19 @@ class Results:
     sliding_layers: int = 0
     saved_to: str | None = None
     tuning: Tuning | None = None
+    distilled: Distilled | None = None
     notes: list[str] = field(default_factory=list)
 
     def variant(self, name: str) -> Variant | None:
         """The variant of this name, if it was measured."""
         return next((variant for variant in self.variants if variant.name == name), None)
+
+    @property
+    def table(self) -> tuple[str, ...]:
+        """The names of the variants in tables; a distilled hybrid stands beside the untrained one."""
+        if self.distilled is None:
+            return TABLE
+        return tuple("untrained" if name == "all_hybrid" else name for name in TABLE)
 
     def perplexity(self, name: str) -> float:
         """Perplexity of a variant that must have been measured; KeyError otherwise."""
@@ -217,6 +244,7 @@ class Results:
             data["samples"] = [Sample(**sample) for sample in data["samples"]]
             data["checks"] = [Check(**check) for check in data["checks"]]
             data["tuning"] = Tuning(**data["tuning"]) if data["tuning"] else None
+            data["distilled"] = Distilled(**data["distilled"]) if data.get("distilled") else None
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"expected results of format {FORMAT!r} with all their fields, got {error}") from None

@@ -114,11 +114,29 @@ def verdict(results: Results) -> Verdict:
             "poor": "The hybrid lost much.",
         }[level]
     how = "after a short training of its gates and sinks" if results.tuning else "without any training"
+    how = "after distillation" if results.distilled else how
     text = (
         f"Its perplexity on long documents is {change(ratio)} ({number(results.perplexity('hybrid'))}, original "
         f"{number(results.perplexity('teacher'))}) {how}."
     )
-    return Verdict(level, opening, " ".join([text, *memory_text(results)]))
+    return Verdict(level, opening, " ".join([text, *distilled_text(results), *memory_text(results)]))
+
+
+def distilled_text(results: Results) -> list[str]:
+    """How a distilled hybrid fares beside the fair control, and the facts that it recalled; nothing for others."""
+    found = results.distilled
+    if found is None:
+        return []
+    lines = []
+    ratio = found.relative.get("ppl_2k")
+    if ratio is not None:
+        lines.append(
+            f"Relative to the original trained on the same tokens, perplexity on held-out books is {change(ratio)}."
+        )
+    if found.facts:
+        numbers = f"{found.recalled} of {found.facts} numbers"
+        lines.append(f"It recalled {numbers} that it read about {found.fact_tokens:,} tokens before.")
+    return lines
 
 
 def memory_text(results: Results) -> list[str]:
@@ -195,6 +213,12 @@ def conversion_text(results: Results) -> list[str]:
         "much to the summaries.",
     ]
     weights = "The weights are the original's. Gates and sinks were calibrated on text that is not measured below."
+    if results.distilled:
+        weights = (
+            "Gates, sinks and low-rank changes of the attention's weights were distilled from the original on books; a "
+            f"file of {megabytes(results.distilled.bytes)} in this package holds them. The row 'untrained' shows the "
+            "conversion without them."
+        )
     if results.tuning:
         t = results.tuning
         weights += (
