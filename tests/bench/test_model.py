@@ -135,8 +135,22 @@ def test_the_strongest_original_is_what_a_hybrid_is_compared_with():
     assert "0.50, slower" in text and "kernels of nha (compiled)" in text
 
 
+def test_the_table_of_the_documentation_names_the_strongest_original():
+    rows = [
+        invented("original", "prefill", "one call", 2048, 50.0),
+        invented("hybrid-4", "prefill", "one call", 2048, 80.0),
+    ]
+    rows += [invented("original-kernels", "decode", "compiled", 32768, 8.0)]
+    rows += [invented("hybrid-4", "decode", "graph", 32768, 4.0)]
+    lines = model_page.markdown(rows).splitlines()
+    assert lines[2].startswith("| read 2K tokens | 80 ms") and lines[2].endswith("0.62, slower |")
+    assert "8.0 ms (original, kernels of nha, compiled) | 2.00 |" in lines[3] and len(lines) == 4
+
+
 def test_page_and_picture_are_written(measured, tmp_path):
     pytest.importorskip("matplotlib")
     paths = model_page.write(measured[1], "a model", tmp_path / "it")
-    assert [path.name for path in paths] == ["it.png", "it.html"] and all(path.stat().st_size for path in paths)
+    assert [path.name for path in paths] == ["it.png", "it.html", "it.md"] and all(
+        path.stat().st_size for path in paths
+    )
     assert "data:image/png;base64" in paths[1].read_text()

@@ -124,7 +124,7 @@ def summary(rows: list[Row]) -> list[str]:
             assert strong is not None
             name = f"{style(strong['variant']).label} ({strong['how']})"
             lines.append(
-                f"{style(variant).label}, {title.lower()}: {first}times as fast as the strongest original: {factors}; "
+                f"{style(variant).label}, {title.lower()}: {first}speed-up over the strongest original: {factors}; "
                 f"the strongest at {tokens(max(known))} is {name}"
             )
     return lines
@@ -240,6 +240,39 @@ def _ratio(ratio: float | None) -> str:
     return f"{ratio:.2f}" if ratio >= 1 else f'<span class="loss">{ratio:.2f}, slower</span>'
 
 
+SHOWN = (
+    *(("prefill", n, "read {} tokens") for n in (512, 2048, 131072)),
+    *(("decode", n, "a token after {}") for n in (32768, 131072)),
+    ("throughput", 32768, "tokens/s after {}, as many sequences as fit"),
+)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows that the documentation shows: hybrids beside the strongest original, which is named, losses included."""
+    hybrids = [name for name in variants_of(rows) if name not in ORIGINALS]
+    heads = ["", *(style(name).label for name in hybrids), "strongest original", "speed-up"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for task, length, text in SHOWN:
+        theirs = fastest(rows, task, ORIGINALS, length)
+        ours = [fastest(rows, task, [name], length) for name in hybrids]
+        if theirs is None or not any(ours):
+            continue
+        ratios = [speed_up(rows, task, name, length) for name in hybrids]
+        told = " / ".join("" if x is None else f"{x:.2f}" + (", slower" if x < 1 else "") for x in ratios)
+        name = f"{_number(theirs)} ({style(theirs['variant']).label}, {theirs['how']})"
+        cells = [text.format(tokens(length)), *("" if row is None else _number(row) for row in ours), name, told]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(row: Row) -> str:
+    if row["task"] == "throughput":
+        return f"{row['tokens_s']:,.0f} (B {row['B']:,})"
+    ms = row["ms"]
+    shown = f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
+    return shown + (f", {row['peak_gib']:.1f} GiB" if row["task"] == "prefill" and row["peak_gib"] else "")
+
+
 def page(rows: list[Row], name: str, png: bytes | None) -> str:
     """The whole page as one HTML file."""
     machine = html.escape(about(rows))
@@ -260,7 +293,7 @@ def page(rows: list[Row], name: str, png: bytes | None) -> str:
 
 
 def write(rows: list[Row], name: str, stem: Path) -> list[Path]:
-    """Write STEM.png (with matplotlib) and STEM.html; the paths."""
+    """Write STEM.png (with matplotlib), STEM.html and STEM.md; the paths."""
     png, paths = None, []
     try:
         figure = draw(rows, name)
@@ -272,6 +305,7 @@ def write(rows: list[Row], name: str, stem: Path) -> list[Path]:
         png = buffer.getvalue()
         paths.append(stem.with_name(stem.name + ".png"))
         write_atomically(paths[-1], png)
-    paths.append(stem.with_name(stem.name + ".html"))
-    write_atomically(paths[-1], page(rows, name, png))
+    for end, text in ((".html", page(rows, name, png)), (".md", markdown(rows))):
+        paths.append(stem.with_name(stem.name + end))
+        write_atomically(paths[-1], text)
     return paths
