@@ -4,7 +4,7 @@ Per chunk, with `L` the running sum of its log-gates, `mid = L[last] / 2` and `s
 
     q_decay = exp(L - mid)      k_decay = s * exp(mid - L)      half_decay = exp(mid)
     slots read at token i       q_decay_i * (half_decay * S + sum_{j <= i} k_decay_j (x) x_j)
-    slots after the chunk       half_decay * (half_decay * S + sum_j k_decay_j (x) x_j)
+    slots after the chunk       half_decay * half_decay * S + half_decay * sum_j k_decay_j (x) x_j
 
 With log-gates >= -5 no exponent exceeds 16 * 5 / 2 = 40 in size, so float32 holds every factor.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 CHUNK = 16  # tokens whose gates are factorised together: bounds the exponents
 MAX_TILE = 128  # queries of a window block
 GATE_FLOOR = -5.0
-GROUP_ELEMENTS = 1 << 20  # scores of one group, about what stays in the cache
+GROUP_ELEMENTS = 1 << 19  # scores of one group, about what stays in the cache
 
 
 class Plan(NamedTuple):
@@ -74,12 +74,19 @@ class Group(NamedTuple):
     slot_query: Tensor  # [B, H, n, chunk * G, D], scaled
     window_key: Tensor | None  # [B, H, tiles, blocks * tile, D]
     window_value: Tensor | None
-    token_key: Tensor  # [B, H, n, chunk, D], written to the slots
-    token_value: Tensor
+    tokens: Tensor  # [B, H, n, chunk, D + Dv], keys beside values, written to the slots
     q_decay: Tensor  # [B, H, n, chunk, M]
     k_decay: Tensor
     half_decay: Tensor  # [B, H, n, M, 1]
-    slots: Tensor  # [B, H, n, M, D + Dv], half_decay * the slots before each chunk
+    slots: Tensor  # [B, H, n, M, D + Dv], before each chunk
+
+    @property
+    def token_key(self) -> Tensor:
+        return self.tokens[..., : self.query.shape[-1]]
+
+    @property
+    def token_value(self) -> Tensor:
+        return self.tokens[..., self.query.shape[-1] :]
 
 
 class Scores(NamedTuple):
@@ -125,21 +132,24 @@ def sum_tiles(grad: Tensor, plan: Plan) -> Tensor:
 
 def decays(log_gate: Tensor, plan: Plan, size: int, span: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """q_decay, k_decay, half_decay (module docstring) of one group of log-gates [B, T, H, M]."""
-    gate = heads_first(log_gate, *span, size).clamp(GATE_FLOOR, 0).unflatten(2, (-1, plan.chunk))
+    # Contiguous, or every product would copy the decays that are made of it.
+    gate = heads_first(log_gate, *span, size).clamp(GATE_FLOOR, 0).contiguous().unflatten(2, (-1, plan.chunk))
     total = gate.cumsum(-2)
     mid = total[..., -1:, :] / 2
-    q_decay = torch.exp(total - mid)
-    k_decay = torch.expm1(gate).neg_() / q_decay
-    return q_decay, k_decay, mid.exp().transpose(-1, -2)
+    q_decay = total.sub_(mid).exp_()
+    k_decay = gate.expm1_().neg_().div_(q_decay)
+    return q_decay, k_decay, mid.exp_().transpose(-1, -2)
 
 
 def advance_slots(slots: Tensor, half_decay: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots through the chunks of a group: (half_decay * the slots before each one, slots after the last)."""
-    before = []
-    for index in range(written.shape[2]):
-        before.append(half_decay[:, :, index] * slots)
-        slots = half_decay[:, :, index] * (before[-1] + written[:, :, index])
-    return torch.stack(before, 2), slots
+    """Slots through the chunks of a group: (those before each one, those after the last). `written` is overwritten."""
+    written *= half_decay
+    decay, before = half_decay.square(), torch.empty_like(written)
+    before[:, :, 0] = slots
+    last = written.shape[2] - 1
+    for index in range(last):
+        torch.addcmul(written[:, :, index], decay[:, :, index], before[:, :, index], out=before[:, :, index + 1])
+    return before, torch.addcmul(written[:, :, last], decay[:, :, last], before[:, :, last])
 
 
 def load_group(
@@ -151,10 +161,9 @@ def load_group(
     heads, window = k.shape[2], plan.window
     size = -(-(stop - start) // plan.tile) * plan.tile
     q_decay, k_decay, half_decay = decays(log_gate, plan, size, span)
-    token_key = heads_first(k_slot, start, stop, size).unflatten(2, (-1, plan.chunk))
-    token_value = heads_first(v, start, stop, size).unflatten(2, (-1, plan.chunk))
-    written = k_decay.transpose(-1, -2) @ torch.cat([token_key, token_value], -1)
-    before, slots = advance_slots(slots, half_decay, written)
+    tokens = torch.cat([heads_first(k_slot, start, stop, size), heads_first(v, start, stop, size)], -1)
+    tokens = tokens.unflatten(2, (-1, plan.chunk))
+    before, slots = advance_slots(slots, half_decay, k_decay.transpose(-1, -2) @ tokens)
     window_key = window_value = None
     if window:
         first, last = start + window - plan.lookback, start + window + size
@@ -167,8 +176,7 @@ def load_group(
         slot_query.unflatten(2, (size // plan.chunk, -1)),
         window_key,
         window_value,
-        token_key,
-        token_value,
+        tokens,
         q_decay,
         k_decay,
         half_decay,
@@ -199,7 +207,8 @@ def score_group(
     per_kv = rows // plan.chunk
     qk = group.slot_query @ group.token_key.transpose(-1, -2)
     qk *= triangle(rows, plan.chunk, qk.device)
-    slot_scores = qk @ group.k_decay + group.slot_query @ group.slots[..., :dim].transpose(-1, -2)
+    slot_scores = (group.slot_query @ group.slots[..., :dim].transpose(-1, -2)).mul_(group.half_decay.mT)
+    slot_scores += qk @ group.k_decay
     parts = [times_q_decay(slot_scores, group, plan).flatten(2, 3)]
     if sink_key.shape[1]:
         parts.insert(0, group.slot_query.flatten(2, 3) @ sink_key.transpose(-1, -2))

@@ -72,7 +72,7 @@ def _forward(
         on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
         decayed = times_q_decay(on_slots.unflatten(2, (group.q_decay.shape[2], -1)), group, plan)
         result = mask_unwritten(decayed @ group.k_decay.transpose(-1, -2), plan) @ group.token_value
-        result += decayed @ group.slots[..., dim:]
+        result += decayed.mul_(group.half_decay.mT) @ group.slots[..., dim:]
         result = result.flatten(2, 3)
         if group.window_value is not None:
             result += (on_window.unflatten(2, (group.query.shape[2], -1)) @ group.window_value).flatten(2, 3)
@@ -178,6 +178,7 @@ def _add_group(
     start, stop = span
     sinks, num_slots, chunks = sink[0].shape[1], group.q_decay.shape[-1], group.q_decay.shape[2]
     tiles, per_kv = group.query.shape[2], group.slot_query.shape[3] // plan.chunk
+    group = group._replace(slots=group.slots * group.half_decay)
     slot_key, slot_value = group.slots.split([group.query.shape[-1], do.shape[-1]], -1)
     do_chunks = do.unflatten(2, (chunks, -1))
     sizes = [sinks, num_slots, plan.blocks * plan.tile]
@@ -238,7 +239,7 @@ def _backward_slots(grads: _Gradients, group: Group, dread: Tensor) -> tuple[Ten
     their gradient; the choice of `mid` changes no result and is a constant here. `dread` [B, H, n, M, D + Dv] is the
     gradient of the slots that the group's queries read.
     """
-    tokens = torch.cat([group.token_key, group.token_value], -1)
+    tokens = group.tokens
     written = group.k_decay.transpose(-1, -2) @ tokens
     dwritten, dend = torch.empty_like(written), group.half_decay.new_empty(group.half_decay.shape[:-1])
     for chunk in reversed(range(written.shape[2])):
