@@ -1,14 +1,18 @@
 """The exponents of the chunked implementation are bounded, and docs/math.md says what the code does."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nha.ops import NHAState
 from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, decays, make_plan
 from nha.ops.state import MAX_WINDOW
+from tests.inputs import Case, call, leaves, make
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "math.md").read_text()
@@ -40,3 +44,28 @@ def test_the_page_has_the_numbers_of_the_code():
     assert max_decay and f"at least -{max_decay[1]}, with exponents up to\n{int(max_decay[1]) // 2}" in PAGE
     assert subchunk and f"sub-chunks of {subchunk[1]} tokens" in PAGE
     assert NHAState.from_slots.__name__ in PAGE
+
+
+def test_no_operation_needs_float64_or_a_number_from_the_device(monkeypatch):
+    """Apple's GPUs have no float64, and reading a number stalls a device: neither is asked for."""
+    dtypes, operators = set(), set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            operators.add(function.overloadpacket.__name__)
+            dtypes.update(x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    chunked = sys.modules["nha.ops.chunked"]
+    flat = leaves(make(Case(length=50, window=5, sinks=1), torch.float32))
+    options = {"window_size": 5, "return_state": True}
+    for name, grad in (("_forward", False), ("_backward", True)):
+        with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
+            patch.setattr(chunked, name, getattr(chunked, name)._init_fn)  # seen inside, not as one operator
+            with Recorder():
+                out = call(flat, **options).out
+                if grad:
+                    out.sum().backward()
+    assert {"bmm", "addcmul", "_softmax_backward_data"} <= operators
+    assert torch.float64 not in dtypes and "_local_scalar_dense" not in operators
