@@ -40,6 +40,13 @@ def test_a_model_that_is_no_hybrid_is_refused():
         check_model(SimpleNamespace(model_type="llama"))
 
 
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"output_gate": True}, {"slot_features": "silu"}])
+def test_layers_that_vllm_does_not_know_are_refused(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=name):
+        check_model(NHAConfig.tiny(**changes))
+
+
 def test_experts_are_refused():
     with pytest.raises(ValueError, match="nha-mixtral"):
         check_model(SimpleNamespace(model_type="nha-mixtral", window_sizes=[8]))

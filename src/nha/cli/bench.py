@@ -11,6 +11,7 @@ import typer
 from nha.cli import common
 from nha.cli.common import FAILED_CHECK, check_at_least, command
 from nha.errors import BadInput
+from nha.models import loading
 
 RESULTS = Path("benchmarks/results")
 bench_app = typer.Typer(help="Time this library on this machine.", no_args_is_help=True, rich_markup_mode="rich")
@@ -131,6 +132,31 @@ def cpu(
         cpu_model.run(out / "cpu-model.csv", repeats, tiny, log)
         return
     run(rows(lengths, tiny), out / ("cpu-lengths.csv" if lengths else "cpu.csv"), repeats, log)
+
+
+@bench_app.command("serve", epilog="Example: [cyan]nha bench serve my-hybrid --lengths 4096,32768,131072[/]")
+@command
+def serve(
+    model: Annotated[str, typer.Argument(help="Directory of a hybrid.")],
+    out: Out = RESULTS,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "4096,32768,131072",
+    sequences: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written after each.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Number format of the model, as vLLM names it.")] = "auto",
+    eager: Annotated[bool, typer.Option("--eager", help="Without compiled code and CUDA graphs.")] = False,
+    budget: Budget = 3600,
+) -> None:
+    """Time a hybrid in vLLM beside vLLM's own full attention: serve.csv. Needs vLLM."""
+    from nha.bench.serve import cases, run
+
+    check_at_least("--sequences", sequences, 1)
+    check_at_least("--new-tokens", new_tokens, 2)
+    sizes = common.parse_ints(lengths, "--lengths")
+    check_at_least("--lengths", min(sizes), 1)
+    source = loading.find(model)
+    if source.directory is None or not loading.is_hybrid(source.config):
+        raise BadInput(f"expected the directory of a hybrid, got {model}")
+    leave(run(cases(str(source.directory), sizes, sequences, new_tokens, dtype, eager), out, budget, log))
 
 
 @bench_app.command("plots", epilog="Example: [cyan]nha bench plots --out pictures[/]")

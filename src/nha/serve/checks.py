@@ -8,6 +8,7 @@ from nha.models.config import FULL
 from nha.models.families import EXPERTS, TABLE
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
+PLAIN = {"qk_norm": False, "output_gate": False, "slot_features": "none"}  # vLLM's Llama knows no others
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number
 
 
@@ -50,6 +51,11 @@ def check_model(config: Any) -> None:
         raise ValueError(
             f"expected a model without experts in vLLM, got {config.model_type}; transformers can serve it"
         )
+    for name, plain in PLAIN.items():
+        if getattr(config, name, plain) != plain:
+            raise ValueError(
+                f"expected {name}={plain!r} in vLLM, got {getattr(config, name)!r}; transformers can serve it"
+            )
     for layer, window in enumerate(windows):
         if isinstance(window, bool) or not isinstance(window, int):
             raise ValueError(f"expected one window for all heads of a layer in vLLM, got {window!r} in layer {layer}")

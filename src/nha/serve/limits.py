@@ -176,7 +176,7 @@ class Limits:
             await answer(send, refused)
 
     async def forward(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Hand a request to the server, in its turn and with a length that fits where the policy says so."""
+        """Hand a request to the server, in its turn and with a length that fits where the policy names a model."""
         if self.policy.model is None:
             await self.app(scope, receive, send)
             return

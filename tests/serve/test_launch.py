@@ -1,0 +1,70 @@
+"""Which server runs a model, why, and with which command."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from nha import NHAConfig
+from nha.errors import BadInput
+from nha.models.loading import Source
+from nha.serve import launch
+from nha.serve.launch import Choice, choose, start, text_length, vllm_command
+from nha.serve.settings import ServeSettings
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Source("my-hybrid", NHAConfig.tiny(), tmp_path)
+
+
+def test_vllm_runs_what_it_can(source, monkeypatch):
+    monkeypatch.setattr(launch, "vllm_refusal", lambda source: None)
+    monkeypatch.setattr(launch, "vllm_version", lambda: "0.32.0")
+    choice = choose("auto", source)
+    assert choice.backend == "vllm"
+    assert "0.32.0" in choice.why
+
+
+def test_transformers_runs_the_rest_and_the_reason_is_said(source, monkeypatch):
+    monkeypatch.setattr(launch, "vllm_refusal", lambda source: "vLLM is not installed")
+    monkeypatch.setattr(launch, "find_spec", lambda name: object())
+    choice = choose("auto", source)
+    assert choice.backend == "transformers"
+    assert "vLLM is not installed" in choice.why
+    with pytest.raises(BadInput, match="vLLM is not installed"):
+        choose("vllm", source)
+
+
+def test_where_there_is_no_server_the_command_that_installs_one_is_named(source, monkeypatch):
+    monkeypatch.setattr(launch, "vllm_refusal", lambda source: "vLLM is not installed")
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"nha\[serve\]"):
+        choose("auto", source)
+
+
+def test_a_missing_vllm_is_no_reason_to_import_it(source, monkeypatch):
+    monkeypatch.setattr(launch, "vllm_version", lambda: None)
+    assert launch.vllm_refusal(source) == "vLLM is not installed"
+
+
+def test_the_command_holds_the_limits_and_no_key(source):
+    settings = ServeSettings(port=9000, max_length=512, max_requests=7, drain_s=5)
+    command = vllm_command(source, "127.0.0.1", settings, ["--enforce-eager"])
+    pairs = dict(itertools.pairwise(command))
+    assert pairs["--max-model-len"] == "512"
+    assert pairs["--max-num-seqs"] == "7"
+    assert pairs["--shutdown-timeout"] == "5"
+    assert pairs["--host"] == "127.0.0.1"
+    assert command[-1] == "--enforce-eager"
+    assert "--api-key" not in command
+
+
+def test_options_of_vllm_are_refused_beside_transformers(source):
+    with pytest.raises(BadInput, match="--enforce-eager"):
+        start(source, Choice("transformers", ""), "127.0.0.1", None, ServeSettings(), ["--enforce-eager"])
+
+
+def test_a_text_is_as_long_as_the_config_says(source):
+    assert text_length(source) == 1 << 16
