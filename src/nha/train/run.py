@@ -135,7 +135,7 @@ def make_trainer(
 ) -> PretrainTrainer:
     """The Trainer of a run, with its log, and TensorBoard where that is installed."""
     callbacks: list[Any] = [JsonlLogger(run, start, reports.log), StopCallback(stop, reports.progress)]
-    if find_spec("tensorboard") is not None:
+    if find_spec("tensorboard") is not None and os.environ.get("RANK", "0") == "0":
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations.integration_utils import TensorBoardCallback
 
