@@ -63,7 +63,7 @@ def assert_same(model, ids, replays, **options):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "smollm3"])
-@pytest.mark.parametrize("windows", [(8, -1, 0), (8, 8, 8), (-1, -1, -1)], ids=str)
+@pytest.mark.parametrize("windows", [(8, -1, 0), (8, 8, 8), (-1, -1, -1), ([8, 2], [-1, 4], [0, -1])], ids=str)
 def test_replayed_steps_write_the_same_tokens(family, windows, replays):
     assert_same(build(family, windows), tokens(1, 30), replays)
 

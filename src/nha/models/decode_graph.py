@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from nha.models.cache import NHACacheLayer
+from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
+from nha.ops.heads import per_head
 
 MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
 UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
@@ -89,26 +90,37 @@ class DecodeGraph:
 
 def make_static(cache: Cache, max_cache_len: int) -> None:
     """Move a cache to tensors that keep their addresses until it holds `max_cache_len` tokens."""
-    layers: list[Any] = cache.layers
-    for index, layer in enumerate(layers):
-        if isinstance(layer, NHACacheLayer):
-            layer.make_static(max_cache_len)
-            continue
-        new = StaticLayer(max_cache_len)
-        new.update(layer.keys, layer.values)
-        layers[index] = new
+    cache.layers[:] = [static_layer(layer, max_cache_len) for layer in cache.layers]
+
+
+def static_layer(layer: Any, max_cache_len: int) -> Any:
+    """The layer with tensors that keep their addresses, or one like it."""
+    if isinstance(layer, HeadGroupsCacheLayer):
+        layer.parts[:] = [static_layer(part, max_cache_len) for part in layer.parts]
+        layer.is_compileable = True
+        return layer
+    if isinstance(layer, NHACacheLayer):
+        layer.make_static(max_cache_len)
+        return layer
+    new = StaticLayer(max_cache_len)
+    new.update(layer.keys, layer.values)
+    return new
 
 
 def is_growing(layer: Any) -> bool:
-    """Whether a layer is an NHA layer that `make_static` can change."""
+    """Whether a layer is one that `make_static` can change."""
+    if isinstance(layer, HeadGroupsCacheLayer):
+        return all(is_growing(part) for part in layer.parts)
+    if type(layer) is DynamicLayer:
+        return True
     return isinstance(layer, NHACacheLayer) and not layer.is_compileable and not layer.max_rollback
 
 
 def static_bytes(model: Any, batch: int, max_cache_len: int) -> int:
-    """Bytes of the full layers of a static cache."""
+    """Bytes of the full layers and heads of a static cache."""
     config = decoder(model).config
-    width = config.num_key_value_heads * attention_layers(model)[0].head_dim
-    return 2 * config.window_sizes.count(-1) * batch * width * max_cache_len * model.dtype.itemsize
+    heads = sum(per_head(window, config.num_key_value_heads).count(-1) for window in config.window_sizes)
+    return 2 * heads * attention_layers(model)[0].head_dim * batch * max_cache_len * model.dtype.itemsize
 
 
 def has_memory(model: Any, batch: int, max_cache_len: int) -> bool:
@@ -155,7 +167,7 @@ def plan(
     layers = getattr(cache, "layers", [])
     if config.max_new_tokens < MIN_TOKENS or getattr(cache, "offloading", False) or not layers:
         return
-    known = all(type(layer) is DynamicLayer or is_growing(layer) for layer in layers)
+    known = all(is_growing(layer) for layer in layers)
     if known and is_plain(model, before_decoder) and has_memory(model, batch, max_cache_len):
         padded = mask is not None and not bool(mask.all())
         setattr(cache, ATTRIBUTE, DecodeGraph(model, max_cache_len, padded))

@@ -14,6 +14,7 @@ from nha.evaluate.perplexity import perplexity
 from nha.models.config import FULL
 from nha.models.head import head_logits, hidden_states
 from nha.models.windows import temporary_windows
+from nha.ops.heads import map_window
 
 WINDOWS = (0, 8, 16, 32, 64, 128, 256, 512, 1024, FULL)
 
@@ -62,10 +63,10 @@ def turn_knob(
     >>> [row["window"] for row in rows], model.config.window_sizes
     ([0, -1], [8, -1])
     """
-    own: list[int] = list(model.config.window_sizes)  # type: ignore[arg-type]
+    own = list(model.config.window_sizes)  # type: ignore[arg-type]
     rows = []
     for number, window in enumerate(windows):
-        each = [FULL if kept == FULL else window for kept in own]
+        each = [map_window(lambda kept, new=window: FULL if kept == FULL else new, layer) for layer in own]
         with temporary_windows(model, each):
             measured = perplexity(model, ids)
             row = {"window": window, "loss": measured.loss, "perplexity": measured.value}

@@ -43,7 +43,7 @@ class TrainSettings:
     """
 
     preset: str = setting("20m", "Shape of the model.", choices=PRESETS)
-    window_size: int | tuple[int, ...] = setting(
+    window_size: int | tuple[int | tuple[int, ...], ...] = setting(
         64,
         "Tokens of every window, or a list with one entry per layer; -1: full attention, 0: a linear RNN.",
         at_least=-1,

@@ -19,6 +19,7 @@ from nha.data.stream import ResumeSampler
 from nha.distill.resumable import ResumableTrainer
 from nha.models.config import FULL
 from nha.models.windows import temporary_windows
+from nha.ops.heads import map_window
 from nha.train.loss import LanguageModel
 from nha.train.optimizers import make_optimizer
 from nha.train.rows import MicroBatches, draw_window
@@ -102,7 +103,7 @@ class PretrainTrainer(ResumableTrainer):
         causal = self.model.causal
         drawn = draw_window(self.settings.random_windows, self.settings.seed, step)
         own = causal.config.window_sizes
-        return temporary_windows(causal, [FULL if window == FULL else drawn for window in own])
+        return temporary_windows(causal, [map_window(lambda w: FULL if w == FULL else drawn, each) for each in own])
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name."""
