@@ -14,6 +14,7 @@ import torch
 
 import nha.ops.triton
 from nha.ops.triton.full_decode import full_decode as full_decode_op
+from nha.ops.triton.ring import ring_after_prompt
 from nha.ops.triton.unrotate import unrotate_for_slots
 from tests.gpu.cases import make, place, results
 from tests.gpu.kernel_checks import interpretable
@@ -75,6 +76,10 @@ def one_pass(setting: Setting) -> None:
             keys = k.transpose(1, 2)
             if not torch.equal(unrotate_for_slots(keys, keys, *tables, *(x[:, :1] for x in tables))[1], keys):
                 wrong.append(f"un-rotating {length} keys by nothing changes them")
+            gate, slots = -keys[..., :8].abs(), torch.zeros(2, 2, 8, 16, device=q.device)
+            ring = ring_after_prompt(keys, keys, gate, keys, (slots, slots), 8)
+            if not torch.equal(ring.aligned().key, keys[:, -8:]):
+                wrong.append(f"the ring after {length} tokens does not hold the last of them")
     missing = sorted(kernels().keys() - names)
     expect_none(wrong + [f"{name} was not launched" for name in missing])
 

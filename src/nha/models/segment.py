@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nha.ops import NHAState, RingState, nha_attention, nha_decode, supports_decode
+from nha.ops import NHAState, RingState, nha_attention, nha_decode, nha_prefill, supports_decode, supports_prefill
 from nha.ops.autocast import cast_for_autocast
 from nha.ops.backends import needs_grad
 from nha.ops.heads import take_heads
@@ -184,6 +184,20 @@ def attend(
             attention_mask=segment.mask,
         )
         return result.out, ring
+    first = keep and state is None and observer is None and reading.impl == "auto" and segment.mask is None
+    if first and segment.cu_seqlens is None and is_prompt(segment, reading):
+        result = nha_prefill(
+            segment.query,
+            segment.key,
+            segment.value,
+            segment.log_gate,
+            window_size=window,
+            q_slot=segment.slot_query,
+            k_slot=segment.slot_key,
+            sink=reading.sink,
+            scale=reading.scale,
+        )
+        return result.out, result.state
     options: dict[str, Any] = dict(
         window_size=window,
         q_slot=segment.slot_query,
@@ -214,9 +228,13 @@ def attend(
         return result.out, None
     if not writes_in_place(segment, reading, state):
         return result.out, result.state
-    if state is None and segment.mask is None and segment.cu_seqlens is None and segment.length >= window:
-        return result.out, RingState.take_over(result.state, segment.length)
     return result.out, RingState.of(result.state)
+
+
+def is_prompt(segment: Segment, reading: Reading) -> bool:
+    """Whether `nha_prefill` reads a first segment."""
+    given = (*segment.tensors, *(reading.sink or ()))
+    return supports_prefill(*given, softcap=reading.softcap, window_size=reading.window_size)
 
 
 def steps_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:

@@ -1,6 +1,6 @@
 """The operator: `nha_attention`, its state, and which implementation runs where."""
 
-from nha.ops.api import NHAOutput, nha_attention, nha_decode, supports_decode
+from nha.ops.api import NHAOutput, nha_attention, nha_decode, nha_prefill, supports_decode, supports_prefill
 from nha.ops.backends import implementations, resolve_impl
 from nha.ops.full_attention import full_decode, full_prefill
 from nha.ops.state import NHAState, RingState
@@ -14,6 +14,8 @@ __all__ = [
     "implementations",
     "nha_attention",
     "nha_decode",
+    "nha_prefill",
     "resolve_impl",
     "supports_decode",
+    "supports_prefill",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nha.ops import backends
 from nha.ops.autocast import autocast_inputs
-from nha.ops.backends import can_skip_autograd, needs_grad
+from nha.ops.backends import can_skip_autograd, can_skip_dispatch, needs_grad
 from nha.ops.chunked import chunked
 from nha.ops.full_attention import full_attention
 from nha.ops.reference import reference
@@ -192,6 +192,51 @@ def supports_decode(
         can_skip_autograd([q, k, v, log_gate, *more], impl)
         and unsupported(q, v, log_gate, softcap, decoding=True) is None
     )
+
+
+def supports_prefill(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, *more: Tensor | None, softcap: float | None, window_size: int
+) -> bool:
+    """Whether `nha_prefill` can read first segments like these without padding (`more` holds all other inputs).
+
+    >>> import torch
+    >>> q = torch.zeros(1, 9, 2, 4)
+    >>> supports_prefill(q, q, q, q, softcap=None, window_size=4)  # on a CPU
+    False
+    """
+    given = [q, k, v, log_gate, *more]
+    if not 0 <= window_size < q.shape[1] or not can_skip_autograd(given) or not can_skip_dispatch(given):
+        return False
+    return all(unsupported(q, v, log_gate, softcap, decoding) is None for decoding in (False, True))
+
+
+def nha_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    *,
+    window_size: int,
+    q_slot: Tensor | None = None,
+    k_slot: Tensor | None = None,
+    sink: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> NHAOutput:
+    """`nha_attention` for first segments longer than their window, whose state is a `RingState`. No gradients.
+
+    For callers that have asked `supports_prefill`; its host takes less time than that of `nha_attention` and
+    `RingState.of`. Raises ValueError and TypeError as `nha_attention` does.
+    """
+    no_mask: dict[str, Any] = {"window_size": window_size, "state": None, "attention_mask": None, "cu_seqlens": None}
+    check_inputs(q, k, v, log_gate, q_slot, k_slot, sink, **no_mask)
+    check_factors(scale=scale)
+    from nha.ops.triton.chunk.autograd import Segment, triton_prefill
+
+    sink = None if sink is None else (sink[0].to(q.dtype), sink[1].to(v.dtype))
+    segment = Segment(q, k, v, log_gate, q if q_slot is None else q_slot, k if k_slot is None else k_slot)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, ring = triton_prefill(segment, sink, scale=factor, window_size=window_size)
+    return NHAOutput(out, ring, None)
 
 
 @autocast_inputs

@@ -347,19 +347,6 @@ class RingState(NHAState):
             **_copies(replace(state, **wide), -1),
         )
 
-    @classmethod
-    def take_over(cls, state: NHAState, length: int) -> RingState:
-        """The ring of a state that its maker gives away, after `length` tokens of each sequence, W or more.
-
-        As `of`, with fewer operations: nothing is checked, and what need not move is not copied.
-        """
-        turn = length % max(state.window_size, 1)
-        fields: dict[str, Any] = {"window_slot_key": None}
-        for name, x in state.tensors().items():
-            fields[name] = x.detach().roll(turn, 1) if turn and name in WINDOW_CACHE else x.detach()
-        counter = state.num_tokens.new_zeros(state.num_tokens.shape[0], state.slot_key.shape[1] + 1, dtype=torch.int32)
-        return cls(window_size=state.window_size, slots_active=state.slots_active, arrival_counter=counter, **fields)
-
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first and all other tokens in the slots, as in an `NHAState`."""
         if not self.max_rollback:

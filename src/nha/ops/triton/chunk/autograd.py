@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nha.ops.backends import can_skip_dispatch
 from nha.ops.padding import align_left, restore
-from nha.ops.state import NHAState, advance, after_first
+from nha.ops.state import NHAState, RingState, advance, after_first
 from nha.ops.triton.chunk import host
 from nha.ops.triton.chunk.call import Call, ChunkStates, Inputs
 from nha.ops.triton.chunk.host import Saved
 from nha.ops.triton.chunk.tiling import device_guard
+from nha.ops.triton.ring import ring_after_prompt
 from nha.ops.varlen import sequence_of
 
 # Arguments of the operators, as schemas; those of `nha::triton` are the fields of `Inputs`.
@@ -162,6 +163,23 @@ class Segment(NamedTuple):
         q_slot = q if self.q_slot is self.q else align_left(attention_mask, self.q_slot)[0]
         k_slot = k if self.k_slot is self.k else align_left(attention_mask, self.k_slot)[0]
         return Segment(q, k, v, log_gate, q_slot, k_slot)
+
+
+def triton_prefill(
+    segment: Segment, sink: tuple[Tensor, Tensor] | None, *, scale: float, window_size: int
+) -> tuple[Tensor, RingState]:
+    """Outputs [B, T, HQ, Dv] of first segments of at least W tokens, and the ring of the state after them.
+
+    As `triton_attention` without gradients, with fewer operations: the last tokens go into the ring in one launch.
+    """
+    q, k, v, log_gate = (x if x.stride(-1) == 1 else x.contiguous() for x in segment[:4])
+    q_slot = None if segment.q_slot is segment.q else segment.q_slot
+    k_slot = None if segment.k_slot is segment.k else segment.k_slot
+    if k_slot is not None and k_slot.stride(-1) != 1:
+        k_slot = k_slot.contiguous()
+    given = (q, k, v, q_slot, k_slot, log_gate, None, None, *(sink or (None, None)), None, None)
+    out, _, _, slot_key, slot_value, *_ = _compute(*given, window_size, 0, scale, False)
+    return out, ring_after_prompt(k, v, log_gate, k_slot, (slot_key, slot_value), window_size)
 
 
 def triton_attention(
