@@ -7,10 +7,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from nha.convert.heads import load_plan, plan_heads
 from nha.distill.recipes import recipe_settings
 from nha.distill.settings import DistillSettings
+from nha.models.config import FULL, LayerWindow
 from nha.models.loading import EMBEDDED_ID
 
 BUDGETS = ("4full", "1full", "constant")
@@ -31,6 +34,8 @@ class Arm:
         budget: the column of the targets that its bytes fit.
         recipe: of `nha distill --recipe`.
         changes: settings that differ from the recipe's.
+        heads: windows per KV head: how many heads have a wide window, that window, and that of the others (None: what
+            leaves the bytes of 64 tokens in every head).
         long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
         shipped: measure the small file of gates, sinks and low-rank changes instead of the trained model; "lora" for
             what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`.
@@ -41,6 +46,7 @@ class Arm:
     budget: str
     recipe: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    heads: tuple[int, int, int | None] | None = None
     long_needles: tuple[int, ...] = ()
     shipped: str | None = None
     source: str | None = None
@@ -49,17 +55,37 @@ class Arm:
 LONG_TAIL = {"long_range_fraction": 0.5}
 LORA = {"trainable": "lora", "lora_rank": 16}
 LONG = (32768, 65536, 131072)
+# Arms of whole layers, as the recipes have them, and of heads: 12 full heads hold the bytes of 4 full layers, and 15
+# windows of 3,264 tokens those of one full layer after 16,384 tokens.
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("4full", "4full", "quality", LONG_TAIL, (32768,)),
-        Arm("1full", "1full", "balanced", LONG_TAIL, (32768,)),
-        Arm("constant", "constant", "constant", {}, LONG),
-        Arm("ship", "constant", "constant", LORA, LONG, shipped="lora"),
-        Arm("ship_svd", "constant", "constant", {}, LONG, shipped="svd", source="constant"),
+        Arm("4full", "4full", "quality", LONG_TAIL, None, (32768,)),
+        Arm("1full", "1full", "balanced", LONG_TAIL, None, (32768,)),
+        Arm("constant", "constant", "constant", {}, None, LONG),
+        Arm("4full_heads", "4full", "constant", {}, (12, -1, 64), (32768,)),
+        Arm("1full_heads", "1full", "constant", {}, (15, 3264, 64), (32768,)),
+        Arm("constant_heads", "constant", "constant", {}, (15, 256, None), LONG),
+        Arm("4full_long", "4full", "constant", {"full_layers": (8, 18, 20, 23)}, None, (32768,)),
+        Arm("ship", "constant", "constant", LORA, (15, 256, None), LONG, shipped="lora"),
+        Arm("ship_svd", "constant", "constant", {}, (15, 256, None), LONG, shipped="svd", source="constant_heads"),
     )
 }
-DEFAULT_ARMS = ("4full", "1full", "constant", "ship")
+DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "ship")
+PLAN = Path("results/plans/smollm2-135m-instruct.json")  # of `nha search --heads 15`
+
+
+def head_windows(heads: tuple[int, int, int | None], plan: Path = PLAN) -> tuple[LayerWindow, ...]:
+    """One window per KV head, the wide ones where the search of `plan` found the largest mixing weights."""
+    count, wide, narrow = heads
+    weights = load_plan(plan).weights
+    if narrow is None:
+        return tuple(plan_heads(weights, heads=count, wide_window=wide))
+    full = plan_heads(weights, heads=count, wide_window=FULL, window_size=narrow)
+    return tuple(
+        window if isinstance(window, int) else tuple(wide if w == FULL else w for w in window)
+        for window in ([wide] * len(row) if w == FULL else w for row, w in zip(weights, full, strict=True))
+    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +151,8 @@ def make_runs(
             arm = ARMS[name]
             count = tokens.get(name, tokens.get(arm.budget, TOKENS[arm.budget]))
             changes = {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
+            if arm.heads:
+                changes["window_size"] = head_windows(arm.heads)
             run = Run(arm, arm.budget, recipe_settings(arm.recipe, layers, EMBEDDED_ID, changes), name)
             control = control_of(run)
             if controls:
