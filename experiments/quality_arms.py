@@ -67,12 +67,13 @@ ARMS = {
         Arm("1full_heads", "1full", "constant", {}, (15, 3264, 64), (32768,)),
         Arm("constant_heads", "constant", "constant", {}, (15, 256, None), LONG),
         Arm("4full_long", "4full", "constant", {"full_layers": (8, 18, 20, 23)}, None, (32768,)),
-        Arm("ship", "constant", "constant", LORA, (15, 256, None), LONG, shipped="lora"),
-        Arm("ship_svd", "constant", "constant", {}, (15, 256, None), LONG, shipped="svd", source="constant_heads"),
+        Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),
+        Arm("ship_svd", "constant", "constant", {}, None, LONG, shipped="svd", source="constant"),
+        Arm("ship_heads", "constant", "constant", LORA, (15, 256, None), LONG, shipped="lora"),
     )
 }
-DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "ship")
-PLAN = Path("results/plans/smollm2-135m-instruct.json")  # of `nha search --heads 15`
+DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "ship_heads")
+PLAN = Path("results/plans/smollm2-heads15.json")  # of `nha search --heads 15`
 
 
 def head_windows(heads: tuple[int, int, int | None], plan: Path = PLAN) -> tuple[LayerWindow, ...]:

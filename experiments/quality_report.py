@@ -193,7 +193,7 @@ def shares_png(runs: Sequence[Run]) -> bytes:
     axes.axvline(100, color=LIGHT.line, linewidth=1)
     axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel("% of the fair control's (perplexity: control's / hybrid's)")
+    axes.set_xlabel("% of the fair control's\n(perplexity: control's / hybrid's)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color=LIGHT.line, linewidth=0.8)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
