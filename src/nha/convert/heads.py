@@ -1,7 +1,7 @@
 """Which KV heads need a wide window: found by one learned number for each, which mixes full and narrow attention.
 
-Few heads copy from distant tokens (arXiv 2404.15574); learned mixing weights find them (arXiv 2410.10819). The model reads
-clozes made of real text: a passage, and one of its sentences again up to a name or number, which it must copy. Every
+Few heads copy from distant tokens (arXiv 2404.15574); learned mixing weights find them (arXiv 2410.10819). The model
+reads clozes of real text: a passage, and one of its sentences again up to a name or number, which it must copy. Every
 head's output is a * full + (1 - a) * window, and the sum of all a is kept small, so that a stays large in those heads
 alone whose far tokens lower the loss. No weight of the model changes.
 """
