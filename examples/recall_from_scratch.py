@@ -45,7 +45,7 @@ def train(slots: bool, steps: int, seed: int = 0) -> float:
             num_attention_heads=2,
             num_key_value_heads=2,
             window_sizes=WINDOW,
-            num_slots=32,
+            num_slots=64,
             tie_word_embeddings=True,
         )
     )
@@ -68,7 +68,7 @@ def train(slots: bool, steps: int, seed: int = 0) -> float:
             return (model.eval()(ids).logits.argmax(-1)[asked] == answers[asked]).float().mean().item()
 
 
-def main(steps: int = 600) -> None:
+def main(steps: int = 500) -> None:
     """Print what both recall; a guess among all values is right in one of 16 cases."""
     for slots in (True, False):
         print(f"{'slots and' if slots else 'without slots, the'} window of {WINDOW}")

@@ -45,22 +45,25 @@ def peer_model(name: str, shape: NHAConfig, settings: dict[str, Any]) -> PreTrai
     return AutoModelForCausalLM.from_config(config)
 
 
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """All tensors in nested dictionaries, lists and objects.
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterable[Tensor]:
+    """All tensors in nested dictionaries, lists and objects, each once.
 
-    >>> [tuple(x.shape) for x in tensors_in({"a": [torch.zeros(2), {"b": torch.zeros(3)}], "c": 1})]
+    >>> x = torch.zeros(2)
+    >>> [tuple(y.shape) for y in tensors_in({"a": [x, {"b": torch.zeros(3)}], "c": x})]
     [(2,), (3,)]
     """
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from tensors_in(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from tensors_in(inner)
-    elif hasattr(value, "__dict__"):
-        yield from tensors_in(vars(value))
+        return
+    parts = value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, dict) or hasattr(value, "__dict__"):
+        parts = (value if isinstance(value, dict) else vars(value)).values()
+    for part in parts:
+        yield from tensors_in(part, seen)
 
 
 @torch.no_grad()
