@@ -30,6 +30,7 @@ class Shape:
     separate: bool = True
     in_place: bool = True
     slots_active: bool = False
+    max_rollback: int = 0
 
 
 def call(s: Shape) -> None:
@@ -48,7 +49,7 @@ def call(s: Shape) -> None:
     mask = torch.ones(s.batch, s.length, dtype=torch.bool) if s.masked else None
     options = {"scale": 0.1, "attention_mask": mask}
     if s.in_place:
-        op.decode_in_place(q, k, v, gate, *slot_qk, sink, state=RingState.of(state), **options)
+        op.decode_in_place(q, k, v, gate, *slot_qk, sink, state=RingState.of(state, s.max_rollback), **options)
     else:
         op.decode(q, k, v, gate, *slot_qk, sink, state=state, keep=True, **options)
 

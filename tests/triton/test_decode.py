@@ -311,4 +311,7 @@ def test_the_operators_are_well_formed(separate, masked):
 
     for keep in (True, False):
         torch.library.opcheck(torch.ops.nha.decode.default, (*tokens, *tensors(state), *last, keep))
-    torch.library.opcheck(torch.ops.nha.decode_in_place.default, (*tokens, *tensors(ring), ring.arrival_counter, *last))
+    for one in (ring, RingState.of(state, max_rollback=4)):
+        counters = (one.num_written, one.arrival_counter)
+        arguments = (*tokens, *tensors(one), *counters, *last, one.max_rollback)
+        torch.library.opcheck(torch.ops.nha.decode_in_place.default, arguments)

@@ -21,6 +21,10 @@ SHAPES = [
     {"window": 4096, "dtype": "float16", "batch": 1, "slots_active": True},
     {"dtype": "float32"},
     {"dtype": "float32", "dim": 64, "length": 16},
+    {"length": 9, "max_rollback": 9},
+    {"max_rollback": 9},
+    {"length": 16, "dim": 64, "max_rollback": 21},
+    {"length": 4, "window": 0, "max_rollback": 9},
     {"capability": 89, "dim": 256, "length": 16},
     {"capability": 120, "dtype": "float32", "length": 16},
 ]

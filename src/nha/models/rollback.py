@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nha.models.segment import Reading, Segment, attend
-from nha.ops import NHAState, RingState
+from nha.models.segment import Reading, Segment, attend, writes_in_place
+from nha.ops import NHAState, RingState, nha_decode
 from nha.ops.backends import needs_grad
+from nha.ops.state import MAX_NEW
 
 
 def supports_rollback(segment: Segment, state: NHAState | None) -> bool:
@@ -31,6 +32,9 @@ def attend_with_rollback(
     length, whole = segment.length, segment.mask is None
     if length <= max_rollback and whole:
         ring = ring_of(state, segment, reading, max_rollback)
+        short = length <= MAX_NEW and state is not None and reading.observe_mass is None
+        if short and writes_in_place(segment, reading, ring):
+            return decode(segment, reading, ring), ring, length
         before = ring.append(segment.key, segment.value, segment.log_gate, segment.slot_key)
         out, _ = attend(segment, reading, None if state is None else before)
         return out, ring, length
@@ -45,6 +49,21 @@ def attend_with_rollback(
     out, after = attend(head, reading, before, keep=True)
     rest, ring, count = attend_with_rollback(tail, reading, after, max_rollback)
     return torch.cat([out, rest], 1), ring, count
+
+
+def decode(segment: Segment, reading: Reading, ring: RingState) -> Tensor:
+    """Read a segment in one kernel, which writes it into the ring."""
+    return nha_decode(
+        segment.query,
+        segment.key,
+        segment.value,
+        segment.log_gate,
+        state=ring,
+        q_slot=segment.slot_query,
+        k_slot=segment.slot_key,
+        sink=reading.sink,
+        scale=reading.scale,
+    ).out
 
 
 def has_real_tokens(segment: Segment) -> bool:

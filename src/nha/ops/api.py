@@ -271,8 +271,6 @@ def nha_decode(
     """
     if not isinstance(state, RingState):
         raise TypeError(f"expected a RingState, got {type(state).__name__}; make one with RingState.of(state)")
-    if state.max_rollback:
-        raise ValueError(f"expected a RingState of max_rollback=0, got {state.max_rollback}; use its append")
     check_inputs(
         q,
         k,
@@ -287,8 +285,9 @@ def nha_decode(
         cu_seqlens=None,
     )
     check_factors(scale=scale)
-    if q.shape[1] > MAX_NEW:
-        raise ValueError(f"expected at most {MAX_NEW} new tokens, got {q.shape[1]}")
+    limit = min(MAX_NEW, state.max_rollback or MAX_NEW)
+    if q.shape[1] > limit:
+        raise ValueError(f"expected at most {limit} new tokens, got {q.shape[1]}")
     if needs_grad([q, k, v, log_gate, q_slot, k_slot, *(sink or ()), *state.tensors().values()]):
         raise ValueError("expected inputs that need no gradients, got some that do; decode under torch.no_grad()")
     backends.resolve_impl("triton", q.device)

@@ -298,8 +298,8 @@ class RingState(NHAState):
     window in order; `nha_attention` and `nha.save_state` call it themselves. The ring has all W entries from the start.
 
     With `max_rollback` of R > 0 it has W + R: a token is written to the slots R tokens after it left the window, so
-    that `rollback` can take back up to R of the newest tokens, exactly, by moving a cursor. Such a ring is written by
-    `append` and read through `aligned`, which writes the tokens in between to a copy of the slots.
+    that `rollback` can take back up to R of the newest tokens, exactly, by moving a cursor. Such a ring is read and
+    written by `nha_decode`, or written by `append`, which gives the state to read, with older tokens in its slots.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3)
     >>> state = state.padded()

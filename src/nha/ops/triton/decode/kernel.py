@@ -2,7 +2,9 @@
 
 Tokens. Of the `num_tokens` tokens so far the window cache holds the last W by age: age 0 is token num_tokens - W, if it
 exists. A segment has `count` new tokens. New token i writes the token of age i (from age W on: new token i - W) to the
-slots and then reads the slots and the tokens of ages i + 1 .. i + W. In a ring buffer, token t is stored at t mod W.
+slots and then reads the slots and the tokens of ages i + 1 .. i + W. In a ring buffer of W + R places, token t is
+stored at t mod (W + R). With R > 0 (`rollback`) tokens stay out of the stored slots until they are R older than the
+window: those of ages below 0 that are not in them are written first, and only some of them for good.
 
 Programs. What the queries of a KV head see is split: into blocks of slots, and into splits of the window. A program
 takes one split, so that many run on every multiprocessor, and stores a softmax over its split alone. The last program
@@ -17,217 +19,11 @@ import triton
 import triton.language as tl
 
 from nha.ops.state import MAX_NEW
-from nha.ops.triton.primitives import LOG2_E, clamp_gate, load_rows, matmul, one_minus_exp, online_softmax, store_rows
+from nha.ops.triton.decode.slots import ring_start, update_slots
+from nha.ops.triton.primitives import load_rows, matmul, online_softmax, store_rows
 
 NEW = tl.constexpr(MAX_NEW)  # the most tokens of a segment
-QUERIES = tl.constexpr(16)  # queries that read a block of slots at a time
 SPLITS = tl.constexpr(8)  # splits that are combined at a time
-
-
-@triton.jit
-def load_vector(p_x, m, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[WIDTH] numbers at `p_x` in float32; zero from DIM on and where the scalar `m` is False."""
-    o_d = tl.arange(0, WIDTH)
-    return tl.load(p_x + o_d, mask=(o_d < DIM) & m, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def slot_pointers(p_slots, o_m, M: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(pointers, mask) of some slots of [M, DIM], as [WIDTH, slots].
-
-    Transposed like this, Triton gives them a layout for float32, not the one of a 16-bit tile of equal shape.
-    """
-    o_d = tl.arange(0, WIDTH)
-    return p_slots + o_m[None, :] * DIM + o_d[:, None], (o_m < M)[None, :] & (o_d < DIM)[:, None]
-
-
-@triton.jit
-def ring_start(num_tokens, window, RING: tl.constexpr):
-    """The index of age 0 in the window cache."""
-    return (num_tokens % window).to(tl.int32) if RING else 0
-
-
-@triton.jit
-def write_token(
-    b_k,
-    b_v,
-    i,
-    new,
-    cached,
-    o_m,
-    counts,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    RING: tl.constexpr,
-    SINGLE_TOKEN: tl.constexpr,
-):
-    """A block of slots, keys [BLOCK_D, slots] and values [BLOCK_DV, slots], after new token i has written to it.
-
-    `new` and `cached` are (key, value, gate pointers, their token strides) of the new tokens and of the window cache;
-    `counts` is (num_tokens, count, window).
-    """
-    p_new_k, p_new_v, p_new_gate, new_k_t, new_v_t, new_g_t = new
-    p_k, p_v, p_gate, k_t, v_t, g_t = cached
-    num_tokens, count, window = counts
-    m_m, i_new = o_m < M, i - window
-    # Where nothing is written the gate is 0, which leaves the slots as they are.
-    if HAS_WINDOW:
-        m_cached, start = (num_tokens + i_new >= 0) & (i_new < 0) & (i < count), ring_start(num_tokens, window, RING)
-        i_cached = tl.where(start + i_new < 0, start + i, start + i_new)
-        b_gate = clamp_gate(tl.load(p_gate + i_cached * g_t + o_m, mask=m_m & m_cached, other=0.0))
-        b_key = load_vector(p_k + i_cached * k_t, m_cached, D, BLOCK_D)
-        b_value = load_vector(p_v + i_cached * v_t, m_cached, DV, BLOCK_DV)
-    else:
-        b_gate = tl.zeros_like(o_m).to(tl.float32)
-        b_key, b_value = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_DV], tl.float32)
-    if not (HAS_WINDOW and SINGLE_TOKEN):
-        m_new = (i_new >= 0) & (i < count)
-        b_gate += clamp_gate(tl.load(p_new_gate + i_new * new_g_t + o_m, mask=m_m & m_new, other=0.0))
-        b_key += load_vector(p_new_k + i_new * new_k_t, m_new, D, BLOCK_D)
-        b_value += load_vector(p_new_v + i_new * new_v_t, m_new, DV, BLOCK_DV)
-    b_decay, b_write = tl.exp2(b_gate * LOG2_E)[None, :], one_minus_exp(b_gate, tl.float32)[None, :]
-    return b_k * b_decay + b_key[:, None] * b_write, b_v * b_decay + b_value[:, None] * b_write
-
-
-@triton.jit
-def attend_slots(
-    b_k,
-    b_v,
-    m_m,
-    p_q,
-    q_h,
-    sink,
-    m_sink,
-    split,
-    groups,
-    scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store the softmax of one token's queries over a block of slots, and the sink, to `split` (acc, max, sum)."""
-    p_acc, p_max, p_sum = split
-    for i_g in tl.range(0, groups, QUERIES, num_stages=1):
-        o_g = i_g + tl.arange(0, QUERIES)
-        m_g = o_g < groups
-        b_q = load_rows(p_q, o_g * q_h, m_g, D, BLOCK_D)
-        b_s = matmul(b_q, b_k, DTYPE, PRECISION) * scale
-        m_i = tl.full([QUERIES], float("-inf"), tl.float32)
-        b_p, _, m_i = online_softmax(tl.where(m_m[None, :], b_s, float("-inf")), m_i)
-        l_i = tl.sum(b_p, 1)
-        b_acc = matmul(b_p, tl.trans(b_v), DTYPE, PRECISION)
-        if S > 0:
-            o_s = tl.arange(0, BLOCK_S)
-            m_s = (o_s < S) & m_sink
-            b_sink = load_rows(sink[0], o_s * D, m_s, D, BLOCK_D)
-            b_s = matmul(b_q, tl.trans(b_sink), DTYPE, PRECISION) * scale
-            b_p, alpha, m_i = online_softmax(tl.where(m_s[None, :], b_s, float("-inf")), m_i)
-            b_sink = load_rows(sink[1], o_s * DV, m_s, DV, BLOCK_DV)
-            l_i = l_i * alpha + tl.sum(b_p, 1)
-            b_acc = b_acc * alpha[:, None] + matmul(b_p, b_sink, DTYPE, PRECISION)
-        store_rows(p_acc, o_g * DV, m_g, b_acc, DV, BLOCK_DV)
-        tl.store(p_max + o_g, m_i, mask=m_g)
-        tl.store(p_sum + o_g, l_i, mask=m_g)
-
-
-@triton.jit
-def update_slots(
-    slots,
-    after,
-    new,
-    cached,
-    query,
-    sink,
-    split,
-    counts,
-    scale,
-    i_split,
-    groups,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    RING: tl.constexpr,
-    STORE_STATE: tl.constexpr,
-    SLOTS_ACTIVE: tl.constexpr,
-    SINGLE_TOKEN: tl.constexpr,
-):
-    """Write the tokens one by one to a block of slots, and attend to it after each (in block 0 to the sink too).
-
-    `slots` and `after` are (key, value) pointers before and after the segment; `new`, `cached`, `counts` as in
-    `write_token`; `query` is (pointer, token stride, head stride).
-    """
-    p_q, q_t, q_h = query
-    p_acc, p_max, p_sum = split
-    num_tokens, count, window = counts
-    o_m = i_split * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < M
-    p_k, m_k = slot_pointers(slots[0], o_m, M, D, BLOCK_D)
-    p_v, m_v = slot_pointers(slots[1], o_m, M, DV, BLOCK_DV)
-    b_k, b_v = tl.load(p_k, mask=m_k, other=0.0), tl.load(p_v, mask=m_v, other=0.0)
-    p_after_k, _ = slot_pointers(after[0], o_m, M, D, BLOCK_D)
-    p_after_v, _ = slot_pointers(after[1], o_m, M, DV, BLOCK_DV)
-    for i in tl.range(0, 1 if SINGLE_TOKEN else count, num_stages=1):
-        b_k, b_v = write_token(
-            b_k,
-            b_v,
-            i,
-            new,
-            cached,
-            o_m,
-            counts,
-            M,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            HAS_WINDOW,
-            RING,
-            SINGLE_TOKEN,
-        )
-        if STORE_STATE and SINGLE_TOKEN:
-            tl.store(p_after_k, b_k, mask=m_k)
-            tl.store(p_after_v, b_v, mask=m_v)
-        active = SLOTS_ACTIVE or num_tokens + i >= window
-        attend_slots(
-            b_k,
-            b_v,
-            m_m & active,
-            p_q + i * q_t,
-            q_h,
-            sink,
-            active & (i_split == 0),
-            (p_acc + i * groups * DV, p_max + i * groups, p_sum + i * groups),
-            groups,
-            scale,
-            D,
-            DV,
-            S,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_S,
-            DTYPE,
-            PRECISION,
-        )
-    if STORE_STATE and not SINGLE_TOKEN:
-        tl.store(p_after_k, b_k, mask=m_k)
-        tl.store(p_after_v, b_v, mask=m_v)
 
 
 @triton.jit
@@ -253,6 +49,7 @@ def attend_window(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     RING: tl.constexpr,
+    ROLLBACK: tl.constexpr,
 ):
     """Store the softmax of a block of queries over a split of the window; the first split begins with the new tokens.
 
@@ -260,7 +57,7 @@ def attend_window(
     as in `update_slots`.
     """
     p_q, q_t, q_h = query
-    num_tokens, count, window = counts
+    num_tokens, count, window, rollback = counts
     p_new_k, p_new_v, new_k_t, new_v_t = new
     p_k, p_v, k_t, v_t = cached
     p_acc, p_max, p_sum = splits
@@ -278,13 +75,16 @@ def attend_window(
     b_p, _, m_i = online_softmax(b_s, tl.full([BLOCK_Q], float("-inf"), tl.float32))
     l_i = tl.sum(b_p, 1)
     b_acc = matmul(b_p, b_v, DTYPE, PRECISION)
-    start, filled = ring_start(num_tokens, window, RING), tl.minimum(num_tokens, window).to(tl.int32)
-    stop = tl.minimum((i_window_split + 1) * tiles * BLOCK_N, window)
+    start, filled = ring_start(num_tokens, window, rollback, RING), tl.minimum(num_tokens, window).to(tl.int32)
+    places = window + rollback
+    stop = tl.minimum((i_window_split + 1) * tiles * BLOCK_N, places)
     for first in range(i_window_split * tiles * BLOCK_N, stop, BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
-        age = tl.where(o_n < start, o_n - start + window, o_n - start)
-        m_n = (o_n < window) & (age >= window - filled)
-        b_key = load_rows(p_k, o_n * k_t, o_n < window, D, BLOCK_D)
+        age = tl.where(o_n < start, o_n - start + places, o_n - start)  # from W on older than the window, or free
+        m_n = (o_n < places) & (age >= window - filled)
+        if ROLLBACK:
+            m_n = m_n & (age < window)
+        b_key = load_rows(p_k, o_n * k_t, o_n < places, D, BLOCK_D)
         b_value = load_rows(p_v, o_n * v_t, m_n, DV, BLOCK_DV)
         b_score = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION) * scale
         b_score = tl.where(m_n[None, :] & (age[None, :] > o_i[:, None]), b_score, float("-inf"))
@@ -369,9 +169,10 @@ def update_window(
     """Store the new tokens in the ring buffer. `new`, `cached`: pointers and token strides of k, v, gate, k_slot."""
     p_new_k, p_new_v, p_new_gate, p_new_k_slot, new_k_t, new_v_t, new_g_t, new_ks_t = new
     p_k, p_v, p_gate, p_k_slot, k_t, v_t, g_t, ks_t = cached
-    num_tokens, count, window = counts
-    m_new = (o_new < count) & (o_new >= count - window)
-    o_ring = (ring_start(num_tokens, window, True) + o_new) % window
+    num_tokens, count, window, rollback = counts
+    places = window + rollback
+    m_new = (o_new < count) & (o_new >= count - places)
+    o_ring = (ring_start(num_tokens, window, rollback, True) + window + o_new) % places
     copy_rows(p_new_k, o_new * new_k_t, p_k, o_ring * k_t, m_new, D, BLOCK_D)
     copy_rows(p_new_v, o_new * new_v_t, p_v, o_ring * v_t, m_new, DV, BLOCK_DV)
     copy_rows(p_new_gate, o_new * new_g_t, p_gate, o_ring * g_t, m_new, M, BLOCK_G)
@@ -379,7 +180,7 @@ def update_window(
         copy_rows(p_new_k_slot, o_new * new_ks_t, p_k_slot, o_ring * ks_t, m_new, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["length", "window", "window_splits", "tiles", "heads", "groups"])
+@triton.jit(do_not_specialize=["length", "window", "rollback", "window_splits", "tiles", "heads", "groups"])
 def nha_decode_kernel(
     p_q,
     p_k,
@@ -396,6 +197,7 @@ def nha_decode_kernel(
     p_window_k_slot,
     p_window_gate,
     p_num_tokens,
+    p_num_written,
     p_arrival_counter,
     p_mask,
     p_sink_k,
@@ -438,6 +240,7 @@ def nha_decode_kernel(
     scale,
     length,
     window,
+    rollback,
     window_splits,
     tiles,
     heads,
@@ -462,14 +265,16 @@ def nha_decode_kernel(
     SLOTS_ACTIVE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SLOT_QK: tl.constexpr,
+    ROLLBACK: tl.constexpr,
     SINGLE_TOKEN: tl.constexpr,
 ):
     """out [B, T, HQ, DV] and mass [B, T, HQ] of T <= NEW tokens, and the state after them.
 
     Programs: (sequence, head, split) in one axis. STORE_STATE: slots go from slot_* to after_*, which may be the same.
-    RING: the window cache window_* [B, W, H, ...] is a ring buffer, gets the new tokens, and `num_tokens` counts them;
-    else it is oldest first and is not changed. HAS_SLOT_QK: slots have keys of their own. The window is cut into
-    `window_splits` of `tiles` blocks of tokens; `scale` includes log2(e). SINGLE_TOKEN: T is 1.
+    RING: the window cache window_* [B, W + R, H, ...] is a ring buffer, gets the new tokens, and `num_tokens` counts
+    them; else it is oldest first, with R of 0, and is not changed. ROLLBACK: R > 0, and T is at most R. HAS_SLOT_QK:
+    slots have keys of their own. The window is cut into `window_splits` of `tiles` blocks of tokens; `scale` includes
+    log2(e). SINGLE_TOKEN: T is 1.
     acc [B * H, splits, T * HQ / H, DV], max and sum [B * H, splits, T * HQ / H] are scratch memory of the splits.
     """
     SLOT_SPLITS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -487,7 +292,9 @@ def nha_decode_kernel(
         m_new = (o_new < length) & (tl.load(p_mask + i_b * length + o_new, mask=o_new < length, other=0) != 0)
         begin, count = tl.min(tl.where(m_new, o_new, NEW), 0), tl.sum(m_new.to(tl.int32), 0)
     num_tokens = tl.load(p_num_tokens + i_b)
-    counts = (num_tokens, count, window)
+    # As a constant, 0 takes no register.
+    counts = (num_tokens, count, window, rollback if ROLLBACK else 0)
+    num_written = tl.load(p_num_written + i_b) if ROLLBACK else 0
     p_k = p_k + i_b * k_b + i_h * k_h + begin * k_t
     p_v = p_v + i_b * v_b + i_h * v_h + begin * v_t
     p_k_slot = p_k_slot + i_b * ks_b + i_h * ks_h + begin * ks_t
@@ -507,6 +314,7 @@ def nha_decode_kernel(
             (p_sink_k + i_h * S * D, p_sink_v + i_h * S * DV) if S > 0 else None,
             (p_acc + i_task * queries * DV, p_max + i_task * queries, p_sum + i_task * queries),
             counts,
+            num_written,
             scale,
             i_task,
             groups,
@@ -524,6 +332,7 @@ def nha_decode_kernel(
             RING,
             STORE_STATE,
             SLOTS_ACTIVE,
+            ROLLBACK,
             SINGLE_TOKEN,
         )
     elif HAS_WINDOW:
@@ -550,6 +359,7 @@ def nha_decode_kernel(
             DTYPE,
             PRECISION,
             RING,
+            ROLLBACK,
         )
 
     # All threads of a program have stored their results before one of them increments the counter.
@@ -575,7 +385,7 @@ def nha_decode_kernel(
         )
         tl.store(p_arrivals + i_h, 0)
         if RING:
-            if HAS_WINDOW:
+            if HAS_WINDOW or ROLLBACK:
                 update_window(
                     o_new,
                     (p_k, p_v, p_gate, p_k_slot, k_t, v_t, g_t, ks_t),
@@ -591,4 +401,6 @@ def nha_decode_kernel(
                 )
             if tl.atomic_add(p_arrivals + heads, 1, sem="acq_rel", scope="gpu") == heads - 1:
                 tl.store(p_num_tokens + i_b, num_tokens + count)
+                if ROLLBACK:
+                    tl.store(p_num_written + i_b, tl.maximum(num_written, num_tokens + count - window - rollback))
                 tl.store(p_arrivals + heads, 0)

@@ -67,7 +67,7 @@ def block_sizes(
 
 
 class Inputs(NamedTuple):
-    """Arguments of the operator that writes into the state; the window cache [B, W, H, ...] is a ring buffer."""
+    """Arguments of the operator that writes into the state; the window cache [B, W + R, H, ...] is a ring buffer."""
 
     q: Tensor
     k: Tensor
@@ -82,6 +82,7 @@ class Inputs(NamedTuple):
     window_slot_key: Tensor | None
     window_log_gate: Tensor
     num_tokens: Tensor
+    num_written: Tensor | None
     arrival_counter: Tensor
     mask: Tensor | None
     sink_key: Tensor | None
@@ -89,6 +90,7 @@ class Inputs(NamedTuple):
     window: int
     scale: float
     slots_active: bool
+    rollback: int = 0
 
     @property
     def tokens(self) -> tuple[Tensor, ...]:
@@ -119,7 +121,8 @@ def _launch(inputs: Inputs, after: tuple[Tensor, Tensor] | None, *, ring: bool) 
     heads, value_dim, slots = inputs.k.shape[2], v.shape[3], inputs.log_gate.shape[3]
     groups, sinks = query_heads // heads, 0 if inputs.sink_key is None else inputs.sink_key.shape[1]
     sizes = block_sizes(q.dtype, length, groups, dim, value_dim, slots, sinks)
-    window_blocks, slot_splits = -(-inputs.window // sizes.block_n), -(-slots // sizes.block_m)
+    places = inputs.window + inputs.rollback if inputs.window else 0
+    window_blocks, slot_splits = -(-places // sizes.block_n), -(-slots // sizes.block_m)
     tiles = max(-(-window_blocks * batch * heads // PROGRAMS), 1)
     window_splits, query_blocks = -(-window_blocks // tiles), -(-length * groups // sizes.block_q)
     scratch = (batch * heads, slot_splits + window_splits, length * groups)
@@ -131,7 +134,7 @@ def _launch(inputs: Inputs, after: tuple[Tensor, Tensor] | None, *, ring: bool) 
     tokens, cached, before = inputs.tokens, inputs.cached, (inputs.slot_key, inputs.slot_value)
     cached = cached if ring else tuple(map(_last_contiguous, cached))
     mask = None if inputs.mask is None else inputs.mask.contiguous().view(torch.int8)
-    counters = (inputs.num_tokens, inputs.arrival_counter)
+    counters = (inputs.num_tokens, inputs.num_written, inputs.arrival_counter)
     pointers = (*tokens, *before, *(after or before), *cached, *counters, mask, *inputs.sink)
     nha_decode_kernel[(batch * heads * (slot_splits + window_splits * query_blocks),)](
         *pointers,
@@ -144,6 +147,7 @@ def _launch(inputs: Inputs, after: tuple[Tensor, Tensor] | None, *, ring: bool) 
         inputs.scale * LOG2_E.value,
         length,
         inputs.window,
+        inputs.rollback,
         window_splits,
         tiles,
         heads,
@@ -159,10 +163,11 @@ def _launch(inputs: Inputs, after: tuple[Tensor, Tensor] | None, *, ring: bool) 
         SLOTS_ACTIVE=inputs.slots_active,
         HAS_MASK=mask is not None,
         HAS_SLOT_QK=inputs.window_slot_key is not None,
+        ROLLBACK=inputs.rollback > 0,
         SINGLE_TOKEN=length == 1,
         num_warps=sizes.warps,
         num_stages=3,
-        maxnreg=sizes.registers,
+        maxnreg=None if inputs.rollback else sizes.registers,
     )
     return out, mass
 
@@ -201,7 +206,7 @@ def _decode(*args):
     *fields, keep = args
     num_tokens, heads = fields[12], fields[1].shape[2]
     arrival_counter = num_tokens.new_zeros(num_tokens.shape[0], heads + 1, dtype=torch.int32)
-    inputs = Inputs._make([*fields[:13], arrival_counter, *fields[13:]])
+    inputs = Inputs._make([*fields[:13], None, arrival_counter, *fields[13:], 0])
     inputs = inputs._replace(slot_key=inputs.slot_key.contiguous(), slot_value=inputs.slot_value.contiguous())
     after = (torch.empty_like(inputs.slot_key), torch.empty_like(inputs.slot_value)) if keep else None
     with device_guard(inputs.q):
@@ -221,8 +226,9 @@ _library = torch.library.Library("nha", "FRAGMENT")
 _library.define(
     "decode_in_place(Tensor q, Tensor k, Tensor v, Tensor? q_slot, Tensor? k_slot, Tensor log_gate, "
     "Tensor(a!) slot_key, Tensor(b!) slot_value, Tensor(c!) key, Tensor(d!) value, Tensor(e!)? window_slot_key, "
-    "Tensor(f!) window_log_gate, Tensor(g!) num_tokens, Tensor(h!) arrival_counter, Tensor? mask, Tensor? sink_key, "
-    "Tensor? sink_value, int window, float scale, bool slots_active) -> (Tensor, Tensor)"
+    "Tensor(f!) window_log_gate, Tensor(g!) num_tokens, Tensor(h!)? num_written, Tensor(i!) arrival_counter, "
+    "Tensor? mask, Tensor? sink_key, Tensor? sink_value, int window, float scale, bool slots_active, int rollback) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -313,10 +319,12 @@ def decode_in_place(
         state.window_slot_key,
         state.window_log_gate,
         state.num_tokens,
+        state.num_written,
         state.arrival_counter,
         attention_mask,
         *(sink or (None, None)),
         state.window_size,
         scale,
         state.slots_active,
+        state.max_rollback,
     )

@@ -1,0 +1,108 @@
+"""Time the first and the second question about a long document whose memory is kept in a store.
+
+    python3 -m experiments.memory_speed --out DIR [--shape llama-8b] [--full-layers 4] [--tokens 100000] [--new 16]
+
+A random hybrid reads a document and a question of 32 tokens, and writes an answer, through a `MemoryStore` in DIR; then
+another question about the same document, from the store; then the second question alone, without any document. DIR
+gets memory_speed.json with the seconds of each part and the bytes stored; the store itself is removed. Without --shape
+a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m with 4,000; --shape tiny tries the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.shapes import build, synchronize
+from nha.io import write_atomically
+from nha.memory import MemoryStore
+from nha.models.conversation import cache_keyword
+from nha.report.results import to_json
+
+QUESTION = 32
+
+
+def ask(model: Any, store: MemoryStore, ids: Tensor, marks: list[int], new: int) -> tuple[dict[str, Any], Tensor]:
+    """Seconds until the cache is there, until the first token, and until the last; and the answer."""
+    device = model.device.type
+    synchronize(device)
+    start = time.perf_counter()
+    memory = store.read(model, ids, marks)
+    synchronize(device)
+    read = time.perf_counter()
+    times: list[float] = []
+
+    class Clock:
+        """A streamer that notes when tokens come; the first call brings the prompt."""
+
+        def put(self, value: Tensor) -> None:
+            synchronize(device)
+            times.append(time.perf_counter())
+
+        def end(self) -> None:
+            """Nothing is held back."""
+
+    options: dict[str, Any] = {cache_keyword(model): memory.cache, "max_new_tokens": new, "min_new_tokens": new}
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, streamer=Clock(), **options
+    )
+    found = {
+        "tokens found": memory.num_found,
+        "seconds until the cache": round(read - start, 3),
+        "seconds until the first token": round(times[1] - start, 3),
+        f"seconds until token {new}": round(times[-1] - start, 3),
+    }
+    return found, output[:, ids.shape[1] :]
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", default="llama-8b" if device == "cuda" else "smollm2-135m")
+    parser.add_argument("--full-layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=100_000 if device == "cuda" else 4000)
+    parser.add_argument("--block-size", type=int, default=4096 if device == "cuda" else 1024)
+    parser.add_argument("--new", type=int, default=16)
+    options = parser.parse_args()
+    model = build(options.shape, options.full_layers, device)
+    generator = torch.Generator().manual_seed(0)
+    size = options.tokens + 2 * QUESTION
+    words = torch.randint(3, model.config.vocab_size, (1, size), generator=generator).to(model.device)
+    document, questions = words[:, : options.tokens], words[:, options.tokens :].split(QUESTION, 1)
+    folder = options.out / "store"
+    shutil.rmtree(folder, ignore_errors=True)
+    store = MemoryStore(folder, max_bytes=64 << 30, block_size=options.block_size)
+    nothing = MemoryStore(options.out / "nothing", block_size=options.block_size)
+    found: dict[str, Any] = {
+        "shape": options.shape,
+        "full_layers": options.full_layers,
+        "document tokens": options.tokens,
+        "question tokens": QUESTION,
+        "block_size": options.block_size,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    warm = torch.cat([document[:, : options.block_size], questions[0]], 1)
+    ask(model, nothing, warm, [], options.new)  # compiles kernels
+    texts = [torch.cat([document, question], 1) for question in questions]
+    found["first question"], _ = ask(model, store, texts[0], [options.tokens], options.new)
+    found["second question"], answer = ask(model, store, texts[1], [options.tokens], options.new)
+    found["second question again"], same = ask(model, store, texts[1], [options.tokens], options.new)
+    found["question alone"], _ = ask(model, nothing, questions[1], [], options.new)
+    found["same answer"] = bool(torch.equal(answer, same))
+    found["bytes stored"] = store.nbytes
+    for path in (folder, options.out / "nothing"):
+        shutil.rmtree(path, ignore_errors=True)
+    write_atomically(options.out / "memory_speed.json", to_json(found))
+    print(to_json(found))
+
+
+if __name__ == "__main__":
+    main()
