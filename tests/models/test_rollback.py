@@ -192,3 +192,22 @@ def test_assisted_decoding_goes_on_from_a_filled_cache(windows, read_before):
     read(model, ids[:, :read_before], cache)
     found = generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=4)
     assert torch.equal(found, generate(model, ids))
+
+
+def test_a_rollback_may_be_allowed_and_forbidden_at_any_time():
+    model, ids = hybrid("llama", [8, -1, 3]).double(), tokens(1, 44)
+    cache = read(model, ids[:, :30]).past_key_values
+    for place in range(30, 34):  # in a step for single tokens
+        read(model, ids[:, place : place + 1], cache)
+    allow_rollback(cache, 5)
+    read(model, ids[:, 34:38], cache)
+    cache.crop(-3)
+    read(model, ids[:, 35:39], cache)
+    allow_rollback(cache, 0)
+    with pytest.raises(RuntimeError, match="at most 0 .* got 1"):
+        cache.crop(-1)
+    read(model, ids[:, 39:40], cache)
+    with pytest.raises(RuntimeError, match="at most 0 .* got 1"):
+        cache.crop(-1)
+    wanted = model(ids, use_cache=False).logits[:, 40:]
+    assert_close_to(read(model, ids[:, 40:], cache).logits, wanted)

@@ -465,6 +465,7 @@ def allow_rollback(cache: Cache, max_rollback: int) -> None:
     cache.max_rollback = max_rollback  # type: ignore[attr-defined]  # for layers to come
     for layer in nha_layers(cache):
         layer.max_rollback = max_rollback
+        layer._removable = min(layer._removable, max_rollback)
 
 
 def nha_layers(cache: Cache) -> list[NHACacheLayer]:
