@@ -93,6 +93,9 @@ def test_parts_come_together_and_the_newest_row_counts(measured, tmp_path):
     model.write_rows(parts[1], [row | {"status": "out of memory", "ms": None} for row in rows])
     found = model.collect("llama-3-8b", tmp_path)
     assert len(found) == len(rows) and sum(row["status"] == "ok" for row in found) == len(rows[::2])
+    model.write_rows(parts[1], [row | {"gpu": "other"} for row in rows[1::2]])
+    with pytest.raises(BadInput, match=r"none.*other|other.*none"):
+        model.collect("llama-3-8b", tmp_path)
     with pytest.raises(BadInput, match="qwen3-8b"):
         model.collect("qwen3-8b", tmp_path)
 

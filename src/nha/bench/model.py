@@ -241,7 +241,7 @@ def line(row: Row) -> str:
 def collect(name: str, out: Path) -> list[Row]:
     """All rows of a model in a directory, parts of shards included, each cell once: the newest counts.
 
-    Raises BadInput if there are none.
+    Raises BadInput if there are none, and for rows of different GPUs, whose ratios would mean nothing.
     """
     paths = [*sorted(out.glob(f"{label(name)}.part-*.csv")), table_path(out, name)]
     found: dict[tuple, Row] = {}
@@ -253,4 +253,7 @@ def collect(name: str, out: Path) -> list[Row]:
                 found[key] = row
     if not found:
         raise BadInput(f"expected a table of {name} in {out}, found none")
+    machines = sorted({str(row["gpu"]) for row in found.values()})
+    if len(machines) > 1:
+        raise BadInput(f"expected rows of one GPU in {out}, got rows of {', '.join(machines)}")
     return sorted(found.values(), key=lambda row: (row["task"], row["variant"], row["how"], row["T"]))
