@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from nha.distill.loss import Head
 from nha.train.rows import IGNORED
 
-MAX_LOGITS = 1 << 28  # in one chunk
+MAX_LOGITS = 1 << 28  # in one chunk, on a GPU
+MAX_LOGITS_CPU = 1 << 24  # copies of more are fetched from memory again and again
 
 Chunk = tuple[Tensor, Tensor, Tensor]
 
@@ -70,14 +71,14 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_size: int | None = None) -> Tensor:
     """Mean cross-entropy [] in nats of the targets that count; differentiable in `hidden` and in the head's weight.
 
-    Logits exist for `chunk_size` tokens at a time (default: 2^28 logits), under autocast in its dtype; sums are float32
-    (float64 next to float64).
+    Logits exist for `chunk_size` tokens at a time, under autocast in its dtype. Sums are float32, or float64 next to
+    float64.
 
     Args:
         hidden: [N, hidden], before the head.
         head: with `weight` [V, hidden].
         targets: [N] int64; -100 does not count.
-        chunk_size: tokens at a time.
+        chunk_size: tokens at a time; default: 2^28 logits, 2^24 on a CPU.
 
     >>> hidden = torch.tensor([[1.0, 0.0], [5.0, 5.0]])
     >>> round(cross_entropy(hidden, Head(torch.eye(2)), torch.tensor([0, -100])).item(), 4)  # log(1 + exp(-1))
@@ -85,7 +86,8 @@ def cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_size: in
     """
     counted = targets != IGNORED
     token_weight = counted / counted.sum().clamp_min(1)
-    size = chunk_size or max(64, 1 << max(0, (MAX_LOGITS // head.weight.shape[0]).bit_length() - 1))
+    limit = MAX_LOGITS if hidden.is_cuda else MAX_LOGITS_CPU
+    size = chunk_size or max(64, 1 << max(0, (limit // head.weight.shape[0]).bit_length() - 1))
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
