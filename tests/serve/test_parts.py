@@ -23,10 +23,10 @@ def plan(lengths: list[int], drafts: list[int], accepted: list[int] | None = Non
     ("lengths", "drafts"),
     [
         ([1, 1, 1], [0, 0, 0]),
-        ([5, 3], [0, 0]),
-        ([1, 4, 1, 3], [0, 0, 0, 2]),
+        ([5, 3], [-1, -1]),
+        ([1, 4, 1, 3], [0, -1, 0, 2]),
         ([4, 2, 4], [3, 1, -1]),
-        ([0, 1, 2], [0] * 3),
+        ([0, 1, 2], [-1] * 3),
     ],
 )
 def test_every_token_is_read_once(lengths, drafts):
@@ -36,7 +36,7 @@ def test_every_token_is_read_once(lengths, drafts):
 
 
 def test_tokens_that_follow_each_other_are_a_slice():
-    single, longer = plan([1, 1, 5, 3], [0] * 4)
+    single, longer = plan([1, 1, 5, 3], [-1] * 4)
     assert single.tokens == slice(0, 2)
     assert longer.tokens == slice(2, 10)
     assert longer.cu_seqlens is not None
@@ -45,7 +45,7 @@ def test_tokens_that_follow_each_other_are_a_slice():
 
 
 def test_states_stay_in_their_first_block_without_drafts():
-    for part in plan([1, 5], [0, 0]):
+    for part in plan([1, 5], [-1, -1]):
         assert part.source.tolist() == part.target.tolist()
 
 

@@ -24,6 +24,7 @@ from nha.serve.plugin import vllm_version
 
 LENGTHS = (4096, 32768, 131072)
 FIRST_ID = 3  # below are special tokens
+MARK = "nha bench serve: "  # begins the line with a result
 COLUMNS = (
     "model",
     "attention",
@@ -133,16 +134,17 @@ def prompt(length: int, vocabulary: int, seed: int) -> list[int]:
 
 
 def run_apart(case: Case, timeout_s: float) -> dict[str, Any]:
-    """`measure` in a process of its own; its last line is the result. Raises RuntimeError with its last line else."""
+    """`measure` in a process of its own, which prints the result among vLLM's lines. Raises RuntimeError without one."""
     command = [sys.executable, "-m", "nha.bench.serve", json.dumps(asdict(case))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=dict(os.environ))
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"expected an answer within {timeout_s:.0f} s, got none") from None
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    if done.returncode or not lines:
-        raise RuntimeError(one_line(lines[-1]) if lines else f"exit code {done.returncode}")
-    return json.loads(lines[-1])
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    errors = done.stderr.strip().splitlines()
+    raise RuntimeError(one_line(errors[-1]) if errors else f"exit code {done.returncode}")
 
 
 def run(rows: list[Case], out: Path, budget_s: float, log: Callable[[str], None] = print) -> int:
@@ -179,4 +181,4 @@ def run(rows: list[Case], out: Path, budget_s: float, log: Callable[[str], None]
 SHOWN = {"prompt_tokens_per_s": "prompt tokens/s", "new_tokens_per_s": "new tokens/s"}
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))), flush=True)
+    print(MARK + json.dumps(measure(Case(**json.loads(sys.argv[1])))), flush=True)

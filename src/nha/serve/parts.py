@@ -54,13 +54,13 @@ def plan_parts(
 
     Args:
         starts: the first token of each of N sequences, and the number of all tokens.
-        drafts: the number of drafted tokens of each; below 1 for none.
+        drafts: the number of drafted tokens of each; -1 for a sequence that reads its prompt.
         seen: tokens that each has read before, int64 [N].
         columns: blocks of each, int64 [N, 1 + drafts].
         accepted: how many tokens of the previous step stood, int [N]; None without drafts.
 
     >>> blocks = torch.tensor([[1, 2], [3, 4], [5, 6]])
-    >>> parts = plan_parts([0, 1, 5, 7], [0, 0, 1], torch.tensor([9, 0, 7]), blocks, torch.tensor([2, 1, 1]))
+    >>> parts = plan_parts([0, 1, 5, 7], [0, -1, 1], torch.tensor([9, 0, 7]), blocks, torch.tensor([2, 1, 1]))
     >>> [(part.tokens, part.source.tolist(), part.target.tolist()) for part in parts]  # doctest: +NORMALIZE_WHITESPACE
     [(slice(0, 1, None), [2], [1]), (slice(1, 5, None), [3], [3]), (slice(5, 6, None), [5], [5]),
      (slice(6, 7, None), [5], [6])]
@@ -71,8 +71,8 @@ def plan_parts(
         source = columns.gather(1, (accepted.long() - 1).clamp_min(0)[:, None])[:, 0]
     lengths = [stop - start for start, stop in itertools.pairwise(starts)]
     single = [row for row, length in enumerate(lengths) if length == 1]
-    drafted = [row for row, length in enumerate(lengths) if length > 1 and drafts[row] > 0]
-    longer = [row for row, length in enumerate(lengths) if length > 1 and drafts[row] <= 0]
+    drafted = [row for row, length in enumerate(lengths) if length > 1 and drafts[row] >= 0]
+    longer = [row for row, length in enumerate(lengths) if length > 1 and drafts[row] < 0]
     parts = []
     if single:
         rows = torch.tensor(single, device=device)

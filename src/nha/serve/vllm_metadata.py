@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
-from vllm.v1.attention.backends.linear_attn import BailingLinearAttentionMetadataBuilder
+from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
 from nha.serve.parts import NHAMetadata, plan_parts
 
 
-class NHAMetadataBuilder(BailingLinearAttentionMetadataBuilder):
+class NHAMetadataBuilder(ShortConvAttentionMetadataBuilder):
     """Builds the parts of a batch once for all layers.
 
-    The parent is one of those to which vLLM's runners tell how many drafted tokens stood; nothing else of it is used.
+    The parent is one of those to which both of vLLM's runners tell how many drafted tokens stood; nothing else of it
+    is used.
     """
 
     supports_update_block_table = False
@@ -31,6 +32,11 @@ class NHAMetadataBuilder(BailingLinearAttentionMetadataBuilder):
         """None for whole steps: what lies between hybrid layers is captured, they are not."""
         return AttentionCGSupport.NEVER
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> NHAMetadata:
+        """The parts of a batch that nobody reads."""
+        counts = torch.ones(common_attn_metadata.num_reqs, dtype=torch.int32, device=self.device)
+        return self.build(0, common_attn_metadata, num_accepted_tokens=counts)
+
     def build(
         self,
         common_prefix_len: int,
@@ -40,7 +46,7 @@ class NHAMetadataBuilder(BailingLinearAttentionMetadataBuilder):
         num_accepted_tokens: Tensor | None = None,
         num_decode_draft_tokens_cpu: Tensor | None = None,
     ) -> NHAMetadata:
-        """The parts of a batch that vLLM describes."""
+        """The parts of a batch that vLLM describes. Raises RuntimeError where it drafts and does not say what stood."""
         common = common_attn_metadata
         count = common.num_reqs
         starts = common.query_start_loc_cpu[: count + 1].tolist()
@@ -49,7 +55,9 @@ class NHAMetadataBuilder(BailingLinearAttentionMetadataBuilder):
         seq_lens = common.seq_lens[:count]
         columns = mamba_get_block_table_tensor(common.block_table_tensor[:count], seq_lens, self.kv_cache_spec, mode)
         columns = columns[:, : 1 + self.kv_cache_spec.num_speculative_blocks].long()
-        drafts = [0] * count
+        if self.kv_cache_spec.num_speculative_blocks and num_accepted_tokens is None:
+            raise RuntimeError("expected vLLM to say how many drafted tokens stood, got nothing")
+        drafts = [-1] * count
         if num_decode_draft_tokens_cpu is not None:
             drafts = num_decode_draft_tokens_cpu[:count].tolist()
         accepted = None if num_accepted_tokens is None else num_accepted_tokens[:count]
