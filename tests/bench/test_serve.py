@@ -1,4 +1,4 @@
-"""The rows of `nha bench serve`; `make test-vllm` measures one."""
+"""The rows of `nha bench serve`."""
 
 from __future__ import annotations
 

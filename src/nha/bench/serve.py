@@ -134,7 +134,7 @@ def prompt(length: int, vocabulary: int, seed: int) -> list[int]:
 
 
 def run_apart(case: Case, timeout_s: float) -> dict[str, Any]:
-    """`measure` in a process of its own, which prints the result among vLLM's lines. Raises RuntimeError without one."""
+    """`measure` in a process of its own. Raises RuntimeError with its last line where it gives no result."""
     command = [sys.executable, "-m", "nha.bench.serve", json.dumps(asdict(case))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=dict(os.environ))
