@@ -145,6 +145,17 @@ def test_cropped_saved_and_reordered_rings(fused, tmp_path):
     assert_as_exact(run(), plain, exact)
 
 
+def test_drafts_are_taken_back_by_the_kernel(fused):
+    model, ids = build([8, 3, -1]), tokens(1, 5).repeat(1, 3)
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    fused()
+    cache: Any = DynamicCache(config=model.config)
+    options: dict[str, Any] = {"past_key_values": cache, "prompt_lookup_num_tokens": 3, "disable_compile": True}
+    found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
+    assert torch.equal(found, wanted)
+    assert {layer.state.max_rollback for layer in nha_layers(cache)} == {4}  # type: ignore[union-attr]
+
+
 def test_initial_slots_are_not_written_into(fused):
     model, ids = build(3), tokens(1, 10)
     start = [torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]

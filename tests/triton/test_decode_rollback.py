@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,11 @@ def test_drafts_that_are_taken_back_leave_no_trace(name, max_rollback):
     flat = inputs(case)
     exact = whole(double(flat), case.window)
     bound = bounds(flat, exact, whole(flat, case.window))
-    first = call(
+    first: Any = call(
         part(flat, 0, PREFILL), window_size=case.window, impl="triton", return_state=True, return_slot_mass=True
     )
     ring = RingState.of(first.state, max_rollback)
-    outputs = [first]
+    outputs: list[Any] = [first]
     cuts = [20, 21, 24, 34, 39, 46]
     for turn, (start, stop) in enumerate(itertools.pairwise(cuts)):
         length = (1, max_rollback, 3)[turn % 3]
@@ -46,7 +47,7 @@ def test_drafts_that_are_taken_back_leave_no_trace(name, max_rollback):
 def test_the_kernel_and_append_leave_the_same_ring():
     case = CASES["segments longer than the window"]
     flat = inputs(case)
-    first = call(part(flat, 0, PREFILL), window_size=case.window, impl="triton", return_state=True)
+    first: Any = call(part(flat, 0, PREFILL), window_size=case.window, impl="triton", return_state=True)
     ring, other = (RingState.of(first.state, 6) for _ in range(2))
     for start, stop in ((20, 26), (26, 27), (27, 31)):
         step = part(flat, start, stop)
@@ -61,7 +62,7 @@ def test_the_kernel_and_append_leave_the_same_ring():
 def test_more_tokens_than_can_be_taken_back_are_refused():
     case = CASES["a window of one token"]
     flat = inputs(case)
-    first = call(part(flat, 0, PREFILL), window_size=case.window, impl="triton", return_state=True)
-    step = {n: x for n, x in part(flat, 20, 26).items() if n in TOKENWISE}
+    first: Any = call(part(flat, 0, PREFILL), window_size=case.window, impl="triton", return_state=True)
+    step: Any = {n: x for n, x in part(flat, 20, 26).items() if n in TOKENWISE}
     with pytest.raises(ValueError, match="at most 5 new tokens, got 6"):
         nha_decode(**step, state=RingState.of(first.state, 5))
