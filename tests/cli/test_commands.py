@@ -56,7 +56,7 @@ def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it
     from tests.models.test_delta import changed
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    model = changed(base, [64, 64, 64], num_slots=64)
+    model = changed(base, [25, [25, 256], 25], num_slots=64)
     path = tmp_path / "delta.safetensors"
     save_delta(path, model, low_rank_changes(base, model, 2), {"quality": '{"ppl_2k": 1.08}'})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
@@ -69,7 +69,8 @@ def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["source"] == loading.EMBEDDED and found["window_sizes"] == [64, 64, 64]
+    assert found["source"] == loading.EMBEDDED and found["window_sizes"] == [25, 25, 25]
+    assert found["notes"] == ["1 KV heads have longer windows than the others of their layer: 256 tokens."]
     names = {variant["name"] for variant in found["variants"]}
     assert names == {"teacher", "untrained", "hybrid", "slots_off", "longer_window", "window_off"}
     assert found["distilled"]["facts"] == 1 and found["distilled"]["bytes"] == path.stat().st_size

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from nha.evaluate.compare import Plan
     from nha.evaluate.partial import PartialResults
 
-MODEL = typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")
+MODEL = typer.Argument(
+    help="A model directory, a Hub id, or 'smollm2' for the embedded model, 'smollm2-hybrid' for its hybrid."
+)
 TEXT = typer.Option(help="A text file; may be given several times.", show_default="the Python language reference")
 WINDOW = typer.Option(help="Change a hybrid's windows for this run; -1 is full attention.", show_default="as saved")
 ABLATIONS = typer.Option(

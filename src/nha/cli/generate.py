@@ -14,7 +14,9 @@ from nha.cli import common
 from nha.cli.common import BadInput, command, err, escape, print_json
 from nha.models import loading
 
-MODEL = typer.Argument(help="A model directory, a Hub id, or 'smollm2' for the embedded model.")
+MODEL = typer.Argument(
+    help="A model directory, a Hub id, or 'smollm2' for the embedded model, 'smollm2-hybrid' for its hybrid."
+)
 MAX_NEW_TOKENS = typer.Option(help="Stop after so many tokens.")
 TEMPERATURE = typer.Option(help="0 takes the likeliest token; higher is more varied.")
 TOP_P = typer.Option(help="Sample from the likeliest tokens that add up to this.")

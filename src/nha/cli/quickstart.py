@@ -26,6 +26,8 @@ from nha.report.sentences import change, megabytes, number, verdict
 if TYPE_CHECKING:
     from nha.report.quickstart import Settings
 
+DEFAULT_WINDOW = 64  # as the option has it
+
 
 @command
 def quickstart(
@@ -33,7 +35,9 @@ def quickstart(
         str, typer.Option(help="A model directory, a Hub id, or 'smollm2', which needs no network.")
     ] = loading.EMBEDDED,
     output: Annotated[Path, typer.Option(help="A new directory for the report and the hybrid.")] = Path("report"),
-    window: Annotated[str, typer.Option(help="Tokens each window holds, or a list with one entry per layer.")] = "64",
+    window: Annotated[str, typer.Option(help="Tokens each window holds, or a list with one entry per layer.")] = str(
+        DEFAULT_WINDOW
+    ),
     slots: Annotated[int, typer.Option(help="Slots per key-value head.")] = 64,
     full_layers: Annotated[
         str | None,
@@ -94,14 +98,13 @@ def quickstart(
 
 
 def distilled_settings(settings: Settings) -> Settings:
-    """The settings that measure the embedded model's distilled hybrid, if there is one of these sizes."""
+    """The settings that measure the embedded model's distilled hybrid, if there is one and sizes are the default."""
     from nha.models.smollm2 import has_hybrid, hybrid_configuration
 
     if not has_hybrid():
         return settings
     config = hybrid_configuration()
-    windows = {window for window in config.window_sizes if window != -1}
-    if settings.windows not in windows or len(windows) > 1 or settings.slots != config.num_slots:
+    if settings.windows != DEFAULT_WINDOW or settings.slots != config.num_slots:
         return settings
     return dataclasses.replace(settings, windows=list(config.window_sizes), full_layers=[], distilled=True)
 

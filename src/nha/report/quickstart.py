@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from nha.evaluate.public.written import write as generate_text
 from nha.evaluate.variants import longer_window
 from nha.models import loading
 from nha.models.cache import cache_nbytes, nha_layers
-from nha.models.config import FULL, LayerWindow, plan_windows, sliding_layers
+from nha.models.config import FULL, LayerWindow, plan_windows, sliding_layers, smallest_window
 from nha.models.conversation import encode
 from nha.models.delta import apply_delta, delta_quality
 from nha.models.observe import ablate
@@ -79,7 +79,7 @@ class Settings:
     `distilled` measures the embedded model's distilled hybrid instead of one whose gates are trained for a moment.
     """
 
-    windows: int | list[int]
+    windows: int | Sequence[LayerWindow]
     slots: int
     full_layers: list[int]
     seed: int
@@ -89,7 +89,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError for sizes that the texts of a quickstart are too short for."""
-        largest = self.windows if isinstance(self.windows, int) else max(self.windows)
+        largest = self.windows if isinstance(self.windows, int) else max(all_windows(self.windows))
         if largest >= TRAINING_LENGTH:
             raise ValueError(f"expected windows below {TRAINING_LENGTH} tokens in a quickstart, got {largest}")
         if self.slots > MAX_SLOTS:
@@ -196,7 +196,8 @@ def run(source: loading.Source, settings: Settings, report: Report, saved: Path 
         layers=len(hybrid.config.window_sizes),
         parameters=parameters,
         added_parameters=hybrid.num_parameters() - parameters,
-        window_sizes=list(hybrid.config.window_sizes),
+        window_sizes=[smallest_window([window]) for window in hybrid.config.window_sizes],
+        notes=head_notes(hybrid.config.window_sizes),
         num_slots=settings.slots,
         num_sinks=hybrid.config.num_sinks,
         document=DOCUMENT,
@@ -310,6 +311,19 @@ def add_bytes(
             found["all_hybrid"] = cache_nbytes(filled_cache(model, texts[:1, : min(CONTEXTS)], last.context))
     for variant in variants:
         variant.bytes = found.get(variant.name)
+
+
+def head_notes(windows: Sequence[LayerWindow]) -> list[str]:
+    """A sentence on KV heads whose windows are longer than their layer's smallest, which the page shows; or none.
+
+    >>> head_notes([25, (25, 256), (256, 25)])
+    ['2 KV heads have longer windows than the others of their layer: 256 tokens.']
+    """
+    longer = [w for layer in windows if not isinstance(layer, int) for w in layer if w != smallest_window([layer])]
+    if not longer:
+        return []
+    shown = " and ".join(f"{w:,} tokens" if w != FULL else "all tokens" for w in sorted(set(longer)))
+    return [f"{len(longer)} KV heads have longer windows than the others of their layer: {shown}."]
 
 
 def prompts_of(tokenizer: Any, texts: Tensor) -> list[tuple[str, str, Tensor]]:
