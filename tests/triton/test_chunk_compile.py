@@ -23,7 +23,9 @@ CONSUMER = [
     {"capability": 120, "dim": 64, "value_dim": 64, "separate": True},
     {"capability": 89, "dtype": "fp16", **LARGEST},
     {"capability": 89, "dtype": "fp32", "sinks": 1},
+    {"capability": 120, **LARGEST},
 ]
+DATA_CENTER = [{"capability": 80, "sinks": 1}, {"capability": 100, "sinks": 1}]
 
 
 def compiled(shape):
@@ -48,6 +50,12 @@ def test_every_kernel_fits_an_h100(shape):
 def test_the_largest_shape_fits_an_h100():
     for row in compiled({"dtype": "fp16", **LARGEST}):
         assert row["shared"] <= 227 << 10, row
+
+
+@pytest.mark.parametrize("shape", DATA_CENTER, ids=str)
+def test_every_kernel_fits_the_data_center_gpu_before_and_after_an_h100(shape):
+    for row in compiled(shape):
+        assert row["shared"] <= compilation.SHARED_MEMORY[shape["capability"]], row
 
 
 @pytest.mark.parametrize("shape", CONSUMER, ids=str)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.triton.compilation import SHARED_MEMORY
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 64
 
@@ -104,3 +106,34 @@ def test_chunks_are_scanned_where_sequences_are_few(batch, length, columns, scan
 
     sizes = block_sizes(torch.bfloat16, dim=128, value_dim=128, slots=64, sinks=0)
     assert make_plan(batch, length, 0, 0, sizes, columns, None).scanned == scanned
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, dim, chunk, block_h",
+    [
+        (90, torch.bfloat16, 128, 64, 1),
+        (100, torch.bfloat16, 128, 64, 1),
+        (80, torch.bfloat16, 128, 32, 2),  # which has room for more, but would spill
+        (89, torch.bfloat16, 128, 32, 2),
+        (120, torch.bfloat16, 64, 32, 2),
+        (90, torch.bfloat16, 256, 64, 1),
+        (89, torch.float16, 256, 16, 1),
+        (90, torch.float32, 64, 32, 2),
+        (120, torch.float32, 64, 32, 1),
+        (89, torch.float32, 256, 16, 1),
+    ],
+)
+def test_tiles_follow_the_shared_memory_of_the_device(capability, dtype, dim, chunk, block_h):
+    from nha.ops.triton.chunk.tiling import block_sizes
+
+    shared = SHARED_MEMORY[capability]
+    sizes = block_sizes(dtype, dim=dim, value_dim=dim, slots=64, sinks=1, shared=shared)
+    assert (sizes.chunk, sizes.block_h) == (chunk, block_h)
+    assert shared == 227 << 10 or (sizes.dkv_stages, sizes.dstate_stages) == (1, 1)
+
+
+def test_the_tiles_of_a_small_gpu_do_not_depend_on_the_window():
+    from nha.ops.triton.chunk.tiling import block_sizes
+
+    options = {"dim": 64, "value_dim": 64, "slots": 64, "sinks": 0, "shared": SHARED_MEMORY[120], "groups": 8}
+    assert block_sizes(torch.bfloat16, window=64, **options) == block_sizes(torch.bfloat16, window=4096, **options)

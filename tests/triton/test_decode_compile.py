@@ -25,7 +25,12 @@ SHAPES = [
     {"max_rollback": 9},
     {"length": 16, "dim": 64, "max_rollback": 21},
     {"length": 4, "window": 0, "max_rollback": 9},
+    {"capability": 80},
+    {"capability": 89},
     {"capability": 89, "dim": 256, "length": 16},
+    {"capability": 100},
+    {"capability": 100, "dim": 256, "length": 16},
+    {"capability": 120, "dim": 64, "heads": 3, "groups": 3},
     {"capability": 120, "dtype": "float32", "length": 16},
 ]
 

@@ -51,7 +51,7 @@ class FusedRing(NHAState):
     """A state whose window is full, in one buffer that `read_token` updates in place.
 
     The tensors of an `NHAState` are views of the buffer, those of the window in ring order: the newest of n tokens of
-    the longest sequence lies at index (n - 1) mod W for all sequences, so that a copy goes on with the same bits.
+    the longest sequence lies at index (n - 1) mod W for all sequences, so that a copy continues with the same bits.
     Whatever maps, copies or pickles a state gets an `NHAState` from it.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3).padded()

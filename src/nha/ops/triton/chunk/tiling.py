@@ -98,7 +98,8 @@ def block_sizes(
     low_occupancy = max_width > 128 or padded_width(slots) > 64
     state_bits = padded_width(slots, row) * max(max_width, row) * gate_operand.primitive_bitwidth
     large_state = state_bits > 256 << 10
-    small_memory = shared < H100_SHARED_MEMORY // 2
+    # An A100 has room for large tiles, but without asynchronous products their operands spill 10 KB a thread.
+    small_memory = shared < H100_SHARED_MEMORY
     if is_fp32 and low_occupancy:
         chunk = rows = 16
     elif is_fp32:
