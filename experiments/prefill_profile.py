@@ -1,4 +1,4 @@
-"""The waits of a prompt: time, the host's part of it, and the number of kernels, of a model and its hybrids.
+"""The time of a prompt, the part of it that the host takes, and the number of kernels, of a model and its hybrids.
 
 Some layers of Llama-3-8B's shape suffice: times are also given for all 32. For each length and variant the table holds
 
