@@ -205,6 +205,8 @@ def check_new_directory(path: Path, *, replaceable: Callable[[Path], bool] | Non
 class ProgressDisplay(Protocol):
     """The part of `rich.progress.Progress` that commands use; `LineProgress` has it too."""
 
+    @property
+    def console(self) -> Console: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
