@@ -167,6 +167,8 @@ def test_just_past_the_window_is_the_first_stretch_after_it():
     assert "No token is read exactly" in window_text(found) and "(tokens 0 to 64)" in window_text(found)
     found.window_sizes = [4096] * 30
     assert window_text(found) == "Up to 4096 tokens the two are the same model."
+    found.distilled = Distilled(bytes=1)
+    assert "same model" not in window_text(found) and "4096" in window_text(found)
 
 
 def test_layers_that_are_not_hybrid_are_named():

@@ -131,6 +131,6 @@ def python_example(results: Results) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
-        "# Windows are a run-time setting: twice as long here, with full layers (-1) as they are.\n"
-        "nha.set_windows(model, [w if w < 0 else 2 * w for w in model.config.window_sizes])"
+        "# Windows are a run-time setting; full layers (-1) stay as they are.\n"
+        "nha.set_windows(model, 128)"
     )

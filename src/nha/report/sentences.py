@@ -244,7 +244,7 @@ def speed_text(results: Results) -> list[str]:
     elif crossover == start.context:
         lines.append("On this machine the hybrid is at least as fast at every length measured.")
     else:
-        lines.append(f"On this machine the hybrid is at least as fast from {crossover:,} tokens on.")
+        lines.append(f"On this machine the hybrid is at least as fast at every length from {crossover:,} tokens on.")
     return [" ".join(lines)]
 
 
@@ -252,6 +252,8 @@ def window_text(results: Results) -> str:
     """How the hybrid fares inside the window, just past it, and at the end of the documents."""
     window, edges = results.window, results.bucket_edges
     same = f"Up to {window} tokens the two are the same model." if window > 0 else "No token is read exactly."
+    if results.distilled and window > 0:
+        same = f"Up to {window} tokens the hybrid reads every token exactly, with weights that were distilled."
     past = next((i for i, (low, _) in enumerate(pairwise(edges)) if low >= max(window, 0)), None)
     teacher, hybrid = results.variant("teacher"), results.variant("hybrid")
     if past is None or teacher is None or hybrid is None:
