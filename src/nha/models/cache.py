@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nha.models.config import FULL
 from nha.models.rollback import attend_with_rollback, supports_rollback
@@ -356,6 +356,10 @@ class HeadGroupsCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self._call("reset")
+        for part in self.parts:
+            if type(part) is DynamicLayer and part.keys is not None and part.values is not None:
+                # transformers 5.17 keeps the tokens and sets them to zero
+                part.keys, part.values = part.keys[..., :0, :], part.values[..., :0, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._call("reorder_cache", beam_idx)
