@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nha.models.segment import Reading, Segment, attend, writes_in_place
-from nha.ops import NHAState, RingState, nha_decode
+from nha.models.segment import Reading, Segment, attend, decode, writes_in_place
+from nha.ops import NHAState, RingState
 from nha.ops.backends import needs_grad
 from nha.ops.state import MAX_NEW
 
@@ -49,21 +49,6 @@ def attend_with_rollback(
     out, after = attend(head, reading, before, keep=True)
     rest, ring, count = attend_with_rollback(tail, reading, after, max_rollback)
     return torch.cat([out, rest], 1), ring, count
-
-
-def decode(segment: Segment, reading: Reading, ring: RingState) -> Tensor:
-    """Read a segment in one kernel, which writes it into the ring."""
-    return nha_decode(
-        segment.query,
-        segment.key,
-        segment.value,
-        segment.log_gate,
-        state=ring,
-        q_slot=segment.slot_query,
-        k_slot=segment.slot_key,
-        sink=reading.sink,
-        scale=reading.scale,
-    ).out
 
 
 def has_real_tokens(segment: Segment) -> bool:

@@ -171,19 +171,7 @@ def attend(
     if short and writes_in_place(segment, reading, state):
         assert state is not None
         ring = state if isinstance(state, RingState) else RingState.of(state)
-        result = nha_decode(
-            segment.query,
-            segment.key,
-            segment.value,
-            segment.log_gate,
-            state=ring,
-            q_slot=segment.slot_query,
-            k_slot=segment.slot_key,
-            sink=reading.sink,
-            scale=reading.scale,
-            attention_mask=segment.mask,
-        )
-        return result.out, ring
+        return decode(segment, reading, ring), ring
     first = keep and state is None and observer is None and reading.impl == "auto" and segment.mask is None
     if first and segment.cu_seqlens is None and is_prompt(segment, reading):
         result = nha_prefill(
@@ -242,6 +230,22 @@ def steps_in_place(segment: Segment, reading: Reading, state: NHAState | None) -
     if segment.length != 1 or segment.mask is not None or segment.cu_seqlens is not None or reading.impl != "auto":
         return False
     return reading.observe_mass is None and supports_step(state, (*segment.tensors, *(reading.sink or ())))
+
+
+def decode(segment: Segment, reading: Reading, ring: RingState) -> Tensor:
+    """Read a segment in one kernel, which writes it into the ring."""
+    return nha_decode(
+        segment.query,
+        segment.key,
+        segment.value,
+        segment.log_gate,
+        state=ring,
+        q_slot=segment.slot_query,
+        k_slot=segment.slot_key,
+        sink=reading.sink,
+        scale=reading.scale,
+        attention_mask=segment.mask,
+    ).out
 
 
 def writes_in_place(segment: Segment, reading: Reading, state: NHAState | None) -> bool:
