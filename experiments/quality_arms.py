@@ -15,6 +15,7 @@ from nha.distill.recipes import recipe_settings
 from nha.distill.settings import DistillSettings
 from nha.models.config import FULL, LayerWindow
 from nha.models.loading import EMBEDDED_ID
+from nha.ops.heads import map_window
 
 BUDGETS = ("4full", "1full", "constant")
 TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 40e6}
@@ -83,10 +84,7 @@ def head_windows(heads: tuple[int, int, int | None], plan: Path = PLAN) -> tuple
     if narrow is None:
         return tuple(plan_heads(weights, heads=count, wide_window=wide))
     full = plan_heads(weights, heads=count, wide_window=FULL, window_size=narrow)
-    return tuple(
-        window if isinstance(window, int) else tuple(wide if w == FULL else w for w in window)
-        for window in ([wide] * len(row) if w == FULL else w for row, w in zip(weights, full, strict=True))
-    )
+    return tuple(map_window(lambda own: wide if own == FULL else own, window) for window in full)
 
 
 @dataclass(frozen=True)

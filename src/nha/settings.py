@@ -100,6 +100,12 @@ def _from_yaml(value: Any, kind: str) -> Any:
     return value
 
 
+def identity_of(settings: Any) -> dict[str, Any]:
+    """The settings that a resumed run must share, by name: all but those marked `resumable`."""
+    kept = [entry.name for entry in dataclasses.fields(settings) if not entry.metadata.get("resumable")]
+    return {name: getattr(settings, name) for name in kept}
+
+
 def check_settings(settings: Any) -> None:
     """Raise ValueError for a field of a settings dataclass that is of another type or outside its bounds."""
     for entry in dataclasses.fields(settings):

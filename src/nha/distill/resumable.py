@@ -16,6 +16,13 @@ from nha.distill.gradients import whole
 from nha.io import sync_file
 
 
+def fsdp2_options(model: Any) -> dict[str, Any]:
+    """Options of TrainingArguments that shard a model by its decoder layers over the GPUs of a `torchrun` (FSDP2)."""
+    kinds = sorted(model._no_split_modules or [])
+    config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": kinds, "reshard_after_forward": True}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+
+
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold what is trained in float32 and appear only when they are whole."""
 

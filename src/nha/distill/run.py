@@ -35,6 +35,7 @@ from nha.distill.checkpoint import (
     wait_for_begin,
 )
 from nha.distill.loss import Head
+from nha.distill.resumable import fsdp2_options
 from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.student import Distillation, linear_layers
@@ -165,9 +166,7 @@ def fsdp_options(student: Distillation) -> dict[str, Any]:
     """Options of TrainingArguments that shard a model over the GPUs of a `torchrun` (FSDP2); none on one device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.cuda.is_available():
         return {}
-    kinds = sorted(student._no_split_modules or [])
-    config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": kinds, "reshard_after_forward": True}
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    return fsdp2_options(student)
 
 
 def make_trainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from nha.settings import (
     check_settings,
     count,
     fraction,
+    identity_of,
     parse_ints,
     parse_window,
     setting,
@@ -154,5 +154,4 @@ class DistillSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, by name."""
-        kept = [f.name for f in dataclasses.fields(self) if not f.metadata.get("resumable")]
-        return {name: getattr(self, name) for name in kept}
+        return identity_of(self)

@@ -27,6 +27,7 @@ from nha.distill.checkpoint import (
     wait_for_begin,
 )
 from nha.distill.gradients import whole
+from nha.distill.resumable import fsdp2_options
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.trainer import JsonlLogger, Log, Reports, StopCallback
 from nha.models.config import smallest_window
@@ -116,9 +117,7 @@ def sharding_options(model: LanguageModel, settings: TrainSettings, world: int) 
         return {}
     if not torch.cuda.is_available():
         raise ValueError("expected GPUs for parallel fsdp, got none: use ddp")
-    kinds = sorted(model._no_split_modules or [])
-    config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": kinds, "reshard_after_forward": True}
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    return fsdp2_options(model)
 
 
 def make_trainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from nha.settings import (
     check_settings,
     count,
     fraction,
+    identity_of,
     parse_ints,
     parse_window,
     setting,
@@ -182,5 +182,4 @@ class TrainSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, by name."""
-        kept = [f.name for f in dataclasses.fields(self) if not f.metadata.get("resumable")]
-        return {name: getattr(self, name) for name in kept}
+        return identity_of(self)
