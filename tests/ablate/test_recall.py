@@ -8,7 +8,8 @@ import torch
 from nha import NHAConfig
 from nha.ablate import recall
 from nha.ablate.arms import Arm
-from nha.ablate.recall import RecallPlan, accuracy_of, answer_positions, answers, train_recall
+from nha.ablate.recall import RecallPlan, accuracy_of, answers, train_recall
+from nha.ablate.steps import Steps, answer_loss, answer_positions, draw_batch
 from nha.data.synthetic import IGNORED, TaskSize
 from nha.errors import OutOfTime
 
@@ -29,16 +30,89 @@ def test_positions_hold_all_answers_of_a_row():
     assert ((chosen != IGNORED).sum(1) == (targets != IGNORED).sum(1)).all()
 
 
+def labels_of(batch):
+    return torch.full_like(batch.ids, IGNORED).scatter(1, batch.at, batch.wanted)
+
+
 @torch.no_grad()
 def test_answers_are_those_of_the_whole_logits():
     size = TaskSize("mqar", 32, 4, vocab_size=64)
     model = ARM.build(NHAConfig.tiny(vocab_size=64))
-    ids, targets = size.draw(4, torch.Generator().manual_seed(0))
-    logits, wanted = answers(model, size, ids, targets)
-    whole = model(ids, use_cache=False).logits
-    at = answer_positions(targets, 4)
-    torch.testing.assert_close(logits, whole.gather(1, at[..., None].expand(-1, -1, 64)))
-    assert torch.equal(wanted.sort(1).values, targets[targets != IGNORED].view(4, 4).sort(1).values)
+    batch = draw_batch(size, 4, torch.Generator().manual_seed(0))
+    whole = model(batch.ids, use_cache=False).logits
+    torch.testing.assert_close(answers(model, batch), whole.gather(1, batch.at[..., None].expand(-1, -1, 64)))
+    targets = size.draw(4, torch.Generator().manual_seed(0)).targets
+    assert torch.equal(labels_of(batch), targets)
+
+
+@pytest.mark.parametrize("size", [TaskSize("mqar", 32, 4, vocab_size=64), TaskSize("in_context_recall", 32)])
+def test_the_loss_of_the_answers_and_its_gradients_are_those_of_the_whole_logits(size):
+    model = ARM.build(NHAConfig.tiny(vocab_size=size.vocab_size)).double()
+    batch = draw_batch(TaskSize(size.task, 32, size.num_items, vocab_size=64), 3, torch.Generator().manual_seed(0))
+    logits = model(batch.ids, use_cache=False).logits
+    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_of(batch).flatten())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(whole, parameters, allow_unused=True)
+    loss = answer_loss(model, batch)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    rounding = torch.finfo(torch.float32).eps  # of one answer's weight in the mean
+    torch.testing.assert_close(loss, whole, rtol=rounding, atol=0)
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=rounding * other.abs().max().item() + 1e-300)
+
+
+class Replays:
+    """Stands in for CUDA graphs: a replay runs the step again, capturing does not run it."""
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+
+    def __call__(self, name, run):
+        self.captured += 1
+        loss = torch.zeros(())
+
+        def replay():
+            self.replayed += 1
+            loss.copy_(run())
+
+        return loss, replay
+
+    def join(self):
+        pass
+
+
+def test_captured_steps_take_the_steps_that_others_take():
+    sizes = [TaskSize("in_context_recall", length, vocab_size=8) for length in (8, 12)]
+    given = plan(train=sizes, weights=(1.0, 1.0), steps=16)
+    expected = train_recall(ARM.build(SHAPE), given, lr=1e-2, seed=0)
+    model = ARM.build(SHAPE)
+    steps = Steps(model)
+    steps.graphs = Replays()
+    found = train_recall(model, given, lr=1e-2, seed=0, steps=steps)
+    assert steps.graphs.captured == 2 and steps.graphs.replayed == 16 - 2 * 2
+    assert found.loss == expected.loss and found.scores == expected.scores
+
+
+def test_a_step_that_no_graph_holds_runs_without():
+    def refuse(name, run):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    given, model = plan(steps=8), ARM.build(SHAPE)
+    steps = Steps(model)
+    steps.graphs = refuse
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+        found = train_recall(model, given, lr=1e-3, seed=0, steps=steps)
+    assert found.loss == train_recall(ARM.build(SHAPE), given, lr=1e-3, seed=0).loss
+
+
+def test_measuring_uses_no_compiled_layer():
+    model = ARM.build(SHAPE)
+    steps = Steps(model, compiled=True)
+    assert len(steps.layers) == 2 and all(layer._compiled_call_impl is None for layer, _ in steps.layers)
+    with steps._compiled_layers():
+        assert all(layer._compiled_call_impl is call is not None for layer, call in steps.layers)
+    assert all(layer._compiled_call_impl is None for layer, _ in steps.layers)
 
 
 def test_a_run_is_a_function_of_its_seed():

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nha.ablate.steps import Batch, Steps, answer_states, draw_batch
 from nha.data.synthetic import IGNORED, TaskSize
 from nha.errors import OutOfTime
 from nha.evaluate.bootstrap import interval
-from nha.models.head import head_logits, hidden_states
+from nha.models.head import head_logits
 
 VALID_SEED, TEST_SEED = 1 << 20, 1 << 21  # seeds of training are below
-WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.1, 1.0
-PROBE_STEPS = 20  # after which the time of a run is known
+WARMUP = 0.1
+PROBE_STEPS = 20  # that are not timed, and that are timed at least
 VALID_EXAMPLES = 256
 
 
@@ -89,23 +89,10 @@ class RecallOutcome:
     loss: float
 
 
-def answer_positions(targets: Tensor, most: int) -> Tensor:
-    """Positions [N, most] of all targets in each row of targets [N, T], and of others where there are fewer.
-
-    >>> answer_positions(torch.tensor([[-100, 7, -100, 8]]), 2).tolist()
-    [[1, 3]]
-    """
-    # A mask would have to tell the host how many entries it selects, and the GPU would wait.
-    return (targets == IGNORED).int().sort(dim=1, stable=True).indices[:, :most]
-
-
-def answers(model: PreTrainedModel, size: TaskSize, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, A, V] in float32 and targets [N, A] at the positions where ids [N, T] ask something."""
-    at = answer_positions(targets, size.max_answers)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-        hidden = hidden_states(model, ids)
-        logits = head_logits(model, hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2])))
-    return logits.float(), targets.gather(1, at)
+def answers(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits [N, A, V] in float32 at the positions where a batch asks something."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda):
+        return head_logits(model, answer_states(model, batch)).float()
 
 
 def lr_factor(step: int, steps: int) -> float:
@@ -127,53 +114,44 @@ def train_recall(
     lr: float,
     seed: int,
     time_left: float = math.inf,
+    steps: Steps | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> RecallOutcome:
     """Train a model on its device and measure it.
 
-    Batches are a function of plan, seed and kind of device, the same for all models. `progress` is called with (steps,
-    loss) now and then.
+    Batches are a function of plan, seed and kind of device, the same for all models. `steps` takes the steps (default:
+    `Steps(model)`), and `progress` is called with (steps, loss) now and then.
 
     Raises:
         OutOfTime: the run would take longer than `time_left` seconds; known after a few steps.
         FloatingPointError: the loss is no longer finite.
     """
-    started, device = time.monotonic(), model.device
+    started = time.monotonic()
     order = np.random.default_rng([seed, 1]).choice(
         len(plan.train), plan.steps, p=np.array(plan.weights) / sum(plan.weights)
     )
-    generator = torch.Generator(device).manual_seed(seed)
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, plan.steps))
-    tokens = step = 0
-    loss = torch.zeros(())
-    timed = started
+    generator = torch.Generator(model.device).manual_seed(seed)
+    steps = steps or Steps(model)
+    tokens = step = timed_step = 0
+    loss, timed, known = torch.zeros(()), started, False
     for step in range(1, plan.steps + 1):
         size = plan.train[order[step - 1]]
-        ids, targets = size.draw(plan.batch_of(size), generator)
-        logits, wanted = answers(model.train(), size, ids, targets)
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*decayed, *others], MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        tokens += ids.numel()
-        if step == PROBE_STEPS:  # kernels are compiled
+        batch = draw_batch(size, plan.batch_of(size), generator)
+        loss = steps(batch, lr * lr_factor(step - 1, plan.steps))
+        tokens += batch.ids.numel()
+        if step <= PROBE_STEPS or steps.prepared:  # the time of a step is known from now on
             loss.item()
-            timed = time.monotonic()
-        if step == 2 * PROBE_STEPS or step % plan.valid_every == 0:
+            timed, timed_step = time.monotonic(), step
+        first = not known and step % PROBE_STEPS == 0 and step - timed_step >= PROBE_STEPS
+        if first or step % plan.valid_every == 0:
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} after {step} steps")
-            a_step = (time.monotonic() - timed) / max(1, step - PROBE_STEPS)
-            needed = a_step * (plan.steps - step)
-            if needed > time_left - (time.monotonic() - started):
+            known, now = step > timed_step, time.monotonic()
+            needed = (now - timed) / max(1, step - timed_step) * (plan.steps - step)
+            if known and needed > time_left - (now - started):
                 raise OutOfTime(needed)
-            if progress is not None:
+            if known and progress is not None:
                 progress(step, value)
         if step % plan.valid_every == 0 and step < plan.steps and _knows_all(model, plan):
             break
@@ -182,23 +160,25 @@ def train_recall(
 
 
 def _knows_all(model: PreTrainedModel, plan: RecallPlan) -> bool:
-    trained = dict.fromkeys(plan.train)
+    trained = sorted(dict.fromkeys(plan.train), key=lambda size: (size.num_items, size.seq_len), reverse=True)
+    # The hardest first: mostly one look is enough.
     return all(accuracy_of(model, size, VALID_EXAMPLES, VALID_SEED).mean() >= plan.enough for size in trained)
 
 
 @torch.no_grad()
 def accuracy_of(model: PreTrainedModel, size: TaskSize, count: int, seed: int, batch_tokens: int = 32768) -> np.ndarray:
     """The fraction of right answers in each of `count` examples drawn with a seed, [count]."""
+    was_training = model.training
     model.eval()
     generator = torch.Generator(model.device).manual_seed(seed)
     found: list[Tensor] = []
-    batch = max(1, batch_tokens // size.seq_len)
-    for start in range(0, count, batch):
-        ids, targets = size.draw(min(batch, count - start), generator)
-        logits, wanted = answers(model, size, ids, targets)
-        asked = wanted != IGNORED
-        right = (logits.argmax(-1) == wanted) & asked
+    limit = max(1, batch_tokens // size.seq_len)
+    for start in range(0, count, limit):
+        batch = draw_batch(size, min(limit, count - start), generator)
+        asked = batch.wanted != IGNORED
+        right = (answers(model, batch).argmax(-1) == batch.wanted) & asked
         found.append(right.sum(1) / asked.sum(1))
+    model.train(was_training)
     return torch.cat(found).double().cpu().numpy()
 
 

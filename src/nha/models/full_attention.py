@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import sys
 from typing import Any
@@ -13,9 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.ops import full_decode, full_prefill
-
-# torch >= 2.12 requires enable_gqa=True for grouped heads.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+from nha.ops.sliding_window import GROUPED
 
 
 def base_attention(

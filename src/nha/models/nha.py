@@ -76,7 +76,8 @@ class NHAAttention(NativeHybridAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend from hidden_states [B, T, hidden] with rotary tables [B, T, D]; the cache is updated in place."""
-        if self.layer_idx == 0:  # all layers share the configuration, which is slow to read
+        # All layers share the configuration, which is slow to read; a graph that reads the index serves one layer only.
+        if not torch.compiler.is_compiling() and self.layer_idx == 0:
             check_implementation(self.config)
         check_dropout(self.config.attention_dropout or 0.0 if self.training else 0.0)
         slot_query, slot_key, value = self.project(hidden_states)

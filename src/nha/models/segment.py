@@ -15,7 +15,7 @@ from nha.ops.backends import needs_grad
 from nha.ops.heads import take_heads
 from nha.ops.padding import align_left
 from nha.ops.single_token import FusedRing, supports_step
-from nha.ops.sliding_window import sliding_window_attention
+from nha.ops.sliding_window import has_window_kernel, sliding_window_attention, windowed_kernel
 from nha.ops.state import MAX_NEW, advance
 
 Sink = tuple[Tensor, Tensor]  # key [H, S, D], value [H, S, Dv]
@@ -269,17 +269,12 @@ def attend_window(segment: Segment, reading: Reading) -> Tensor:
         cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=segment.key.device)
     slot_query = segment.query if segment.slot_query is None else segment.slot_query
     q, k, v, q_slot = (x.flatten(0, 1)[None] for x in (segment.query, segment.key, segment.value, slot_query))
-    out = sliding_window_attention(
-        q,
-        k,
-        v,
-        q_slot,
-        reading.sink,
-        window_size=reading.window_size,
-        cu_seqlens=cu,
-        scale=q.shape[-1] ** -0.5 if reading.scale is None else reading.scale,
-        softcap=reading.softcap,
-    )
+    options: dict[str, Any] = {"window_size": reading.window_size, "cu_seqlens": cu}
+    scale = q.shape[-1] ** -0.5 if reading.scale is None else reading.scale
+    if segment.cu_seqlens is None and has_window_kernel(q, v, reading.sink, reading.softcap):
+        out = windowed_kernel(q, k, v, **options, max_seq_len=length, scale=scale)
+    else:
+        out = sliding_window_attention(q, k, v, q_slot, reading.sink, **options, scale=scale, softcap=reading.softcap)
     return out.view(batch, length, *out.shape[2:])
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from nha.ops.state import slot_dtype
 from nha.ops.varlen import sequence_of
@@ -12,6 +16,28 @@ from nha.ops.varlen import sequence_of
 MIN_BLOCK, MAX_BLOCK = 16, 128  # queries of one matrix product, however short or long the window
 GROUP_SCORES = {"cpu": 1 << 20}  # scores computed at a time: about what stays in the cache
 GROUP_SCORES_ELSEWHERE = 1 << 25  # enough to fill a GPU, 128 MiB in float32
+
+# torch >= 2.12 requires enable_gqa=True for grouped heads.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def has_window_kernel(q: Tensor, v: Tensor, sink: tuple[Tensor, Tensor] | None, softcap: float | None) -> bool:
+    """Whether `windowed_kernel` reads inputs like these: on a GPU in 16 bits, without a sink or a cap."""
+    dtypes = (torch.bfloat16, torch.float16)
+    return q.is_cuda and q.dtype in dtypes and q.shape[3] == v.shape[3] and sink is None and softcap is None
+
+
+def windowed_kernel(
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, cu_seqlens: Tensor, max_seq_len: int, scale: float
+) -> Tensor:
+    """`sliding_window_attention` in PyTorch's kernel for packed sequences, which scores no key outside a window.
+
+    Every token of q [1, T, HQ, D], k and v [1, T, H, D] must belong to a sequence: others get whatever memory held.
+    """
+    bounds = (cu_seqlens, cu_seqlens, max_seq_len, max_seq_len)
+    out = varlen_attn(q[0], k[0], v[0], *bounds, scale=scale, window_size=(window_size - 1, 0), **GROUPED)
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def sliding_window_attention(

@@ -1,0 +1,112 @@
+"""Time the steps of a recall table on one GPU: eager, captured, and captured with compiled layers.
+
+    python -m experiments.recall_speed --out results/recall_speed --budget-s 120
+
+A row for each arm and way of taking steps goes to OUT/recall_speed.jsonl at once: milliseconds of a step for each shape
+of batch, their mean as the table draws them, and the seconds that compiling and capturing took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nha.ablate.steps import WARMUP_STEPS, Batch, Steps, draw_batch
+from nha.ablate.table import Table, read_table
+
+MODES = {"compiled": (True, True), "captured": (False, True), "eager": (False, False)}
+TIMED_STEPS = 20
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_shape(steps: Steps, draw: Any, lr: float) -> tuple[float, float, float]:
+    """Milliseconds of a step and of drawing its batch, and the seconds before all was compiled and captured."""
+    begun = time.perf_counter()
+    batch: Batch = draw()
+    for _ in range(WARMUP_STEPS + 2):
+        steps(batch, lr)
+    wait()
+    prepared, begun = time.perf_counter() - begun, time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        steps(batch, lr)
+    wait()
+    step, begun = time.perf_counter() - begun, time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        draw()
+    wait()
+    return 1e3 * step / TIMED_STEPS, 1e3 * (time.perf_counter() - begun) / TIMED_STEPS, prepared
+
+
+def time_arm(table: Table, name: str, mode: str) -> dict[str, Any]:
+    """One row."""
+    plan = table.recall
+    assert plan is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    row = next(row for row in table.rows if row.arm.name == name)
+    model: Any = row.arm.build(table.recall_shape, 0, match=table.matched)
+    compiled, captured = MODES[mode]
+    steps = Steps(model.to(device), compiled=compiled, captured=captured and device.type == "cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    found: dict[str, Any] = {"table": table.name, "arm": name, "mode": mode, "shapes": {}, "prepare_s": 0.0}
+    mean = drawing = 0.0
+    for size, weight in zip(plan.train, plan.weights, strict=True):
+        count = plan.batch_of(size)
+        step, draw, prepared = time_shape(steps, lambda s=size, n=count: draw_batch(s, n, generator), row.lr)
+        found["shapes"][f"{size.label} x {count}"] = round(step, 3)
+        mean += weight / sum(plan.weights) * step
+        drawing += weight / sum(plan.weights) * draw
+        found["prepare_s"] = round(found["prepare_s"] + prepared, 2)
+    found["captured"] = steps.graphs is not None
+    return found | {"ms": round(mean, 3), "draw_ms": round(drawing, 3), "row_s": (mean + drawing) * plan.steps / 1e3}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time what is not there yet. Returns 0, 1 for a failure or 3 where time was short."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/recall_speed")))
+    parser.add_argument("--table", default="recall")
+    parser.add_argument("--arms", default="", help="separated by commas; default: all")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--budget-s", type=float, default=120.0)
+    options = parser.parse_args(arguments)
+    ends, table, status = time.monotonic() + options.budget_s, read_table(options.table), 0
+    names = [name for name in options.arms.split(",") if name] or [arm.name for arm in table.arms]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "recall_speed.jsonl"
+    there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    done = {(row["table"], row["arm"], row["mode"]) for row in there}
+    for name in names:
+        for mode in options.modes.split(","):
+            if (table.name, name, mode) in done:
+                continue
+            if time.monotonic() > ends:
+                print(f"{name}, {mode}: no time left", flush=True)
+                status = status or 3
+                continue
+            try:
+                row = time_arm(table, name, mode)
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+            except Exception:
+                traceback.print_exc()
+                status = 1
+            gc.collect()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
