@@ -1,0 +1,154 @@
+"""Kernels of one training step of the 340M model at 2K, beside those of the same model with full attention.
+
+    python -m experiments.train_profile --out results/train_profile
+
+Compiled layers, bfloat16 and the optimizer are those of `nha train`; tokens are random. Kernels go to OUT/CASE.json
+with their time and number of launches in a step, and the longest are printed. Milliseconds of a step are taken without
+the profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from experiments.train_speed import BACKENDS, STEP_TOKENS, VOCABULARY, Case, settings_of
+from nha.models.nha import NHAForCausalLM
+from nha.train.loss import LanguageModel
+from nha.train.optimizers import make_optimizer
+from nha.train.presets import model_config
+
+CASES = ("nha", "full-cudnn")
+WARMUP_STEPS, TIMED_STEPS, SHOWN = 4, 8, 40
+GROUPS = {  # the first whose word is part of a kernel's name
+    "attention": ("nha_", "cudnn", "fmha", "flash", "sdpa"),
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
+    "fused": ("triton_",),
+    "optimizer": ("multi_tensor", "adam"),
+}
+
+
+def group_of(name: str) -> str:
+    """The group of a kernel.
+
+    >>> group_of("triton_red_fused_add_mul"), group_of("Memcpy HtoD")
+    ('fused', 'other')
+    """
+    return next((group for group, words in GROUPS.items() if any(w in name.lower() for w in words)), "other")
+
+
+def make_step(case: Case, options: argparse.Namespace) -> Callable[[], None]:
+    """One step of training on random tokens."""
+    settings = settings_of(case, options, 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    causal: Any = NHAForCausalLM(model_config(settings, VOCABULARY))
+    model = LanguageModel(causal.to(device), dtype).train()
+    if device.type == "cuda":
+        model.compile_layers()
+    optimizer = make_optimizer(model, settings, device.type == "cuda")
+    shape = (settings.batch_size, case.seq_len)
+    ids, targets = (torch.randint(VOCABULARY, shape, device=device) for _ in range(2))
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(step: Callable[[], None]) -> dict[str, Any]:
+    """Milliseconds of a step, of the host alone, and kernels by time."""
+    begun = time.perf_counter()
+    for _ in range(WARMUP_STEPS):
+        step()
+    wait()
+    prepared, begun = time.perf_counter() - begun, time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        step()
+    host = time.perf_counter() - begun
+    wait()
+    taken = time.perf_counter() - begun
+    activities = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        step()
+        wait()
+    on_gpu = torch.cuda.is_available()
+    kernels = [
+        {"name": e.key, "ms": (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, "count": e.count}
+        for e in found.key_averages()
+    ]
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    groups: dict[str, float] = {}
+    for kernel in kernels:
+        group = group_of(kernel["name"])
+        groups[group] = round(groups.get(group, 0.0) + kernel["ms"], 3)
+    return {
+        "step_ms": round(1e3 * taken / TIMED_STEPS, 3),
+        "host_ms": round(1e3 * host / TIMED_STEPS, 3),
+        "prepare_s": round(prepared, 1),
+        "kernels_ms": round(sum(kernel["ms"] for kernel in kernels), 3),
+        "groups": groups,
+        "kernels": kernels,
+    }
+
+
+def show(case: Case, found: dict[str, Any]) -> None:
+    """Print what took longest."""
+    print(f"{case}: " + json.dumps({key: value for key, value in found.items() if key != "kernels"}))
+    for kernel in found["kernels"][:SHOWN]:
+        print(f"{kernel['ms']:9.3f} ms {kernel['count']:5d} x {kernel['name'][:130]}")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Profile the cases. Returns 0, or 3 where time was short."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/train_profile")))
+    parser.add_argument("--preset", default="340m")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
+    parser.add_argument("--cases", default=",".join(CASES), help="cases of experiments/train_speed.py")
+    parser.add_argument("--budget-s", type=float, default=60.0)
+    options = parser.parse_args(arguments)
+    options.steps, options.tiny, options.parallel, options.compile = 40, options.preset == "tiny", "ddp", "auto"
+    options.out.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + options.budget_s
+    for name in options.cases.split(","):
+        case, backend = Case(name, options.seq_len), BACKENDS.get(name)
+        if time.monotonic() > ends:
+            print(f"{case}: no time left")
+            return 3
+        use_backend = backend is not None and torch.cuda.is_available()
+        with torch.nn.attention.sdpa_kernel(backend) if use_backend and backend is not None else nullcontext():
+            found = measure(make_step(case, options))
+        (options.out / f"{case}.json").write_text(json.dumps(found, indent=1) + "\n")
+        show(case, found)
+        torch._dynamo.reset()
+        gc.collect()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
