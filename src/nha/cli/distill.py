@@ -19,7 +19,7 @@ from nha.cli.evaluate_options import with_groups
 from nha.cli.hybridize import WINDOWS_HELP, check_convertible, searched_windows
 from nha.cli.options import given_options, make_settings, with_settings
 from nha.distill.recipes import RECIPES, recipe_values
-from nha.distill.settings import CONTROL, DistillSettings
+from nha.distill.settings import CONTROL, TEACHER, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.timeline import BEGUN, Timeline
 from nha.io import atomic_directory
@@ -217,6 +217,7 @@ def report_estimate(source: loading.Source, settings: DistillSettings, as_json: 
             f"{source.label}, {found.parameters / 1e6:,.0f} M parameters, {found.trainable / 1e6:,.1f} M trained",
         ),
         ("run", f"{found.tokens:,} tokens in {found.steps:,} steps, {found.flops_per_token / 1e9:,.2f} GFLOP a token"),
+        *([("teacher", f"trained on the first {found.teacher_tokens:,} of them")] if found.teacher_tokens else []),
         ("memory", memory),
         ("time", time + ", besides about a minute to compile and align"),
         *([("on one H100", f"about {common.duration(elsewhere.seconds)}")] if elsewhere else []),
@@ -333,6 +334,7 @@ def train_and_save(
         "stopped_by": None if found.finished else found.stopped_by,
         "steps": found.steps,
         "last": found.log[-1] if found.log else {},
+        "teacher": found.teacher_log[-1] if found.teacher_log else {},
         "hybrid": str(folder) if found.finished and not is_control else None,
         "control": str(folder) if found.finished and is_control else None,
         "relative_to_control": relative,
@@ -379,15 +381,17 @@ def base_dtype(source: loading.Source, default: Any) -> Any:
 def train(job: Job, model: Any, tokenizer: Any, output: Path, stop: Stop, control: bool) -> tuple[Distilled, int]:
     """Distil, or train a control, with progress on stderr. Returns the outcome and the number of steps in all."""
     from nha.distill.run import distill as train_hybrid
-    from nha.distill.run import make_mixture
+    from nha.distill.run import make_mixture, teacher_steps
     from nha.distill.trainer import Reports
 
     steps = make_mixture(job.settings, world_size()).steps
+    first = 0 if control else teacher_steps(job.settings, world_size())
     timeline = dataclasses.replace(job.timeline, stages=dict(job.timeline.stages))
     shown: list[str] = []
     with common.progress_bar() as bar:
         tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
         texts = {"align": "aligning layers", "train": "training the control" if control else "training"}
+        texts[TEACHER] = "training the teacher"
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
@@ -399,9 +403,13 @@ def train(job: Job, model: Any, tokenizer: Any, output: Path, stop: Stop, contro
 
         def log(entry: dict[str, float]) -> None:
             texts["train"] = ("control, " if control else "") + describe(entry)
-            progress("train", int(entry["step"]), steps)
+            progress("train", int(entry["step"]), steps - first)
 
-        reports = Reports(log=log, progress=progress, timeline=timeline)
+        def teacher_log(entry: dict[str, float]) -> None:
+            texts[TEACHER] = "teacher, " + describe(entry)
+            progress(TEACHER, int(entry["step"]), first)
+
+        reports = Reports(log=log, teacher_log=teacher_log, progress=progress, timeline=timeline)
         options = {"control": control, "reports": reports, "stop": stop}
         return train_hybrid(model, tokenizer, job.corpus, output, job.settings, **options), steps
 
@@ -414,6 +422,9 @@ def report(result: dict[str, Any], steps: int, as_json: bool) -> None:
         saved = escape(result["hybrid"] or result["control"])
         out.print(f"[green]✓[/] {result['steps']:,} steps, saved in [bold]{saved}[/]", soft_wrap=True)
         out.print(f"  {describe(result['last'])}", soft_wrap=True)
+        if result["teacher"]:
+            first = f"{result['teacher']['tokens']:,.0f} of {result['last']['tokens']:,.0f} tokens"
+            out.print(f"  teacher: the original, trained with full attention on the first {first}", soft_wrap=True)
         if result["relative_to_control"]:
             out.print(relative_table(result["relative_to_control"]))
         if result["hybrid"]:

@@ -82,22 +82,33 @@ class Mixture:
 class Stream(Dataset):
     """The steps of a run: item i is a list of micro-batches (name, tensors) for `Distillation.forward`.
 
-    Item i depends on (corpus, tokenizer, mixture, rank, world, i) alone: any process can make it, in any order.
+    Item i depends on (corpus, tokenizer, mixture, rank, world, first, i) alone: any process can make it, in any order.
+    `first` is the step of the mixture that item 0 is.
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, rank: int = 0, world: int = 1
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        mixture: Mixture,
+        rank: int = 0,
+        world: int = 1,
+        first: int = 0,
     ):
         self.corpus, self.tokenizer, self.mixture = corpus, tokenizer, mixture
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.first = rank, world, first
         lengths = {mixture.seq_len, mixture.long_seq_len}
         self._packed = {n: PackedSequences(corpus, n, mixture.seed) for n in lengths}
 
     def __len__(self) -> int:
-        return self.mixture.steps
+        return self.mixture.steps - self.first
 
-    def __getitem__(self, step: int) -> list[tuple[str, dict[str, Tensor]]]:
-        mixture = self.mixture
+    def shape(self, item: int) -> tuple[int, int]:
+        """Sequences of an item and tokens of a sequence."""
+        return self.mixture.shape(self.first + item)
+
+    def __getitem__(self, item: int) -> list[tuple[str, dict[str, Tensor]]]:
+        mixture, step = self.mixture, self.first + item
         size, seq_len = mixture.shape(step)
         num_recall = mixture.num_recall(step)
         packed, first = self._packed[seq_len], self._first_text(step)

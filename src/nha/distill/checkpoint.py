@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nha.distill.settings import CONTROL
+from nha.distill.settings import CONTROL, TEACHER
 from nha.io import sync_directory, sync_tree, write_atomically
 
 RUN, LOG, LOCK, WEIGHTS, MANIFEST = "run.json", "log.jsonl", ".lock", "trained.safetensors", "manifest.json"
@@ -86,7 +86,9 @@ def check_directory(run: Path, wanted: Mapping[str, Any]) -> None:
             pairs = "; ".join(f"{k} = {begun.get(k)!r}, got {wanted.get(k)!r}" for k in differing)
             raise ValueError(f"expected to resume the run in {run} with {pairs}: name a new directory for another run")
     elif run.is_dir():
-        others = sorted(path.name for path in run.iterdir() if path.name != CONTROL and not _is_leftover(path))
+        others = sorted(
+            path.name for path in run.iterdir() if path.name not in (CONTROL, TEACHER) and not _is_leftover(path)
+        )
         if others:
             raise ValueError(f"expected {run} to be new, empty or a run to resume, got other files such as {others[0]}")
 
@@ -246,6 +248,26 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(_sharded_like(found[name].to(parameter.device), parameter))
+
+
+def load_into_plain(model: nn.Module, checkpoint: Path) -> None:
+    """Copy the trained parameters of a checkpoint of a control into the model that it was made of, in its dtype.
+
+    Raises ValueError, before any is copied, if the file is damaged or names and shapes are not those of the model.
+    """
+    file = checkpoint / WEIGHTS
+    try:
+        found = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f"expected a whole safetensors file at {file}, got: {error}") from None
+    own = dict(model.named_parameters())
+    for name, value in found.items():
+        if name not in own or own[name].shape != value.shape:
+            got = list(own[name].shape) if name in own else "none"
+            raise ValueError(f"expected {name} of shape {list(value.shape)} in the model, got {got}")
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
 
 
 def _sharded_like(value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nha.distill.run import make_mixture
+from nha.distill.run import make_mixture, teacher_mixture
 from nha.distill.settings import DistillSettings
 from nha.distill.student import linear_layers
 from nha.models.config import FULL, plan_windows
@@ -35,7 +36,8 @@ class Estimate:
     Attributes:
         parameters, trainable: of the hybrid, and those that are trained.
         tokens, steps: of the whole run, on all devices.
-        flops_per_token: teacher, student and gradients.
+        teacher_tokens: the first of them, which train the teacher.
+        flops_per_token: teacher, student and gradients, as a mean over the run.
         memory_bytes: on each device.
         seconds: of training, without compilation and alignment.
         device: the device's name, and how many.
@@ -46,6 +48,7 @@ class Estimate:
     trainable: int
     tokens: int
     steps: int
+    teacher_tokens: int
     flops_per_token: float
     memory_bytes: float
     seconds: float
@@ -77,7 +80,7 @@ def trained_parameters(model: PreTrainedModel, settings: DistillSettings, window
 def flops_per_token(
     model: PreTrainedModel, settings: DistillSettings, windows: Sequence[Window], trained: int
 ) -> float:
-    """FLOPs of a token: the teacher's pass, the student's, gradients of activations and of what is trained."""
+    """FLOPs of a token after stage 0: the teacher's pass, the student's, gradients of activations and parameters."""
     config: Any = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
@@ -85,14 +88,14 @@ def flops_per_token(
     embeddings: Any = model.get_input_embeddings()
     tied = head.weight is embeddings.weight
     products = sum(p.numel() for p in model.parameters()) - (0 if tied else embeddings.weight.numel())
-    long = settings.long_tokens / settings.tokens
+    long = settings.long_tokens / (settings.tokens - settings.teacher_tokens)
     mean_seq_len = (1 - long) * settings.seq_len + long * settings.long_seq_len
     full = 2 * mean_seq_len * width  # scores and values over half of the sequence
     heads = config.num_key_value_heads
     each = [window for layer in windows for window in per_head(layer, heads)]
     own = [full if w == FULL else 4 * (w + settings.num_slots) * width for w in each]
-    attention = full * len(windows) + 3 * sum(own) / heads
     teacher = settings.kl_weight > 0
+    attention = teacher * full * len(windows) + 3 * sum(own) / heads
     return (4 + 2 * teacher) * products + 2 * trained + attention
 
 
@@ -116,7 +119,13 @@ def estimate(
     parameters = sum(p.numel() for p in model.parameters()) + gates
     mixture = make_mixture(settings, world)
     tokens = sum(size * length for size, length in map(mixture.shape, range(mixture.steps))) * world
-    flops = flops_per_token(model, settings, windows, trained)
+    flops, first = flops_per_token(model, settings, windows, trained), 0
+    if settings.teacher_tokens:
+        own = teacher_mixture(settings, world)
+        first = own.steps * own.batch_size * own.seq_len * world
+        alone = dataclasses.replace(settings, kl_weight=0.0, ce_weight=1.0, long_tokens=0.0, teacher_tokens=0.0)
+        full = flops_per_token(model, alone, [FULL] * len(windows), weights)
+        flops += (full - flops) * first / tokens
     rows = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
     per_token = CHECKPOINTED_BYTES if settings.gradient_checkpointing else ACTIVATION_BYTES
     activations = rows * settings.seq_len * text.num_hidden_layers * text.hidden_size * per_token
@@ -136,6 +145,7 @@ def estimate(
         trainable=trained,
         tokens=tokens,
         steps=mixture.steps,
+        teacher_tokens=first,
         flops_per_token=flops,
         memory_bytes=shared + activations * size / 2 + LOGITS_BYTES,
         seconds=tokens * flops / speed,

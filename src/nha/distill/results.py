@@ -122,8 +122,12 @@ def save_distilled(
     """
     about: dict[str, Any] = {"settings": dataclasses.asdict(settings), "tokens": corpus.meta["tokens"]}
     about |= {"log": found.log[-1:], "relative_to_control": relative, **(extra or {})}
-    write_atomically(folder / FILE, json.dumps(about, indent=1) + "\n")
     notes = f"Trained on {settings.tokens:,.0f} tokens with seed {settings.seed}; see {FILE}."
+    if found.teacher_log:
+        about["teacher_log"] = found.teacher_log[-1:]
+        first = f"{settings.teacher_tokens:,.0f}"
+        notes += f" The first {first} of them trained the original with full attention, which the hybrid was made of."
+    write_atomically(folder / FILE, json.dumps(about, indent=1) + "\n")
     if relative:
         notes += "\n\n" + relative_table(relative)
     save_hybrid(found.model, tokenizer, folder, CardFacts(base, seed=settings.seed, notes=notes))

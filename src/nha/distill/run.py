@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from nha.distill.checkpoint import (
     begin,
     check_directory,
     latest_checkpoint,
+    load_into_plain,
     load_trained,
     locked,
     read_log,
@@ -36,7 +39,7 @@ from nha.distill.checkpoint import (
 )
 from nha.distill.loss import Head
 from nha.distill.resumable import fsdp2_options
-from nha.distill.settings import DistillSettings
+from nha.distill.settings import TEACHER, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.student import Distillation, linear_layers
 from nha.distill.timeline import start_compiler
@@ -60,10 +63,11 @@ class Distilled:
     Attributes:
         model: the hybrid, with plain weights.
         finished: whether all steps were made.
-        steps: how many were made.
+        steps: how many were made, those of its teacher among them.
         log: the entries of the log.
         aligned: the error of each layer before and after its alignment.
         stopped_by: "SIGINT", "SIGTERM", "budget", or None.
+        teacher_log: the entries of the log of its teacher, if that was trained.
     """
 
     model: PreTrainedModel
@@ -72,6 +76,7 @@ class Distilled:
     log: list[Log]
     aligned: list[tuple[float, float]]
     stopped_by: str | None = None
+    teacher_log: list[Log] = field(default_factory=list)
 
 
 def make_mixture(settings: DistillSettings, world: int = 1, control: bool = False) -> Mixture:
@@ -107,6 +112,30 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
     )
 
 
+def teacher_steps(settings: DistillSettings, world: int = 1) -> int:
+    """The first steps of a run on `world` devices, which train its teacher.
+
+    Raises ValueError where the hybrid would have no step.
+
+    >>> teacher_steps(DistillSettings(tokens=10 * 32768, teacher_tokens=4 * 32768))
+    4
+    """
+    if not settings.teacher_tokens:
+        return 0
+    steps = max(1, round(settings.teacher_tokens / (settings.batch_size * settings.seq_len * world)))
+    total = make_mixture(settings, world).steps
+    if steps >= total:
+        raise ValueError(f"expected teacher_tokens of fewer than all steps, {total}, got {steps} of them")
+    return steps
+
+
+def teacher_mixture(settings: DistillSettings, world: int = 1) -> Mixture:
+    """The batches of a run that train its teacher: the first of those that its control reads."""
+    whole, steps = make_mixture(settings, world, control=True), teacher_steps(settings, world)
+    fact_warmup = min(1.0, settings.fact_warmup * whole.steps / steps)  # as many steps as in the whole run
+    return dataclasses.replace(whole, steps=steps, long_steps=0, fact_warmup=fact_warmup)
+
+
 def teacher_identity(model: PreTrainedModel) -> str:
     """A digest of a model's configuration and of every byte of its weights."""
     config = {name: x for name, x in model.config.to_diff_dict().items() if name not in VOLATILE}
@@ -137,9 +166,14 @@ def control_identity(
     model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, world: int = 1
 ) -> dict[str, Any]:
     """All that a control depends on: hybrids that differ in windows, slots or gates alone share one."""
+    mixture = make_mixture(settings, world, control=True)
+    return {"control": True} | inputs_identity(model, corpus, world) | _trained_on(settings, mixture)
+
+
+def _trained_on(settings: DistillSettings, mixture: Mixture) -> dict[str, Any]:
+    """How the original is trained, and the batches."""
     rest = {name: value for name, value in settings.identity().items() if name in CONTROL_SETTINGS}
-    batches = dataclasses.asdict(make_mixture(settings, world, control=True))
-    return {"control": True} | inputs_identity(model, corpus, world) | rest | {"batches": batches}
+    return rest | {"batches": dataclasses.asdict(mixture)}
 
 
 def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: Sequence[Window]) -> None:
@@ -242,14 +276,17 @@ def distill(
     settings: DistillSettings | None = None,
     *,
     control: bool = False,
+    teacher_run: Path | str | None = None,
     reports: Reports | None = None,
     stop: Stop | None = None,
 ) -> Distilled:
     """Turn a pretrained model into a hybrid, in place, and train it to match what it was.
 
-    Stage 1 aligns each layer's attention output with the original one on the original inputs: only gates and sinks
-    move. Stage 2 trains from end to end, on the KL divergence from the original model's predictions, the cross-entropy
-    of text and that of the answers in recall text. Stage 3, with `long_tokens`, goes on in longer sequences.
+    Stage 0, with `teacher_tokens`, trains the original with full attention, and what follows starts from the result:
+    see `train_teacher`. Stage 1 aligns each layer's attention output with the original one on the original inputs:
+    only gates and sinks move. Stage 2 trains from end to end, on the KL divergence from the original model's
+    predictions, the cross-entropy of text and that of the answers in recall text. Stage 3, with `long_tokens`, goes on
+    in longer sequences.
 
     The directory `run` holds settings, checkpoints and log (JSON lines and TensorBoard). Called again with the same
     arguments, a run that was stopped in any way resumes with the same batches, optimizer and randomness, hence with
@@ -265,27 +302,26 @@ def distill(
         control: train the model itself, with full attention in every layer, on the same batches with the same recipe:
             the fair control for the hybrid of these settings. Gates and sinks are not used,
             and it learns the next token with the weight of the KL divergence added to that of the cross-entropy.
+            `teacher_tokens` means nothing to it: it reads all batches in one stage.
+        teacher_run: the directory of stage 0; default: the folder `teacher` of `run`. Runs of the same first batches
+            can share one.
         reports: functions to call on the way.
         stop: asks the run to stop; default: by signals and `settings.budget`. With a `stop` of its own the caller
             handles signals.
 
     Returns:
-        The hybrid with plain weights in the model's dtype (also when the run is not finished), and the log.
+        The hybrid with plain weights in the model's dtype (also when the run is not finished), and the log. A run that
+        stopped in stage 0 returns the model as it was.
 
     Raises:
         ValueError: settings, a corpus, a model or a directory that do not fit; nothing is written then.
         OSError: the disk is full; the last checkpoint is still there.
     """
     settings, reports, run = settings or DistillSettings(), reports or Reports(), Path(run)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    check_family(model.config)
-    windows = plan_windows(model.config, _as_list(settings.window_size), settings.full_layers)
-    check_corpus(model, corpus, windows)
-    check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
-    Head.of(model)
-    if not linear_layers(model, settings.trainable) and control:
-        raise ValueError(f"expected trainable weights for a control, got trainable {settings.trainable!r}")
-    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world)
+    rank, world = _place()
+    windows = check_inputs(model, corpus, settings, control)
+    first = 0 if control else teacher_steps(settings, world)
+    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first)
     stream[0]  # raises for sequences too short for recall text
     if compiles(model, settings.compile):
         start_compiler()
@@ -296,12 +332,122 @@ def distill(
         if stop is None:
             stop = Stop(settings.budget)
             stack.enter_context(handle_signals(stop))
-        cached = model.config.use_cache
         reports.timeline.mark("inputs checked")
-        student, ids = make_student(model, corpus, settings, [FULL] * len(windows) if control else windows, control)
-        reports.timeline.mark("converted")
-        stop.check()
-        if rank == 0:
+        teacher_log: list[Log] = []
+        if first:
+            place = run / TEACHER if teacher_run is None else Path(teacher_run)
+            found = train_teacher(model, tokenizer, corpus, place, settings, reports=reports, stop=stop)
+            if not found.finished or found.stopped_by:  # between the stages, too
+                return dataclasses.replace(found, finished=False, log=[], teacher_log=found.log)
+            teacher_log = found.log
+        used = [FULL] * len(windows) if control else windows
+        found = _train(model, stream, run, settings, used, wanted, control, reports, stop)
+    return dataclasses.replace(found, steps=first + found.steps, teacher_log=teacher_log)
+
+
+def train_teacher(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    run: Path | str,
+    settings: DistillSettings,
+    *,
+    reports: Reports | None = None,
+    stop: Stop | None = None,
+) -> Distilled:
+    """Stage 0: train a model with full attention on the first `teacher_tokens` of a run, as a control is trained.
+
+    The learning rate goes through its whole schedule. The weights are put into `model`, which stays what it was
+    otherwise; while a copy of it is trained it waits on the CPU. A stage that was stopped leaves `model` as it was. The
+    directory `run` is resumed as in `distill`; hybrids that differ in windows, slots or gates alone can share it.
+
+    Raises ValueError as `distill` does.
+    """
+    reports, run = reports or Reports(), Path(run)
+    rank, world = _place()
+    windows = check_inputs(model, corpus, settings, control=True)
+    mixture = teacher_mixture(settings, world)
+    stream = Stream(corpus, tokenizer, mixture, rank, world)
+    stream[0]  # raises for sequences too short for recall text
+    wanted = {"stage": TEACHER} | inputs_identity(model, corpus, world) | _trained_on(settings, mixture)
+    if rank == 0:
+        check_directory(run, wanted)
+    with ExitStack() as stack:
+        if stop is None:
+            stop = Stop(settings.budget)
+            stack.enter_context(handle_signals(stop))
+        checkpoint = latest_checkpoint(run)
+        if checkpoint is None or step_of(checkpoint) < len(stream):
+            device, full = model.device, [FULL] * len(windows)
+            twin = copy.deepcopy(model.to("cpu")).to(device)  # type: ignore[arg-type]
+            try:
+                found = _train(twin, stream, run, settings, full, wanted, True, _of_teacher(reports), stop)
+            finally:
+                _free(twin)
+                model.to(device)  # type: ignore[arg-type]
+            if not found.finished:
+                return dataclasses.replace(found, model=model)
+            checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(f"expected a checkpoint of the trained teacher in {run}, got none")
+    load_into_plain(model, checkpoint)
+    reports.timeline.mark("teacher trained")
+    return Distilled(model, True, len(stream), read_log(run), [], stop.reason)
+
+
+def _place() -> tuple[int, int]:
+    """This process among those of a `torchrun`, and how many there are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _of_teacher(reports: Reports) -> Reports:
+    """Reports of stage 0, which has a log and a name of its own."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if reports.progress is not None:
+            reports.progress(TEACHER, done, total)
+
+    return dataclasses.replace(reports, log=reports.teacher_log, progress=progress)
+
+
+def _free(model: PreTrainedModel) -> None:
+    """Give the memory of a trained copy back; a Trainer refers to itself, so it waits for the garbage collector."""
+    model.to("meta")  # type: ignore[arg-type]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_inputs(model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, control: bool) -> list[Window]:
+    """The window of every layer. Raises ValueError for a model or a corpus that these settings do not fit."""
+    check_family(model.config)
+    windows = plan_windows(model.config, _as_list(settings.window_size), settings.full_layers)
+    check_corpus(model, corpus, windows)
+    check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
+    Head.of(model)
+    if not linear_layers(model, settings.trainable) and control:
+        raise ValueError(f"expected trainable weights for a control, got trainable {settings.trainable!r}")
+    return list(windows)
+
+
+def _train(
+    model: PreTrainedModel,
+    stream: Stream,
+    run: Path,
+    settings: DistillSettings,
+    windows: Sequence[Window],
+    wanted: dict[str, Any],
+    control: bool,
+    reports: Reports,
+    stop: Stop,
+) -> Distilled:
+    """Convert a model in place and train it on a stream, in a directory that holds a run of this identity, or none."""
+    cached = model.config.use_cache
+    student, ids = make_student(model, stream.corpus, settings, windows, control)
+    reports.timeline.mark("converted")
+    stop.check()
+    with ExitStack() as stack:
+        if _place()[0] == 0:
             stack.enter_context(locked(run))
             begin(run, wanted)
         else:
@@ -316,6 +462,7 @@ def distill(
                 student.compile_layers()
             trainer = make_trainer(student, stream, run, settings, start, with_timeline(reports, run, start), stop)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.accelerator.wait_for_everyone()  # what the first process wrote is there for all
             start = trainer.state.global_step
         elif checkpoint is not None:
             load_trained(student, checkpoint)

@@ -24,6 +24,7 @@ COMPILED = ("auto", "layers", "nothing")
 LR, GATE_LR, TUNED_WIDTH = 2e-3, 8e-3, 576
 MAX_TOKENS = 10**15
 CONTROL = "control"  # the folder of a run in which its control is trained
+TEACHER = "teacher"  # the folder of a run in which its teacher is trained
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class DistillSettings:
         0.0, "How many of the tokens come in longer sequences, at the end.", at_least=0, at_most=MAX_TOKENS
     )
     long_seq_len: int = count(8192, "Tokens of these longer sequences.", at_least=2)
+    teacher_tokens: float = setting(
+        0.0,
+        "How many of the tokens, the first, train the original with full attention; "
+        "the hybrid is made from the result and distilled from it.",
+        at_least=0,
+        at_most=MAX_TOKENS,
+    )
     align_steps: int = count(
         40, "Steps that align each layer by itself before training; 0: none.", at_least=0, at_most=10**6
     )
@@ -138,6 +146,19 @@ class DistillSettings:
             raise ValueError("expected a loss, got kl_weight, ce_weight and answer_weight of 0")
         if self.long_tokens > self.tokens:
             raise ValueError(f"expected long_tokens of at most tokens, {self.tokens:g}, got {self.long_tokens:g}")
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        if not self.teacher_tokens:
+            return
+        shorter = self.tokens - self.long_tokens
+        if self.teacher_tokens > shorter or self.teacher_tokens == self.tokens:
+            raise ValueError(
+                f"expected teacher_tokens of less than tokens, {self.tokens:g}, and of at most the tokens in sequences "
+                f"of seq_len, {shorter:g}, got {self.teacher_tokens:g}"
+            )
+        if self.trainable not in ("attention", "layers"):
+            raise ValueError(f"expected trainable attention or layers with teacher_tokens, got {self.trainable!r}")
 
     def learning_rates(self, hidden_size: int) -> tuple[float, float, float]:
         """Learning rates of weights, gates and sinks for a model of this width.
@@ -154,4 +175,7 @@ class DistillSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, by name."""
-        return identity_of(self)
+        found = identity_of(self)
+        if not self.teacher_tokens:  # runs that began before this setting have none
+            del found["teacher_tokens"]
+        return found

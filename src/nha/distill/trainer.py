@@ -29,17 +29,19 @@ from nha.io import write_atomically
 from nha.ops.heads import map_window
 
 Log = dict[str, float]
-Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the stage "align" or "train"
+Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the stage "teacher", "align" or "train"
 
 
 @dataclass
 class Reports:
     """Functions that a run calls: `log` with every entry of the log, `progress` after every layer and step.
 
-    `timeline` takes down when each stage ends.
+    `teacher_log` is called with every entry of the log of a teacher in training. `timeline` takes down when each stage
+    ends.
     """
 
     log: Callable[[Log], None] | None = None
+    teacher_log: Callable[[Log], None] | None = None
     progress: Progress | None = None
     timeline: Timeline = field(default_factory=Timeline)
 
@@ -102,7 +104,7 @@ class DistillTrainer(ResumableTrainer):
         dropped = self.drops_window(step)
         windows = [map_window(lambda w: w // 4 if dropped and w > 0 else w, own) for own in self.model.windows]
         with self.model.using(windows):
-            parts, losses = self._gradients(model, inputs, self.stream.mixture.shape(step)[1])
+            parts, losses = self._gradients(model, inputs, self.stream.shape(step)[1])
         loss = torch.zeros((), device=self.args.device)
         for own, sums in losses:
             loss += own
@@ -191,7 +193,7 @@ class DistillTrainer(ResumableTrainer):
             "answer_loss": sums["answer_loss"] / answers,
             "answer_accuracy": sums["correct_answers"] / answers,
             "lr": logs["learning_rate"],
-            "tokens": self._tokens_between(0, step),
+            "tokens": self._tokens_between(-self.stream.first, step),
             "tokens_per_s": self._tokens_between(first, step) / max(1e-9, now - before),
         } | {f"grad_norm_{name}": float(norm) for name, norm in self.norms.items()}
         self.sums, self.last_log = None, (now, step)
@@ -200,8 +202,7 @@ class DistillTrainer(ResumableTrainer):
         super().log(entry)
 
     def _tokens_between(self, first: int, last: int) -> int:
-        mixture = self.stream.mixture
-        return sum(math.prod(mixture.shape(step)) for step in range(first, last)) * self.args.world_size
+        return sum(math.prod(self.stream.shape(step)) for step in range(first, last)) * self.args.world_size
 
 
 class JsonlLogger(TrainerCallback):
