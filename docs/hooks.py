@@ -1,4 +1,4 @@
-"""Show the record of `results/` and the pictures of the repository on the site."""
+"""Show the record of `results/` on the site: its pictures, and the page of models trained from scratch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("results/from_scratch/README.md",)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pictures of `results/`, which lies beside the pages' folder."""
-    for picture in sorted((ROOT / "results").rglob("*.png")):
-        name = picture.relative_to(ROOT).as_posix()
-        files.append(File.generated(config, name, abs_src_path=str(picture)))
+    """Add pictures and pages of `results/`, which lies beside the pages' folder."""
+    pictures = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "results").rglob("*.png"))]
+    for name in [*pictures, *PAGES]:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 

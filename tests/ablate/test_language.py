@@ -62,8 +62,9 @@ def test_every_arm_is_trained_on_as_many_tokens_and_measured(table, sources, tmp
     assert tasks["two"] == {"perplexity", "piqa"}  # writes nothing: it has no cache
     found = compare(list(rows.values()), Claim("x", "nha", "transformer", measure="perplexity"))
     assert found is not None and found.count == 2
-    remember(table, out, "nha ablate text")
-    assert "perplexity 128" in write_summary(out).read_text()
+    remember(table, out)
+    page = write_summary(out).read_text()
+    assert "perplexity 128" in page and "nha ablate text --corpus CORPUS --data DATA" in page
     entries = json.loads((out / "summary.json").read_text())
     assert {"ppl", "by_position"} <= next(e for e in entries if e["task"] == "perplexity").keys()
 

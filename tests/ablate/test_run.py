@@ -14,7 +14,7 @@ import yaml
 from nha.ablate import run
 from nha.ablate.arms import Arm
 from nha.ablate.run import Shard, claimed, read_row, row_file, run_table
-from nha.ablate.summary import Difference, best_rows, compare, remember, write_summary
+from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary
 from nha.ablate.table import Claim, built_in_tables, parse_table, read_table
 
 TINY = """
@@ -170,9 +170,14 @@ def test_a_row_that_another_process_makes_is_left_to_it(table, tmp_path):
 
 def test_the_page_holds_claims_rows_and_command_and_the_csv_every_rate(table, tmp_path):
     run_table(table, tmp_path)
-    remember(table, tmp_path, "nha ablate tiny")
+    remember(table, tmp_path, "mine.yaml")
     page = write_summary(tmp_path).read_text()
-    assert "nha ablate tiny" in page and "slots help" in page and "in_context_recall 32" in page
+    assert (
+        "nha ablate mine.yaml" in page
+        and str(tmp_path) not in page
+        and "slots help" in page
+        and "in_context_recall 32" in page
+    )
     entries = json.loads((tmp_path / "summary.json").read_text())
     assert (
         len(entries) == 4
@@ -204,6 +209,59 @@ def test_a_difference_is_over_pairs_of_the_same_seed_and_size():
     found = compare(rows, Claim("x", "a", "b"))
     assert found is not None and found.count == 1 and found.mean == pytest.approx(0.4)
     assert compare(rows, Claim("x", "a", "b", sizes=("mqar 64/8",))) is None
+
+
+def test_rows_of_several_devices_live_side_by_side_and_are_named(table, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setattr(run, "device_name", lambda device: "NVIDIA H200")
+    run_table(table.only(["nha", "window only"], lrs=[1e-3]), there)
+    monkeypatch.undo()
+    run_table(table.only(["nha"], lrs=[1e-3]), here)
+    remember(table, here)
+    kept = row_file(here, "tiny--nha--lr0.001--seed0").read_bytes()
+    assert add_rows(there, here) == (1, 1)
+    assert row_file(here, "tiny--nha--lr0.001--seed0").read_bytes() == kept
+    page = write_summary(here).read_text()
+    assert "CPU (nha: seed 0); NVIDIA H200 (window only: seed 0)" in page
+    assert "2 of 4 rows are not run yet" in page
+    with (here / "rows.csv").open() as file:
+        assert {entry["device"] for entry in csv.DictReader(file)} == {"CPU", "NVIDIA H200"}
+
+
+def test_rows_of_other_settings_are_not_added(table, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    small = table.only(["nha", "window only"], lrs=[1e-3])
+    run_table(small, there)
+    run_table(small.only(["nha"]), here)
+    path = row_file(there, "tiny--nha--lr0.001--seed0")
+    path.write_text(path.read_text().replace('"digest": "', '"digest": "0'))
+    with pytest.raises(ValueError, match=r"tiny--nha--lr0\.001--seed0\.json"):
+        add_rows(there, here)
+    assert [p.stem for p in (here / "rows").iterdir()] == ["tiny--nha--lr0.001--seed0"]
+    with pytest.raises(ValueError, match="elsewhere"):
+        add_rows(tmp_path / "elsewhere", here)
+
+
+def test_rows_of_a_built_in_table_of_before_are_not_added(tmp_path):
+    name = read_table("recall-cpu").rows[0].name("recall-cpu")
+    path = row_file(tmp_path / "there", name)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"digest": "of before"}')
+    with pytest.raises(ValueError, match=name):
+        add_rows(tmp_path / "there", tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_table_without_rows_stands_on_the_page_with_its_command(table, tmp_path):
+    remember(table, tmp_path)
+    page = write_summary(tmp_path).read_text()
+    assert "Not run yet" in page and "`nha ablate tiny`" in page
+
+
+def test_two_pairs_decide_nothing_and_a_claim_without_any_is_not_measured():
+    rows = [row(arm, 1, seed, 0, {"64/4": value}) for arm, value in (("a", 0.9), ("b", 0.1)) for seed in (0, 1)]
+    assert judge(rows, Claim("x", "a", "b"), "t") == ("+80.0 points of accuracy [+80.0, +80.0], 2 pairs", "undecided")
+    assert judge(rows, Claim("x", "a", "c"), "t") == ("", "not measured")
 
 
 @pytest.mark.parametrize(

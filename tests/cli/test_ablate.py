@@ -32,6 +32,15 @@ def test_a_budget_that_is_too_short_leaves_with_code_3_and_names_the_rows(table,
     assert result.exit_code == 3 and "tiny--window-only--lr0.001--seed0" in result.stderr
 
 
+def test_rows_of_another_machine_are_added_by_one_command(table, tmp_path):
+    there, here = str(tmp_path / "there"), str(tmp_path / "here")
+    runner.invoke(app, ["ablate", str(table), "--output", there, "--lrs", "1e-3"])
+    result = runner.invoke(app, ["ablate", "recall-cpu", "--summarize", "--add", there, "--output", here])
+    assert result.exit_code == 0 and "2 rows added" in result.stderr
+    page = (tmp_path / "here" / "README.md").read_text()
+    assert "A tiny table" in page and "`nha ablate recall-cpu`" in page
+
+
 def test_the_built_in_tables_are_listed(tmp_path):
     found = json.loads(runner.invoke(app, ["ablate", "--list", "--json"]).stdout)
     assert {"recall", "recall-cpu", "language"} <= found.keys()
@@ -47,6 +56,8 @@ def test_the_built_in_tables_are_listed(tmp_path):
         (["recall-cpu", "--lrs", "fast"], ("--lrs", "fast")),
         (["recall-cpu", "--budget", "-1"], ("--budget", "-1")),
         (["language"], ("--corpus", "--data")),
+        (["recall-cpu", "--add", "elsewhere"], ("--summarize", "elsewhere")),
+        (["--summarize", "--add", "elsewhere"], ("rows", "elsewhere")),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(arguments, names, tmp_path):

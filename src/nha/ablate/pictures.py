@@ -46,7 +46,7 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
     lines = math.ceil(len(sizes) / columns)
     named, head = _legend_room(arms)
     width = (WIDTH - 0.4) / columns - GAP[0]
-    figure, first = _figure(LIGHT, (WIDTH, head + lines * (PANEL + GAP[1])))
+    figure, first = _figure(LIGHT, (WIDTH, head - 0.25 + lines * (PANEL + GAP[1])))
     styles = line_styles(arms)
     for number, size in enumerate(sizes):
         axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -79,8 +79,8 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
         bottom = 0.5 + (lines - 1 - row_number) * (PANEL + GAP[1])
         _place(figure, axes, 0.55 + column * (width + GAP[0]), bottom, width, PANEL)
         axes.set_title(size, loc="left", fontsize=9, color=LIGHT.ink, pad=6)
-        if number >= len(sizes) - columns:
-            axes.set_xlabel("state of one sequence, KiB (logarithmic)")
+    label = {"ha": "center", "va": "bottom", "color": LIGHT.muted, "fontsize": 9}
+    figure.text(0.5, 0.012, "state of one sequence, KiB (logarithmic)", **label)
     _title(first, LIGHT, "Answers that are right (%), by tokens / pairs of an example")
     _legend_above(figure, named)
     return _png(figure)

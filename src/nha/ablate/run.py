@@ -78,16 +78,16 @@ def row_file(out: Path, name: str) -> Path:
     return out / ROWS / f"{name}.json"
 
 
-def read_row(path: Path, digest: str) -> dict[str, Any] | None:
+def read_row(path: Path, digest: str | None) -> dict[str, Any] | None:
     """The result of a row, None if there is none.
 
-    Raises ValueError, with the file's name, if it is of other settings or damaged.
+    Raises ValueError, with the file's name, if it is damaged or its digest is not `digest`, where that is known.
     """
     if not path.exists():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        same = found["digest"] == digest
+        same = digest is None or found["digest"] == digest
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"expected a row of a table in {path}, got another file") from None
     if not same:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from nha.ablate.run import ROWS
-from nha.ablate.table import EXPECTATIONS, Claim, Table
+from nha.ablate.run import ROWS, read_row
+from nha.ablate.table import EXPECTATIONS, Claim, Table, built_in_tables, read_table
 from nha.evaluate.bootstrap import interval
 from nha.io import write_atomically
 
 TABLES = "tables"
+MIN_PAIRS = 3  # an interval of fewer says nothing
+UNMEASURED = "not measured"
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
 COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
 PLAIN = ("accuracy", "ppl", "loss", "repeats", "interval", "count", "edges", "by_position")
@@ -40,6 +43,8 @@ class Difference:
         >>> Difference(0.2, 0.1, 0.3, 9).verdict("above", 0.02), Difference(0.0, -0.3, 0.3, 9).verdict("equal", 0.02)
         ('agrees', 'undecided')
         """
+        if self.count < MIN_PAIRS:
+            return "undecided"
         if expect == "above":
             return "agrees" if self.low > 0 else "disagrees" if self.high < margin else "undecided"
         if expect == "at least":
@@ -111,14 +116,47 @@ def compare(rows: Sequence[Data], claim: Claim) -> Difference | None:
     return Difference(float(np.mean(values)), low, high, len(values))
 
 
-def remember(table: Table, out: Path, command: str) -> None:
-    """Keep what the page says about a table besides its rows."""
-    about: Data = {"name": table.name, "title": table.title, "kind": table.kind, "command": command}
-    about["arms"] = [arm.name for arm in table.arms]
+def remember(table: Table, out: Path, name: str | None = None) -> None:
+    """Keep what the page says about a table besides its rows; `name` is that of its file."""
+    text = [] if table.language is None else ["--corpus", "CORPUS", "--data", "DATA"]
+    about: Data = {"name": table.name, "title": table.title, "kind": table.kind}
+    about |= {"command": shlex.join(["nha", "ablate", name or table.name, *text])}
+    about |= {"arms": [arm.name for arm in table.arms], "rows": [row.name(table.name) for row in table.rows]}
     about["claims"] = [vars(claim) for claim in table.claims]
     path = out / TABLES / f"{table.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(about, indent=1, default=list) + "\n")
+
+
+def add_rows(source: Path, out: Path) -> tuple[int, int]:
+    """Copy the rows of a directory of results, made on another machine for example, into `out`.
+
+    Returns how many were new, and how many were there already, which are kept.
+
+    Raises:
+        ValueError: a row is damaged, or of other settings than the row or the built-in table of its name; nothing is
+            copied then.
+    """
+    paths = sorted((source / ROWS).glob("*.json"))
+    if not paths:
+        raise ValueError(f"expected rows of tables in {source / ROWS}, got none")
+    new: dict[Path, str] = {}
+    tables = {name: read_table(name) for name in built_in_tables()}
+    expected = {row.name(name): table.digest(row) for name, table in tables.items() for row in table.rows}
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        found = read_row(path, expected.get(path.stem))
+        assert found is not None
+        if read_row(out / ROWS / path.name, found["digest"]) is None:
+            new[out / ROWS / path.name] = text
+    for path in (source / TABLES).glob("*.json"):
+        if not (out / TABLES / path.name).exists():
+            new[out / TABLES / path.name] = path.read_text(encoding="utf-8")
+    for path, text in new.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    added = sum(path.parent.name == ROWS for path in new)
+    return added, len(paths) - added
 
 
 def write_summary(out: Path) -> Path:
@@ -127,9 +165,10 @@ def write_summary(out: Path) -> Path:
     Pictures need matplotlib (the extra `report`) and are left out without it.
     """
     rows = read_rows(out)
-    best = best_rows(rows)
-    entries = flat(best)
-    write_atomically(out / "summary.json", json.dumps(entries, indent=1) + "\n")
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / TABLES).glob("*.json"))]
+    order = {(table["name"], arm): number for table in tables for number, arm in enumerate(table["arms"])}
+    best = sorted(best_rows(rows), key=lambda row: (row["table"], order.get((row["table"], row["arm"]), len(order))))
+    write_atomically(out / "summary.json", json.dumps(flat(best), indent=1) + "\n")
     write_atomically(out / "rows.csv", as_csv(flat(rows)))
     pictures: list[str] = []
     if find_spec("matplotlib") is not None:
@@ -138,7 +177,6 @@ def write_summary(out: Path) -> Path:
         for name, data in draw(best).items():
             write_atomically(out / name, data)
             pictures.append(name)
-    tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / TABLES).glob("*.json"))]
     page = out / "README.md"
     write_atomically(page, page_text(tables, rows, best, pictures))
     return page
@@ -159,54 +197,117 @@ def as_csv(entries: Sequence[Data]) -> str:
 def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data], pictures: Sequence[str]) -> str:
     """The page in Markdown."""
     lines = ["# Trained from scratch: what the paper says, and what was measured", ""]
-    lines += ["Every number is of the learning rate that was best on validation data; all rates are in `rows.csv`.", ""]
-    for table in tables:
+    lines += ["Every number is of the learning rate that was best on validation data; all rates are in `rows.csv`."]
+    lines += [
+        "A claim *agrees* or *disagrees* where the 95 % interval of the paired difference shows it; it is *undecided* "
+        f"elsewhere, and with fewer than {MIN_PAIRS} pairs.",
+        "",
+    ]
+    made = [table for table in tables if any(row["table"] == table["name"] for row in best)]
+    lines += [*overview_lines(made, best), ""] if made else []
+    for table in made:
         own = [row for row in best if row["table"] == table["name"]]
-        if not own:
-            continue
         everything = [row for row in rows if row["table"] == table["name"]]
         lines += [f"## {table['title']}", "", *about_lines(table, everything, own), ""]
         lines += [*claim_lines(table, own), ""] if table["claims"] else []
         lines += [*(recall_lines(own) if table["kind"] == "recall" else language_lines(own)), ""]
-        lines += [f"![{name}]({name})" for name in pictures if name.startswith(f"{table['name']}-")] + [""]
+        for name in pictures:
+            if name.startswith(f"{table['name']}-"):
+                lines += [f"![{table['title']}]({name})", ""]
+    missing = [table for table in tables if table not in made]
+    if missing:
+        lines += ["## Not run yet", "", "| table | command |", "|---|---|"]
+        lines += [f"| {table['title']} | `{table['command']}` |" for table in missing]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def overview_lines(tables: Sequence[Data], rows: Sequence[Data]) -> list[str]:
+    """How many claims of each table agree."""
+    lines = ["| table | agree | disagree | undecided | not measured |", "|---|---|---|---|---|"]
+    for table in tables:
+        found = [judge(rows, claim, table["name"])[1] for claim in claims_of(table)]
+        counts = " | ".join(str(found.count(verdict)) for verdict in ("agrees", "disagrees", "undecided", UNMEASURED))
+        lines.append(f"| {table['title']} | {counts} |")
+    return lines
+
+
+def devices_text(rows: Sequence[Data]) -> str:
+    """The devices of rows; of several each with its arms and seeds.
+
+    >>> devices_text([{"device": "CPU", "arm": "nha", "seed": 0}, {"device": "H200", "arm": "nha", "seed": 1}])
+    'CPU (nha: seed 0); H200 (nha: seed 1)'
+    """
+    devices = sorted({row["device"] for row in rows})
+    if len(devices) == 1:
+        return devices[0]
+    parts = []
+    for device in devices:
+        seeds: dict[str, set[int]] = {}
+        for row in rows:
+            if row["device"] == device:
+                seeds.setdefault(row["arm"], set()).add(row["seed"])
+        shown = [f"{arm}: seed{'s' * (len(own) > 1)} {numbers(own)}" for arm, own in seeds.items()]
+        parts.append(f"{device} ({', '.join(shown)})")
+    return "; ".join(parts)
+
+
+def numbers(values: Iterable[float]) -> str:
+    """Numbers, sorted, in a few words."""
+    return ", ".join(f"{value:g}" for value in sorted(values))
+
+
+def millions(values: Sequence[float]) -> str:
+    """The range of numbers in millions.
+
+    >>> millions([40_000]), millions([1e6, 2.5e6])
+    ('0.04 M', '1 M to 2.5 M')
+    """
+    low, high = (f"{value / 1e6:.3g} M" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
 def about_lines(table: Data, rows: Sequence[Data], best: Sequence[Data]) -> list[str]:
-    """Seeds, sizes, devices and the command."""
-    seeds, lrs, devices = (sorted({row[name] for row in rows}) for name in ("seed", "lr", "device"))
-    parameters = [row["parameters"] for row in best]
-    tokens = [row["tokens"] for row in best]
-    missing = [name for name in table["arms"] if name not in {row["arm"] for row in best}]
-    return [
-        f"{', '.join(devices)}; seeds {', '.join(map(str, seeds))}; "
-        f"learning rates {', '.join(f'{lr:g}' for lr in lrs)}; "
-        f"{min(parameters):,} to {max(parameters):,} parameters; {min(tokens) / 1e6:.1f} to {max(tokens) / 1e6:.1f} M "
-        "tokens (recall ends early once all sizes are learned)"
-        + (f"; not measured: {', '.join(missing)}." if missing else "."),
-        "",
-        f"    {table['command']}",
+    """Devices, seeds, sizes, rows that are missing, and the command."""
+    present = {f"{row['table']}--{row['arm'].replace(' ', '-')}--lr{row['lr']:g}--seed{row['seed']}" for row in rows}
+    missing = [name for name in table["rows"] if name not in present]
+    arms = [name for name in table["arms"] if name not in {row["arm"] for row in best}]
+    learned = " (a run ends early once all sizes are learned)" if table["kind"] == "recall" else ""
+    lines = [
+        f"{devices_text(rows)}. Seeds {numbers({row['seed'] for row in rows})}; learning rates "
+        f"{numbers({row['lr'] for row in rows})}; {millions([row['parameters'] for row in best])} parameters; "
+        f"{millions([row['tokens'] for row in best])} tokens{learned}.",
     ]
+    if missing:
+        without = f"; no row of: {', '.join(arms)}" if arms else ""
+        lines += ["", f"{len(missing)} of {len(table['rows'])} rows are not run yet{without}."]
+    return [*lines, "", f"    {table['command']}"]
+
+
+def claims_of(table: Data) -> list[Claim]:
+    """The claims of a table as it was remembered."""
+    return [Claim(**(plain | {"sizes": tuple(plain["sizes"])})) for plain in table["claims"]]
+
+
+def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
+    """The measured difference of a claim in a few words, and the verdict."""
+    found = compare([row for row in rows if row["table"] == table], claim)
+    if found is None:
+        return "", UNMEASURED
+    kind = "loss" if claim.measure == "perplexity" else "accuracy"
+    scale, unit = (1, "nats per token") if kind == "loss" else (100, f"points of {claim.measure.replace('_', ' ')}")
+    digits = 3 if kind == "loss" else 1
+    low, middle, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.mean, found.high))
+    text = f"{middle} {unit} [{low}, {high}], {found.count} pair{'s' * (found.count > 1)}"
+    return text, found.verdict(claim.expect, MARGIN[kind])
 
 
 def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
     """The table of claims."""
-    lines = ["| the paper says | measured: difference, 95 % interval | |", "|---|---|---|"]
-    for plain in table["claims"]:
-        claim = Claim(**(plain | {"sizes": tuple(plain["sizes"])}))
-        found = compare(rows, claim)
-        text, verdict = "not measured", ""
-        if found is not None:
-            kind = "loss" if claim.measure == "perplexity" else "accuracy"
-            scale, unit = (1, " nats") if kind == "loss" else (100, " points")
-            text = (
-                f"{claim.measure} of {claim.arm}, {scale * found.mean:+.2f}{unit} better than {claim.against} "
-                f"[{scale * found.low:+.2f}, {scale * found.high:+.2f}], {found.count} pairs"
-            )
-            verdict = found.verdict(claim.expect, MARGIN[kind])
-        lines.append(
-            f"| {claim.says} ({claim.arm} {EXPECTATIONS[claim.expect]} {claim.against}) | {text} | {verdict} |"
-        )
+    lines = ["| the paper says | measured, + is better | |", "|---|---|---|"]
+    for claim in claims_of(table):
+        text, verdict = judge(rows, claim, table["name"])
+        says = f"{claim.says} ({claim.arm} {EXPECTATIONS[claim.expect]} {claim.against})"
+        lines.append(f"| {says} | {text} | **{verdict}** |")
     return lines
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +13,8 @@ from rich.markup import escape
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.evaluate_options import with_groups
+from nha.cli.train import load_tokenizer
+from nha.models import loading
 
 if TYPE_CHECKING:
     from nha.ablate.language import Sources
@@ -57,7 +57,9 @@ class TextOptions:
     corpus: Annotated[
         Path | None, typer.Option(help="Tokens to train language models on, from nha distill --prepare-only.")
     ] = None
-    tokenizer: Annotated[str, typer.Option(help="A model whose tokenizer made the corpus.")] = "smollm2"
+    tokenizer: Annotated[
+        str, typer.Option(help="The tokenizer that made the corpus: a directory, a Hub id, or 'smollm2'.")
+    ] = loading.EMBEDDED
     data: Annotated[
         Path | None, typer.Option(help="The directory of the public sets, as for nha eval public.", show_default=False)
     ] = None
@@ -72,10 +74,9 @@ class TextOptions:
             )
         from nha.ablate.language import open_sources
         from nha.data.corpus import open_corpus
-        from nha.models import loading
 
         with common.status("reading text"):
-            loaded = loading.load_tokenizer(loading.find(self.tokenizer))
+            loaded = load_tokenizer(self.tokenizer)
             return open_sources(table.language, open_corpus(self.corpus, loaded), loaded, self.data)
 
 
@@ -90,8 +91,13 @@ def ablate(
     rows: Selection = ALL_ROWS,
     text: TextOptions = NO_TEXT,
     summarize: Annotated[
-        bool, typer.Option("--summarize", help="Make no row: write the page of those in the directory.")
+        bool,
+        typer.Option("--summarize", help="Make no row: write the page of those in the directory, and of the table."),
     ] = False,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --summarize: a directory of results, from another machine, whose rows to add."),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the built-in tables and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
@@ -104,10 +110,10 @@ def ablate(
         show_tables(as_json)
         return
     if summarize:
-        from nha.ablate.summary import write_summary
-
-        out.print(f"[green]✓[/] {escape(str(write_summary(output)))}", soft_wrap=True)
+        write_page(table, output, add or [])
         return
+    if add:
+        raise BadInput(f"expected --add together with --summarize, got {add[0]} alone")
     if not table:
         raise BadInput("expected a table, or --list to see those that are built in, got neither")
     if rows.budget is not None:
@@ -120,7 +126,7 @@ def ablate(
     own = Shard.parse(rows.shard)
     chosen = rows.apply(read_table(table))
     sources = text.open(chosen)
-    remember(chosen, output, shlex.join(["nha", *sys.argv[1:]]))
+    remember(read_table(table), output, name_of(table))
 
     def log(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True, highlight=False)
@@ -143,6 +149,28 @@ def ablate(
         raise typer.Exit(1)
     if progress.late:
         raise typer.Exit(UNFINISHED)
+
+
+def name_of(table: str) -> str:
+    """A table as it stands in commands for others: without the directories of this machine.
+
+    >>> name_of("recall"), name_of("/home/me/tables/mine.yaml")
+    ('recall', 'mine.yaml')
+    """
+    return Path(table).name if Path(table).is_absolute() else table
+
+
+def write_page(table: str, output: Path, sources: list[Path]) -> None:
+    """Add the rows of other directories and write the page; a table that is named is on it even without rows."""
+    from nha.ablate.summary import add_rows, remember, write_summary
+    from nha.ablate.table import read_table
+
+    for source in sources:
+        added, kept = add_rows(source, output)
+        err.print(f"{added} rows added from {source}, {kept} there already", markup=False, soft_wrap=True)
+    if table:
+        remember(read_table(table), output, name_of(table))
+    out.print(f"[green]✓[/] {escape(str(write_summary(output)))}", soft_wrap=True)
 
 
 def report(progress: Any, page: Path) -> None:
