@@ -29,10 +29,13 @@ def test_an_untested_version_is_refused(version):
         check_version(version)
 
 
-def test_windows_of_each_head_are_refused_with_their_layer():
-    config = SimpleNamespace(model_type="nha-llama", window_sizes=[8, [8, 16]])
-    with pytest.raises(ValueError, match=r"\[8, 16\] in layer 1"):
+def test_windows_that_cannot_be_are_refused_with_their_layer():
+    config = hybrid_config_class("llama")(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config.window_sizes = [8, [8, 16, 16]]
+    with pytest.raises(ValueError, match="2 window sizes for layer 1"):
         check_model(config)
+    config.window_sizes = [8, [8, 16]]
+    check_model(config)
 
 
 def test_a_model_that_is_no_hybrid_is_refused():

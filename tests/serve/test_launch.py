@@ -61,6 +61,13 @@ def test_the_command_holds_the_limits_and_no_key(source):
     assert "--api-key" not in command
 
 
+def test_an_embedded_model_is_served_under_its_name(tmp_path):
+    source = Source("smollm2-hybrid", NHAConfig.tiny(), tmp_path)
+    pairs = dict(itertools.pairwise(vllm_command(source, "127.0.0.1", ServeSettings(), [])))
+    assert pairs["--served-model-name"] == "smollm2-hybrid"
+    assert pairs["--model"] == str(tmp_path)
+
+
 def test_options_of_vllm_are_refused_beside_transformers(source):
     with pytest.raises(BadInput, match="--enforce-eager"):
         start(source, Choice("transformers", ""), "127.0.0.1", None, ServeSettings(), ["--enforce-eager"])

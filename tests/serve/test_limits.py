@@ -72,6 +72,18 @@ def test_more_requests_than_allowed_are_told_to_come_back(monkeypatch):
     assert asyncio.run(main()) == [200, 200, 429, 200]
 
 
+def test_the_server_gets_the_directory_of_the_model_that_a_client_names(monkeypatch):
+    async def main() -> list[str]:
+        server = Server()
+        app = limits(monkeypatch, server, model="/models/m", max_length=100, name="m")
+        server.go.set()
+        for name in ("m", "/models/m", "other"):
+            await ask(app, {"prompt": "abc", "model": name})
+        return [json.loads(body)["model"] for body in server.bodies]
+
+    assert asyncio.run(main()) == ["/models/m", "/models/m", "other"]
+
+
 def test_where_the_policy_names_a_model_requests_take_turns(monkeypatch):
     async def main() -> int:
         server = Server()

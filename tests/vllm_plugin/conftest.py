@@ -9,8 +9,8 @@ from tests.vllm_plugin.material import make_model
 
 @pytest.fixture(scope="session")
 def hybrid(tmp_path_factory):
-    """A converted model with a narrow, a full and a wider layer."""
-    return make_model(tmp_path_factory.mktemp("models") / "hybrid", "llama", [8, -1, 16])
+    """A converted model of every kind of layer: narrow, full, without a window, and with windows per head."""
+    return make_model(tmp_path_factory.mktemp("models") / "hybrid", "llama", [8, -1, 0, [16, 4], [-1, 8]])
 
 
 @pytest.fixture(scope="session")

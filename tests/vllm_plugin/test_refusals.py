@@ -15,7 +15,7 @@ pytestmark = pytest.mark.vllm
 @pytest.mark.parametrize(
     ("changes", "options", "named"),
     [
-        ({"window_sizes": [8, [8, 16], 16]}, {}, r"\[8, 16\]"),
+        ({"window_sizes": [8, -1, 0, [16, 4, 4], -1]}, {}, "layer 3"),
         (
             {},
             {"enable_prefix_caching": True, "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},

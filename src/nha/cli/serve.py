@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nha.cli.common import command, err, escape
+from nha.cli.common import command, err, escape, status
 from nha.cli.options import with_settings
 from nha.models import loading
 from nha.serve.settings import ServeSettings
@@ -30,7 +30,12 @@ def is_loopback(host: str) -> bool:
 @command
 @with_settings(ServeSettings)
 def serve(
-    model: Annotated[str, typer.Argument(help="A model directory or a Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model directory, a Hub id, or 'smollm2' for the embedded model, 'smollm2-hybrid' for its hybrid."
+        ),
+    ],
     settings: ServeSettings,
     options: Annotated[
         list[str] | None, typer.Argument(help="Options of vLLM, after '--'.", show_default=False)
@@ -42,12 +47,16 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model behind OpenAI's API: with vLLM where it is installed and can, else with transformers' server."""
+    from nha.serve.embedded import is_saved, save_embedded, with_directory
     from nha.serve.launch import choose, start
 
-    source = loading.find(model)
+    source = with_directory(loading.find(model))
     choice = choose(settings.backend, source)
     err.print(f"serving {escape(source.label)} at http://{host}:{settings.port}/v1", soft_wrap=True)
     err.print(f"with {escape(choice.why)}", soft_wrap=True)
     if api_key is None and not is_loopback(host):
         err.print("[yellow]warning:[/] anybody who reaches this address can use it; --api-key asks for a key")
+    if not is_saved(source):
+        with status(f"saving it in {source.directory}, once"):
+            save_embedded(source)
     start(source, choice, host, api_key, settings, options or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nha.models.config import FULL
+from nha.models.config import check_windows
 from nha.models.families import EXPERTS, TABLE
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
@@ -56,11 +56,7 @@ def check_model(config: Any) -> None:
             raise ValueError(
                 f"expected {name}={plain!r} in vLLM, got {getattr(config, name)!r}; transformers can serve it"
             )
-    for layer, window in enumerate(windows):
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise ValueError(f"expected one window for all heads of a layer in vLLM, got {window!r} in layer {layer}")
-        if window < FULL:
-            raise ValueError(f"expected windows >= {FULL}, got {window} in layer {layer}")
+    check_windows(config, windows)
 
 
 def check_run(vllm_config: Any) -> None:

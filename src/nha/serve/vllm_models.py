@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
@@ -24,6 +25,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from nha.models.config import FULL
 from nha.serve.plugin import SCRATCH, base_architecture
+from nha.serve.rooms import max_places, plan_heads
 from nha.serve.vllm_mixer import STATES, NHAMixer, SlotWeights, state_dtypes, state_shapes
 
 SAVED = re.compile(
@@ -71,20 +73,21 @@ def check_rotary(rotary: Any) -> None:
 
 
 def install(model: nn.Module, config: Any) -> None:
-    """Put a mixer into every attention module of a model whose window is not -1."""
+    """Put a mixer into every attention module of a model that has heads whose window is not -1."""
     converted = config.model_type != "nha"
     found: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "attn", None), Attention)]
-    windows = config.window_sizes
+    windows, heads = config.window_sizes, config.num_key_value_heads
     if len(found) != len(windows):
         raise ValueError(f"expected {len(windows)} attention layers in {type(model).__name__}, got {len(found)}")
+    rank, processes = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for module in found:
-        window = windows[extract_layer_index(module.attn.layer_name)]
-        if window == FULL:
+        layer = extract_layer_index(module.attn.layer_name)
+        if windows[layer] == FULL:
             continue
         check_rotary(module.rotary_emb)
-        old, rotary = module.attn, module.rotary_emb
+        old, rotary, plan = module.attn, module.rotary_emb, plan_heads(windows, layer, heads, rank, processes)
         module.nha = SlotWeights(config, old.num_kv_heads, old.head_size, rotary.rotary_dim, converted)
-        module.attn = NHAMixer(old, config, window, rotary, module.nha, converted)
+        module.attn = NHAMixer(old, config, plan, rotary, module.nha, converted)
         module.__class__ = hybrid_attention_class(type(module))
 
 
@@ -97,10 +100,12 @@ class HybridModelMixin:
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the largest state of a layer, to which vLLM fits its blocks."""
+        """Shapes of the states of a layer, the same for all, to which vLLM fits its blocks."""
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        processes = vllm_config.parallel_config.tensor_parallel_size
+        places = max_places(config.window_sizes, config.num_key_value_heads, processes)
         heads = model.get_num_kv_heads(vllm_config.parallel_config)
-        return state_shapes(heads, model.get_head_size(), config.num_slots, max(config.window_sizes))
+        return state_shapes(heads, model.get_head_size(), config.num_slots, places)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
