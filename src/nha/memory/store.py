@@ -32,6 +32,7 @@ from nha import __version__
 from nha.io import read_tensors, write_tensors
 from nha.models.cache_file import cache_contents, cache_from, fingerprint
 from nha.models.conversation import cache_keyword
+from nha.models.windows import decoder
 
 FORMAT = "nha-memory-v1"
 SUFFIX, GROWTH_SUFFIX = ".state.safetensors", ".growth.safetensors"
@@ -151,6 +152,8 @@ class MemoryStore:
             return []
         numbers = ids[0].to("cpu", torch.int64).numpy()
         about = [FORMAT, fingerprint(model), model.device.type, torch.__version__, __version__]
+        state_dtype = getattr(decoder(model).config, "state_dtype", "float32")
+        about += [] if state_dtype == "float32" else [state_dtype]
         digest = hashlib.sha256(json.dumps(about).encode())
         found = []
         for start, stop in pairwise([0, *stops]):

@@ -59,7 +59,7 @@ class HybridGenerationMixin:
         )
         cache = cache_argument(model_kwargs)
         if isinstance(cache, Cache):
-            prepare_cache(cache, cache_windows(attention_layers(self)[0]))
+            prepare_cache(cache, cache_windows(attention_layers(self)[0]), decoder(self).config.state_dtype)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)

@@ -57,7 +57,7 @@ def layer_cache(module: Any, cache: Cache | None, rows: int) -> LayerCache | Non
     if cache is None:
         return None
     if module.layer_idx == 0:
-        prepare_cache(cache, cache_windows(module))
+        prepare_cache(cache, cache_windows(module), module.config.state_dtype)
         slots = 0 if module.ablation == "slots_off" else module.config.num_slots
         for layer in nha_layers(cache):
             layer.check(rows, slots)

@@ -14,7 +14,9 @@ from nha.models.config import FULL
 from nha.models.rollback import attend_with_rollback, supports_rollback
 from nha.models.segment import Inputs, Reading, Segment, Sink, attend, initial_state, steps_in_place
 from nha.ops import NHAState, RingState
+from nha.ops.backends import needs_grad
 from nha.ops.heads import Window, head_groups, window_of
+from nha.ops.packed_state import PackedState
 from nha.ops.single_token import FusedRing, read_token
 from nha.ops.state import check_max_rollback
 
@@ -33,6 +35,9 @@ class NHACacheLayer(CacheLayerMixin):
     `activate_past_recording` (assisted decoding calls it) the layer also keeps the state before segments that are
     longer and their inputs, and `crop` advances that state again, exactly; with a `max_rollback` it does not keep
     whole prompts. A crop beyond both raises RuntimeError.
+
+    With a `state_dtype` of "bfloat16" or "int8" the state is packed between two calls, and a call computes with an
+    unpacked copy, of one layer at a time.
     """
 
     _layer_type = "nha"
@@ -42,9 +47,15 @@ class NHACacheLayer(CacheLayerMixin):
     is_sliding = "nha"
 
     def __init__(
-        self, window_size: int | None = None, max_cache_len: int | None = None, max_rollback: int = 0, **_: Any
+        self,
+        window_size: int | None = None,
+        max_cache_len: int | None = None,
+        max_rollback: int = 0,
+        state_dtype: str = "float32",
+        **_: Any,
     ):
         super().__init__()
+        self.state_dtype = state_dtype
         self.window_size = window_size
         self.max_cache_len = max_cache_len
         self.max_rollback = max_rollback
@@ -80,6 +91,9 @@ class NHACacheLayer(CacheLayerMixin):
     def attend(self, segment: Segment, reading: Reading) -> Tensor:
         """Read slots and window for a segment, [B, T, HQ, Dv], and remember the segment."""
         before = self.state if self.state is not None else initial_state(segment, reading)
+        if isinstance(before, PackedState):
+            check_no_grad(segment, self.state_dtype)
+            before = before.unpack()
         if self.appends_only and before is not None and steps_in_place(segment, reading, before):
             self.state = before
             return self.append(segment.tensors, reading.sink, reading.scale, reading.softcap)
@@ -110,7 +124,7 @@ class NHACacheLayer(CacheLayerMixin):
     @property
     def appends_only(self) -> bool:
         """Whether tokens are never taken back and no tensor has to keep its address."""
-        return not (self.is_compileable or self.record_past or self.max_rollback)
+        return not (self.is_compileable or self.record_past or self.max_rollback or self.state_dtype != "float32")
 
     def append(
         self, inputs: tuple[Tensor | None, ...], sink: Sink | None, scale: float | None, softcap: float | None
@@ -169,6 +183,10 @@ class NHACacheLayer(CacheLayerMixin):
         held = self.state
         if self.is_compileable and state is not None:
             state = state.padded()
+        if state is not None and self.state_dtype != "float32" and not isinstance(state, PackedState):
+            if self.is_compileable and held is not None:
+                state = like_ring(state, held)
+            state = PackedState.of(state, self.state_dtype)
         if not self.is_compileable:
             self.state = state
         elif state is None:
@@ -180,9 +198,7 @@ class NHACacheLayer(CacheLayerMixin):
                 for tensor in self.state.tensors().values():
                     torch._dynamo.mark_static_address(tensor)
         elif held is not state:
-            if isinstance(held, RingState) != isinstance(state, RingState):
-                state = RingState.of(state) if isinstance(held, RingState) else state.aligned()
-            new = state.tensors()
+            new = like_ring(state, held).tensors()
             for name, tensor in held.tensors().items():
                 tensor.copy_(new[name])
 
@@ -222,7 +238,7 @@ class NHACacheLayer(CacheLayerMixin):
         self.check_crop(tokens_to_remove)
         if tokens_to_remove < 0 and self.is_initialized:
             if -tokens_to_remove <= self._removable:
-                assert isinstance(self.state, RingState)
+                assert isinstance(self.state, RingState | PackedState)
                 self.state.rollback(-tokens_to_remove)
                 self._removable += tokens_to_remove
             else:
@@ -288,6 +304,20 @@ class NHACacheLayer(CacheLayerMixin):
         """Do nothing, as for `offload`."""
 
 
+def like_ring(state: NHAState, held: NHAState) -> NHAState:
+    """The state with its window in ring order where `held` has it so, else oldest first."""
+    wanted = held.is_ring if isinstance(held, PackedState) else isinstance(held, RingState)
+    if isinstance(state, PackedState) or wanted == isinstance(state, RingState):
+        return state
+    return RingState.of(state) if wanted else state.aligned()
+
+
+def check_no_grad(segment: Segment, state_dtype: str) -> None:
+    """Raise ValueError where a gradient would have to go through a state that is packed."""
+    if needs_grad(segment.tensors):
+        raise ValueError(f"expected state_dtype 'float32' where gradients go through a cache, got {state_dtype!r}")
+
+
 class HeadGroupsCacheLayer(CacheLayerMixin):
     """The memory of a layer whose KV heads have windows of their own: one part per group of `head_groups`.
 
@@ -298,13 +328,16 @@ class HeadGroupsCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, windows: Sequence[int], base: CacheLayerMixin, max_rollback: int = 0):
+    def __init__(
+        self, windows: Sequence[int], base: CacheLayerMixin, max_rollback: int = 0, state_dtype: str = "float32"
+    ):
         self.keys = self.values = None  # as in a layer that is empty: the parts hold them
         self.window_size = tuple(windows)
         self.parts: list[Any] = []
         limit = base.max_cache_len if isinstance(base, StaticLayer) else None
         for group in head_groups(windows):
-            own = base if group.window_size == FULL else NHACacheLayer(group.window_size, limit, max_rollback)
+            full = group.window_size == FULL
+            own = base if full else NHACacheLayer(group.window_size, limit, max_rollback, state_dtype)
             self.parts.append(own)
         self.is_compileable = limit is not None
         # Masks are sized after full attention, where there is any.
@@ -408,10 +441,10 @@ def _rebuild(kind: type[Cache]) -> Cache:
     return new.__new__(new)
 
 
-def prepare_cache(cache: Cache, windows: Sequence[Window]) -> None:
+def prepare_cache(cache: Cache, windows: Sequence[Window], state_dtype: str = "float32") -> None:
     """Put an NHA layer into every place of `cache` whose window is not -1; other layers stay transformers' own.
 
-    A layer with windows per head gets one of several parts.
+    A layer with windows per head gets one of several parts. New layers keep their states in `state_dtype`.
 
     Raises ValueError, before anything changes, for a cache that has already been filled by another model or with
     other windows.
@@ -436,10 +469,10 @@ def prepare_cache(cache: Cache, windows: Sequence[Window]) -> None:
             )
         rollback = getattr(cache, "max_rollback", 0)
         if isinstance(window, tuple):
-            layers[index] = HeadGroupsCacheLayer(window, layer, rollback)
+            layers[index] = HeadGroupsCacheLayer(window, layer, rollback, state_dtype)
         elif window != FULL:
             length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
-            layers[index] = NHACacheLayer(window, length, rollback)
+            layers[index] = NHACacheLayer(window, length, rollback, state_dtype)
     for layer, window in zip(layers, windows, strict=True):
         if isinstance(layer, NHACacheLayer):
             layer.window_size = window_of(window)  # type: ignore[assignment]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
@@ -16,6 +17,7 @@ from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer, prepare_cache
 from nha.models.config import FULL
 from nha.models.windows import decoder
 from nha.ops import NHAState
+from nha.ops.packed_state import PackedState
 from nha.ops.state import check_state
 
 FORMAT = "nha-cache-v2"
@@ -28,6 +30,7 @@ IRRELEVANT = (
     "converted_from",
     "dtype",
     "initializer_range",
+    "state_dtype",
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -82,6 +85,11 @@ def layer_contents(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Te
     if isinstance(layer, NHACacheLayer) and not layer.is_compileable:
         active = layer.state is not None and layer.state.slots_active
         entry = {"kind": "nha", "window": layer.window_size, "length": layer.length, "active": active}
+        if isinstance(layer.state, PackedState):
+            packed = layer.state.in_order()
+            dtypes = {"dtype": packed.dtype, "gate_dtype": packed.gate_dtype}
+            names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+            return entry | {"state_dtype": packed.state_dtype} | names, packed.tensors()
         return entry, {} if layer.state is None else layer.state.aligned().tensors()
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         entry = {"kind": type(layer).__name__, "length": layer.get_seq_length()}
@@ -109,7 +117,8 @@ def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str |
         raise ValueError(f"expected a cache made by this {type(model).__name__} at {path}, got one of another model")
     config = decoder(model).config
     cache = DynamicCache(config=config)
-    prepare_cache(cache, getattr(config, "window_sizes", [FULL] * len(cache.layers)))
+    windows = getattr(config, "window_sizes", [FULL] * len(cache.layers))
+    prepare_cache(cache, windows, getattr(config, "state_dtype", "float32"))
     entries = json.loads(metadata["layers"])
     if len(entries) != len(cache.layers):
         raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
@@ -139,6 +148,9 @@ def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: 
 
     Raises ValueError for tensors that are missing, unknown or do not fit together.
     """
+    if isinstance(layer, NHACacheLayer) and entry["kind"] == "nha" and "state_dtype" in entry:
+        fill_packed(layer, parts, entry, where)
+        return
     is_nha = isinstance(layer, NHACacheLayer)
     kind = "nha" if is_nha else type(layer).__name__
     if entry["kind"] != kind:
@@ -157,6 +169,7 @@ def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: 
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error} {where}") from None
         layer.state, layer.length, layer.is_initialized = state, entry["length"], True
+        layer.state_dtype = "float32"
         return
     keys, values = parts["keys"], parts["values"]
     if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
@@ -165,3 +178,16 @@ def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: 
     layer.keys, layer.values = keys, values
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = entry["length"]
+
+
+def fill_packed(layer: NHACacheLayer, parts: dict[str, Tensor], entry: dict[str, Any], where: str) -> None:
+    """Put a packed state of a file into a layer, which keeps its format from then on, as `fill_layer` does."""
+    try:
+        dtypes = {name: getattr(torch, str(entry[name])) for name in ("dtype", "gate_dtype")}
+        options = dtypes | {"state_dtype": entry["state_dtype"], "window_slot_key": None}
+        state = PackedState(window_size=entry["window"], slots_active=entry["active"], **options | parts)
+        state.check()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{error} {where}") from None
+    layer.state, layer.length, layer.is_initialized = state, entry["length"], True
+    layer.state_dtype = state.state_dtype

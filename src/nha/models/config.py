@@ -13,6 +13,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
+from nha.ops.packed_state import check_state_dtype
 from nha.settings import SLOT_FEATURES
 
 FULL = -1
@@ -139,14 +140,19 @@ class HybridConfigMixin:
         slot_distance: tokens between a query and where it sees the slots.
         slots_from_start: slots take part from token 0, at zero, as in the code published with the paper.
         converted_from: name or path of the model before its conversion.
+        state_dtype: how caches keep slots and windows between two calls: "float32" as they are computed (windows in
+            the model's dtype), "bfloat16" or "int8" in fewer bytes. A setting of serving: it may be changed at any
+            time and counts for new caches.
     """
 
     window_sizes: int | list[int | list[int]]
+    state_dtype: str
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
         check_sizes(self)
+        check_state_dtype(self.state_dtype)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -174,6 +180,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     window_sizes: int | list[int | list[int]] = 64
     num_slots: int = 64
     num_sinks: int = 0
+    state_dtype: str = "float32"
     qk_norm: bool = False
     output_gate: bool = False
     slot_features: str = "none"
@@ -248,6 +255,7 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
         "slot_distance": (int, 128),
         "slots_from_start": (bool, False),
         "converted_from": (str | None, None),
+        "state_dtype": (str, "float32"),
     }
     name = f"NHA{base.__name__}"
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
@@ -289,6 +297,7 @@ class HybridMultimodalConfigMixin:
 
     window_sizes, num_slots, num_sinks = _of_text("window_sizes"), _of_text("num_slots"), _of_text("num_sinks")
     slot_distance, slots_from_start = _of_text("slot_distance"), _of_text("slots_from_start")
+    state_dtype = _of_text("state_dtype")
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):  # as read from a file

@@ -8,7 +8,8 @@ from nha.models.config import check_windows
 from nha.models.families import EXPERTS, TABLE
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
-PLAIN = {"qk_norm": False, "output_gate": False, "slot_features": "none"}  # vLLM's Llama knows no others
+# vLLM's Llama knows no others, and its blocks hold states as they are computed.
+PLAIN = {"qk_norm": False, "output_gate": False, "slot_features": "none", "state_dtype": "float32"}
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number
 
 
