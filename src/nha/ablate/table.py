@@ -22,7 +22,7 @@ from nha.models.config import NHAConfig
 
 EXPECTATIONS = {"above": "better than", "at least": "no worse than", "equal": "as good as"}
 KINDS = ("recall", "language")
-FORMAT = 1  # of what a row's results depend on besides its settings
+FORMAT = 2  # of what a row's results depend on besides its settings
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ class Table:
         """A digest of all that a row's results depend on, besides text and machine."""
         kept = {
             "format": FORMAT,
-            "row": dataclasses.asdict(row),
-            "match": None if self.matched is None else dataclasses.asdict(self.matched),
+            "row": plain(row),
+            "match": None if self.matched is None else plain(self.matched),
             "shape": self.shape,
-            "plan": dataclasses.asdict(getattr(self, self.kind)),
+            "plan": plain(getattr(self, self.kind)),
         }
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
@@ -154,6 +154,26 @@ class Table:
         changes |= {"seeds": tuple(seeds)} if seeds else {}
         changes |= {"lrs": tuple(lrs)} if lrs else {}
         return dataclasses.replace(self, **changes)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as plain data without fields at their defaults, so that a new field changes no digest of before.
+
+    >>> plain((Arm("nha"), Arm("linear", windows=0)))
+    [{'name': 'nha'}, {'name': 'linear', 'windows': 0}]
+    """
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    found = {}
+    for entry in dataclasses.fields(value):
+        default = entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        if (own := getattr(value, entry.name)) != default:
+            found[entry.name] = plain(own)
+    return found
 
 
 def built_in_tables() -> list[str]:
