@@ -48,11 +48,11 @@ def inverse_norm(p_x, eps, K: tl.constexpr, BLOCK_X: tl.constexpr):
 def load_token(p_x, p_norm, r_norm, o_k, m_k):
     """Elements [BLOCK_N, BLOCK_K] of x, the same in every row, times the norm's weight if there is one; float32."""
     b_x = tl.load(p_x + o_k, mask=m_k, other=0.0)
-    if p_norm is None:
-        return b_x.to(tl.float32)
-    b_weight = tl.load(p_norm + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_normed = (b_x.to(tl.float32) * r_norm).to(b_x.dtype).to(tl.float32)
-    return (b_normed * b_weight).to(b_x.dtype).to(tl.float32)
+    if p_norm is not None:
+        b_weight = tl.load(p_norm + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_normed = (b_x.to(tl.float32) * r_norm).to(b_x.dtype).to(tl.float32)
+        b_x = (b_normed * b_weight).to(b_x.dtype)
+    return b_x.to(tl.float32)
 
 
 @triton.jit
@@ -98,9 +98,10 @@ def dot_pair(
 @triton.jit
 def add_bias(b_one, b_two, p_bias, o_one, o_two):
     """Two blocks of outputs plus their bias, if there is one."""
-    if p_bias is None:
-        return b_one, b_two
-    return b_one + tl.load(p_bias + o_one).to(tl.float32), b_two + tl.load(p_bias + o_two).to(tl.float32)
+    if p_bias is not None:
+        b_one += tl.load(p_bias + o_one).to(tl.float32)
+        b_two += tl.load(p_bias + o_two).to(tl.float32)
+    return b_one, b_two
 
 
 @triton.jit
