@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
+from nha.ops.autocast import cast_for_autocast
 from nha.ops.rotary import rotate
 from nha.ops.state import check_state, check_window_size
 from nha.ops.validation import check_cu_seqlens, check_factors, check_mask
 from nha.ops.varlen import sequence_of
 
 GATE_DIVISOR = 8.0
+MIN_TOKENS_TOGETHER = 4096  # from which on several projections of one input are one product
 
 
 def log_gate(logits: Tensor, heads: int) -> Tensor:
@@ -55,6 +57,34 @@ def segment_positions(
         positions = positions - cu[row]
         return positions if state is None else positions + state.num_tokens[row]
     return positions if state is None else positions + state.num_tokens[:, None]
+
+
+def project_together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """The outputs of linear layers of one input x [B, T, hidden], in training on a GPU as one matrix product.
+
+    The gradient of x is then summed within a product, where it would be written once for each layer and read again.
+    """
+    tokens = x.shape[0] * x.shape[1]
+    if x.is_cuda and torch.is_grad_enabled() and tokens >= MIN_TOKENS_TOGETHER and all(map(is_plain, layers)):
+        return linear_together(x, *layers)
+    return [layer(x) for layer in layers]
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is nothing but a product with its weight: no adapter, hook or sharding, and no bias."""
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None
+    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def linear_together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """The outputs of linear layers without biases of one input x [B, T, hidden], as views of one product.
+
+    >>> layers, x = [nn.Linear(3, width, bias=False) for width in (2, 4)], torch.randn(1, 5, 3)
+    >>> all(torch.allclose(y, layer(x), atol=1e-6) for y, layer in zip(linear_together(x, *layers), layers))
+    True
+    """
+    weight = torch.cat(cast_for_autocast(*(layer.weight for layer in layers)))
+    return list(F.linear(x, weight).split([layer.out_features for layer in layers], -1))
 
 
 def _check_sizes(least: int = 1, **sizes: int) -> None:
@@ -138,7 +168,18 @@ class NativeHybridAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, HQ, D], keys [B, T, H, D] and values [B, T, H, D] of x [B, T, hidden], no positions yet."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.to_heads(project_together(x, self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def project_with_gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `project`, and the gate's logits [B, T, H * M]."""
+        *projected, logits = project_together(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        q, k, v = self.to_heads(projected)
+        return q, k, v, logits
+
+    def to_heads(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, HQ, D], keys and values [B, T, H, D] of what the projections return, [B, T, width] each."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         return q, k, v
 
     def _check(self, x: Tensor, state: NHAState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -180,7 +221,7 @@ class NativeHybridAttention(nn.Module):
             ValueError, TypeError: inputs that do not fit together, as in `nha_attention`.
         """
         self._check(x, state, attention_mask, cu_seqlens)
-        q, k, v = self.project(x)
+        q, k, v, gate_logits = self.project_with_gate(x)
         q_rope, k_rope = q, k
         if self.rope_theta is not None:
             positions = segment_positions(x.shape[0], x.shape[1], x.device, state, attention_mask, cu_seqlens)
@@ -190,7 +231,7 @@ class NativeHybridAttention(nn.Module):
             q_rope,
             k_rope,
             v,
-            log_gate(self.g_proj(x), self.num_kv_heads),
+            log_gate(gate_logits, self.num_kv_heads),
             window_size=self.window_size,
             q_slot=q,
             k_slot=k,

@@ -58,9 +58,9 @@ class NHAAttention(NativeHybridAttention):
         self.mass_observer: Any = None
         self.slots_frozen = False
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, HQ, D], keys [B, T, H, D] and values [B, T, H, D] of x [B, T, hidden], no positions yet."""
-        q, k, v = super().project(x)
+    def to_heads(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `NativeHybridAttention`, with normalized queries and keys under `qk_norm`."""
+        q, k, v = super().to_heads(projected)
         return self.q_norm(q), self.k_norm(k), v
 
     def output(self, out: Tensor, hidden: Tensor) -> Tensor:
@@ -80,7 +80,11 @@ class NHAAttention(NativeHybridAttention):
         if not torch.compiler.is_compiling() and self.layer_idx == 0:
             check_implementation(self.config)
         check_dropout(self.config.attention_dropout or 0.0 if self.training else 0.0)
-        slot_query, slot_key, value = self.project(hidden_states)
+        gate_logits = None
+        if self.window_size == FULL:
+            slot_query, slot_key, value = self.project(hidden_states)
+        else:
+            slot_query, slot_key, value, gate_logits = self.project_with_gate(hidden_states)
         query, key = rotate(slot_query, *position_embeddings), rotate(slot_key, *position_embeddings)
         features = FEATURES[self.config.slot_features]
         slot_query, slot_key = features(slot_query), features(slot_key)
@@ -102,7 +106,8 @@ class NHAAttention(NativeHybridAttention):
             out = full(q, k, v)
             unused = () if self.slots_frozen else (self.g_proj(hidden_states[:, :1]), self.sink_key, self.sink_value)
             return self.output(keep_in_graph(out, unused), hidden_states), None
-        gate = log_gate(self.g_proj(hidden_states), key.shape[2])
+        assert gate_logits is not None
+        gate = log_gate(gate_logits, key.shape[2])
         if self.ablation == "slots_off":
             gate = gate[..., :0]
         window = window_now(self, self.window_size)
