@@ -184,7 +184,7 @@ def fill_packed(layer: NHACacheLayer, parts: dict[str, Tensor], entry: dict[str,
     """Put a packed state of a file into a layer, which keeps its format from then on, as `fill_layer` does."""
     try:
         dtypes = {name: getattr(torch, str(entry[name])) for name in ("dtype", "gate_dtype")}
-        options = dtypes | {"state_dtype": entry["state_dtype"], "window_slot_key": None}
+        options: dict[str, Any] = {**dtypes, "state_dtype": entry["state_dtype"], "window_slot_key": None}
         state = PackedState(window_size=entry["window"], slots_active=entry["active"], **options | parts)
         state.check()
     except (TypeError, ValueError, AttributeError) as error:
