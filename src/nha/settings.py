@@ -14,6 +14,7 @@ from typing import Any
 
 INITS = ("kmeans", "soft", "spread", "keys", "paper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STATE_DTYPES = ("float32", "bfloat16", "int8")
 SLOT_FEATURES = ("none", "silu", "relu")
 MAX_LENGTH, MAX_WINDOW = 1 << 24, (1 << 31) - 1
 WINDOWS = "int | tuple[int | tuple[int, ...], ...]"  # one for all, one per layer, or in a layer one per KV head
@@ -124,6 +125,10 @@ def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -
     if choices is not None:
         if value not in choices:
             raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
+        return
+    if "str" in kinds:
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"expected {name} to be a text, got {value!r}")
         return
     if kind == "bool":
         if not isinstance(value, bool):

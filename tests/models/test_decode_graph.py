@@ -77,6 +77,26 @@ def test_left_padded_batch(replays):
     assert_same(build(), tokens(2, 20), replays, attention_mask=LEFT_PADDED)
 
 
+def test_a_cache_that_is_used_once_may_become_static(replays):
+    model, ids = build(), tokens(1, 30)
+    for single_use, expected in ((False, 0), (True, NEW - 2)):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+        setattr(cache, decode_graph.SINGLE_USE, single_use)
+        found = generate(model, ids, past_key_values=cache)
+        assert count(replays) == expected
+        assert torch.equal(found, generate(model, ids, disable_compile=True))
+
+
+def test_packed_states_are_replayed(replays):
+    model = hybrid("llama", [8, -1, 0])
+    model.config.state_dtype = "int8"
+    found = generate(model, tokens(1, 30))
+    assert count(replays) == NEW - 2
+    assert torch.equal(found, generate(model, tokens(1, 30), disable_compile=True))
+
+
 def test_sampling_with_a_seed(replays):
     assert_same(build(), tokens(2, 20), replays, do_sample=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from transformers import LlamaConfig
 
 from nha import NHAConfig
 from nha.errors import BadInput
@@ -22,7 +23,7 @@ def source(tmp_path):
 def test_vllm_runs_what_it_can(source, monkeypatch):
     monkeypatch.setattr(launch, "vllm_refusal", lambda source: None)
     monkeypatch.setattr(launch, "vllm_version", lambda: "0.32.0")
-    choice = choose("auto", source)
+    choice = choose("auto", source, ServeSettings())
     assert choice.backend == "vllm"
     assert "0.32.0" in choice.why
 
@@ -30,18 +31,18 @@ def test_vllm_runs_what_it_can(source, monkeypatch):
 def test_transformers_runs_the_rest_and_the_reason_is_said(source, monkeypatch):
     monkeypatch.setattr(launch, "vllm_refusal", lambda source: "vLLM is not installed")
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
-    choice = choose("auto", source)
+    choice = choose("auto", source, ServeSettings())
     assert choice.backend == "transformers"
     assert "vLLM is not installed" in choice.why
     with pytest.raises(BadInput, match="vLLM is not installed"):
-        choose("vllm", source)
+        choose("vllm", source, ServeSettings())
 
 
 def test_where_there_is_no_server_the_command_that_installs_one_is_named(source, monkeypatch):
     monkeypatch.setattr(launch, "vllm_refusal", lambda source: "vLLM is not installed")
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"nha\[serve\]"):
-        choose("auto", source)
+        choose("auto", source, ServeSettings())
 
 
 def test_a_missing_vllm_is_no_reason_to_import_it(source, monkeypatch):
@@ -75,3 +76,19 @@ def test_options_of_vllm_are_refused_beside_transformers(source):
 
 def test_a_text_is_as_long_as_the_config_says(source):
     assert text_length(source) == 1 << 16
+
+
+def test_a_memory_on_disk_and_packed_states_are_for_transformers(source, monkeypatch):
+    monkeypatch.setattr(launch, "vllm_refusal", lambda source: None)
+    monkeypatch.setattr(launch, "find_spec", lambda name: object())
+    for settings, named in (
+        (ServeSettings(memory="m"), "--enable-prefix-caching"),
+        (ServeSettings(state_dtype="int8"), "int8"),
+    ):
+        choice = choose("auto", source, settings)
+        assert choice.backend == "transformers"
+        assert named in choice.why
+        with pytest.raises(BadInput, match=named):
+            choose("vllm", source, settings)
+    with pytest.raises(BadInput, match="hybrid for --state-dtype"):
+        choose("auto", Source("plain", LlamaConfig(), source.directory), ServeSettings(state_dtype="int8"))

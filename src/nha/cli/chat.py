@@ -23,6 +23,7 @@ from nha.cli.generate import (
     MODEL,
     RAW,
     SEED,
+    STATE_DTYPE,
     TEMPERATURE,
     TOP_P,
     WINDOW,
@@ -63,6 +64,7 @@ def chat(
     temperature: Annotated[float, TEMPERATURE] = 0.0,
     top_p: Annotated[float, TOP_P] = 1.0,
     window: Annotated[str | None, WINDOW] = None,
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
     raw: Annotated[bool, RAW] = False,
     seed: Annotated[int, SEED] = 0,
     memory: Annotated[Path | None, MEMORY] = None,
@@ -72,7 +74,7 @@ def chat(
     options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
     store = open_memory(memory, memory_gib)
-    loaded, tokenizer, source = load(model, windows, seed)
+    loaded, tokenizer, source = load(model, windows, seed, state_dtype)
     from nha.models.conversation import Conversation, has_template, load_conversation
 
     conversation = Conversation() if resume is None else load_conversation(resume, loaded)

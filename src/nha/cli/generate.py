@@ -13,6 +13,7 @@ import typer
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, escape, print_json
 from nha.models import loading
+from nha.settings import STATE_DTYPES
 
 MODEL = typer.Argument(
     help="A model directory, a Hub id, or 'smollm2' for the embedded model, 'smollm2-hybrid' for its hybrid."
@@ -21,6 +22,10 @@ MAX_NEW_TOKENS = typer.Option(help="Stop after so many tokens.")
 TEMPERATURE = typer.Option(help="0 takes the likeliest token; higher is more varied.")
 TOP_P = typer.Option(help="Sample from the likeliest tokens that add up to this.")
 WINDOW = typer.Option(help="Change a hybrid's windows for this run; -1 is full attention.", show_default="as saved")
+STATE_DTYPE = typer.Option(
+    help=f"Number format of a hybrid's slots and windows between two tokens. One of {', '.join(STATE_DTYPES)}.",
+    show_default="as saved",
+)
 RAW = typer.Option("--raw", help="Continue the text as it is, without the chat template.")
 SEED = typer.Option(help="Seed for sampling.")
 MEMORY = typer.Option(help="Keep what was read in this directory, and read nothing in it again.", show_default="none")
@@ -35,6 +40,7 @@ def generate(
     temperature: Annotated[float, TEMPERATURE] = 0.0,
     top_p: Annotated[float, TOP_P] = 1.0,
     window: Annotated[str | None, WINDOW] = None,
+    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
     raw: Annotated[bool, RAW] = False,
     seed: Annotated[int, SEED] = 0,
     document: Annotated[
@@ -57,7 +63,7 @@ def generate(
     before = "" if document is None else common.read_text(document)
     question, text = text, text if document is None else join(before, text)
     store = open_memory(memory, memory_gib)
-    loaded, tokenizer, source = load(model, windows, seed)
+    loaded, tokenizer, source = load(model, windows, seed, state_dtype)
     recall = None
     if store is not None:
         marks = [] if document is None else document_marks(tokenizer, before, question, raw=raw)
@@ -96,12 +102,18 @@ def sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str,
     return options | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
 
 
-def load(model: str, windows: int | list[int] | None, seed: int) -> tuple[Any, Any, loading.Source]:
-    """A model with these windows (None: its own), its tokenizer and its source; seeds the sampling."""
+def load(
+    model: str, windows: int | list[int] | None, seed: int, state_dtype: str | None = None
+) -> tuple[Any, Any, loading.Source]:
+    """A model with these windows and states (None: its own), its tokenizer and its source; seeds the sampling."""
     common.check_seed(seed)
+    if state_dtype is not None and state_dtype not in STATE_DTYPES:
+        raise BadInput(f"expected --state-dtype to be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}")
     source = loading.find(model)
     if windows is not None:
         loading.check_windows_changeable(source, windows)
+    if state_dtype is not None:
+        loading.check_hybrid(source, "--state-dtype")
     import torch
 
     torch.manual_seed(seed)
@@ -111,6 +123,10 @@ def load(model: str, windows: int | list[int] | None, seed: int) -> tuple[Any, A
         from nha.models.windows import set_windows
 
         set_windows(loaded, windows)
+    if state_dtype is not None:
+        from nha.models.windows import set_state_dtype
+
+        set_state_dtype(loaded, state_dtype)
     return loaded, tokenizer, source
 
 

@@ -51,7 +51,7 @@ def serve(
     from nha.serve.launch import choose, start
 
     source = with_directory(loading.find(model))
-    choice = choose(settings.backend, source)
+    choice = choose(settings.backend, source, settings)
     err.print(f"serving {escape(source.label)} at http://{host}:{settings.port}/v1", soft_wrap=True)
     err.print(f"with {escape(choice.why)}", soft_wrap=True)
     if api_key is None and not is_loopback(host):

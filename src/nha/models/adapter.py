@@ -31,7 +31,7 @@ from nha.models.attention import LayerInputs, cache_windows, check_implementatio
 from nha.models.cache import allow_rollback, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
-from nha.models.decode_graph import UNPADDED, graph_of, plan
+from nha.models.decode_graph import SINGLE_USE, UNPADDED, graph_of, plan
 from nha.models.families import check_family, rotates
 from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
@@ -63,7 +63,7 @@ class HybridGenerationMixin:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)
-            if given is None:
+            if given is None or getattr(given, SINGLE_USE, False):
                 plan(
                     self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, before_decoder
                 )

@@ -24,6 +24,7 @@ from nha.ops.heads import per_head
 MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
 UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
 ATTRIBUTE = "decode_graph"  # of a cache: the graph of the steps that go on from it
+SINGLE_USE = "single_use"  # of a cache that was handed to `generate`, true where nobody goes on from it later
 
 
 def can_capture(device: torch.device) -> bool:

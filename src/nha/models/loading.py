@@ -202,10 +202,16 @@ def is_hybrid(config: Any) -> bool:
     return getattr(config, "window_sizes", None) is not None
 
 
+def check_hybrid(source: Source, option: str) -> None:
+    """Raise BadInput, with the name of an option, for a model that is no hybrid."""
+    if source.config is None or not is_hybrid(source.config):
+        raise BadInput(f"expected a hybrid for {option}, {source.name} is not one: convert it with nha hybridize")
+
+
 def check_windows_changeable(source: Source, windows: int | Sequence[Window]) -> None:
     """Raise BadInput unless the model is a hybrid whose layers these windows fit."""
-    if source.config is None or not is_hybrid(source.config):
-        raise BadInput(f"expected a hybrid for --window, {source.name} is not one: convert it with nha hybridize")
+    check_hybrid(source, "--window")
+    assert source.config is not None
     check_window_count(windows, layers_of(source.config))
 
 

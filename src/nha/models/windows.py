@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from nha.models.config import FULL, check_windows
 from nha.ops.heads import Window, all_windows, map_window, window_of
+from nha.ops.packed_state import check_state_dtype
 
 
 def decoder(model: PreTrainedModel) -> Any:
@@ -91,6 +92,25 @@ def _change_windows(model: PreTrainedModel, windows: int | Sequence[Window]) -> 
         windows = [map_window(lambda own: FULL if own == FULL else size, window) for window in now]
     stack.config.window_sizes = check_windows(stack.config, windows)
     follow_config(stack)
+
+
+def set_state_dtype(model: PreTrainedModel, state_dtype: str) -> None:
+    """Choose how new caches of a hybrid keep slots and windows between two calls.
+
+    "float32" keeps slots in float32 and windows in the model's dtype; "bfloat16" and "int8" take fewer bytes. Caches
+    that have read something stay as they are.
+
+    Raises ValueError for another name and for a model that is no hybrid.
+
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model = NHAForCausalLM(NHAConfig.tiny())
+    >>> set_state_dtype(model, "int8")
+    >>> model.config.state_dtype
+    'int8'
+    """
+    hybrid_layers(model)
+    check_state_dtype(state_dtype)
+    decoder(model).config.state_dtype = state_dtype
 
 
 @contextmanager

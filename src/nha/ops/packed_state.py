@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nha.ops.state import WINDOW_CACHE, NHAState, RingState, check_state, slot_dtype
+from nha.settings import STATE_DTYPES
 
-STATE_DTYPES = ("float32", "bfloat16", "int8")
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # their multiples, modulo 1, fill [0, 1) evenly
 MAX_INT8, MAX_INT12 = 127, 2038  # 2,038 = 16 * 127 + 6: a value of 8 bits and an error of 4 bits
 SMALLEST = 2.0**-124  # of a row that is not taken for zeros

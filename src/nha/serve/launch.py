@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from nha.errors import BadInput
-from nha.models.loading import Source, is_hybrid
+from nha.models.loading import Source, check_hybrid, is_hybrid
 from nha.serve.checks import check_architecture, check_model, check_version
 from nha.serve.limits import VARIABLE, Policy
 from nha.serve.plugin import base_architecture, native_architectures, vllm_version
@@ -45,9 +45,20 @@ def vllm_refusal(source: Source) -> str | None:
     return None
 
 
-def choose(asked: str, source: Source) -> Choice:
-    """The server for a model. Raises BadInput where the one asked for cannot run it."""
-    refusal = vllm_refusal(source) if asked != "transformers" else None
+def settings_refusal(settings: ServeSettings) -> str | None:
+    """Why vLLM cannot serve with these settings, in one line; None if it can."""
+    if settings.memory is not None:
+        return "vLLM keeps no memory on disk; options after '--' such as --enable-prefix-caching keep it while it runs"
+    if settings.state_dtype not in (None, "float32"):
+        return f"vLLM's blocks hold states as they are computed, got state_dtype {settings.state_dtype!r}"
+    return None
+
+
+def choose(asked: str, source: Source, settings: ServeSettings) -> Choice:
+    """The server for a model. Raises BadInput where the one asked for cannot run it, or not with these settings."""
+    if settings.state_dtype is not None:
+        check_hybrid(source, "--state-dtype")
+    refusal = settings_refusal(settings) or vllm_refusal(source) if asked != "transformers" else None
     if asked == "vllm" and refusal is not None:
         raise BadInput(f"expected a model that vLLM can run, got {source.name}: {refusal}")
     if asked != "transformers" and refusal is None:

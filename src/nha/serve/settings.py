@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nha.settings import DTYPES, check_settings, count, setting
+from nha.settings import DTYPES, STATE_DTYPES, check_settings, count, setting
 
 BACKENDS = ("auto", "vllm", "transformers")
 
@@ -26,6 +26,19 @@ class ServeSettings:
     max_requests: int = count(256, "Requests at a time; more are told to come back (HTTP 429).")
     drain_s: int = setting(60, "Seconds that running requests get after SIGTERM.", at_least=1)
     dtype: str = setting("auto", "Number format of the model.", choices=DTYPES)
+    state_dtype: str | None = setting(
+        None,
+        "Number format of a hybrid's slots and windows between two tokens; fewer bytes serve more sequences.",
+        choices=STATE_DTYPES,
+        shown="as saved",
+    )
+    memory: str | None = setting(
+        None, "Keep what was read in this directory, and read nothing in it again.", shown="none"
+    )
+    memory_gib: float = setting(
+        10.0, "Size of that directory; texts used least recently are removed.", above=0, at_most=2**20
+    )
+    memory_block: int = count(1024, "Tokens of a block there: prompts share whole blocks.")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -10,9 +10,12 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from nha.memory import MemoryStore
 from nha.models.auto import hybrid_classes
 from nha.models.loading import Source, is_hybrid
+from nha.models.windows import set_state_dtype
 from nha.serve.limits import VARIABLE, Limits, Policy
+from nha.serve.memory import generate_through
 from nha.serve.settings import ServeSettings
 
 
@@ -26,6 +29,13 @@ def expose(source: Source) -> None:
         setattr(transformers, model.__name__, model)
 
 
+def open_store(settings: ServeSettings) -> MemoryStore | None:
+    """The store of these settings. Raises OSError for a directory that cannot be made."""
+    if settings.memory is None:
+        return None
+    return MemoryStore(settings.memory, max(int(settings.memory_gib * 2**30), 1), settings.memory_block)
+
+
 def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) -> None:
     """Run transformers' server in this process; SIGTERM lets running requests end for `drain_s` seconds."""
     import uvicorn
@@ -33,6 +43,7 @@ def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) ->
     from transformers.cli.serving import server
 
     expose(source)
+    store = open_store(settings)
     os.environ[VARIABLE] = policy.to_json()
     build = server.build_server
 
@@ -42,6 +53,10 @@ def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) ->
         app.add_middleware(Limits)
         for held in args[0].loaded_models.values():
             held.model.generation_config.do_sample = True  # a temperature of 0 turns it off again
+            if settings.state_dtype is not None:
+                set_state_dtype(held.model, settings.state_dtype)
+            if store is not None:
+                generate_through(held.model, store)
         return app
 
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # older versions list its models, and fail without it
