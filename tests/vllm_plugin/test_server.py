@@ -39,11 +39,22 @@ def healthy(port: int) -> bool:
 class Server:
     """`nha serve` in a process of its own."""
 
-    def __init__(self, path: Path, backend: str, log: Path):
-        self.backend, self.path, self.port = backend, path, free_port()
+    def __init__(self, path: Path, backend: str, log: Path, *settings: str):
+        self.backend, self.path, self.log, self.port = backend, path, log, free_port()
         sizes = ["--max-length", str(LENGTH), "--max-requests", "64", "--dtype", "float32", "--drain-s", "60"]
         options = ["--", "--enforce-eager"] if backend == "vllm" else []
-        command = ["nha", "serve", str(path), "--backend", backend, "--port", str(self.port), *sizes, *options]
+        command = [
+            "nha",
+            "serve",
+            str(path),
+            "--backend",
+            backend,
+            "--port",
+            str(self.port),
+            *sizes,
+            *settings,
+            *options,
+        ]
         cache = {"VLLM_CPU_KVCACHE_SPACE": "1", "NHA_API_KEY": KEY}
         with log.open("w") as file:
             self.process = subprocess.Popen(
