@@ -10,9 +10,10 @@
     --tokens       such as 4full=25e6,constant=40e6: tokens by arm or budget
     --set K=V      change a setting of every run (see DistillSettings); repeatable
     --seeds        0,1,2 for instance
-    --budget-s     stop in time, with a checkpoint; exit status 3 if something is left
+    --budget-s     stop in time, with a checkpoint; exit status 3 if something is left. A run that was trained is kept
+                   with the parts of its evaluation that there was time for
     --long-needles measure needles beyond the training length as well, to 128K tokens
-    --plan         print runs, shards and estimated seconds, and stop
+    --plan         print runs, shards, estimated seconds and the control that each arm is compared with, and stop
     --report DIR   make table and pictures of DIR anew, and stop
 
 Runs that are in --out or in --known (default: results/quality) are not made again.
@@ -35,8 +36,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, deal, make_runs
+from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, control_of, deal, make_runs
 
+# What decides most comes first: where time is up, a run is kept without the rest.
+ORDER = ("perplexity", "cloze_near", "cloze_far", "squad_qa", "needle", "lambada_openai", "piqa", "arc_easy")
+ORDER += ("arc_challenge", "boolq", "copa", "hellaswag")
 TIMES = ("tokens_per_s", "loss", "kl", "cross_entropy", "answer_accuracy")
 
 
@@ -163,7 +167,7 @@ def prepare_corpus(data: Path, work: Path, tokenizer: Any) -> Any:
 
 
 class TimeIsUp(Exception):
-    """Ends an evaluation, whose parts so far are kept."""
+    """Ends a part of an evaluation."""
 
 
 class Shard:
@@ -215,23 +219,35 @@ class Shard:
 
     def train(self, run: Run, settings: Any = None) -> Any:
         """The trained model of a run, or None if the time was up."""
-        from nha.distill.run import distill
+        from nha.distill.run import distill, train_teacher
         from nha.distill.trainer import Reports
 
-        def log(entry: dict[str, float]) -> None:
+        def log(entry: dict[str, float], name: str = run.name) -> None:
             if entry["step"] % (10 * settings.log_every) == 0 or entry["step"] <= settings.log_every:
                 shown = " ".join(f"{key} {value:.3f}" for key, value in entry.items() if key in TIMES)
-                self.print(f"  {run.name} step {entry['step']:.0f}: {shown}")
+                self.print(f"  {name} step {entry['step']:.0f}: {shown}")
 
-        settings = dataclasses.replace(run.settings, budget=max(1.0, min(1e9, self.left - 15)))
+        def in_time() -> Any:
+            return dataclasses.replace(run.settings, budget=max(1.0, min(1e9, self.left - 15)))
+
+        settings, runs = in_time(), self.options.work / "runs"
+        reports = Reports(log=log, teacher_log=lambda entry: log(entry, run.teacher))
+        if settings.teacher_tokens and run.arm:
+            with alone(self.options.work, run.teacher):  # the first shard trains it, the others wait
+                self.print(f"  {run.teacher} begins or is there")
+                given = (self.tokenizer, self.corpus, runs / run.teacher, in_time())
+                if not train_teacher(self.load(), *given, reports=reports).finished:
+                    return None
+            settings = in_time()
         found = distill(
             self.load(),
             self.tokenizer,
             self.corpus,
-            self.options.work / "runs" / run.name,
+            runs / run.name,
             settings,
             control=run.arm is None,
-            reports=Reports(log=log),
+            teacher_run=runs / run.teacher,
+            reports=reports,
         )
         return found if found.finished else None
 
@@ -250,12 +266,14 @@ class Shard:
         return model.eval()
 
     def measure(self, run: Run, model: Any) -> dict[str, Any]:
-        """The evaluation of a run's model, whose parts are kept as they are known."""
+        """The evaluation of a run's model part by part; "missing" names those that there was no time for."""
         from nha.evaluate.partial import open_partial
-        from nha.evaluate.public.run import PublicData, measure_public
+        from nha.evaluate.public.run import PARTS, PublicData, measure_public
 
-        partial = open_partial(self.options.out / "partial" / f"{run.name}.jsonl", self.public.identity)
-        started = time.monotonic()
+        partial = open_partial(self.options.work / "partial" / f"{run.name}.jsonl", self.public.identity)
+        started, whole = time.monotonic(), self.public.settings
+        found: dict[str, Any] = {"sets": {}, "needle": {}, "perplexity": {}, "notes": [], "seconds": {}}
+        missing = []
 
         def progress(part: str, done: int, total: int) -> None:
             if self.left < 0:
@@ -263,19 +281,29 @@ class Shard:
             if done == total:
                 self.print(f"  {run.name} {part}: {time.monotonic() - started:.0f} s")
 
-        found = measure_public(model, self.tokenizer, self.public, partial=partial, progress=progress)
+        def add(part: str, data: PublicData, name: str) -> None:
+            """Measure a part, where time is left, and keep what was found."""
+            begun = time.monotonic()
+            try:
+                new = measure_public(model, self.tokenizer, data, name=name, partial=partial, progress=progress)
+            except TimeIsUp:
+                missing.append(part)
+                return
+            for kind in ("sets", "needle", "perplexity"):
+                found[kind] |= new[kind]
+            found["notes"] += new["notes"]
+            found["seconds"][part] = round(time.monotonic() - begun, 2)
+
+        for part in sorted(whole.parts, key=ORDER.index):
+            self.public.settings = dataclasses.replace(whole, parts=(part,))
+            add(part, self.public, "model")
+        self.public.settings = whole
         if self.options.long_needles and run.arm and run.arm.long_needles:
-            settings = dataclasses.replace(
-                self.public.settings,
-                parts=("needle",),
-                needles=self.options.long_needle_count,
-                needle_lengths=run.arm.long_needles,
-            )
-            data = PublicData(settings, {}, self.public.held_out, self.public.files)
-            far = measure_public(model, self.tokenizer, data, name="long", partial=partial, progress=progress)
-            found["needle"] |= far["needle"]
-            found["notes"] += far["notes"]
-        return found
+            count, lengths = self.options.long_needle_count, run.arm.long_needles
+            settings = dataclasses.replace(whole, parts=("needle",), needles=count, needle_lengths=lengths)
+            add("long needle", PublicData(settings, {}, self.public.held_out, self.public.files), "long")
+        found["sets"] = {part: found["sets"][part] for part in PARTS if part in found["sets"]}
+        return found | ({"missing": missing} if missing else {})
 
     def make(self, run: Run) -> bool:
         """Train and measure a run, and write it; False if the time was up."""
@@ -298,16 +326,26 @@ class Shard:
         self.print(f"{run.name} trained in {seconds:.0f} s")
         model = self.shipped(run, found) if run.arm and run.arm.shipped else found.model
         begun = time.monotonic()
-        try:
-            measured = self.measure(run, model)
-        except TimeIsUp:
-            return False
+        measured = self.measure(run, model)
         times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
         row = row_of(run, model, measured, found.log) | times | {"memory_gib": peak}
+        row |= {"missing": measured["missing"]} if "missing" in measured else {}
         about = {"row": row, "settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
+        about |= {"teacher_log": found.teacher_log} if found.teacher_log else {}
         write_atomically(self.folder / f"{run.name}.json", json.dumps(about) + "\n")
         self.print(run.name, json.dumps({k: v for k, v in row.items() if k not in ("windows", "versions")}))
-        return True
+        return "missing" not in measured
+
+    def is_known(self, run: Run) -> bool:
+        """Whether a run was made before. One that was measured in part is, unless its checkpoint is still there."""
+        name = f"{run.name}.json"
+        if (self.options.known / "runs" / name).is_file():
+            return True
+        own = self.folder / name
+        if not own.is_file():
+            return False
+        row = json.loads(own.read_text(encoding="utf-8"))["row"]
+        return "missing" not in row or not (self.options.work / "runs" / run.name).is_dir()
 
     def run_all(self, runs: list[Run]) -> int:
         """Make all runs that are not there. Returns the exit status: 0, 1 if one failed, 3 if time was up."""
@@ -317,9 +355,7 @@ class Shard:
 
         failed, late = [], []
         for run in runs:
-            if any(
-                (folder / "runs" / f"{run.name}.json").is_file() for folder in (self.options.out, self.options.known)
-            ):
+            if self.is_known(run):
                 self.print(run.name, "is there already")
                 continue
             if self.left < 30:
@@ -375,6 +411,7 @@ def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, f
         "budget": run.budget,
         "seed": run.seed,
         "tokens": int(log[-1]["tokens"]) if log else 0,
+        "teacher_tokens": run.settings.teacher_tokens if run.arm else 0,
         "bytes_16k": cache_bytes(model, 16384),
         "windows": list(config.window_sizes),
         "slots": config.num_slots if run.arm else 0,
@@ -387,6 +424,20 @@ def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, f
         "versions": versions(),
         "date": str(date.today()),
     }
+
+
+def print_plan(shards: list[list[Run]], known: list[Run]) -> None:
+    """Print the runs of every shard: seconds, the teacher that is trained first, the control it is compared with."""
+    names = {run.name for run in known}
+    for index, some in enumerate(shards):
+        print(f"shard {index}: {sum(run.seconds for run in some):.0f} s")
+        for run in some:
+            beside = control_of(run).name if run.arm else ""
+            words = [f"{run.seconds:.0f} s"]
+            words += [f"teacher {run.teacher}"] if run.arm and run.settings.teacher_tokens else []
+            words += [f"beside {beside}{', known' if beside in names else ''}"] if beside else []
+            print(f"  {run.name}: {'; '.join(words)}")
+    print("known:", ", ".join(sorted(names)) or "none")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -403,11 +454,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         given = parse_settings(options.pairs)
     runs = make_runs(options.arms, options.seeds, options.tokens, options.layers, given, not options.no_controls)
-    shards = deal(runs, options.shards)
+    known = [run for run in runs if (options.known / "runs" / f"{run.name}.json").is_file()]
+    shards = deal([run for run in runs if run not in known], options.shards)
     if options.plan:
-        for index, some in enumerate(shards):
-            total = sum(run.seconds for run in some)
-            print(f"shard {index}: {total:.0f} s:", ", ".join(f"{run.name} {run.seconds:.0f} s" for run in some))
+        print_plan(shards, known)
         return 0
     if options.shards > 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(options.shard))

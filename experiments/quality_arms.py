@@ -18,12 +18,14 @@ from nha.models.loading import EMBEDDED_ID
 from nha.ops.heads import map_window
 
 BUDGETS = ("4full", "1full", "constant")
-TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 40e6}
-# What a control does not depend on: it has full attention, and trains the linear layers of attention.
+TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 25e6}
+# What a control does not depend on: it has full attention, and trains the linear layers of attention in one stage.
 HYBRID_ALONE = ("window_size", "num_slots", "full_layers", "init", "num_sinks", "slot_distance", "align_steps")
-HYBRID_ALONE += ("align_sequences", "gate_lr", "sink_lr", "window_dropout", "trainable", "lora_rank")
-COMPILE_S, EVAL_S, LOAD_S = 60.0, 85.0, 80.0
-TOKENS_PER_S = {"text": 230e3, "long": 150e3, "control": 260e3, "long control": 140e3}
+HYBRID_ALONE += ("align_sequences", "gate_lr", "sink_lr", "window_dropout", "trainable", "lora_rank", "teacher_tokens")
+# Measured on one H200, in an empty cache of compiled kernels; heads with windows of their own compile for longer.
+COMPILE_S, HEADS_COMPILE_S, CONTROL_COMPILE_S, ALIGN_S = 60.0, 140.0, 75.0, 15.0
+EVAL_S, LONG_EVAL_S = 95.0, 60.0
+TOKENS_PER_S = {"text": 206e3, "long": 130e3, "control": 340e3, "long control": 150e3}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Arm:
         shipped: measure the small file of gates, sinks and low-rank changes instead of the trained model; "lora" for
             what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`.
         source: the arm whose run an "svd" file is made of.
+        teacher_fraction: of the tokens, which train the teacher first.
     """
 
     name: str
@@ -51,29 +54,47 @@ class Arm:
     long_needles: tuple[int, ...] = ()
     shipped: str | None = None
     source: str | None = None
+    teacher_fraction: float = 0.0
 
 
 LONG_TAIL = {"long_range_fraction": 0.5}
 LORA = {"trainable": "lora", "lora_rank": 16}
 LONG = (32768, 65536, 131072)
-# Arms of whole layers, as the recipes have them, and of heads: 12 full heads hold the bytes of 4 full layers, and 15
-# windows of 3,264 tokens those of one full layer after 16,384 tokens.
+FULL_LAYERS = (8, 18, 20, 23)
+TEACHER = 0.4
+# Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers, and 15 windows of 3,264 tokens those
+# of one full layer after 16,384 tokens. All that are made from the recipe `constant` read the same batches, hence share
+# a control for each number of tokens. `quality` and `balanced` are those recipes, with controls of their own.
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("4full", "4full", "quality", LONG_TAIL, None, (32768,)),
-        Arm("1full", "1full", "balanced", LONG_TAIL, None, (32768,)),
+        Arm("quality", "4full", "quality", LONG_TAIL, None, (32768,)),
+        Arm("balanced", "1full", "balanced", LONG_TAIL, None, (32768,)),
         Arm("constant", "constant", "constant", {}, None, LONG),
-        Arm("4full_heads", "4full", "constant", {}, (12, -1, 64), (32768,)),
-        Arm("1full_heads", "1full", "constant", {}, (15, 3264, 64), (32768,)),
+        Arm("4full", "4full", "constant", {"full_layers": FULL_LAYERS}, None, (32768,), teacher_fraction=TEACHER),
+        Arm("1full", "1full", "constant", {"full_layers": (18,)}, None, (32768,), teacher_fraction=TEACHER),
+        Arm("4full_heads", "4full", "constant", {}, (12, -1, 64), (32768,), teacher_fraction=TEACHER),
+        Arm("1full_heads", "1full", "constant", {}, (15, 3264, 64), (32768,), teacher_fraction=TEACHER),
         Arm("constant_heads", "constant", "constant", {}, (15, 256, None), LONG),
-        Arm("4full_long", "4full", "constant", {"full_layers": (8, 18, 20, 23)}, None, (32768,)),
+        Arm("constant_teacher", "constant", "constant", {}, (15, 256, None), LONG, teacher_fraction=TEACHER),
+        Arm("constant64_teacher", "constant", "constant", {}, None, LONG, teacher_fraction=TEACHER),
         Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),
         Arm("ship_svd", "constant", "constant", {}, None, LONG, shipped="svd", source="constant"),
         Arm("ship_heads", "constant", "constant", LORA, (15, 256, None), LONG, shipped="lora"),
+        Arm(
+            "ship_teacher",
+            "constant",
+            "constant",
+            {},
+            (15, 256, None),
+            LONG,
+            shipped="svd",
+            source="constant_teacher",
+            teacher_fraction=TEACHER,
+        ),
     )
 }
-DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "ship_heads")
+DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "constant_teacher")
 PLAN = Path("results/plans/smollm2-heads15.json")  # of `nha search --heads 15`
 
 
@@ -108,13 +129,25 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """About how long it takes on one H100, without loading."""
+        """About how long it takes on one H200, without loading and long needles; each trains its own teacher."""
         if self.arm and self.arm.shipped == "svd":
             return EVAL_S
-        kind = "" if self.arm else "control"
-        long = self.settings.long_tokens
+        long, first = self.settings.long_tokens, self.settings.teacher_tokens if self.arm else 0.0
+        short = self.settings.tokens - long - first
+        if self.arm is None:
+            begin, kind = CONTROL_COMPILE_S, "control"
+        else:
+            begin, kind = ALIGN_S + (HEADS_COMPILE_S if self.arm.heads else COMPILE_S), ""
+        teacher = CONTROL_COMPILE_S + first / TOKENS_PER_S["control"] if first else 0.0
         speed = TOKENS_PER_S[kind or "text"], TOKENS_PER_S[f"long {kind}".strip()]
-        return COMPILE_S + (self.settings.tokens - long) / speed[0] + long / speed[1] + EVAL_S
+        return teacher + begin + short / speed[0] + long / speed[1] + EVAL_S
+
+    @property
+    def teacher(self) -> str:
+        """A name for the folder of its trained teacher: runs that train one on the same batches share it."""
+        kept = ("tokens", "long_tokens", "long_seq_len", "seed", *HYBRID_ALONE)
+        digest = _digest(self.settings, kept)
+        return f"teacher-{digest}-{self.settings.teacher_tokens / 1e6:g}M-{self.seed}"
 
 
 def batches_digest(settings: DistillSettings) -> str:
@@ -124,7 +157,11 @@ def batches_digest(settings: DistillSettings) -> str:
     >>> batches_digest(one) == batches_digest(other) != batches_digest(DistillSettings(recall_fraction=0.5))
     True
     """
-    kept = {name: x for name, x in settings.identity().items() if name not in (*HYBRID_ALONE, "tokens", "seed")}
+    return _digest(settings, ("tokens", "seed", *HYBRID_ALONE))
+
+
+def _digest(settings: DistillSettings, without: Sequence[str]) -> str:
+    kept = {name: x for name, x in settings.identity().items() if name not in without}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
 
 
@@ -149,7 +186,8 @@ def make_runs(
         for name in names:
             arm = ARMS[name]
             count = tokens.get(name, tokens.get(arm.budget, TOKENS[arm.budget]))
-            changes = {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
+            changes = {"teacher_tokens": arm.teacher_fraction * count} if arm.teacher_fraction else {}
+            changes |= {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
             if arm.heads:
                 changes["window_size"] = head_windows(arm.heads)
             run = Run(arm, arm.budget, recipe_settings(arm.recipe, layers, EMBEDDED_ID, changes), name)
@@ -165,7 +203,7 @@ def deal(runs: Sequence[Run], shards: int) -> list[list[Run]]:
 
     >>> runs = make_runs(["4full", "1full", "constant"], [0], {})
     >>> [[run.name.split("-")[0] for run in some] for some in deal(runs, 2)]
-    [['constant', '1full'], ['control', '4full', 'control']]
+    [['4full', 'constant'], ['1full', 'control']]
     """
     piles: list[list[Run]] = [[] for _ in range(shards)]
     follows = [run for run in runs if run.arm and run.arm.source]

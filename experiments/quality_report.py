@@ -216,7 +216,8 @@ def write_report(folder: Path) -> str:
     if find_spec("matplotlib") is not None:
         from nha.report.public import public_png
 
-        first = [run for run in runs if not run["row"]["seed"]]
+        measured = [run for run in runs if any(run["eval"][kind] for kind in ("sets", "needle", "perplexity"))]
+        first = [run for run in measured if not run["row"]["seed"]]
         if any(shares(run, find_control(run, runs)) for run in runs):
             write_atomically(folder / "shares.png", shares_png(runs))
         if first:

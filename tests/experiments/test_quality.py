@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,10 +51,22 @@ def run(place, data, out, *more):  # noqa: F811
 def test_runs_of_the_same_batches_share_a_control():
     runs = make_runs(DEFAULT_ARMS, [0], {})
     controls = [one for one in runs if one.arm is None]
-    assert len(controls) == 2  # one for the arms with full layers, one for the arms without
+    assert len(controls) == 1
     for one in runs:
         assert batches_digest(one.settings) in {batches_digest(control.settings) for control in controls}
     assert len(make_runs(["4full", "1full"], [0], {"1full": 50e6})) == 4
+    assert len(make_runs(["quality", "4full", "balanced"], [0], {})) == 5  # the recipes read other batches
+
+
+def test_runs_that_train_a_teacher_on_the_same_batches_share_it_and_the_control():
+    runs = make_runs(["4full", "1full_heads", "constant_teacher", "constant_heads"], [0], {})
+    teachers = {one.teacher for one in runs if one.settings.teacher_tokens}
+    assert len(runs) == 5 and len(teachers) == 1
+    control = next(one for one in runs if one.arm is None)
+    assert control.settings.teacher_tokens == 0 and control.settings.tokens == 25e6
+    assert (Path(quality.__file__).parents[1] / "results/quality/runs" / f"{control.name}.json").is_file()
+    first, second = (make_runs(["4full"], [seed], {"4full": tokens})[1] for seed, tokens in ((1, 25e6), (0, 50e6)))
+    assert len({first.teacher, second.teacher} | teachers) == 3
 
 
 def test_every_run_is_dealt_once_and_what_needs_another_follows_it():
@@ -100,6 +113,35 @@ def test_runs_are_made_measured_and_kept(place, data, tmp_path, capsys):  # noqa
     assert run(place, data, out, "--arms", "constant,ship,ship_svd") == 0
     assert capsys.readouterr().out.count("is there already") == 3
     assert len(list((out / "ship").iterdir())) == 2
+
+
+def test_a_run_trains_its_teacher_first_and_is_kept_without_what_there_was_no_time_for(
+    place,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    out, measure = tmp_path / "out", quality.Shard.measure
+
+    def late(shard, run, model):
+        if run.arm:
+            shard.options.budget_s = -1.0
+        return measure(shard, run, model)
+
+    monkeypatch.setattr(quality.Shard, "measure", late)
+    assert run(place, data, out, "--arms", "constant64_teacher") == 3
+    monkeypatch.undo()
+    (file,) = (out / "runs").glob("constant64_teacher*")
+    cut = json.loads(file.read_text())
+    assert set(cut["row"]["missing"]) >= {"piqa", "squad_qa"} and cut["row"]["squad"] is None
+    assert len(cut["teacher_log"]) == 2 and cut["row"]["teacher_tokens"] == pytest.approx(0.4 * 4e3)
+    assert len(list((place / "work" / "runs").glob("teacher-*"))) == 1
+    assert run(place, data, out, "--arms", "constant64_teacher") == 0
+    whole = json.loads(file.read_text())
+    assert "missing" not in whole["row"] and whole["row"]["squad"][1] == 2
+    (control,) = (out / "runs").glob("control*")
+    assert whole["row"]["tokens"] == json.loads(control.read_text())["row"]["tokens"]
+    assert "constant64_teacher" in (out / "table.md").read_text()
 
 
 def quality_runs(out):
