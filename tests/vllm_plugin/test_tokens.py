@@ -42,12 +42,14 @@ FAMILIES = {
     "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "cohere": {"tie_word_embeddings": True},
     "phi3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_write_what_they_write_in_transformers(family, tmp_path):
-    windows = [-1, 8, -1, 8] if family == "gemma2" else [8, -1, 8]
+    windows = [-1, 8, -1, 8] if family == "gemma2" else [8, -1, [16, 4]]
     path = make_model(tmp_path / family, family, windows, **FAMILIES[family])
     prompts = make_prompts([10, 1, 40, 150])
     with engine(path) as llm:

@@ -6,6 +6,7 @@ from typing import Any
 
 from nha.models.config import check_windows
 from nha.models.families import EXPERTS, TABLE
+from nha.serve.experts import EXPERT_NAMES
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
 # vLLM's Llama knows no others, and its blocks hold states as they are computed.
@@ -41,17 +42,14 @@ def check_architecture(architecture: str, known: bool) -> None:
 
 
 def check_model(config: Any) -> None:
-    """Raise ValueError for a configuration that is no hybrid's, or whose windows or weights vLLM cannot hold.
-
-    Experts are saved as transformers has them in memory, all of a layer in one tensor; vLLM reads them one by one.
-    """
+    """Raise ValueError for a configuration that is no hybrid's, or whose windows or weights vLLM cannot hold."""
     windows = getattr(config, "window_sizes", None)
     if not isinstance(windows, (list, tuple)):
         raise ValueError(f"expected the configuration of a hybrid, got {config.model_type}: call hybridize first")
-    if config.model_type.removeprefix("nha-") in WITH_EXPERTS:
-        raise ValueError(
-            f"expected a model without experts in vLLM, got {config.model_type}; transformers can serve it"
-        )
+    family = config.model_type.removeprefix("nha-")
+    if family in WITH_EXPERTS and family not in EXPERT_NAMES:
+        known = ", ".join(EXPERT_NAMES)
+        raise ValueError(f"expected experts as in {known} in vLLM, got {family}; transformers can serve it")
     for name, plain in PLAIN.items():
         if getattr(config, name, plain) != plain:
             raise ValueError(

@@ -24,6 +24,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, Suppo
 from vllm.model_executor.models.utils import extract_layer_index
 
 from nha.models.config import FULL
+from nha.serve.experts import EXPERT_NAMES, split_experts
 from nha.serve.plugin import SCRATCH, base_architecture
 from nha.serve.rooms import max_places, plan_heads
 from nha.serve.vllm_mixer import STATES, NHAMixer, SlotWeights, state_dtypes, state_shapes
@@ -133,7 +134,9 @@ class HybridModelMixin:
                     module.load(parameter, tensor)
                     loaded.add(f"{prefix}.{parameter}")
 
-        loaded |= super().load_weights(others())  # type: ignore[misc]
+        names = EXPERT_NAMES.get(self.config.model_type.removeprefix("nha-"))  # type: ignore[attr-defined]
+        rest = others() if names is None else split_experts(others(), names)
+        loaded |= super().load_weights(rest)  # type: ignore[misc]
         wanted = {f"{prefix}.{name}" for prefix, module in modules.items() for name, _ in module.named_parameters()}
         if wanted - loaded:
             raise ValueError(f"expected saved weights for {sorted(wanted - loaded)[0]}, got none")
