@@ -27,6 +27,7 @@ STATE_FORMAT = "nha-state-v2"
 OLD_STATE_FORMAT = "nha-state-v1"
 OLD_NAMES = {f"tail_{name}": f"window_{name}" for name in ("slot_key", "log_gate")} | {"seen": "num_tokens"}
 OLD_ACTIVE = f"slots_{'live'}"  # written apart: nothing else in the code is called so any more
+OPTIONAL_TENSORS = {"window_slot_key", "num_kept"}  # of a state: absent where slots share keys, and are soft
 DIGEST = "sha256"  # the metadata's name for the checksum of everything else in a file of tensors
 
 
@@ -250,10 +251,11 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> NHAState
     except ValueError:
         raise ValueError(f"expected an integer window_size in {path}, got {metadata['window_size']!r}") from None
     required = {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"}
-    missing, unknown = sorted(required - tensors.keys()), sorted(tensors.keys() - required - {"window_slot_key"})
+    missing, unknown = sorted(required - tensors.keys()), sorted(tensors.keys() - required - OPTIONAL_TENSORS)
     if missing or unknown:
         raise ValueError(f"expected tensors {sorted(required)} in {path}, got {missing} missing and {unknown} unknown")
-    tensors.setdefault("window_slot_key", None)  # type: ignore[arg-type]
+    for name in OPTIONAL_TENSORS:
+        tensors.setdefault(name, None)  # type: ignore[arg-type]
     state = NHAState(window_size=window_size, slots_active=metadata[active] == "1", **tensors)
     try:
         if kind == OLD_STATE_FORMAT and window_size >= 0 and state.key.shape[1:2] != (window_size,):

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
 from nha.ops.autocast import cast_for_autocast
+from nha.ops.exact import WriteOrder, exact_log_gate
 from nha.ops.rotary import rotate
 from nha.ops.state import check_state, check_window_size
 from nha.ops.validation import check_cu_seqlens, check_factors, check_mask
 from nha.ops.varlen import sequence_of
+from nha.settings import SLOT_WRITES
 
 GATE_DIVISOR = 8.0
 MIN_TOKENS_TOGETHER = 4096  # from which on several projections of one input are one product
@@ -87,6 +89,33 @@ def linear_together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     return list(F.linear(x, weight).split([layer.out_features for layer in layers], -1))
 
 
+def write_order(
+    x: Tensor, state: NHAState | None, mask: Tensor | None, cu: Tensor | None, kept: Tensor | None = None
+) -> WriteOrder:
+    """Where the tokens of a segment x [B, T, hidden] stand in their sequences, for exact slots.
+
+    Padding is never written. `kept` [sequences, H] is the number that heads kept before, by default that of the state.
+
+    >>> mask = torch.tensor([[False, True, True]])
+    >>> write_order(torch.zeros(1, 3, 8), None, mask, None).token.tolist()
+    [[-1, 0, 1]]
+    """
+    token = segment_positions(x.shape[0], x.shape[1], x.device, state, mask, cu)
+    token = token if mask is None else token.masked_fill(~mask, -1)
+    return WriteOrder(token, kept if kept is not None or state is None else state.num_kept, cu)
+
+
+def check_slot_write(slot_write: str) -> None:
+    """Raise ValueError for what is no way to write slots.
+
+    >>> check_slot_write("hard")
+    Traceback (most recent call last):
+    ValueError: expected slot_write to be one of soft, exact, got 'hard'
+    """
+    if slot_write not in SLOT_WRITES:
+        raise ValueError(f"expected slot_write to be one of {', '.join(SLOT_WRITES)}, got {slot_write!r}")
+
+
 def _check_sizes(least: int = 1, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < least:
@@ -99,6 +128,9 @@ class NativeHybridAttention(nn.Module):
     Queries and keys of the window carry rotary positions, those of the slots none. The log-gate is
     `logsigmoid(g_proj(x)) / 8` without a bias. Optional sinks are learned, constant key/value pairs.
 
+    With `slot_write="exact"` `g_proj` gives one score per KV head instead, with a bias: a token whose score is above 0
+    is kept in a slot of its own (`nha.ops.exact`).
+
     Args:
         hidden_size: width of the input and output.
         num_heads: query heads.
@@ -109,6 +141,7 @@ class NativeHybridAttention(nn.Module):
         num_sinks: learned sinks per KV head.
         rope_theta: base of the rotary embedding; None for no positions.
         bias: give q, k, v and output projections a bias.
+        slot_write: "soft", every token to all slots by gates, or "exact", kept tokens to one slot each.
 
     Raises:
         ValueError: a size below 1, heads that do not divide, an odd head dim under rotary positions, or a window or
@@ -135,6 +168,7 @@ class NativeHybridAttention(nn.Module):
         num_sinks: int = 0,
         rope_theta: float | None = 10000.0,
         bias: bool = False,
+        slot_write: str = "soft",
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -150,13 +184,16 @@ class NativeHybridAttention(nn.Module):
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"expected an even head_dim for rotary positions, got {head_dim}")
         check_factors(rope_theta=rope_theta)
+        check_slot_write(slot_write)
+        self.slot_write = slot_write
         self.head_dim = head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_slots, self.window_size, self.rope_theta = num_slots, window_size, rope_theta
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
-        self.g_proj = nn.Linear(hidden_size, num_kv_heads * num_slots, bias=False)
+        exact = slot_write == "exact"
+        self.g_proj = nn.Linear(hidden_size, num_kv_heads * (1 if exact else num_slots), bias=exact)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
         self.sink_key = nn.Parameter(torch.zeros(num_kv_heads, num_sinks, self.head_dim))
         self.sink_value = nn.Parameter(torch.zeros(num_kv_heads, num_sinks, self.head_dim))
@@ -172,7 +209,7 @@ class NativeHybridAttention(nn.Module):
         return q, k, v
 
     def project_with_gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `project`, and the gate's logits [B, T, H * M]."""
+        """As `project`, and the gate's logits [B, T, H * M], or scores [B, T, H] of exact slots."""
         *projected, logits = project_together(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         q, k, v = self.to_heads(projected)
         return q, k, v, logits
@@ -181,6 +218,16 @@ class NativeHybridAttention(nn.Module):
         """Queries [B, T, HQ, D], keys and values [B, T, H, D] of what the projections return, [B, T, width] each."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         return q, k, v
+
+    def gates(self, logits: Tensor, order: WriteOrder | None, fill: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-gates [B, T, H, M] of the gate's logits and the tokens kept after them [sequences, H].
+
+        The latter is None for soft slots, which need no `order`; `fill` as in `exact_log_gate`.
+        """
+        if self.slot_write == "soft":
+            return log_gate(logits, logits.shape[-1] // self.num_slots), None
+        assert order is not None
+        return exact_log_gate(logits, self.num_slots, order, fill=fill)
 
     def _check(self, x: Tensor, state: NHAState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """Raise for inputs from which positions cannot be counted; `nha_attention` checks all others."""
@@ -227,11 +274,15 @@ class NativeHybridAttention(nn.Module):
             positions = segment_positions(x.shape[0], x.shape[1], x.device, state, attention_mask, cu_seqlens)
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
             q_rope, k_rope = rotate(q, cos, sin), rotate(k, cos, sin)
+        order = None
+        if self.slot_write == "exact":
+            order = write_order(x, state, attention_mask, cu_seqlens)
+        gate, kept = self.gates(gate_logits, order, fill=state is None or not state.slots_active)
         result = nha_attention(
             q_rope,
             k_rope,
             v,
-            log_gate(gate_logits, self.num_kv_heads),
+            gate,
             window_size=self.window_size,
             q_slot=q,
             k_slot=k,
@@ -242,4 +293,6 @@ class NativeHybridAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             impl=impl,
         )
+        if result.state is not None:
+            result.state.num_kept = kept
         return self.o_proj(result.out.flatten(2)), result.state

@@ -16,6 +16,7 @@ INITS = ("kmeans", "soft", "spread", "keys", "paper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 SLOT_FEATURES = ("none", "silu", "relu")
+SLOT_WRITES = ("soft", "exact")
 MAX_LENGTH, MAX_WINDOW = 1 << 24, (1 << 31) - 1
 WINDOWS = "int | tuple[int | tuple[int, ...], ...]"  # one for all, one per layer, or in a layer one per KV head
 

@@ -142,7 +142,7 @@ def sliding(window: int) -> dict[str, Any]:
 
 def hybrid(family: str = "llama", windows: Any = 8, *, slots: int = 6, sinks: int = 1, **changes: Any):
     """The hybrid of `teacher(family)` with random gates and sinks."""
-    options = {k: changes.pop(k) for k in ("slot_distance", "slots_from_start") if k in changes}
+    options = {k: changes.pop(k) for k in ("slot_distance", "slots_from_start", "slot_write") if k in changes}
     model = teacher(family, **changes)
     layers = model.config.num_hidden_layers
     to_hybrid(

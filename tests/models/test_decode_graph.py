@@ -97,6 +97,11 @@ def test_packed_states_are_replayed(replays):
     assert torch.equal(found, generate(model, tokens(1, 30), disable_compile=True))
 
 
+@pytest.mark.parametrize("windows", [(8, -1, 0), ([8, 2], [-1, 4], 8)], ids=str)
+def test_kept_tokens_are_counted_in_a_replayed_step(windows, replays):
+    assert_same(hybrid("llama", list(windows), slot_write="exact").double(), tokens(2, 20), replays)
+
+
 def test_sampling_with_a_seed(replays):
     assert_same(build(), tokens(2, 20), replays, do_sample=True)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nha.layer import log_gate
+from nha.layer import write_order
 from nha.models.config import NHAConfig
 from nha.models.masks import HybridMask, cache_argument, read_mask
 from nha.models.nha import FEATURES, NHAAttention
@@ -49,7 +49,8 @@ class AveragedAttention(NHAAttention):
         q, k = rotate(q_slot, *position_embeddings), rotate(k_slot, *position_embeddings)
         features = FEATURES[self.config.slot_features]
         q_slot, k_slot = features(q_slot), features(k_slot)
-        gate, window = log_gate(self.g_proj(hidden_states), k.shape[2]), self.window_size
+        order = write_order(hidden_states, None, None, None)
+        gate, window = self.gates(self.g_proj(hidden_states), order)[0], self.window_size
         assert isinstance(window, int)  # an arm has one window for all heads of a layer
         near = attend(Segment(q, k, v, gate[..., :0], None, None, None, None), Reading(window))[0]
         delayed = [delay(x, window) for x in (k_slot, v, gate)]

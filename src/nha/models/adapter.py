@@ -220,11 +220,13 @@ def install(model: PreTrainedModel) -> None:
     for module, window, table in zip(attention_layers(model), config.window_sizes, tables, strict=True):
         if not hasattr(module, NAME):
             heads = config.num_key_value_heads
-            new = SlotParameters(config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks, table)
+            sizes = (config.hidden_size, heads, module.head_dim, config.num_slots, config.num_sinks)
+            new = SlotParameters(*sizes, table, config.slot_write)
             module.nha = new.to(device=next(module.parameters()).device, dtype=dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
         module.window_size, module.ablation, module.observer, module.mass_observer = window_of(window), None, None, None
         module.rotates, module.slots_frozen = rotates(config, module), False
+        module.slot_write = config.slot_write
     watch_decoder(stack)
     freeze_unused(model)
     config._attn_implementation = NAME
@@ -307,6 +309,7 @@ def to_hybrid(
     num_sinks: int = 1,
     slot_distance: int = 128,
     slots_from_start: bool = False,
+    slot_write: str = "soft",
 ) -> None:
     """Turn a model into its family's hybrid, in place: class, configuration and attention modules.
 
@@ -325,6 +328,7 @@ def to_hybrid(
         "num_sinks": num_sinks,
         "slot_distance": slot_distance,
         "slots_from_start": slots_from_start,
+        "slot_write": slot_write,
         "window_sizes": check_windows(text, windows),
     }
     check_sizes(SimpleNamespace(**changes))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from nha.layer import write_order
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer, nha_layers, prepare_cache
 from nha.models.config import FULL
 from nha.models.full_attention import base_attention, packed_base_attention
@@ -17,6 +18,7 @@ from nha.models.head_windows import LayerCache, keep_in_graph, read_heads, read_
 from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
 from nha.models.observe import Observation
 from nha.models.segment import Reading, Segment, mask_first_token_write, zero_slots
+from nha.models.slots import SlotInputs
 from nha.ops.heads import Window, map_window
 from nha.ops.rotary import unrotate, unrotate_for_slots, unrotate_token
 from nha.ops.single_token import FusedRing, can_write
@@ -101,19 +103,19 @@ def hybrid_attention(
         return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     check_dropout(dropout)
     state = None if nha.cache is None else nha.cache.state
-    slots = module.nha(nha.hidden)
-    gate, sink = slots.log_gate, slots.sink
-    if module.ablation == "slots_off":
-        gate = gate[..., :0]
+    slots = slot_inputs(module, nha, mask.padding, cu)
+    gate, sink, kept = slots.log_gate, slots.sink, slots.num_kept
     if sink is not None:
         sink = (sink[0].to(key.dtype), sink[1].to(value.dtype))
-        gate = mask_first_token_write(gate, mask.padding, cu, state)
+        gate = mask_first_token_write(gate, mask.padding, cu, state) if kept is None else gate
+    if module.ablation == "slots_off":
+        gate, kept = gate[..., :0], None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     slot_query = slot_key = None  # without rotary positions slots and window see the same
     if nha.tables is not None:
         interleaved = module.rotary_style.interleaved
         slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
-    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu)
+    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu, kept)
     initial = slots.initial
     if initial is None and module.config.slots_from_start:
         initial = zero_slots(segment)
@@ -149,10 +151,10 @@ def next_token(
     """`hybrid_attention` without what only longer segments need: queries, keys, values [B, heads, 1, D] in."""
     cache = nha.cache
     assert isinstance(cache, NHACacheLayer)
-    slots = module.nha(nha.hidden)
-    gate, sink = slots.log_gate, slots.sink
+    slots = slot_inputs(module, nha)
+    gate, sink, kept = slots.log_gate, slots.sink, slots.num_kept
     if module.ablation == "slots_off":
-        gate = gate[..., :0]
+        gate, kept = gate[..., :0], None
     q, k, v = (x.transpose(1, 2) for x in inputs)
     if sink is not None and sink[0].dtype != k.dtype:
         sink = (sink[0].to(k.dtype), sink[1].to(v.dtype))
@@ -160,7 +162,18 @@ def next_token(
     if nha.tables is not None:
         interleaved = module.rotary_style.interleaved
         slot_query, slot_key = unrotate_token(q, k, nha.tables, slots.tables, interleaved=interleaved)
-    return cache.append((q, k, v, gate, slot_query, slot_key), sink, scaling, softcap)
+    return cache.append((q, k, v, gate, slot_query, slot_key), sink, scaling, softcap, kept)
+
+
+def slot_inputs(
+    module: Any, nha: LayerInputs, padding: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> SlotInputs:
+    """Gates, sink and slots of a hybrid attention module for a segment with padding [B, T] or packed sequences."""
+    if module.slot_write == "soft":
+        return module.nha(nha.hidden)
+    state, kept = (None, None) if nha.cache is None else (nha.cache.state, nha.cache.num_kept)
+    order = write_order(nha.hidden, state, padding, cu_seqlens, kept)
+    return module.nha(nha.hidden, order, fill=state is None or not state.slots_active)
 
 
 def observation(module: Any, key: Tensor, value: Tensor, nha: LayerInputs) -> Observation:
@@ -176,7 +189,7 @@ def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:
     """Gate and sink of a layer that reads neither, for `keep_in_graph`; nothing where no gradient is asked for."""
     if module.slots_frozen or not torch.is_grad_enabled():
         return ()
-    slots = module.nha(hidden[:, :1])
+    slots = slot_inputs(module, LayerInputs(hidden[:, :1], None, None))
     return slots.log_gate, *(slots.sink or ())
 
 

@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from nha.models.config import FULL
 from nha.models.rollback import attend_with_rollback, supports_rollback
-from nha.models.segment import Inputs, Reading, Segment, Sink, attend, initial_state, steps_in_place
+from nha.models.segment import Inputs, Reading, Segment, Sink, attend, count_kept, initial_state, steps_in_place
 from nha.ops import NHAState, RingState
 from nha.ops.backends import needs_grad
-from nha.ops.heads import Window, head_groups, window_of
+from nha.ops.heads import Window, head_groups, join_heads, window_of
 from nha.ops.packed_state import PackedState
 from nha.ops.single_token import FusedRing, read_token
 from nha.ops.state import check_max_rollback
@@ -72,6 +72,11 @@ class NHACacheLayer(CacheLayerMixin):
         return f"NHACacheLayer(window_size={self.window_size})"
 
     @property
+    def num_kept(self) -> Tensor | None:
+        """Tokens in exact slots so far, [B, H] int64; None for soft slots and before the first token."""
+        return None if self.state is None else self.state.num_kept
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: the state's, and while recording those of the snapshot."""
         base = self._base.nbytes if self._base is not None and self._recorded else 0
@@ -96,7 +101,7 @@ class NHACacheLayer(CacheLayerMixin):
             before = before.unpack()
         if self.appends_only and before is not None and steps_in_place(segment, reading, before):
             self.state = before
-            return self.append(segment.tensors, reading.sink, reading.scale, reading.softcap)
+            return self.append(segment.tensors, reading.sink, reading.scale, reading.softcap, segment.num_kept)
         before = before.aligned() if isinstance(before, FusedRing) else before
         rollback = self.max_rollback if not self.is_compileable and supports_rollback(segment, before) else 0
         recorded = self.record_past and self._must_record(segment, rollback)
@@ -117,6 +122,7 @@ class NHACacheLayer(CacheLayerMixin):
         else:
             self._since_crop += segment.length
         self._removable = 0 if removable is None else min(self._removable + removable, rollback)
+        count_kept(after, segment.num_kept)
         self._keep(after)
         self._count(segment)
         return out
@@ -127,17 +133,23 @@ class NHACacheLayer(CacheLayerMixin):
         return not (self.is_compileable or self.record_past or self.max_rollback or self.state_dtype != "float32")
 
     def append(
-        self, inputs: tuple[Tensor | None, ...], sink: Sink | None, scale: float | None, softcap: float | None
+        self,
+        inputs: tuple[Tensor | None, ...],
+        sink: Sink | None,
+        scale: float | None,
+        softcap: float | None,
+        num_kept: Tensor | None,
     ) -> Tensor:
         """Read the next token of every sequence, [B, 1, HQ, Dv], and write it into the state, or first into a copy.
 
-        `inputs` as `Segment.tensors`; `supports_step` says where this works.
+        `inputs` as `Segment.tensors`, `num_kept` as in `Segment`; `supports_step` says where this works.
         """
         state = self.state
         assert state is not None and isinstance(self.length, int)
         if not isinstance(state, FusedRing) or not state.hold_sink(sink):
             state = self.state = FusedRing.of(state, sink)
         self.length += 1
+        count_kept(state, num_kept)
         return read_token(state, *inputs, scale=scale, softcap=softcap)  # type: ignore[arg-type]
 
     def _must_record(self, segment: Segment, rollback: int) -> bool:
@@ -358,6 +370,18 @@ class HeadGroupsCacheLayer(CacheLayerMixin):
     def state(self) -> Any:
         """The state of the first part that has one: it has read the same tokens as the others."""
         return self._counting.state
+
+    @property
+    def num_kept(self) -> Tensor | None:
+        """Tokens in exact slots so far, [B, H] int64, 0 for heads with full attention; None as in `NHACacheLayer`."""
+        own = self._counting.num_kept
+        if own is None:
+            return None
+        groups = head_groups(self.window_size)
+        none, found = torch.zeros_like(own[:, :1]), []
+        for part, group in zip(self.parts, groups, strict=True):
+            found.append(part.num_kept if isinstance(part, NHACacheLayer) else none.expand(-1, len(group.heads)))
+        return join_heads(found, groups, 1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: each part does so with its own heads."""

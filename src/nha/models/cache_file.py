@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import PreTrainedModel
 
-from nha.io import read_tensors, write_tensors
+from nha.io import OPTIONAL_TENSORS, read_tensors, write_tensors
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer, prepare_cache
 from nha.models.config import FULL
 from nha.models.windows import decoder
@@ -44,6 +44,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     slots) change the digest, its name and the version of transformers do not.
     """
     settings = {k: v for k, v in decoder(model).config.to_dict().items() if k not in IRRELEVANT}
+    if settings.get("slot_write") == "soft":  # as in all models that do not say so
+        del settings["slot_write"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         sample = weight.detach().flatten()[:8].double().cpu()
@@ -158,11 +160,12 @@ def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: 
     required = (
         {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"} if is_nha else {"keys", "values"}
     )
-    missing, unknown = sorted(required - parts.keys()), sorted(parts.keys() - required - {"window_slot_key"})
+    optional = OPTIONAL_TENSORS if is_nha else set()
+    missing, unknown = sorted(required - parts.keys()), sorted(parts.keys() - required - optional)
     if missing or unknown:
         raise ValueError(f"expected tensors {sorted(required)} {where}, got {missing} missing and {unknown} unknown")
     if is_nha:
-        parts.setdefault("window_slot_key", None)
+        parts = dict.fromkeys(OPTIONAL_TENSORS) | parts
         state = NHAState(window_size=entry["window"], slots_active=entry["active"], **parts)
         try:
             check_state(state)

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from nha.layer import check_slot_write
 from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
 from nha.ops.packed_state import check_state_dtype
@@ -122,11 +123,14 @@ def plan_windows(
 
 
 def check_sizes(sizes: Any) -> None:
-    """Raise ValueError for numbers of slots and sinks and a distance (attributes of `sizes`) that cannot be."""
+    """Raise ValueError for numbers of slots and sinks, a distance and a way to write (attributes) that cannot be."""
     for name, least in (("num_slots", 1), ("num_sinks", 0), ("slot_distance", 0)):
         value = getattr(sizes, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
+    check_slot_write(sizes.slot_write)
+    if sizes.slot_write == "exact" and sizes.slots_from_start:
+        raise ValueError("expected slots_from_start=False with slot_write='exact', got True")
 
 
 class HybridConfigMixin:
@@ -139,6 +143,7 @@ class HybridConfigMixin:
         num_sinks: constant key/value pairs per KV head that stand in for the first tokens of a text.
         slot_distance: tokens between a query and where it sees the slots.
         slots_from_start: slots take part from token 0, at zero, as in the code published with the paper.
+        slot_write: "soft", every token to all slots by gates, or "exact", kept tokens to one slot each.
         converted_from: name or path of the model before its conversion.
         state_dtype: how caches keep slots and windows between two calls: "float32" as they are computed (windows in
             the model's dtype), "bfloat16" or "int8" in fewer bytes. A setting of serving: it may be changed at any
@@ -184,6 +189,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     qk_norm: bool = False
     output_gate: bool = False
     slot_features: str = "none"
+    slot_write: str = "soft"
 
     slot_distance = 0
     slots_from_start = False
@@ -254,6 +260,7 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
         "num_sinks": (int, 1),
         "slot_distance": (int, 128),
         "slots_from_start": (bool, False),
+        "slot_write": (str, "soft"),
         "converted_from": (str | None, None),
         "state_dtype": (str, "float32"),
     }
@@ -298,6 +305,7 @@ class HybridMultimodalConfigMixin:
     window_sizes, num_slots, num_sinks = _of_text("window_sizes"), _of_text("num_slots"), _of_text("num_sinks")
     slot_distance, slots_from_start = _of_text("slot_distance"), _of_text("slots_from_start")
     state_dtype = _of_text("state_dtype")
+    slot_write = _of_text("slot_write")
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):  # as read from a file

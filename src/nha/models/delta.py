@@ -19,6 +19,7 @@ from nha.models.windows import attention_layers, decoder, set_windows
 
 FORMAT = "nha-delta-v1"
 SIZES = ("num_slots", "num_sinks", "slot_distance")
+ADDED = {"slot_write": "soft"}  # settings that older files do not name, as they have them
 VOLATILE = ("transformers_version", "quantization_config", "auto_map", "dtype", "_name_or_path", "name_or_path")
 SLOTS = ("g_proj.weight", "g_proj.bias", "sink_key", "sink_value")
 TRAINED = re.compile(r".*?(layers\.\d+\..+?)\.lora_(A|B)\.default\.weight")
@@ -94,7 +95,7 @@ def save_delta(
     `facts` are more of the file's metadata: base, licence, command.
     """
     config = decoder(model).config
-    sizes = {name: getattr(config, name) for name in SIZES}
+    sizes = {name: getattr(config, name) for name in (*SIZES, *ADDED)}
     kept = {"format": FORMAT, "windows": json.dumps(windows_of(model)), "sizes": json.dumps(sizes)}
     kept["config"] = json.dumps(config.to_diff_dict(), default=str)
     tensors = {name: x.to(dtype) for name, x in {**slots_of(model), **changes}.items()}
@@ -130,10 +131,10 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
     ValueError, before anything changes, for a model whose layers or slots have other shapes.
     """
     tensors, metadata = read_delta(path)
-    windows, sizes = json.loads(metadata["windows"]), json.loads(metadata["sizes"])
+    windows, sizes = json.loads(metadata["windows"]), ADDED | json.loads(metadata["sizes"])
     config = decoder(model).config
     is_hybrid = getattr(config, "window_sizes", None) is not None
-    own_sizes = {name: getattr(config, name) for name in SIZES} if is_hybrid else sizes
+    own_sizes = {name: getattr(config, name) for name in sizes} if is_hybrid else sizes
     if own_sizes != sizes:
         raise ValueError(f"expected a model or a hybrid of {sizes} for {path}, got one of {own_sizes}")
     changes = {name.rpartition(".")[0] for name in tensors if name.endswith((".down", ".up"))}

@@ -72,7 +72,9 @@ def has_plain_attention(module: Any) -> bool:
     """Whether a hybrid attention module projects and rotates as Llama's does, with one window for all heads."""
     if not isinstance(module.window_size, int) or not computes_as(module.family, *ATTENTIONS) or not module.rotates:
         return False
-    if module.rotary_style != RotaryStyle() or module.ablation or module.config.slots_from_start:
+    if module.rotary_style != RotaryStyle() or module.ablation or module.slot_write != "soft":
+        return False
+    if module.config.slots_from_start:
         return False
     if module.nha.initial is not None or module.nha.slot_cos.shape[-1] != module.head_dim or module.head_dim % 8:
         return False

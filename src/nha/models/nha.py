@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from nha.layer import NativeHybridAttention, log_gate
+from nha.layer import NativeHybridAttention, write_order
 from nha.models.adapter import HybridGenerationMixin, before_decoder
 from nha.models.attention import check_dropout, check_implementation, layer_cache, window_now
 from nha.models.checkpoint import CheckpointMixin
@@ -45,6 +45,7 @@ class NHAAttention(NativeHybridAttention):
             config.num_sinks,
             rope_theta=None,
             bias=config.attention_bias,
+            slot_write=config.slot_write,
         )
         self.config, self.layer_idx, self.window_size = config, layer_idx, window
         self.q_norm, self.k_norm = (
@@ -107,11 +108,15 @@ class NHAAttention(NativeHybridAttention):
             unused = () if self.slots_frozen else (self.g_proj(hidden_states[:, :1]), self.sink_key, self.sink_value)
             return self.output(keep_in_graph(out, unused), hidden_states), None
         assert gate_logits is not None
-        gate = log_gate(gate_logits, key.shape[2])
+        order = None
+        if self.slot_write == "exact":
+            state, kept = (None, None) if layer is None else (layer.state, layer.num_kept)
+            order = write_order(hidden_states, state, mask.padding, cu, kept)
+        gate, kept = self.gates(gate_logits, order)
         if self.ablation == "slots_off":
-            gate = gate[..., :0]
+            gate, kept = gate[..., :0], None
         window = window_now(self, self.window_size)
-        segment = Segment(query, key, value, gate, slot_query, slot_key, mask.padding, cu)
+        segment = Segment(query, key, value, gate, slot_query, slot_key, mask.padding, cu, kept)
         one = window if isinstance(window, int) else 0
         reading = Reading(one, sink=self.sink, observe_mass=self.mass_observer)
         if isinstance(window, int):

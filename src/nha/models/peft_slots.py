@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nha.models.config import FULL, largest_window
 from nha.models.slots import SlotInputs
 from nha.models.windows import hybrid_layers
+from nha.ops.exact import WriteOrder
 from nha.ops.heads import head_groups, per_head
 
 METHOD, PREFIX = "NHA_SLOTS", "nha_slots_"
@@ -89,9 +90,10 @@ class SlotsLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> SlotInputs:
-        """Gate, sink and tables of the layer, with this adapter's slots to start with."""
-        return self.base_layer(*args, **kwargs)._replace(initial=self.initial)
+    def forward(self, hidden: Tensor, order: WriteOrder | None = None, *, fill: bool = True) -> SlotInputs:
+        """Gate, sink and tables of the layer, with this adapter's slots to start with: then none is free."""
+        initial = self.initial
+        return self.base_layer(hidden, order, fill=fill and initial is None)._replace(initial=initial)
 
 
 class SlotsModel(BaseTuner):

@@ -12,6 +12,7 @@ from torch import Tensor
 from nha.ops import NHAState, RingState, nha_attention, nha_decode, nha_prefill, supports_decode, supports_prefill
 from nha.ops.autocast import cast_for_autocast
 from nha.ops.backends import needs_grad
+from nha.ops.exact import kept_tokens
 from nha.ops.heads import take_heads
 from nha.ops.padding import align_left
 from nha.ops.single_token import FusedRing, supports_step
@@ -31,6 +32,7 @@ class Inputs:
     log_gate: Tensor
     slot_key: Tensor | None
     mask: Tensor | None
+    kept: Tensor | None = None  # [B, T, H] bool, tokens kept in exact slots
 
     @property
     def length(self) -> int:
@@ -38,7 +40,7 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.key, self.value, self.log_gate, self.slot_key, self.mask)
+        parts = vars(self).values()
         return sum(x.numel() * x.element_size() for x in parts if x is not None)
 
     def select(self, rows: Tensor) -> Inputs:
@@ -52,7 +54,7 @@ class Inputs:
 
     def advance(self, state: NHAState | None, window_size: int) -> NHAState | None:
         """The state after these inputs; the queries do not matter, so the keys serve as such."""
-        return nha_attention(
+        after = nha_attention(
             self.key,
             self.key,
             self.value,
@@ -63,6 +65,10 @@ class Inputs:
             return_state=True,
             attention_mask=self.mask,
         ).state
+        if self.kept is not None and after is not None:
+            before = None if state is None else state.num_kept
+            after.num_kept = self.kept.sum(1) if before is None else before + self.kept.sum(1)
+        return after
 
 
 @dataclass
@@ -80,6 +86,7 @@ class Segment:
     slot_key: Tensor | None  # [B, T, H, D]
     mask: Tensor | None  # [B, T] bool, False = padding
     cu_seqlens: Tensor | None
+    num_kept: Tensor | None = None  # [sequences, H] int64, tokens in exact slots after the segment; None for soft ones
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value, self.slot_query, self.slot_key = cast_for_autocast(
@@ -93,7 +100,7 @@ class Segment:
     def part(self, start: int, stop: int) -> Segment:
         """The segment's tokens start .. stop - 1."""
         fields: dict[str, Any] = {name: x if x is None else x[:, start:stop] for name, x in vars(self).items()}
-        return Segment(**fields)
+        return Segment(**fields | {"num_kept": None})
 
     @property
     def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,13 +115,15 @@ class Segment:
     def take_heads(self, heads: Sequence[int]) -> Segment:
         """The part of some KV heads and of the query heads that read them."""
         count = self.key.shape[2]
-        parts = (None if x is None else take_heads(x, heads, 2, count) for x in self.tensors)
-        return Segment(*parts, self.mask, self.cu_seqlens)  # type: ignore[arg-type]
+        parts: Any = (None if x is None else take_heads(x, heads, 2, count) for x in self.tensors)
+        kept = None if self.num_kept is None else take_heads(self.num_kept, heads, 1, count)
+        return Segment(*parts, self.mask, self.cu_seqlens, kept)
 
     @property
     def inputs(self) -> Inputs:
         """The tensors that it writes into a state."""
-        return Inputs(self.key, self.value, self.log_gate, self.slot_key, self.mask)
+        kept = None if self.num_kept is None else kept_tokens(self.log_gate)
+        return Inputs(self.key, self.value, self.log_gate, self.slot_key, self.mask, kept)
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,16 @@ def attend(
     if not writes_in_place(segment, reading, state):
         return result.out, result.state
     return result.out, RingState.of(result.state)
+
+
+def count_kept(state: NHAState | None, num_kept: Tensor | None) -> None:
+    """Let a state hold the number of tokens in exact slots; one that is updated in place keeps its tensor."""
+    if state is None or num_kept is None:
+        return
+    if state.num_kept is None or type(state) is NHAState:
+        state.num_kept = num_kept
+    else:
+        state.num_kept.copy_(num_kept)
 
 
 def is_prompt(segment: Segment, reading: Reading) -> bool:

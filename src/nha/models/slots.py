@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from nha.layer import log_gate
 from nha.models.segment import Initial, Sink
+from nha.ops.exact import WriteOrder, exact_log_gate
 
 
 class SlotInputs(NamedTuple):
@@ -20,12 +21,14 @@ class SlotInputs(NamedTuple):
         sink: constant keys [H, S, D] and values [H, S, Dv]; None without any.
         tables: cosines and sines [1, 1, R] of the distance at which a query sees the slots.
         initial: slots before the first token (`nha.models.peft_slots`); None where they start empty.
+        num_kept: [sequences, H] int64, tokens in exact slots after the segment; None for soft slots.
     """
 
     log_gate: Tensor
     sink: Sink | None
     tables: tuple[Tensor, Tensor]
     initial: Initial | None = None
+    num_kept: Tensor | None = None
 
 
 class SlotParameters(nn.Module):
@@ -40,6 +43,7 @@ class SlotParameters(nn.Module):
         num_slots: M.
         num_sinks: S, may be 0.
         tables: [2, 1, 1, R], the family's cosines and sines at the distance at which a query sees the slots.
+        slot_write: "soft" for a gate per slot, "exact" for a score per head that says which tokens are kept.
 
     >>> slots = SlotParameters(8, heads=2, head_dim=4, num_slots=3, num_sinks=1, tables=torch.ones(2, 1, 1, 4))
     >>> tuple(slots(torch.zeros(1, 5, 8)).log_gate.shape)
@@ -50,22 +54,41 @@ class SlotParameters(nn.Module):
     slot_sin: Tensor
     initial: Initial | None = None  # what slots hold before a sequence's first token
 
-    def __init__(self, hidden_size: int, heads: int, head_dim: int, num_slots: int, num_sinks: int, tables: Tensor):
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        num_slots: int,
+        num_sinks: int,
+        tables: Tensor,
+        slot_write: str = "soft",
+    ):
         super().__init__()
-        self.num_slots = num_slots
-        self.g_proj = nn.Linear(hidden_size, heads * num_slots)
+        self.num_slots, self.slot_write = num_slots, slot_write
+        self.g_proj = nn.Linear(hidden_size, heads * (1 if slot_write == "exact" else num_slots))
         self.sink_key = nn.Parameter(torch.empty(heads, num_sinks, head_dim))
         self.sink_value = nn.Parameter(torch.empty(heads, num_sinks, head_dim))
         self.register_buffer("slot_cos", tables[0])
         self.register_buffer("slot_sin", tables[1])
         self.reset_parameters()
 
-    def forward(self, hidden: Tensor) -> SlotInputs:
-        """Gates, sink and tables for hidden states [B, T, hidden]."""
+    def forward(self, hidden: Tensor, order: WriteOrder | None = None, *, fill: bool = True) -> SlotInputs:
+        """Gates, sink and tables for hidden states [B, T, hidden].
+
+        Exact slots need the `order` of the tokens in their sequences. A sequence's first token is not written where a
+        sink stands in for it. With `fill`, free slots take tokens that are not kept (`exact_log_gate`).
+        """
         logits = self.g_proj(hidden)
-        gate = log_gate(logits, logits.shape[-1] // self.num_slots)
         sink = (self.sink_key, self.sink_value) if self.sink_key.shape[1] else None
-        return SlotInputs(gate, sink, (self.slot_cos, self.slot_sin), self.initial)
+        tables = self.slot_cos, self.slot_sin
+        if self.slot_write == "soft":
+            gate, kept = log_gate(logits, logits.shape[-1] // self.num_slots), None
+        else:
+            assert order is not None
+            order = order if sink is None else order._replace(token=order.token - 1)
+            gate, kept = exact_log_gate(logits, self.num_slots, order, fill=fill)
+        return SlotInputs(gate, sink, tables, self.initial, kept)
 
     def reset_parameters(self) -> None:
         """Gates that leave the slots nearly alone and a sink of zeros, until calibration or training sets them."""
@@ -81,7 +104,7 @@ class SlotParameters(nn.Module):
 
     @torch.no_grad()
     def set_gates(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Write the gate's weight [H * M, hidden] and bias [H * M] (zeros by default)."""
+        """Write the gate's weight [H * M, hidden] and bias [H * M] (zeros by default); exact slots have H of each."""
         self.g_proj.weight.copy_(weight)
         self.g_proj.bias.zero_() if bias is None else self.g_proj.bias.copy_(bias)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nha.ops.state import WINDOW_CACHE, NHAState, RingState, check_state, slot_dtype
+from nha.ops.state import WINDOW_CACHE, NHAState, RingState, check_state, forget_newest, slot_dtype
 from nha.settings import STATE_DTYPES
 
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # their multiples, modulo 1, fill [0, 1) evenly
@@ -77,7 +77,7 @@ class PackedState(NHAState):
         is_ring = isinstance(state, RingState)
         state = state if is_ring else state.aligned()
         found: dict[str, Tensor | None] = {"num_tokens": state.num_tokens, "window_slot_key": None}
-        for name in ("num_written", "arrival_counter"):
+        for name in ("num_kept", "num_written", "arrival_counter"):
             found[name] = getattr(state, name, None)
         for name in SLOTS:
             found |= pack_slots(name, getattr(state, name).detach(), state.num_tokens, state_dtype)
@@ -101,6 +101,7 @@ class PackedState(NHAState):
     def unpack(self) -> NHAState:
         """The state to compute with, in tensors of its own: an `NHAState`, or the `RingState` that was packed."""
         found: dict[str, Any] = {"num_tokens": self.num_tokens.clone(), "window_slot_key": None}
+        found["num_kept"] = None if self.num_kept is None else self.num_kept.clone()
         for name in SLOTS:
             found[name] = self._unpack_slots(name)
         for name in WINDOW_CACHE:
@@ -145,7 +146,7 @@ class PackedState(NHAState):
         """Forget the newest `count` tokens of every sequence, in place, as `RingState.rollback` does."""
         if not self.is_ring or not 0 <= count <= self.max_rollback:
             raise ValueError(f"expected to take back 0 to {self.max_rollback} tokens, got {count}")
-        self.num_tokens -= count
+        forget_newest(self, count)
 
     def check(self) -> None:
         """Raise TypeError or ValueError for tensors, such as those of a file, that do not fit together."""

@@ -170,4 +170,5 @@ def _state_of(state: NHAState, window: list[_Token], slot_key: Tensor, slot_valu
         window_log_gate=stacked("log_gate", state.window_log_gate),
         num_tokens=torch.full_like(state.num_tokens, count),
         slots_active=state.slots_active,
+        num_kept=state.num_kept,
     )

@@ -89,6 +89,7 @@ class FusedRing(NHAState):
             window_log_gate=gate[:, :, first:].transpose(1, 2),
             num_tokens=state.num_tokens.detach().clone(),
             slots_active=state.slots_active,
+            num_kept=None if state.num_kept is None else state.num_kept.detach().clone(),
             dtype=state.key.dtype,
             gate_dtype=state.window_log_gate.dtype,
             memory=memory,
@@ -135,6 +136,7 @@ class FusedRing(NHAState):
             window_log_gate=cache["window_log_gate"].to(self.gate_dtype),
             num_tokens=self.num_tokens.clone(),
             slots_active=self.slots_active,
+            num_kept=None if self.num_kept is None else self.num_kept.clone(),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -144,7 +146,8 @@ class FusedRing(NHAState):
     @property
     def nbytes(self) -> int:
         """Bytes held by the buffer."""
-        return self.memory.nbytes + self.num_tokens.nbytes
+        counters = (self.num_tokens, self.num_kept)
+        return self.memory.nbytes + sum(x.nbytes for x in counters if x is not None)
 
     def map(self, function: Any) -> NHAState:
         """An `NHAState` with a function applied to each of its tensors."""

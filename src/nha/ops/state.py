@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nha.ops.exact import kept_tokens
 from nha.ops.padding import readable
 
 MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
@@ -34,6 +35,7 @@ LETTERS = {
         "window_log_gate": "B, n, H, M",
         "num_tokens": "B",
         "num_written": "B",
+        "num_kept": "B, H",
         "arrival_counter": "B, H + 1",
     }.items()
 }
@@ -103,6 +105,7 @@ class NHAState:
     window_log_gate: Tensor  # [B, n, H, M]
     num_tokens: Tensor  # [B] int64, tokens read by each sequence so far
     slots_active: bool = False  # slots handed in by the caller are active from token 0
+    num_kept: Tensor | None = None  # [B, H] int64, tokens kept in exact slots so far: counted by what makes the gates
 
     @classmethod
     def empty(
@@ -414,7 +417,17 @@ class RingState(NHAState):
         """
         if not 0 <= count <= self.max_rollback:
             raise ValueError(f"expected to take back 0 to {self.max_rollback} tokens, got {count}")
-        self.num_tokens -= count
+        forget_newest(self, count)
+
+
+def forget_newest(state: NHAState, count: int) -> None:
+    """Let a state whose window is a ring count the newest `count` tokens of every sequence no more, in place."""
+    if state.num_kept is not None:
+        token = torch.arange(-count, 0, device=state.key.device) + state.num_tokens[:, None]
+        kept = kept_tokens(state.window_log_gate)
+        place = token.remainder(max(kept.shape[1], 1))[..., None].expand(-1, -1, kept.shape[2])
+        state.num_kept -= kept.gather(1, place).sum(1)
+    state.num_tokens -= count
 
 
 def check_max_rollback(max_rollback: object) -> None:
@@ -442,8 +455,9 @@ def _copies(state: NHAState, direction: int, skip: int = 0) -> dict[str, Any]:
         x = getattr(state, name)
         if x is not None:
             copies[name] = x.detach().gather(1, index.expand(-1, -1, *x.shape[2:]))
-    for name in ("slot_key", "slot_value", "num_tokens"):
-        copies[name] = getattr(state, name).detach().clone(memory_format=torch.contiguous_format)
+    for name in ("slot_key", "slot_value", "num_tokens", "num_kept"):
+        x = getattr(state, name)
+        copies[name] = None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
     return copies
 
 
@@ -456,7 +470,7 @@ def check_state(state: NHAState) -> None:
     rollback = state.max_rollback if isinstance(state, RingState) else 0
     for name in STATE_TENSORS:
         x = getattr(state, name, None)
-        optional = name == "window_slot_key" or (name == "num_written" and not rollback)
+        optional = name in ("window_slot_key", "num_kept") or (name == "num_written" and not rollback)
         if not (x is None and (optional or not hasattr(state, name))):
             check_tensor(f"state.{name}", x, LETTERS[name])
     batch, heads, slots, dim = state.slot_key.shape
@@ -477,7 +491,8 @@ def check_state(state: NHAState) -> None:
     }
     of_inputs, of_slots = state.key.dtype, slot_dtype(state.key.dtype)
     dtypes = {"value": of_inputs, "window_slot_key": of_inputs, "slot_key": of_slots, "slot_value": of_slots}
-    dtypes |= {"num_tokens": torch.int64, "num_written": torch.int64, "arrival_counter": torch.int32}
+    dtypes |= {"num_tokens": torch.int64, "num_written": torch.int64, "num_kept": torch.int64}
+    dtypes |= {"arrival_counter": torch.int32}
     for name, x in tensors.items():
         letters = LETTERS[name]
         expected = tuple([sizes[letter] for letter in letters])

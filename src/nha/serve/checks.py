@@ -10,7 +10,13 @@ from nha.serve.experts import EXPERT_NAMES
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
 # vLLM's Llama knows no others, and its blocks hold states as they are computed.
-PLAIN = {"qk_norm": False, "output_gate": False, "slot_features": "none", "state_dtype": "float32"}
+PLAIN = {
+    "qk_norm": False,
+    "output_gate": False,
+    "slot_features": "none",
+    "slot_write": "soft",
+    "state_dtype": "float32",
+}
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number
 
 

@@ -135,7 +135,7 @@ def activation_bytes(config: Any, settings: TrainSettings, seq_len: int, world: 
     heads = getattr(config, "num_attention_heads", 1)
     dim = getattr(config, "head_dim", None) or hidden // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * dim
-    gates = getattr(config, "num_slots", 0) * kv // dim
+    gates = getattr(config, "num_slots", 0) * kv // dim  # of exact slots as well: they are made of scores
     one = 6 * hidden + 3 * heads * dim + 4 * kv + 3 * gates + 4 * (getattr(config, "intermediate_size", None) or hidden)
     numbers = layers * hidden + one if settings.gradient_checkpointing else layers * one
     logits = min(tokens * config.vocab_size, MAX_LOGITS) * 4 * LOGIT_COPIES

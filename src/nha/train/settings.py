@@ -9,6 +9,7 @@ from typing import Any
 from nha.settings import (
     MAX_WINDOW,
     SLOT_FEATURES,
+    SLOT_WRITES,
     check_settings,
     count,
     fraction,
@@ -72,6 +73,9 @@ class TrainSettings:
     qk_norm: bool = setting(False, "Normalize queries and keys of every head.")
     output_gate: bool = setting(False, "Multiply what attention returns by a sigmoid of the layer's input.")
     slot_features: str = setting("none", "Function of the queries and keys that the slots see.", choices=SLOT_FEATURES)
+    slot_write: str = setting(
+        "soft", "How slots are written: every token by gates, or kept tokens in a slot each.", choices=SLOT_WRITES
+    )
     tokens: float = setting(150e6, "Tokens to train on, on all GPUs together.", at_least=1, at_most=MAX_TOKENS)
     batch_size: int = count(32, "Sequences of a step, on all GPUs together.", at_most=1 << 20)
     seq_len: int = count(2048, "Tokens of a sequence.", at_least=2)
