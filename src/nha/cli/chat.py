@@ -18,12 +18,9 @@ from nha.cli import common
 from nha.cli.common import command, err, error_line, escape, out
 from nha.cli.generate import (
     MAX_NEW_TOKENS,
-    MEMORY,
-    MEMORY_GIB,
     MODEL,
     RAW,
     SEED,
-    STATE_DTYPE,
     TEMPERATURE,
     TOP_P,
     WINDOW,
@@ -34,6 +31,8 @@ from nha.cli.generate import (
     sampling,
     summary,
 )
+from nha.cli.options import with_settings
+from nha.serve.settings import CacheSettings
 
 HELP = """/save PATH   write the conversation: its memory to PATH, its text to PATH.json
 /load PATH   go on with a saved conversation
@@ -55,8 +54,10 @@ class Session:
 
 
 @command
+@with_settings(CacheSettings)
 def chat(
     model: Annotated[str, MODEL],
+    settings: CacheSettings,
     resume: Annotated[
         Path | None, typer.Option("--load", help="A conversation saved with /save.", show_default=False)
     ] = None,
@@ -64,17 +65,14 @@ def chat(
     temperature: Annotated[float, TEMPERATURE] = 0.0,
     top_p: Annotated[float, TOP_P] = 1.0,
     window: Annotated[str | None, WINDOW] = None,
-    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
     raw: Annotated[bool, RAW] = False,
     seed: Annotated[int, SEED] = 0,
-    memory: Annotated[Path | None, MEMORY] = None,
-    memory_gib: Annotated[float, MEMORY_GIB] = 10.0,
 ) -> None:
     """Talk to a model; each turn reads only its own tokens. Where stdin is no terminal, every line is a turn."""
     options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
-    store = open_memory(memory, memory_gib)
-    loaded, tokenizer, source = load(model, windows, seed, state_dtype)
+    store = open_memory(settings)
+    loaded, tokenizer, source = load(model, windows, seed, settings.state_dtype)
     from nha.models.conversation import Conversation, has_template, load_conversation
 
     conversation = Conversation() if resume is None else load_conversation(resume, loaded)

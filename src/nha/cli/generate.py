@@ -12,8 +12,9 @@ import typer
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, escape, print_json
+from nha.cli.options import with_settings
 from nha.models import loading
-from nha.settings import STATE_DTYPES
+from nha.serve.settings import CacheSettings
 
 MODEL = typer.Argument(
     help="A model directory, a Hub id, or 'smollm2' for the embedded model, 'smollm2-hybrid' for its hybrid."
@@ -22,32 +23,25 @@ MAX_NEW_TOKENS = typer.Option(help="Stop after so many tokens.")
 TEMPERATURE = typer.Option(help="0 takes the likeliest token; higher is more varied.")
 TOP_P = typer.Option(help="Sample from the likeliest tokens that add up to this.")
 WINDOW = typer.Option(help="Change a hybrid's windows for this run; -1 is full attention.", show_default="as saved")
-STATE_DTYPE = typer.Option(
-    help=f"Number format of a hybrid's slots and windows between two tokens. One of {', '.join(STATE_DTYPES)}.",
-    show_default="as saved",
-)
 RAW = typer.Option("--raw", help="Continue the text as it is, without the chat template.")
 SEED = typer.Option(help="Seed for sampling.")
-MEMORY = typer.Option(help="Keep what was read in this directory, and read nothing in it again.", show_default="none")
-MEMORY_GIB = typer.Option(help="Size of that directory; texts used least recently are removed.")
 
 
 @command
+@with_settings(CacheSettings)
 def generate(
     model: Annotated[str, MODEL],
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
+    settings: CacheSettings,
     max_new_tokens: Annotated[int, MAX_NEW_TOKENS] = 200,
     temperature: Annotated[float, TEMPERATURE] = 0.0,
     top_p: Annotated[float, TOP_P] = 1.0,
     window: Annotated[str | None, WINDOW] = None,
-    state_dtype: Annotated[str | None, STATE_DTYPE] = None,
     raw: Annotated[bool, RAW] = False,
     seed: Annotated[int, SEED] = 0,
     document: Annotated[
         Path | None, typer.Option(help="A text file that the prompt asks about; it comes first.", show_default="none")
     ] = None,
-    memory: Annotated[Path | None, MEMORY] = None,
-    memory_gib: Annotated[float, MEMORY_GIB] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Write text; the memory that the conversation takes is shown at the end."""
@@ -62,8 +56,8 @@ def generate(
     check_text(text)
     before = "" if document is None else common.read_text(document)
     question, text = text, text if document is None else join(before, text)
-    store = open_memory(memory, memory_gib)
-    loaded, tokenizer, source = load(model, windows, seed, state_dtype)
+    store = open_memory(settings)
+    loaded, tokenizer, source = load(model, windows, seed, settings.state_dtype)
     recall = None
     if store is not None:
         marks = [] if document is None else document_marks(tokenizer, before, question, raw=raw)
@@ -107,8 +101,6 @@ def load(
 ) -> tuple[Any, Any, loading.Source]:
     """A model with these windows and states (None: its own), its tokenizer and its source; seeds the sampling."""
     common.check_seed(seed)
-    if state_dtype is not None and state_dtype not in STATE_DTYPES:
-        raise BadInput(f"expected --state-dtype to be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}")
     source = loading.find(model)
     if windows is not None:
         loading.check_windows_changeable(source, windows)
@@ -130,14 +122,13 @@ def load(
     return loaded, tokenizer, source
 
 
-def open_memory(path: Path | None, gib: float) -> Any:
-    """The store of these options, or None. Raises BadInput for a size that is not above 0."""
-    common.check_range("--memory-gib", gib, above=0, at_most=2**20)
-    if path is None:
+def open_memory(settings: CacheSettings) -> Any:
+    """The store of these settings, or None."""
+    if settings.memory is None:
         return None
     from nha.memory import MemoryStore
 
-    return MemoryStore(path, max_bytes=max(int(gib * 2**30), 1))
+    return MemoryStore(settings.memory, settings.max_bytes)
 
 
 def reader(store: Any, model: Any, marks: list[int]) -> Callable[[Any], Any]:

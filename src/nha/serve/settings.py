@@ -10,7 +10,38 @@ BACKENDS = ("auto", "vllm", "transformers")
 
 
 @dataclass
-class ServeSettings:
+class CacheSettings:
+    """How caches are kept, in memory and on disk.
+
+    >>> CacheSettings(state_dtype="int4")
+    Traceback (most recent call last):
+    ValueError: expected state_dtype to be one of float32, bfloat16, int8, got 'int4'
+    """
+
+    state_dtype: str | None = setting(
+        None,
+        "Number format of a hybrid's slots and windows between two tokens.",
+        choices=STATE_DTYPES,
+        shown="as saved",
+    )
+    memory: str | None = setting(
+        None, "Keep what was read in this directory, and read nothing in it again.", shown="none"
+    )
+    memory_gib: float = setting(
+        10.0, "Size of that directory; texts used least recently are removed.", above=0, at_most=2**20
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes of that directory."""
+        return max(int(self.memory_gib * 2**30), 1)
+
+
+@dataclass
+class ServeSettings(CacheSettings):
     """Server of a model, and how much clients may ask for.
 
     >>> ServeSettings(port=0)
@@ -26,19 +57,4 @@ class ServeSettings:
     max_requests: int = count(256, "Requests at a time; more are told to come back (HTTP 429).")
     drain_s: int = setting(60, "Seconds that running requests get after SIGTERM.", at_least=1)
     dtype: str = setting("auto", "Number format of the model.", choices=DTYPES)
-    state_dtype: str | None = setting(
-        None,
-        "Number format of a hybrid's slots and windows between two tokens; fewer bytes serve more sequences.",
-        choices=STATE_DTYPES,
-        shown="as saved",
-    )
-    memory: str | None = setting(
-        None, "Keep what was read in this directory, and read nothing in it again.", shown="none"
-    )
-    memory_gib: float = setting(
-        10.0, "Size of that directory; texts used least recently are removed.", above=0, at_most=2**20
-    )
-    memory_block: int = count(1024, "Tokens of a block there: prompts share whole blocks.")
-
-    def __post_init__(self) -> None:
-        check_settings(self)
+    memory_block: int = count(1024, "Tokens of a block in that directory: prompts share whole blocks.")

@@ -33,7 +33,7 @@ def open_store(settings: ServeSettings) -> MemoryStore | None:
     """The store of these settings. Raises OSError for a directory that cannot be made."""
     if settings.memory is None:
         return None
-    return MemoryStore(settings.memory, max(int(settings.memory_gib * 2**30), 1), settings.memory_block)
+    return MemoryStore(settings.memory, settings.max_bytes, settings.memory_block)
 
 
 def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) -> None:
