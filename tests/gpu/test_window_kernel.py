@@ -30,7 +30,10 @@ def test_the_kernel_errs_no_more_than_matrix_products_in_the_same_dtype(window, 
         return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
 
     wanted = run(exact, False)
+    # Where a gradient cancels, as in a window of one key, the rounding of the sums that cancel is left.
+    largest = weight.abs().max() * max(x.abs().max() for x in exact)
+    sums = 64 * torch.finfo(torch.float32).eps * largest
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     for found, products, right in zip(run(rounded, True), run(rounded, False), wanted, strict=True):
         bound = 2 * (products.double() - right).abs().max() + torch.finfo(torch.bfloat16).eps * right.abs().max()
-        assert (found.double() - right).abs().max() <= bound
+        assert (found.double() - right).abs().max() <= bound + sums

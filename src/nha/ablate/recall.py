@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nha.ablate.steps import Batch, Steps, answer_states, draw_batch
+from nha.ablate.steps import Batch, Steps, answer_states, draw_ahead, draw_batch
 from nha.data.synthetic import IGNORED, TaskSize
 from nha.errors import OutOfTime
 from nha.evaluate.bootstrap import interval
@@ -65,6 +65,15 @@ class RecallPlan:
     def batch_of(self, size: TaskSize) -> int:
         """Examples of a batch of this size."""
         return max(1, min(self.batch_size, self.batch_tokens // size.seq_len))
+
+    def batches(self, seed: int, device: torch.device) -> Iterator[Batch]:
+        """The batches of all steps, a function of the seed and the kind of device."""
+        weights = np.array(self.weights) / sum(self.weights)
+        order = np.random.default_rng([seed, 1]).choice(len(self.train), self.steps, p=weights)
+        generator = torch.Generator(device).manual_seed(seed)
+        for index in order:
+            size = self.train[index]
+            yield draw_batch(size, self.batch_of(size), generator)
 
 
 @dataclass(frozen=True)
@@ -127,16 +136,10 @@ def train_recall(
         FloatingPointError: the loss is no longer finite.
     """
     started = time.monotonic()
-    order = np.random.default_rng([seed, 1]).choice(
-        len(plan.train), plan.steps, p=np.array(plan.weights) / sum(plan.weights)
-    )
-    generator = torch.Generator(model.device).manual_seed(seed)
     steps = steps or Steps(model)
     tokens = step = timed_step = 0
     loss, timed, known = torch.zeros(()), started, False
-    for step in range(1, plan.steps + 1):
-        size = plan.train[order[step - 1]]
-        batch = draw_batch(size, plan.batch_of(size), generator)
+    for step, batch in enumerate(draw_ahead(plan.batches(seed, model.device), model.device), 1):
         loss = steps(batch, lr * lr_factor(step - 1, plan.steps))
         tokens += batch.ids.numel()
         if step <= PROBE_STEPS or steps.prepared:  # the time of a step is known from now on

@@ -25,7 +25,7 @@ from nha.ops.triton.chunk.state import (
 from nha.ops.triton.primitives import LOG2_E, SUBCHUNK
 
 SCAN = {"ROWS": 16, "WIDTH": 64}  # slots and columns that one program of a scan holds
-SLAB = 528  # programs of the backward pass whose scores are stored at a time
+SLAB = 2112  # blocks of query heads whose scores the backward pass stores at a time
 
 
 def _scan_tiles(inputs: Inputs) -> int:
@@ -247,7 +247,7 @@ def gradients(call: Call, saved: Saved, dfinal_key: Tensor, dfinal_value: Tensor
     inputs, plan, _ = call
     grads = _Grads.empty(inputs, saved)
     blocks = plan.programs(plan.blocks)
-    slab = min(max(1, SLAB // inputs.heads), max(blocks, 1))
+    slab = min(max(1, SLAB // inputs.q.shape[2]), max(blocks, 1))
     scores = Scores.empty(call, slab)
     for start in range(0, blocks, slab):
         count = min(slab, blocks - start)
