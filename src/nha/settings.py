@@ -17,6 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 SLOT_FEATURES = ("none", "silu", "relu")
 SLOT_WRITES = ("soft", "exact")
+VALUE_ACTIVATIONS = ("none", "silu")
+OUTPUT_NORMS = ("none", "rms", "silu_rms")
 MAX_LENGTH, MAX_WINDOW = 1 << 24, (1 << 31) - 1
 WINDOWS = "int | tuple[int | tuple[int, ...], ...]"  # one for all, one per layer, or in a layer one per KV head
 

@@ -27,7 +27,8 @@ ARMS = [
     Arm("average", windows=8, num_slots=8, fusion="average"),
     Arm("gate", windows=8, num_slots=8, fusion="gate"),
 ]
-each_arm = pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+CONVOLVED = Arm("convolved", windows=8, num_slots=8, convolution=4)
+each_arm = pytest.mark.parametrize("arm", [*ARMS, CONVOLVED], ids=lambda arm: arm.name)
 
 
 def ids(length: int = 40, rows: int = 2) -> torch.Tensor:
@@ -122,8 +123,20 @@ def test_a_gate_of_one_half_is_the_average():
     assert not torch.allclose(logits(average, ids()), logits(gate, ids()))
 
 
-def test_two_softmaxes_refuse_a_cache_and_padding():
-    model = ARMS[-1].build(SHAPE)
+@torch.no_grad()
+def test_convolutions_begin_as_the_layer_without_and_then_read_the_tokens_before():
+    model, plain = CONVOLVED.build(SHAPE), NHA.build(SHAPE)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(logits(model, ids()), logits(plain, ids()))
+    for module in attention_layers(model):
+        module.v_taps[..., 0] = 0.5
+    assert not torch.allclose(logits(model, ids()), logits(plain, ids()))
+
+
+@pytest.mark.parametrize("arm", [ARMS[-1], CONVOLVED], ids=lambda arm: arm.name)
+def test_ablations_of_the_layer_refuse_a_cache_and_padding(arm):
+    model = arm.build(SHAPE)
+    assert not arm.has_cache and NHA.has_cache
     with pytest.raises(ValueError, match="cache"):
         model(ids(), use_cache=True)
     with pytest.raises(ValueError, match="padding"):
@@ -136,6 +149,8 @@ def test_two_softmaxes_refuse_a_cache_and_padding():
         (dict(name="x", fusion="sum"), ("sum", "average", "gate")),
         (dict(name="x", peer="mamba"), ("mamba", "gla")),
         (dict(name="x", windows=0, slots=False), ("x", "0")),
+        (dict(name="x", convolution=-1), ("x", "-1")),
+        (dict(name="x", convolution=4, fusion="gate"), ("x", "gate")),
         (dict(name="x", windows=(8, -1), fusion="gate"), ("x", "-1")),
     ],
 )

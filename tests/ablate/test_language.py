@@ -24,6 +24,7 @@ arms:
   nha: {windows: 8, num_slots: 6}
   transformer: {windows: -1}
   two: {windows: 8, num_slots: 6, fusion: average}
+  random: {windows: 8, num_slots: 6, train: {random_windows: [0, 8]}}
 language:
   preset: tiny
   train: {tokens: 512, seq_len: 32, batch_size: 4, log_every: 1, save_every: 2}
@@ -32,8 +33,10 @@ language:
   sets: [piqa, cloze_near]
   limit: 4
   clozes: 2
+  knob: [0, 8, -1]
 claims:
   - {says: better, arm: nha, against: transformer, measure: perplexity}
+  - {says: one for every window, arm: random, against: nha, measure: window, sizes: [window 8]}
 """
 
 
@@ -54,17 +57,21 @@ def sources(table, tmp_path):
 def test_every_arm_is_trained_on_as_many_tokens_and_measured(table, sources, tmp_path):
     out = tmp_path / "out"
     progress = run_table(table, out, sources=sources)
-    assert len(progress.made) == 3 and not progress.failed
+    assert len(progress.made) == 4 and not progress.failed
     rows = {row["arm"]: row for row in read_rows(out)}
     assert {row["tokens"] for row in rows.values()} == {512}
     tasks = {arm: {size["task"] for size in row["sizes"]} for arm, row in rows.items()}
-    assert tasks["nha"] == tasks["transformer"] == {"perplexity", "piqa", "cloze_near"}
-    assert tasks["two"] == {"perplexity", "piqa"}  # writes nothing: it has no cache
+    assert tasks["nha"] == tasks["transformer"] == {"perplexity", "piqa", "cloze_near", "window"}
+    assert tasks["two"] == {"perplexity", "piqa", "window"}  # writes nothing: it has no cache
+    windows = {arm: [s["size"] for s in row["sizes"] if s["task"] == "window"] for arm, row in rows.items()}
+    assert windows == {"nha": ["0", "8", "-1"], "random": ["0", "8", "-1"], "two": ["8"], "transformer": ["-1"]}
     found = compare(list(rows.values()), Claim("x", "nha", "transformer", measure="perplexity"))
     assert found is not None and found.count == 2
     remember(table, out)
     page = write_summary(out).read_text()
     assert "perplexity 128" in page and "nha ablate text --corpus CORPUS --data DATA" in page
+    assert "| arm | 0 | 8 | full |" in page and "one for every window" in page
+    assert (out / "text-windows.png").read_bytes()[:4] == b"\x89PNG"
     entries = json.loads((out / "summary.json").read_text())
     assert {"ppl", "by_position"} <= next(e for e in entries if e["task"] == "perplexity").keys()
 
@@ -78,7 +85,10 @@ def test_a_run_without_time_is_late_and_resumes(table, sources, tmp_path, monkey
     assert not (tmp_path / "out" / RUNS / name).exists()
 
 
-@pytest.mark.parametrize("changes, name", [(dict(train={"tokenz": 1}), "tokenz"), (dict(sets=("mmlu",)), "mmlu")])
+@pytest.mark.parametrize(
+    "changes, name",
+    [(dict(train={"tokenz": 1}), "tokenz"), (dict(sets=("mmlu",)), "mmlu"), (dict(knob=(-2,)), "-2")],
+)
 def test_plans_that_cannot_be_are_refused_by_name(changes, name):
     with pytest.raises(ValueError, match=name):
         LanguagePlan(**changes)

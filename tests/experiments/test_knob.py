@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from experiments import knob, random_windows
+from experiments import knob
 from nha import NHAConfig, NHAForCausalLM
 from nha.models.windows import set_windows
 from nha.train.knob import repeat_accuracy, turn_knob
@@ -64,18 +64,3 @@ def test_the_script_writes_a_table_and_a_picture(place, tmp_path, capsys):
     assert (out / "knob.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         knob.main(["no-name", "--corpus", str(place / "corpus")])
-
-
-def test_a_model_of_random_windows_is_measured_beside_one_for_each_window(place, tmp_path):
-    pytest.importorskip("matplotlib")
-    options = ["--corpus", str(place / "corpus"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    options += ["--preset", "tiny", "--tokens", "512", "--batch-size", "4", "--seq-len", "64", "--windows", "8,-1"]
-    assert random_windows.main([*options, "--budget-s", "0"]) == 3
-    assert random_windows.main(options) == 0
-    with (tmp_path / "out" / "knob.csv").open() as file:
-        rows = [(row["model"], row["window"]) for row in csv.DictReader(file)]
-    assert rows == [("random", "8"), ("random", "-1"), ("8", "8"), ("full", "-1")]
-    found = json.loads((tmp_path / "out" / "knob.json").read_text())["perplexity of random relative to"]
-    assert set(found) == {"8", "full"} and set(found["8"]) == {"8"}
-    before = (tmp_path / "out" / "knob.jsonl").read_text()
-    assert random_windows.main(options) == 0 and (tmp_path / "out" / "knob.jsonl").read_text() == before

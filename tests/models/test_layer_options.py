@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from nha import NHAConfig, NHAForCausalLM
+from nha.models.config import PAPER_LAYER
 
 OPTIONS = [{"qk_norm": True}, {"output_gate": True}, {"slot_features": "silu"}, {"slot_features": "relu"}]
-ALL = {"qk_norm": True, "output_gate": True, "slot_features": "silu"}
+OPTIONS += [{"value_activation": "silu"}, {"output_norm": "rms"}, PAPER_LAYER]
+ALL = {"qk_norm": True, "output_gate": True, "slot_features": "silu"} | PAPER_LAYER
 
 
 def model(**changes) -> NHAForCausalLM:
@@ -53,6 +55,19 @@ def test_a_saved_model_has_the_same_bits_and_all_parameters_get_gradients(tmp_pa
     assert all(p.grad is not None and p.grad.isfinite().all() for p in hybrid.parameters() if p.requires_grad)
 
 
-def test_an_unknown_function_is_refused():
-    with pytest.raises(ValueError, match="slot_features.*gelu"):
-        NHAConfig.tiny(slot_features="gelu")
+@torch.no_grad()
+def test_the_published_layer_acts_on_values_and_normalizes_all_heads_together():
+    attention = model(**PAPER_LAYER).model.layers[0].self_attn
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    values = torch.nn.functional.silu(attention.v_proj(x)).unflatten(-1, (2, 16))
+    assert torch.equal(attention.project(x)[2], values)
+    out = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(1))
+    activated = torch.nn.functional.silu(out).flatten(2)
+    normalized = activated / (activated.square().mean(-1, keepdim=True) + attention.config.rms_norm_eps).sqrt()
+    assert torch.allclose(attention.output(out, x), attention.o_proj(normalized), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["slot_features", "value_activation", "output_norm"])
+def test_an_unknown_function_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}.*gelu"):
+        NHAConfig.tiny(**{name: "gelu"})

@@ -43,7 +43,9 @@ def test_a_model_that_is_no_hybrid_is_refused():
         check_model(SimpleNamespace(model_type="llama"))
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"output_gate": True}, {"slot_features": "silu"}])
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": True}, {"output_gate": True}, {"slot_features": "silu"}, {"output_norm": "rms"}]
+)
 def test_layers_that_vllm_does_not_know_are_refused(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=name):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from nha.ablate.convolution import ConvolvedAttention, convolve
 from nha.ablate.fusion import FUSIONS, fuse
 from nha.ablate.peers import PEERS, peer_model, peer_state_bytes
 from nha.convert.search import cache_bytes
@@ -33,8 +35,11 @@ class Arm:
         slots: False leaves the window alone.
         fusion: "softmax" reads slots and window with one softmax; "average" and "gate" are ablations of it
             (`nha.ablate.fusion`).
+        convolution: taps of a causal convolution over time of queries, keys and values, 0 for none; an ablation of the
+            layer (`nha.ablate.convolution`).
         peer: a model of flash-linear-attention in place of all that (`nha.ablate.peers`).
         config: further settings of `NHAConfig`, or of the peer's configuration.
+        train: settings of `nha train` that are the arm's own, in a language table.
 
     >>> Arm("hybrid of layers", windows=(0, 0, 0, -1)).layer_windows(8)
     [0, 0, 0, -1, 0, 0, 0, -1]
@@ -45,8 +50,10 @@ class Arm:
     num_slots: int = 64
     slots: bool = True
     fusion: str = SOFTMAX
+    convolution: int = 0
     peer: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.fusion not in (SOFTMAX, *FUSIONS):
@@ -58,10 +65,30 @@ class Arm:
             raise ValueError(f"expected windows of at least 1 in {self.name}, which has no slots, got 0")
         if self.fusion != SOFTMAX and min(self._pattern) < 1:
             raise ValueError(f"expected windows of at least 1 in {self.name}, got {min(self._pattern)}")
+        if self.convolution < 0 or (self.convolution and self.fusion != SOFTMAX):
+            raise ValueError(
+                f"expected one softmax and taps >= 0 in {self.name}, got {self.fusion}, {self.convolution}"
+            )
 
     @property
     def _pattern(self) -> tuple[int, ...]:
         return (self.windows,) if isinstance(self.windows, int) else tuple(self.windows)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model can generate."""
+        return self.fusion == SOFTMAX and not self.convolution
+
+    def readable(self, windows: Sequence[int]) -> tuple[int, ...]:
+        """Those of the windows, in tokens, that a trained model of this arm can have at run time.
+
+        >>> Arm("nha").readable((0, 8, -1)), Arm("transformer", windows=-1).readable((0, 8, -1))
+        ((0, 8, -1), (-1,))
+        """
+        if max(self._pattern) == FULL:
+            return tuple(window for window in windows if window == FULL)
+        least = FULL if self.slots and self.fusion == SOFTMAX else 1
+        return tuple(window for window in windows if window >= least)
 
     def layer_windows(self, num_layers: int) -> list[int]:
         """The window of each layer. Raises ValueError if the list cannot be repeated evenly."""
@@ -107,6 +134,8 @@ class Arm:
                 module.ablation = "slots_off"
         if self.fusion != SOFTMAX:
             fuse(model, self.fusion)
+        if self.convolution:
+            convolve(model, self.convolution)
         return model
 
     def _missing_width(self, config: NHAConfig, match: Arm, shape: NHAConfig) -> int:
@@ -146,6 +175,12 @@ def state_bytes(model: PreTrainedModel, context: int) -> int:
     config: Any = model.config
     if not hasattr(config, "window_sizes"):
         return peer_state_bytes(model, context)
+    kept = sum(module.kept_numbers for module in attention_layers(model) if isinstance(module, ConvolvedAttention))
+    return kept * CACHE_DTYPE.itemsize + _attention_bytes(model, config, context)
+
+
+def _attention_bytes(model: PreTrainedModel, config: Any, context: int) -> int:
+    """Bytes of keys, values and slots."""
     if attention_layers(model)[0].ablation == "slots_off":
         numbers = 2 * config.num_key_value_heads * attention_layers(model)[0].head_dim
         tokens = sum(context if window == FULL else min(window, context) for window in config.window_sizes)

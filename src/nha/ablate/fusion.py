@@ -39,12 +39,7 @@ class AveragedAttention(NHAAttention):
 
         Raises ValueError for any of these.
         """
-        mask = read_mask(self, attention_mask, hidden_states.shape[1], kwargs.get("cu_seq_lens_q"))
-        given = {"a cache": cache_argument(kwargs), "packed sequences": kwargs.get("cu_seq_lens_q")}
-        given["padding"] = mask.padding
-        refused = [name for name, value in given.items() if value is not None]
-        if refused:
-            raise ValueError(f"expected plain sequences in an ablation of the softmax, got {refused[0]}")
+        check_plain(self, hidden_states, attention_mask, kwargs)
         q_slot, k_slot, v = self.project(hidden_states)
         q, k = rotate(q_slot, *position_embeddings), rotate(k_slot, *position_embeddings)
         features = FEATURES[self.config.slot_features]
@@ -76,6 +71,16 @@ class GatedAttention(AveragedAttention):
     def slot_share(self, hidden_states: Tensor) -> Tensor:
         """As in `AveragedAttention`."""
         return self.mix_proj(hidden_states).sigmoid()
+
+
+def check_plain(module: Any, hidden_states: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a cache, padding and packed sequences, which an ablation cannot read."""
+    mask = read_mask(module, attention_mask, hidden_states.shape[1], kwargs.get("cu_seq_lens_q"))
+    given = {"a cache": cache_argument(kwargs), "packed sequences": kwargs.get("cu_seq_lens_q")}
+    given["padding"] = mask.padding
+    refused = [name for name, value in given.items() if value is not None]
+    if refused:
+        raise ValueError(f"expected plain sequences in an ablation of the layer, got {refused[0]}")
 
 
 FUSIONS: dict[str, type[AveragedAttention]] = {"average": AveragedAttention, "gate": GatedAttention}

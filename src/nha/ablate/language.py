@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from nha.data.cloze import RANGES
 from nha.data.corpus import Corpus
 from nha.errors import OutOfTime
 from nha.evaluate.public.run import PERPLEXITY, PublicData, PublicSettings, measure_public, read_public
-from nha.models.config import NHAConfig
+from nha.models.config import FULL, NHAConfig
+from nha.train.knob import turn_knob
 from nha.train.presets import preset_config
 from nha.train.run import TrainResult, train
 from nha.train.settings import TrainSettings
@@ -38,6 +39,7 @@ class LanguagePlan:
         sets: parts of `nha eval public`.
         limit: items of a set, at most.
         clozes: near, and far clozes.
+        knob: windows that every trained model is measured at, in tokens; -1 is full attention.
     """
 
     preset: str = "20m"
@@ -48,16 +50,20 @@ class LanguagePlan:
     sets: tuple[str, ...] = ("lambada_openai", "piqa", "cloze_near", "cloze_far")
     limit: int | None = None
     clozes: int = 200
+    knob: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.settings(lr=1e-3, seed=0)
+        if min(self.knob, default=0) < FULL:
+            raise ValueError(f"expected windows of the knob of at least -1, got {min(self.knob)}")
         assert self.public.parts
 
-    def settings(self, lr: float, seed: int, budget: float | None = None) -> TrainSettings:
-        """The settings of one run. Raises ValueError for what cannot be."""
-        values: dict[str, Any] = (
-            SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget} | self.train
-        )
+    def settings(
+        self, lr: float, seed: int, budget: float | None = None, own: Mapping[str, Any] | None = None
+    ) -> TrainSettings:
+        """The settings of one run, `own` those of its arm. Raises ValueError for what cannot be."""
+        values: dict[str, Any] = SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget}
+        values |= {**self.train, **(own or {})}
         try:
             return TrainSettings(**values)
         except TypeError as error:
@@ -90,9 +96,10 @@ class Sources:
 
 @dataclass(frozen=True)
 class LanguageOutcome:
-    """One trained and measured model: data of `measure_public`, and the summary of `nha.train`."""
+    """One trained and measured model: data of `measure_public`, rows of `turn_knob`, and the summary of `nha.train`."""
 
     measures: dict[str, Any]
+    knob: list[dict[str, Any]]
     summary: dict[str, Any]
 
 
@@ -109,19 +116,22 @@ def train_language(
     *,
     lr: float,
     seed: int,
+    own: Mapping[str, Any] | None = None,
+    windows: Sequence[int] = (),
     has_cache: bool = True,
     time_left: float = math.inf,
     reserve: float = 0.0,
 ) -> LanguageOutcome:
     """Train a model in the directory `run`, which is resumed if it holds a part of that, and measure it.
 
-    Models without a cache write nothing: they get no clozes.
+    `own` are settings of the arm; `windows` are those that it is measured at besides its own. Models without a cache
+    write nothing: they get no clozes.
 
     Raises:
         OutOfTime: training was stopped `reserve` seconds before `time_left` were over; its checkpoint is kept.
     """
     budget = None if math.isinf(time_left) else max(0.0, time_left - reserve)
-    settings = plan.settings(lr, seed, budget)
+    settings = plan.settings(lr, seed, budget, own)
     trained: TrainResult = train(sources.corpus, run, settings, make_model=make_model)
     if not trained.finished:
         rate = trained.summary.get("tokens_per_s") or math.inf
@@ -130,7 +140,12 @@ def train_language(
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)  # type: ignore[arg-type]
     parts = tuple(part for part in sources.public.settings.parts if has_cache or part not in RANGES)
-    return LanguageOutcome(measure_public(model, sources.tokenizer, with_parts(sources.public, parts)), trained.summary)
+    measures = measure_public(model, sources.tokenizer, with_parts(sources.public, parts))
+    rows: list[dict[str, Any]] = []
+    if windows:
+        held_out = torch.from_numpy(sources.corpus.held_out_sequences(plan.documents, settings.seq_len))
+        rows = turn_knob(model, held_out, windows)
+    return LanguageOutcome(measures, rows, trained.summary)
 
 
 def with_parts(data: PublicData, parts: tuple[str, ...]) -> PublicData:

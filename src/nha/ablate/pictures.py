@@ -1,14 +1,16 @@
-"""Pictures of tables: accuracy against the bytes of the state, perplexity by position."""
+"""Pictures of tables: accuracy against the bytes of the state, perplexity by position, measures against the window."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nha.ablate.run import WINDOW
+from nha.models.config import FULL
 from nha.report.curves import MARKERS, WIDTH, _legend_above, _place, _png, line_styles
 from nha.report.plots import LIGHT, _context_axis, _figure, _plain_log_ticks, _style, _title
 
@@ -27,6 +29,14 @@ def draw(rows: Sequence[Data]) -> dict[str, bytes]:
             found[f"{table}-state.png"] = accuracy_png(own)
         elif any(size["task"] == "perplexity" for row in own for size in row["sizes"]):
             found[f"{table}-position.png"] = position_png(own)
+        at = [(row["arm"], size) for row in own for size in row["sizes"] if size["task"] == WINDOW]
+        if at:
+            found[f"{table}-windows.png"] = windows_png(
+                [
+                    WindowPoint(arm, int(size["size"]), size["ppl"], size["recall"], size["state_bytes"])
+                    for arm, size in at
+                ]
+            )
     return found
 
 
@@ -34,6 +44,57 @@ def _legend_room(names: Sequence[str]) -> tuple[int, float]:
     """Names side by side, and inches above the axes for title and legend."""
     columns = max(1, min(4, int(WIDTH / (0.5 + 0.075 * max(map(len, names))))))
     return columns, 0.6 + 0.2 * math.ceil(len(names) / columns)
+
+
+class WindowPoint(NamedTuple):
+    """Measures of a model with a window, -1 for full attention: recall from 0 to 1, bytes of the cache of one text."""
+
+    model: str
+    window: int
+    perplexity: float
+    recall: float
+    cache_bytes: int
+
+
+def windows_png(points: Sequence[WindowPoint]) -> bytes:
+    """Perplexity, recall and bytes of cache against the window: a panel each, a line a model (mean over seeds)."""
+    names, windows = list(dict.fromkeys(p.model for p in points)), sorted({p.window for p in points if p.window >= 0})
+    windows += [FULL] * any(p.window < 0 for p in points)
+    named, head = _legend_room(names)
+    height = PANEL + 0.55
+    figure, first = _figure(LIGHT, (WIDTH, head + 3 * height + 0.1))
+    styles = line_styles(names)
+    panels = (
+        ("perplexity (logarithmic)", lambda p: p.perplexity, "log"),
+        ("recall of a text read twice (%)", lambda p: 100 * p.recall, "linear"),
+        ("cache of one text, KiB (logarithmic)", lambda p: p.cache_bytes / 1024, "log"),
+    )
+    axes = first
+    for number, (title, value, scale) in enumerate(panels):
+        axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        for index, name in enumerate(names):
+            own = [(windows.index(p.window), value(p)) for p in points if p.model == name]
+            at = sorted({x for x, _ in own})
+            means = [float(np.mean([y for x, y in own if x == each])) for each in at]
+            colour, dash = styles[name]
+            marker, label = MARKERS[index % len(MARKERS)], name if number == 0 else None
+            axes.plot(
+                at, means, color=colour, linestyle=dash, marker=marker, markersize=4.5, linewidth=1.5, label=label
+            )
+        axes.set_yscale(scale)
+        axes.set_xlim(-0.4, len(windows) - 0.6)
+        if scale == "log":
+            _plain_log_ticks(axes.yaxis, *axes.get_ylim())
+        else:
+            axes.set_ylim(0, 100)
+        _style(figure, axes, LIGHT, right=0.2)
+        _place(figure, axes, 0.62, 0.56 + (2 - number) * height, WIDTH - 0.82, PANEL)
+        axes.set_xticks(range(len(windows)), ["full" if window == FULL else f"{window}" for window in windows])
+        axes.set_title(title, loc="left", fontsize=9, color=LIGHT.ink, pad=6)
+    axes.set_xlabel("window at run time, tokens")
+    _title(first, LIGHT, "One trained model a line, its windows changed at run time")
+    _legend_above(figure, named)
+    return _png(figure)
 
 
 def accuracy_png(rows: Sequence[Data]) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nha.ablate.arms import SOFTMAX, state_bytes, used_parameters
+from nha.ablate.arms import state_bytes, used_parameters
 from nha.ablate.language import Sources, train_language
 from nha.ablate.recall import mean_valid, train_recall
 from nha.ablate.table import Row, Table
@@ -25,6 +25,7 @@ from nha.evaluate.public.run import PERPLEXITY
 from nha.io import write_atomically
 
 ROWS, RUNS, LOCKS = "rows", "runs", "locks"
+WINDOW = "window"  # the task of measures at one window of several, whose size is the window
 Log = Callable[[str], None]
 
 
@@ -254,7 +255,9 @@ def language_row(table: Table, row: Row, out: Path, sources: Sources, left: floa
         run,
         lr=row.lr,
         seed=row.seed,
-        has_cache=row.arm.fusion == SOFTMAX,
+        own=row.arm.train,
+        windows=row.arm.readable(plan.knob),
+        has_cache=row.arm.has_cache,
         time_left=left,
         reserve=reserve,
     )
@@ -270,6 +273,11 @@ def language_row(table: Table, row: Row, out: Path, sources: Sources, left: floa
     sizes += [
         {"task": name, "size": str(context), "state_bytes": of_context} | values
         for name, values in found["sets"].items()
+    ]
+    sizes += [
+        {"task": WINDOW, "size": str(entry.pop("window")), "state_bytes": entry.pop("cache_bytes")}
+        | {"ppl": entry.pop("perplexity"), **entry}
+        for entry in outcome.knob
     ]
     return {
         "parameters": used_parameters(model),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nha.ablate.run import ROWS, read_row
+from nha.ablate.run import ROWS, WINDOW, read_row
 from nha.ablate.table import EXPECTATIONS, Claim, Table, built_in_tables, read_table
 from nha.evaluate.bootstrap import interval
 from nha.io import write_atomically
@@ -22,9 +22,10 @@ from nha.io import write_atomically
 TABLES = "tables"
 MIN_PAIRS = 3  # an interval of fewer says nothing
 UNMEASURED = "not measured"
+LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
 COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
-PLAIN = ("accuracy", "ppl", "loss", "repeats", "interval", "count", "edges", "by_position")
+PLAIN = ("accuracy", "ppl", "loss", "recall", "repeats", "interval", "count", "edges", "by_position")
 Data = dict[str, Any]
 
 
@@ -93,7 +94,7 @@ def units(row: Data, claim: Claim) -> dict[tuple[Any, ...], float]:
         if claim.sizes and label not in claim.sizes:
             continue
         place = (row["seed"], label)
-        if claim.measure == "perplexity" and size["task"] == "perplexity":
+        if claim.measure in LOSSES and size["task"] == claim.measure:
             found |= {(*place, number): -loss for number, loss in enumerate(size["by_text"])}
         elif claim.measure == size["task"] and "correct" in size:
             found |= {(*place, number): float(digit) for number, digit in enumerate(size["correct"])}
@@ -211,6 +212,8 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
         lines += [f"## {table['title']}", "", *about_lines(table, everything, own), ""]
         lines += [*claim_lines(table, own), ""] if table["claims"] else []
         lines += [*(recall_lines(own) if table["kind"] == "recall" else language_lines(own)), ""]
+        if any(size["task"] == WINDOW for row in own for size in row["sizes"]):
+            lines += [*window_lines(own), ""]
         for name in pictures:
             if name.startswith(f"{table['name']}-"):
                 lines += [f"![{table['title']}]({name})", ""]
@@ -293,7 +296,7 @@ def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
     found = compare([row for row in rows if row["table"] == table], claim)
     if found is None:
         return "", UNMEASURED
-    kind = "loss" if claim.measure == "perplexity" else "accuracy"
+    kind = "loss" if claim.measure in LOSSES else "accuracy"
     scale, unit = (1, "nats per token") if kind == "loss" else (100, f"points of {claim.measure.replace('_', ' ')}")
     digits = 3 if kind == "loss" else 1
     low, middle, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.mean, found.high))
@@ -303,7 +306,7 @@ def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
 
 def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
     """The table of claims."""
-    lines = ["| the paper says | measured, + is better | |", "|---|---|---|"]
+    lines = ["| claim | measured, + is better | |", "|---|---|---|"]
     for claim in claims_of(table):
         text, verdict = judge(rows, claim, table["name"])
         says = f"{claim.says} ({claim.arm} {EXPECTATIONS[claim.expect]} {claim.against})"
@@ -329,9 +332,30 @@ def recall_lines(rows: Sequence[Data]) -> list[str]:
     return lines
 
 
+def window_lines(rows: Sequence[Data]) -> list[str]:
+    """Perplexity and recall of a text that is read twice, by arm and window at run time, mean over seeds."""
+    sizes = list(dict.fromkeys(s["size"] for row in rows for s in row["sizes"] if s["task"] == WINDOW))
+    heads = " | ".join("full" if size == "-1" else size for size in sizes)
+    lines = [
+        "Perplexity / recall (%) of a text that is read twice, with these windows at run time:",
+        "",
+        f"| arm | {heads} |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for name in dict.fromkeys(row["arm"] for row in rows):
+        found = [s for row in rows if row["arm"] == name for s in row["sizes"] if s["task"] == WINDOW]
+        cells = []
+        for size in sizes:
+            own = [s for s in found if s["size"] == size]
+            ppl, recall = (float(np.mean([s[key] for s in own])) if own else None for key in ("ppl", "recall"))
+            cells.append("" if ppl is None or recall is None else f"{ppl:.2f} / {100 * recall:.0f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def language_lines(rows: Sequence[Data]) -> list[str]:
     """Perplexity by length and accuracy by set, mean over seeds."""
-    keys = list(dict.fromkeys((s["task"], s["size"]) for row in rows for s in row["sizes"]))
+    keys = list(dict.fromkeys((s["task"], s["size"]) for row in rows for s in row["sizes"] if s["task"] != WINDOW))
     heads = [f"perplexity {int(size):,}" if task == "perplexity" else task for task, size in keys]
     lines = [f"| arm | lr | state at the longest, KiB | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
     for name in dict.fromkeys(row["arm"] for row in rows):

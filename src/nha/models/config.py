@@ -15,9 +15,12 @@ from nha.layer import check_slot_write
 from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
 from nha.ops.packed_state import check_state_dtype
-from nha.settings import SLOT_FEATURES
+from nha.settings import OUTPUT_NORMS, SLOT_FEATURES, VALUE_ACTIVATIONS
 
 FULL = -1
+# The layer as the paper's authors published it; a plain layer does without both.
+PAPER_LAYER = {"value_activation": "silu", "output_norm": "silu_rms"}
+LAYER_CHOICES = {"slot_features": SLOT_FEATURES, "value_activation": VALUE_ACTIVATIONS, "output_norm": OUTPUT_NORMS}
 LayerWindow = int | list[int]  # of a configuration: one for all KV heads of a layer, or one each
 
 
@@ -175,6 +178,10 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
         qk_norm: normalize queries and keys of every head, before positions (arXiv 2302.05442).
         output_gate: multiply what attention returns by a sigmoid of the layer's input (arXiv 2505.06708).
         slot_features: function of the queries and keys that the slots see: "none", "silu" (arXiv 2409.07146) or "relu".
+        value_activation: function of the values: "none" or "silu".
+        output_norm: normalize what attention returns, all heads together: "none", "rms", or "silu_rms" (after a SiLU).
+
+    `NHAConfig(**PAPER_LAYER)` has the layer that the paper's authors published.
 
     >>> NHAConfig.tiny(window_sizes=[4, -1]).window_sizes
     [4, -1]
@@ -190,6 +197,8 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     output_gate: bool = False
     slot_features: str = "none"
     slot_write: str = "soft"
+    value_activation: str = "none"
+    output_norm: str = "none"
 
     slot_distance = 0
     slots_from_start = False
@@ -198,9 +207,9 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.slot_features not in SLOT_FEATURES:
-            known = ", ".join(SLOT_FEATURES)
-            raise ValueError(f"expected slot_features to be one of {known}, got {self.slot_features!r}")
+        for name, known in LAYER_CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @classmethod
     def tiny(cls, **changes: Any) -> NHAConfig:

@@ -52,6 +52,8 @@ class NHAAttention(NativeHybridAttention):
             nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
         width = self.num_heads * self.head_dim
+        normalized = config.output_norm != "none"
+        self.output_norm = nn.RMSNorm(width, config.rms_norm_eps) if normalized else nn.Identity()
         self.output_gate = nn.Linear(config.hidden_size, width, bias=False) if config.output_gate else None
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.ablation: str | None = None
@@ -60,13 +62,14 @@ class NHAAttention(NativeHybridAttention):
         self.slots_frozen = False
 
     def to_heads(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `NativeHybridAttention`, with normalized queries and keys under `qk_norm`."""
+        """As in `NativeHybridAttention`, with queries and keys normalized under `qk_norm` and values activated."""
         q, k, v = super().to_heads(projected)
-        return self.q_norm(q), self.k_norm(k), v
+        return self.q_norm(q), self.k_norm(k), FEATURES[self.config.value_activation](v)
 
     def output(self, out: Tensor, hidden: Tensor) -> Tensor:
         """The layer's output [B, T, hidden] of what attention returned [B, T, HQ, D]."""
         out = out.flatten(2)
+        out = self.output_norm(F.silu(out) if self.config.output_norm == "silu_rms" else out)
         return self.o_proj(out if self.output_gate is None else out * torch.sigmoid(self.output_gate(hidden)))
 
     def forward(  # type: ignore[override]

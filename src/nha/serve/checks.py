@@ -15,6 +15,8 @@ PLAIN = {
     "output_gate": False,
     "slot_features": "none",
     "slot_write": "soft",
+    "value_activation": "none",
+    "output_norm": "none",
     "state_dtype": "float32",
 }
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number

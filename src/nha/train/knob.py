@@ -54,8 +54,8 @@ def turn_knob(
         progress: called with (windows done, in all).
 
     Returns:
-        A row for each window: `window`, `loss` in nats per token, `perplexity`, `recall`, and `cache_bytes` after T
-        tokens of one text.
+        A row for each window: `window`, `loss` in nats per token, `by_text` that of each document, `perplexity`,
+        `recall`, and `cache_bytes` after T tokens of one document.
 
     >>> from nha import NHAConfig, NHAForCausalLM
     >>> model = NHAForCausalLM(NHAConfig.tiny(window_sizes=[8, -1])).eval()
@@ -69,7 +69,7 @@ def turn_knob(
         each = [map_window(lambda kept, new=window: FULL if kept == FULL else new, layer) for layer in own]
         with temporary_windows(model, each):
             measured = perplexity(model, ids)
-            row = {"window": window, "loss": measured.loss, "perplexity": measured.value}
+            row = {"window": window, "loss": measured.loss, "perplexity": measured.value, "by_text": measured.by_text}
             rows.append(row | {"recall": recall(model, ids), "cache_bytes": cache_bytes(model, each, ids.shape[1])})
         if progress is not None:
             progress(number + 1, len(windows))

@@ -8,8 +8,10 @@ from typing import Any
 
 from nha.settings import (
     MAX_WINDOW,
+    OUTPUT_NORMS,
     SLOT_FEATURES,
     SLOT_WRITES,
+    VALUE_ACTIVATIONS,
     check_settings,
     count,
     fraction,
@@ -75,6 +77,10 @@ class TrainSettings:
     slot_features: str = setting("none", "Function of the queries and keys that the slots see.", choices=SLOT_FEATURES)
     slot_write: str = setting(
         "soft", "How slots are written: every token by gates, or kept tokens in a slot each.", choices=SLOT_WRITES
+    )
+    value_activation: str = setting("none", "Function of the values.", choices=VALUE_ACTIVATIONS)
+    output_norm: str = setting(
+        "none", "Normalize what attention returns, after a SiLU or without one.", choices=OUTPUT_NORMS
     )
     tokens: float = setting(150e6, "Tokens to train on, on all GPUs together.", at_least=1, at_most=MAX_TOKENS)
     batch_size: int = count(32, "Sequences of a step, on all GPUs together.", at_most=1 << 20)
