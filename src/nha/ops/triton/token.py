@@ -16,7 +16,7 @@ Launches. With PDL a program starts while the kernel before it still runs, and w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -274,11 +274,14 @@ def token_linear_kernel(
     tl.store(p_out + o_n, b_out.to(dtype))
 
 
+ROWS = 8  # rows of a weight, and elements of a head, come in multiples of it
+
+
 class Tiles(NamedTuple):
     """Sizes the kernels are compiled for."""
 
     block_n: int = 4  # rows of a weight
-    block_k: int = 512
+    block_k: int = 1024
     warps: int = 4
     stages: int = 1
     pdl: bool = False
@@ -295,7 +298,7 @@ class Norm(NamedTuple):
 
 
 class TokenInputs(NamedTuple):
-    """What attention reads of one token, [1, 1, heads, dim] each; the last three are None without slots."""
+    """Inputs of attention for one token, [1, 1, heads, dim] each; the last three are None without slots."""
 
     q: Tensor
     k: Tensor
@@ -308,8 +311,8 @@ class TokenInputs(NamedTuple):
 Linear = tuple[Tensor, Tensor | None]  # weight [N, K], bias [N]
 
 
-def _constants(size: int, tiles: Tiles) -> dict[str, int | bool]:
-    options: dict[str, int | bool] = {"launch_pdl": True} if tiles.pdl else {}
+def _constants(size: int, tiles: Tiles) -> dict[str, Any]:
+    options = {"launch_pdl": True} if tiles.pdl else {}
     return options | {
         "K": size,
         "BLOCK_X": triton.next_power_of_2(size),

@@ -1,0 +1,147 @@
+"""Layers of one token in a few launches: the same outputs and tokens, in Triton's interpreter in float32."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import StaticCache
+
+import nha.ops.backends
+from nha.models import decode_graph
+from nha.models.fused_step import fused, is_fused
+from nha.models.windows import decoder
+from tests.inputs import error, rounding
+from tests.models.families import hybrid, tokens
+
+WINDOWS = [8, -1, 0]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Lets "auto" choose the kernels, as it does on a GPU."""
+    monkeypatch.setattr(nha.ops.backends, "resolve_impl", lambda impl, device="cpu": "triton")
+    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
+
+
+def build(family="llama", dtype=torch.float32, **changes) -> Any:
+    model: Any = hybrid(family, WINDOWS, slots=8, **changes)
+    return model.to(dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def decode(model, ids, prompt, is_fused_step):
+    cache, parts = StaticCache(config=model.config, max_cache_len=64), []
+    model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+    for place in range(prompt, ids.shape[1]):
+        options = {"past_key_values": cache, "use_cache": True, "position_ids": torch.tensor([[place]])}
+        if is_fused_step:
+            with fused(model) as count:
+                assert count == len(WINDOWS)
+                parts.append(model(ids[:, place : place + 1], **options).logits)
+        else:
+            parts.append(model(ids[:, place : place + 1], **options).logits)
+    return torch.cat(parts, 1)
+
+
+def test_logits_of_steps(kernels):
+    ids = tokens(1, 11)
+    found, plain = (decode(build("qwen2"), ids, 9, one) for one in (True, False))  # which has biases
+    exact = build("qwen2", torch.float64)(ids).logits[:, 9:]
+    assert error(found, exact) <= 2 * (error(plain, exact) + rounding(exact, torch.float32))
+
+
+def test_generate_writes_the_same_tokens(kernels, monkeypatch):
+    def capture(run):
+        output, replayed = run(), []
+
+        def replay():
+            if replayed:  # recording computed the first
+                output.logits.copy_(run().logits)
+            replayed.append(True)
+
+        return output, replay
+
+    monkeypatch.setattr(decode_graph, "can_capture", lambda device: True)
+    monkeypatch.setattr(decode_graph, "capture", capture)
+    model, counts = build(), []
+    compute = decode_graph.DecodeGraph._compute
+
+    def counted(self, kwargs):
+        counts.append(self.fuses)
+        return compute(self, kwargs)
+
+    monkeypatch.setattr(decode_graph.DecodeGraph, "_compute", counted)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    monkeypatch.setattr(decode_graph, "MIN_TOKENS", 4)
+    found = model.generate(tokens(1, 12), **options)
+    assert counts and all(counts)
+    assert torch.equal(found, model.generate(tokens(1, 12), disable_compile=True, **options))
+    counts.clear()
+    model.generate(tokens(2, 12), **options)
+    assert counts and not any(counts)  # kernels of one sequence
+    assert not any("forward" in vars(layer) for layer in decoder(model).layers)
+
+
+def test_another_call_within_the_block_is_the_family_s():
+    model, ids = build(), tokens(2, 10)
+    with torch.no_grad(), fused(model):
+        found = model(ids).logits
+    assert torch.equal(found, model(ids).logits)
+
+
+class Wrapped(nn.Linear):
+    pass
+
+
+def replaced(model):
+    layer = decoder(model).layers[0]
+    wrapped = Wrapped(layer.mlp.up_proj.in_features, layer.mlp.up_proj.out_features, bias=False)
+    layer.mlp.up_proj = wrapped
+    return layer
+
+
+def hooked(model):
+    layer = decoder(model).layers[0]
+    layer.self_attn.o_proj.forward = lambda x: x
+    return layer
+
+
+def in_two_dtypes(model):
+    layer = decoder(model).layers[0]
+    layer.input_layernorm.double()
+    return layer
+
+
+def with_other_activation(model):
+    layer = decoder(model).layers[0]
+    layer.mlp.act_fn = nn.GELU()
+    return layer
+
+
+def ablated(model):
+    layer = decoder(model).layers[0]
+    layer.self_attn.ablation = "slots_off"
+    return layer
+
+
+@pytest.mark.parametrize("change", [replaced, hooked, in_two_dtypes, with_other_activation, ablated])
+def test_a_layer_that_is_not_the_family_s_is_left_alone(change):
+    model = build()
+    assert is_fused(decoder(model).layers[1])
+    assert not is_fused(change(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_families_that_compute_as_llama_does(family):
+    assert all(map(is_fused, decoder(build(family)).layers))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "smollm3", "cohere", "phi3"])
+def test_other_families_are_left_alone(family):
+    assert not is_fused(decoder(build(family)).layers[0])
+
+
+def test_slots_that_start_full_and_odd_sizes_are_left_alone():
+    assert not is_fused(decoder(build(slots_from_start=True)).layers[0])
+    assert not is_fused(decoder(hybrid("llama", WINDOWS, slots=6)).layers[0])
