@@ -126,10 +126,15 @@ def table(runs: Sequence[Run]) -> str:
     lengths = sorted({int(n) for run in runs for n in run["row"]["needle"] or {}})
     edges = list(dict.fromkeys(edge for run in runs for part in distances(run) for edge in part))
     head = ["run, tokens", *(f"needle {n // 1024}K" for n in lengths), *(f"cloze {edge}" for edge in edges)]
-    lines += ["", "By distance in tokens, %.", "", _line(head), _rule(head)]
+    lines += [
+        "",
+        "By distance in tokens, %. A needle is right if nothing but the number is written; in brackets: also if",
+    ]
+    lines[-1] += " other digits follow it (the rule of RULER)."
+    lines += ["", _line(head), _rule(head)]
     for run in runs:
         needles, clozes = run["row"]["needle"] or {}, {k: v for part in distances(run) for k, v in part.items()}
-        cells = [f"{100 * needles[str(n)][0]:.0f}" if str(n) in needles else "" for n in lengths]
+        cells = [needle_cell(run, n) if str(n) in needles else "" for n in lengths]
         cells += [f"{100 * clozes[edge][0]:.0f}" if edge in clozes else "" for edge in edges]
         lines.append(_line([name_of(run["row"]), *cells]))
     head = ["run, tokens", *KNOWLEDGE, "tokens/s", "training, s", "measuring, s"]
@@ -140,6 +145,13 @@ def table(runs: Sequence[Run]) -> str:
         times = [f"{row['tokens_per_s'] or 0:,.0f}", f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
         lines.append(_line([name_of(row), *cells, *times]))
     return "\n".join(lines) + "\n"
+
+
+def needle_cell(run: Run, length: int) -> str:
+    """Needles of a length that a run found, in %, and in brackets by the rule of RULER where that is known."""
+    found = run["eval"]["needle"][str(length)]
+    contained = f" ({100 * found['contained']['accuracy']:.0f})" if "contained" in found else ""
+    return f"{100 * found['accuracy']:.0f}{contained}"
 
 
 def full_layers(windows: Sequence[Any]) -> str:

@@ -115,8 +115,8 @@ def test_every_answer_in_a_training_sequence_was_stated_at_least_the_least_dista
     ids, answers = training_sequence(np.random.default_rng(seed), small_tokenizer(kind), FILLER, LENGTH, options)
     assert ids.shape == answers.shape == (LENGTH,)
     assert answers.any()
-    for start, end in runs(answers):
-        assert occurs(ids[start:end], ids[: end - 100])
+    for start, end in runs(answers):  # the last token of an answer follows its value
+        assert end - start > 1 and occurs(ids[start : end - 1], ids[: end - 101])
 
 
 @given(seed=st.integers(0, 10_000), extra=st.integers(0, 40), far=st.sampled_from([0.0, 1.0]))
@@ -199,6 +199,7 @@ def test_rows_that_ask_from_far_do_so_from_the_whole_row_away(scattered):
         for _ in range(100):
             ids, answers = training_sequence(generator, tokenizer, np.zeros(5000, np.int64), 4000, options)
             [(start, end)] = runs(answers)
+            end -= 1  # the token after the value
             windows = np.lib.stride_tricks.sliding_window_view(ids, end - start)
             found.append(start - np.flatnonzero((windows == ids[start:end]).all(1))[0])
         return np.array(found)

@@ -211,6 +211,9 @@ def test_every_part_is_measured_and_an_interrupted_run_resumes(model, data):
         assert low <= row["accuracy"] <= high and row["count"] == len(row["correct"])
         assert row["count"] == {"copa": 5, "squad_qa": 4, "cloze_near": 6, "cloze_far": 6}.get(name, 24)
     assert set(found["needle"]) == {"512", "1024"} and found["needle"]["512"]["count"] == 5
+    for needle in found["needle"].values():
+        exact, contained = (list(map(int, each["correct"])) for each in (needle, needle["contained"]))
+        assert len(exact) == len(contained) and all(a <= b for a, b in zip(exact, contained, strict=True))
     assert set(found["perplexity"]["256"]) >= {"ppl", "interval", "by_position", "edges", "by_text", "count"}
     json.dumps(found)
     names = list(whole.parts)

@@ -23,7 +23,7 @@ from nha.distill.settings import CONTROL, TEACHER
 from nha.io import sync_directory, sync_tree, write_atomically
 
 RUN, LOG, LOCK, WEIGHTS, MANIFEST = "run.json", "log.jsonl", ".lock", "trained.safetensors", "manifest.json"
-RUN_FORMAT = "nha-run-v2"
+RUN_FORMAT = "nha-run-v3"  # v2: the end of an answer was no part of it
 REQUIRED = (WEIGHTS, "scheduler.pt", "trainer_state.json")  # the optimizer is a file or, sharded, a folder
 PREFIX, PARTIAL = "checkpoint-", ".partial"
 

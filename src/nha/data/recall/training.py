@@ -29,6 +29,8 @@ def training_sequence(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One recall sequence to train on: ids [seq_len] int64, and bool [seq_len], true at the tokens of every answer.
 
+    The token after an answer's value belongs to it: a model that is trained on values alone writes on after them.
+
     Facts and their questions lie in real text from `filler`: a function that returns as many tokens as requested, or
     ids [N] from which spans are drawn. The sequence is a function of the generator and the filler alone, and has at
     least one answer. Raises ValueError if `seq_len` is too short for one fact and its question.
@@ -48,7 +50,7 @@ def training_sequence(
         append(filler_tokens(generator, filler, start + len(pieces.start) - len(ids)))
         if is_question:
             tokens = [*fact.question, *fact.value, *fact.end]
-            append(tokens, (len(fact.question), len(fact.question) + len(fact.value)))
+            append(tokens, (len(fact.question), len(fact.question) + len(fact.value) + 1))
         else:
             append(fact.statement)
     append(filler_tokens(generator, filler, seq_len - len(ids)))

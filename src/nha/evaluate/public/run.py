@@ -181,8 +181,9 @@ def measure_public(
     """All parts of a model as plain data: {"sets", "needle", "perplexity", "notes", "seconds"}.
 
     `sets` maps a part to {accuracy, interval (95 %, Wilson), count, correct (one digit an item)}, clozes with
-    `by_distance`; `needle` does so by length, with `by_depth`; `perplexity` is the data of `measure_texts`; `notes` say
-    what did not fit the model's context. Each part is kept in `partial` under `name` as soon as it is known.
+    `by_distance`; `needle` does so by length, with `by_depth`, and with `contained` by the rule of RULER: the number is
+    somewhere in what is written, and other digits may follow it. `perplexity` is the data of `measure_texts`; `notes`
+    say what did not fit the model's context. Each part is kept in `partial` under `name` as soon as it is known.
     """
     session = _Session(model, tokenizer, data, name, partial or PartialResults(), progress, max_batch_tokens)
     found: dict[str, Any] = {"sets": {}, NEEDLE: {}, PERPLEXITY: {}, "notes": session.notes, "seconds": {}}
@@ -283,7 +284,12 @@ class _Session:
         return self._in_chunks(part, order, measure)
 
     def _written(
-        self, part: str, prompts: Sequence[Sequence[int]], new: int, judge: Callable[[int, str], bool]
+        self,
+        part: str,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        judge: Callable[[int, str], int],
+        key: str | None = None,
     ) -> list[int] | None:
         longest = max(map(len, prompts)) + new
         if not self._fits(part, longest):
@@ -301,7 +307,7 @@ class _Session:
             )
             return [int(judge(i, text)) for i, text in zip(chunk, texts, strict=True)]
 
-        return self._in_chunks(part, order, measure)
+        return self._in_chunks(key or part, order, measure)
 
     def _fits(self, part: str, longest: int) -> bool:
         """Whether the model can read this many tokens; notes it if they are more than its context."""
@@ -342,15 +348,17 @@ class _Session:
             answers = [needle.answer for needle in needles]
             prompts = [needle.prompt for needle in needles]
 
-            def judge(i: int, text: str, answers: Sequence[str] = answers) -> bool:
-                return begins_with(text, answers[i])
+            def judge(i: int, text: str, answers: Sequence[str] = answers) -> int:
+                return 2 if begins_with(text, answers[i]) else int(answers[i] in text)
 
-            correct = self._written(f"{NEEDLE} {length:,}", prompts, new, judge)
-            if correct is None:
+            judged = self._written(f"{NEEDLE} {length:,}", prompts, new, judge, key=f"{NEEDLE} or contained {length}")
+            if judged is None:
                 continue
+            correct = [int(value == 2) for value in judged]
             depth = {d: [c for c, needle in zip(correct, needles, strict=True) if needle.depth == d] for d in DEPTHS}
             by_depth = {f"{d:.2f}": sum(values) / len(values) for d, values in depth.items()}
-            found[str(length)] = counted(correct) | {"by_depth": by_depth}
+            contained = counted([int(value > 0) for value in judged])
+            found[str(length)] = counted(correct) | {"by_depth": by_depth, "contained": contained}
         return found
 
     def perplexity(self) -> dict[str, Any]:
