@@ -53,7 +53,7 @@ def test_bytes_do_not_grow_with_the_text():
     for length in (1, 2, 7, 1, 40, 300, 1):
         cache = read(model, tokens(2, length), cache).past_key_values
         sizes.append(cache_nbytes(cache))
-    # Windows of 8 are full after 10 tokens. In the buffer for single tokens a slot takes as much room as a token.
+    # Windows of 8 are full after 10 tokens. For single tokens there are copies of what the next ones need.
     assert sizes[0] < sizes[1] < sizes[2] == sizes[4] == sizes[5] < sizes[3] == sizes[6]
     assert cache.get_seq_length() == 352
 

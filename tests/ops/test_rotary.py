@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nha.ops.rotary import deinterleave, rotate, unrotate, unrotate_for_slots
+from nha.ops.rotary import deinterleave, rotate, shared_distance, unrotate, unrotate_for_slots
 
 
 def tables(angle, scale=1.0):
@@ -56,3 +56,11 @@ def test_one_token_is_unrotated_as_a_token_of_many(rows, rotated, interleaved):
         tables[0].neg_()  # what is kept from the last token is not used once its tables have changed
         found = unrotate_for_slots(q[:, one], k[:, one], tables, (far.cos(), far.sin()), **options)
         assert not torch.allclose(found[1], many[1][:, one], atol=1e-3)
+
+
+def test_equal_tables_of_two_dtypes_are_not_shared():
+    table = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    double = table[0].double(), table[1].double()
+    first = shared_distance(table)
+    assert shared_distance((table[0].clone(), table[1].clone())) is first
+    assert shared_distance(double)[0].dtype == torch.float64

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nha import NHAState, nha_attention
-from nha.ops.single_token import FusedRing, read_token, supports_step
+from nha.ops.single_token import FusedRing, read_rows, read_token, supports_step
 from tests.builders import exponent_rounding
 from tests.inputs import TOKENWISE, Case, assert_close_to, cases, error, leaves, make, rounding, slice_tokens
 
@@ -121,6 +121,54 @@ def test_a_step_writes_into_the_buffer_and_copies_no_state():
     assert ring.memory.data_ptr() == address and ring.cursor == 20 % 5
     assert ring.num_tokens.tolist() == [20, 20]
     assert all(torch.equal(x, kept[name]) for name, x in before.tensors().items())
+
+
+def deferred(inputs, ring, weight, start, stop, calls):
+    """Outputs of tokens whose gates are `hidden @ weight`, computed a block at a time."""
+    hidden = inputs["log_gate"].flatten(2)
+
+    def gates(rows):
+        calls.append(rows.shape[1])
+        return (rows @ weight).view(*rows.shape[:2], *inputs["log_gate"].shape[2:])
+
+    outs = []
+    for t in range(start, stop):
+        part = slice_tokens(inputs, t, t + 1)
+        if ring.pending is None:
+            ring.defer_gates(gates, hidden[:, t : t + 1])
+        q, q_slot = ring.rows(part["q"]), ring.rows(part["q_slot"])
+        k, v, k_slot = (part[name].transpose(1, 2) for name in ("k", "v", "k_slot"))
+        outs.append(read_rows(ring, q, k, v, q_slot, k_slot, hidden=hidden[:, t : t + 1]))
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("window, block", [(1, 1), (6, 2), (16, 16), (32, 16)])
+def test_gates_of_a_block_are_computed_at_once(window, block):
+    inputs = make(Case(length=100, window=window, sinks=1, separate=True), torch.float64)
+    unit = torch.eye(inputs["log_gate"][0, 0].numel(), dtype=torch.float64)
+    cut, calls = window + 5, []
+    before = attention(**slice_tokens(inputs, 0, cut), window_size=window, return_state=True).state
+    ring = FusedRing.of(before, inputs["sink"])
+    out = deferred(inputs, ring, unit, cut, 100, calls)
+    whole = attention(**inputs, window_size=window, return_state=True)
+    assert_close_to(out, whole.out[:, cut:])
+    assert set(calls) == {block} and len(calls) == 100 // block - cut // block
+    for name, x in whole.state.tensors().items():
+        assert_close_to(ring.tensors()[name], x, name)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, FusedRing.aligned], ids=range(2))
+def test_a_copy_within_a_block_goes_on_with_the_same_bits(again):
+    inputs = make(Case(length=100, window=16, sinks=1, separate=True), torch.float32)
+    size = inputs["log_gate"][0, 0].numel()
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) / size
+    before = attention(**slice_tokens(inputs, 0, 37), window_size=16, return_state=True).state
+    whole = deferred(inputs, FusedRing.of(before, inputs["sink"]), weight, 37, 100, [])
+    ring = FusedRing.of(before, inputs["sink"])
+    first = deferred(inputs, ring, weight, 37, 57, [])
+    copied = FusedRing.of(again(ring), inputs["sink"])
+    for found in (copied, ring):
+        assert torch.equal(torch.cat([first, deferred(inputs, found, weight, 57, 100, [])], 1), whole)
 
 
 def test_a_sink_that_changes_is_read_again():

@@ -104,8 +104,11 @@ def unrotate_for_slots(
 def unrotate_token(
     q: Tensor, k: Tensor, tables: Tables, distance: Tables, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`unrotate_for_slots` of one token, in two products, without gradients."""
-    query_matrix, key_matrix = _token_matrices(tables, distance, q.shape[3], interleaved)
+    """`unrotate_for_slots` of one token, in two products, without gradients.
+
+    The dimensions between the first and the last may come in any order, in q those of the first as well.
+    """
+    query_matrix, key_matrix = _token_matrices(tables, distance, k.shape[3], interleaved)
     return _times(q, query_matrix), _times(k, key_matrix)
 
 
@@ -130,16 +133,31 @@ class _TokenMatrices:
         same = self.tables[0] is tables[0] and self.tables[1] is tables[1]
         if not (same and self.versions == _versions(tables)) or self.matrices[0].shape[-1] != dim:
             return False
-        equal = torch.equal(self.distance[0], distance[0]) and torch.equal(self.distance[1], distance[1])
-        return equal and self.interleaved == interleaved
+        return self.interleaved == interleaved and _equal(self.distance, distance)
 
 
 _last_matrices: _TokenMatrices | None = None
+_last_distance: Tables | None = None
+
+
+def _equal(one: Tables, other: Tables) -> bool:
+    """Whether tables hold the same numbers in the same dtype."""
+    return one is other or all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def shared_distance(distance: Tables) -> Tables:
+    """A copy of these tables, the same object as long as they are equal: layers that share it need no comparison."""
+    global _last_distance
+    last = _last_distance
+    if last is None or not _equal(last, distance):
+        last = _last_distance = distance[0].clone(), distance[1].clone()
+    return last
 
 
 def _versions(tables: Tables) -> tuple[int, ...]:
     """How often tables were written; those of inference mode do not count that, and are never written again."""
-    return tuple(0 if x.is_inference() else x._version for x in tables)
+    cos, sin = tables
+    return 0 if cos.is_inference() else cos._version, 0 if sin.is_inference() else sin._version
 
 
 def _token_matrices(tables: Tables, distance: Tables, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -155,17 +173,18 @@ def _token_matrices(tables: Tables, distance: Tables, dim: int, interleaved: boo
         query, key = (rotate(unit, *x, interleaved=interleaved).squeeze(1) for x in _back_tables(tables, distance))
         if query.shape[0] == 1:
             query, key = query[0], key[0]
-        far = distance[0].clone(), distance[1].clone()
-        last = _last_matrices = _TokenMatrices(tables, _versions(tables), far, interleaved, (query, key))
+        shared = shared_distance(distance)
+        last = _last_matrices = _TokenMatrices(tables, _versions(tables), shared, interleaved, (query, key))
     return last.matrices
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [B, 1, heads, D] times one matrix [D, D], or one a sequence [B, D, D], in the dtype of x."""
+    """x [B, ..., D] times one matrix [D, D], or one a sequence [B, D, D], in the dtype of x."""
     wide = x if x.dtype == matrix.dtype else x.to(matrix.dtype)
-    one = matrix.dim() == 2
-    out = torch.mm(wide.reshape(-1, x.shape[3]), matrix) if one else torch.bmm(wide.squeeze(1), matrix)
-    out = out.view(x.shape)
+    if matrix.dim() == 3:
+        out = torch.bmm(wide.reshape(matrix.shape[0], -1, x.shape[-1]), matrix).view(x.shape)
+    else:
+        out = torch.matmul(wide, matrix)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 

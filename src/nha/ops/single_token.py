@@ -1,11 +1,15 @@
 """One token of each sequence on a CPU: a step of few operations that writes into its state.
 
-On a CPU a token waits for the calls of small operations. Sink, slots and window therefore lie in one buffer: one
-softmax and one product with the values serve all three, one write stores a token, and no tensor is copied to grow.
+On a CPU a token waits for the calls of small operations and for the memory that it reads. Keys and values of sink,
+slots and window therefore lie in one buffer without gaps: one softmax and one product with the values serve all three,
+and no tensor is copied to grow. What a token adds to the slots is not read before it leaves the window and lies
+elsewhere. Its log-gates may even be computed later: a layer reads the weights of its gate once for a block of tokens.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +21,9 @@ from nha.ops.chunk_groups import GATE_FLOOR
 from nha.ops.padding import readable
 from nha.ops.state import NHAState
 
+MAX_BLOCK = 16  # tokens whose log-gates are computed at once
 Sink = tuple[Tensor, Tensor]  # key [H, S, D], value [H, S, Dv]
+Gates = Callable[[Tensor], Tensor]  # log-gates [B, n, H, M] of hidden states [B, n, hidden]
 
 
 class Views(NamedTuple):
@@ -27,23 +33,36 @@ class Views(NamedTuple):
     window_key: Tensor  # [B * H, D, W]
     value: Tensor  # [B * H, S + M + W, Dv]
     slots: Tensor  # [B, H, M, D + Dv], keys beside values
-    tokens: Tensor  # [B, W, H, D + D + Dv + M], the ring
-    written: Tensor  # [B, H, W, 1, D + Dv], what a token of the ring will add to the slots
-    gates: Tensor  # [B, H, W, M, 1]
 
     @classmethod
     def of(cls, memory: Tensor, dim: int, slots: int, window: int) -> Views:
-        places, width = memory.shape[2:]
-        first, rows, tokens = places - window, memory.flatten(0, 1), memory[:, :, places - window :]
+        first, rows = memory.shape[2] - window, memory.flatten(0, 1)
         return cls(
-            rows[:, :first, dim : 2 * dim].transpose(1, 2),
+            rows[:, :first, :dim].transpose(1, 2),
             rows[:, first:, :dim].transpose(1, 2),
-            rows[:, :, 2 * dim : width - slots],
-            memory[:, :, first - slots : first, dim : width - slots],
-            tokens.transpose(1, 2),
-            tokens[..., None, dim : width - slots],
-            tokens[..., width - slots :, None],
+            rows[:, :, dim:],
+            memory[:, :, first - slots : first],
         )
+
+
+class Block(NamedTuple):
+    """Neighbours in the ring: tokens that leave one after the other, and the places of those that come."""
+
+    start: int  # index in the ring of the first
+    places: tuple[Tensor, ...]  # [B, H, 1, D + Dv] each: key and value
+    slot_keys: tuple[Tensor, ...]  # [B, H, 1, D] each
+    written: tuple[Tensor, ...]  # [B, H, 1, D + Dv] each, what a token that leaves adds to the slots
+    shares: tuple[Tensor, ...]  # [B, H, M, 1] each, 1 - exp(log-gate) of it
+
+
+@dataclass
+class Pending:
+    """Tokens of the present block whose log-gates nobody has computed yet, and how to."""
+
+    gates: Gates
+    hidden: Tensor  # [B, block, hidden], the hidden states that the gates are computed from, by place in the block
+    rows: tuple[Tensor, ...]  # [B, 1, hidden] each, of `hidden`
+    count: int = 0  # how many of the newest tokens are pending
 
 
 @dataclass(kw_only=True)
@@ -64,11 +83,16 @@ class FusedRing(NHAState):
 
     dtype: torch.dtype  # of the inputs; the buffer has that of the slots
     gate_dtype: torch.dtype
-    memory: Tensor  # [B, H, S + M + W, D + D + Dv + M]: key, slot key, value and log-gates of every place
+    memory: Tensor  # [B, H, S + M + W, D + Dv]: keys and values of sink, slots and window
+    waiting: Tensor  # [B, H, W, D + M]: slot keys and log-gates of the window
     views: Views
     cursor: int  # index in the ring of the oldest token, where the next one goes
+    block_size: int  # tokens of a block, a divisor of W; 0 without a window
+    block: Block | None = None  # the one of the cursor; None without a window
+    pending: Pending | None = None
     sink: Sink | None = None  # what the first S places hold
     sink_version: tuple[int, ...] = ()
+    steps: int = 0  # tokens that `num_tokens` does not count yet
 
     @classmethod
     def of(cls, state: NHAState, sink: Sink | None = None) -> FusedRing:
@@ -76,34 +100,40 @@ class FusedRing(NHAState):
         state, window = state.aligned(), state.window_size
         batch, heads, slots, dim = state.slot_key.shape
         value_dim, sinks = state.slot_value.shape[3], 0 if sink is None else sink[0].shape[1]
-        width, first = 2 * dim + value_dim + slots, sinks + slots
-        memory = state.slot_key.new_zeros(batch, heads, first + window, width)
-        key, slot_key, value, gate = memory.split([dim, dim, value_dim, slots], -1)
+        first = sinks + slots
+        memory = state.slot_key.new_zeros(batch, heads, first + window, dim + value_dim)
+        waiting = state.slot_key.new_empty(batch, heads, window, dim + slots)
+        key, value = memory.split([dim, value_dim], -1)
+        slot_key, gate = waiting.transpose(1, 2).split([dim, slots], -1)
         ring = cls(
             window_size=window,
-            slot_key=slot_key[:, :, sinks:first],
+            slot_key=key[:, :, sinks:first],
             slot_value=value[:, :, sinks:first],
             key=key[:, :, first:].transpose(1, 2),
             value=value[:, :, first:].transpose(1, 2),
-            window_slot_key=None if state.window_slot_key is None else slot_key[:, :, first:].transpose(1, 2),
-            window_log_gate=gate[:, :, first:].transpose(1, 2),
+            window_slot_key=None if state.window_slot_key is None else slot_key,
+            window_log_gate=gate,
             num_tokens=state.num_tokens.detach().clone(),
             slots_active=state.slots_active,
             num_kept=None if state.num_kept is None else state.num_kept.detach().clone(),
             dtype=state.key.dtype,
             gate_dtype=state.window_log_gate.dtype,
             memory=memory,
+            waiting=waiting,
             views=Views.of(memory, dim, slots, window),
             cursor=int(state.num_tokens.max()) % window if window else 0,
+            block_size=math.gcd(window, MAX_BLOCK) if window else 0,
         )
         slot_ring = state.key if state.window_slot_key is None else state.window_slot_key
         ring.slot_key.copy_(state.slot_key.detach())
         ring.slot_value.copy_(state.slot_value.detach())
         ring.key.copy_(_rolled(state.key.detach(), ring.cursor))
         ring.value.copy_(_rolled(state.value.detach(), ring.cursor))
-        slot_key[:, :, first:].copy_(_rolled(slot_ring.detach(), ring.cursor).transpose(1, 2))
+        slot_key.copy_(_rolled(slot_ring.detach(), ring.cursor))
         ring.window_log_gate.copy_(_rolled(state.window_log_gate.detach(), ring.cursor))
         ring.hold_sink(sink)
+        if window:
+            ring.open_block()
         return ring
 
     def hold_sink(self, sink: Sink | None) -> bool:
@@ -117,13 +147,72 @@ class FusedRing(NHAState):
         if sinks != self.memory.shape[2] - self.slot_key.shape[2] - self.window_size:
             return False
         if sink is not None:
-            self.memory[:, :, :sinks, dim : 2 * dim] = sink[0].detach()
-            self.memory[:, :, :sinks, 2 * dim : 2 * dim + sink[1].shape[2]] = sink[1].detach()
+            self.memory[:, :, :sinks, :dim] = sink[0].detach()
+            self.memory[:, :, :sinks, dim:] = sink[1].detach()
             self.sink, self.sink_version = sink, (_version(sink[0]), _version(sink[1]))
         return True
 
+    @property
+    def num_tokens(self) -> Tensor:
+        """[B] int64, tokens read by each sequence so far."""
+        if self.steps:
+            self._num_tokens, self.steps = self._num_tokens + self.steps, 0
+        return self._num_tokens
+
+    @num_tokens.setter
+    def num_tokens(self, number: Tensor) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._num_tokens = number
+
+    def rows(self, q: Tensor) -> Tensor:
+        """Queries [B, 1, HQ, D] or [B, HQ, 1, D] as the products of a step take them, [B * H, HQ / H, D]."""
+        q = q if q.dtype == self.memory.dtype else q.to(self.memory.dtype)
+        return q.reshape(self.views.value.shape[0], -1, q.shape[3])
+
+    def open_block(self) -> None:
+        """Begin the block of the cursor, whose tokens leave from now on."""
+        size, dim = self.block_size, self.key.shape[3]
+        start = self.cursor - self.cursor % size
+        first = self.memory.shape[2] - self.window_size + start
+        places, waiting = self.memory[:, :, first : first + size], self.waiting[:, :, start : start + size]
+        slot_keys, gate = waiting[..., :dim], waiting[..., dim:]
+        written = torch.cat((slot_keys, places[..., dim:]), 3)
+        share = gate.clamp(GATE_FLOOR, 0).expm1_().neg_().unsqueeze(4)
+        self.block = Block(start, places.split(1, 2), slot_keys.split(1, 2), written.split(1, 2), share.unbind(2))
+
+    def defer_gates(self, gates: Gates, like: Tensor) -> Pending:
+        """From now on let `gates` compute log-gates when they are needed, from hidden states like these [B, 1, hidden].
+
+        A block's gates are computed together, in one shape wherever its tokens came from: the same bits.
+        """
+        if self.pending is not None:
+            self.settle(self.cursor)
+        with torch.inference_mode(self.memory.is_inference()):
+            hidden = like.new_zeros(like.shape[0], self.block_size, like.shape[2])
+        self.pending = Pending(gates, hidden, hidden.split(1, 1))
+        return self.pending
+
+    def move_on(self) -> None:
+        """Move the cursor to the next token, past the end of a block perhaps."""
+        stop = self.cursor + 1
+        self.cursor = stop % self.window_size
+        if stop % self.block_size == 0:
+            self.settle(stop)
+            self.open_block()
+
+    def settle(self, stop: int) -> None:
+        """Compute and store the log-gates that are pending, of the tokens before index `stop` of the ring."""
+        pending = self.pending
+        if pending is None or not pending.count:
+            return
+        end = (stop - 1) % self.block_size + 1
+        with torch.inference_mode(self.memory.is_inference()), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            gates = pending.gates(pending.hidden)[:, end - pending.count : end]
+            self.window_log_gate[:, stop - pending.count : stop] = gates
+        pending.count = 0
+
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first, as in an `NHAState`."""
+        self.settle(self.cursor)
         cache = {name: _rolled(getattr(self, name), -self.cursor) for name in ("key", "value", "window_log_gate")}
         slot_ring = self.window_slot_key
         return NHAState(
@@ -145,9 +234,12 @@ class FusedRing(NHAState):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the buffer."""
-        counters = (self.num_tokens, self.num_kept)
-        return self.memory.nbytes + sum(x.nbytes for x in counters if x is not None)
+        """Bytes held by the buffers, what a block writes and the hidden states of gates to come."""
+        held = [self.memory, self.waiting, self.num_tokens]
+        held += [] if self.num_kept is None else [self.num_kept]
+        held += [] if self.pending is None else [self.pending.hidden]
+        held += [] if self.block is None else [*self.block.written, *self.block.shares]
+        return sum(x.nbytes for x in held)
 
     def map(self, function: Any) -> NHAState:
         """An `NHAState` with a function applied to each of its tensors."""
@@ -226,28 +318,59 @@ def read_token(
 
     The inputs are those of `nha_attention` with T = 1 and are not checked; the sink is what the state holds.
     """
-    views, dtype, dim = state.views, state.memory.dtype, q.shape[3]
-    token = [k, k if k_slot is None else k_slot, v, log_gate]
-    if state.window_size:
-        gate, written = views.gates.select(2, state.cursor), views.written.select(2, state.cursor)
-        views.slots.lerp_(written, gate.clamp(GATE_FLOOR, 0).expm1_().neg_())  # the token that leaves
-        views.tokens.narrow(1, state.cursor, 1).copy_(torch.cat(token, 3))
-        state.cursor = (state.cursor + 1) % state.window_size
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    k_slot = k if k_slot is None else k_slot.transpose(1, 2)
+    query = state.rows(q)
+    slot_query = query if q_slot is None else state.rows(q_slot)
+    if state.block is None:
+        write_token(state, k_slot, v, log_gate)
     else:
-        written = torch.cat(token[1:3], 3).transpose(1, 2).to(dtype)
-        gate = log_gate.transpose(1, 2).mT.to(dtype)
-        views.slots.lerp_(written, gate.clamp(GATE_FLOOR, 0).expm1_().neg_())
-    state.num_tokens.add_(1)
-    rows = (views.value.shape[0], -1, dim)
-    query = (q if q.dtype == dtype else q.to(dtype)).reshape(rows)
-    slot_query = query
-    if q_slot is not None:
-        slot_query = (q_slot if q_slot.dtype == dtype else q_slot.to(dtype)).reshape(rows)
+        state.window_log_gate[:, state.cursor : state.cursor + 1] = log_gate
+    return read_rows(state, query, k, v, slot_query, k_slot, scale=scale, softcap=softcap)
+
+
+def write_token(state: FusedRing, k_slot: Tensor, v: Tensor, log_gate: Tensor) -> None:
+    """Write a token with slot key and value [B, H, 1, ...] and log-gates [B, 1, H, M] to the slots."""
+    dtype = state.memory.dtype
+    share = log_gate.transpose(1, 2).mT.to(dtype).clamp(GATE_FLOOR, 0).expm1_().neg_()
+    state.views.slots.lerp_(torch.cat((k_slot, v), 3).to(dtype), share)
+
+
+def read_rows(
+    state: FusedRing,
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot_query: Tensor,
+    k_slot: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """`read_token` of `rows` of queries and of keys, values and slot keys [B, H, 1, ...].
+
+    Without a window the token must be in the slots already. The log-gates of a window are computed when they are needed
+    from the token's `hidden` states [B, 1, hidden] (`defer_gates`), or the caller writes them.
+    """
+    views, block = state.views, state.block
+    if block is not None:
+        place = state.cursor - block.start
+        views.slots.lerp_(block.written[place], block.shares[place])  # the token that leaves
+        block.places[place].copy_(torch.cat((k, v), 3))
+        block.slot_keys[place].copy_(k_slot)
     score = torch.bmm(slot_query, views.slot_key)
-    if state.window_size:
+    if block is not None:
         score = torch.cat((score, torch.bmm(query, views.window_key)), 2)
-    score.mul_(dim**-0.5 if scale is None else scale)
+    score.mul_(query.shape[2] ** -0.5 if scale is None else scale)
     if softcap is not None:
         score.div_(softcap).tanh_().mul_(softcap)
-    out = torch.bmm(score.softmax(2), views.value).view(q.shape[0], 1, q.shape[2], -1)
-    return out if state.dtype == dtype else out.to(state.dtype)
+    out = torch.bmm(score.softmax(2), views.value).view(k.shape[0], 1, -1, views.value.shape[2])
+    state.steps += 1
+    if block is not None:
+        pending = state.pending
+        if hidden is not None and pending is not None:
+            pending.rows[state.cursor - block.start].copy_(hidden)
+            pending.count += 1
+        state.move_on()
+    return out if state.dtype == out.dtype else out.to(state.dtype)
