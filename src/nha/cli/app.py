@@ -16,6 +16,7 @@ from nha.cli.chat import chat
 from nha.cli.distill import distill
 from nha.cli.doctor import doctor
 from nha.cli.evaluate import everything, perplexity, recall
+from nha.cli.export import export
 from nha.cli.generate import generate
 from nha.cli.hybridize import hybridize
 from nha.cli.public import public
@@ -101,6 +102,7 @@ app.command(epilog="Example: [cyan]nha search smollm2 search.json --full 4[/]")(
 app.command(epilog='Example: [cyan]nha generate my-hybrid "Why is the sky blue?" --temperature 0.7[/]')(generate)
 app.command(epilog="Example: [cyan]nha chat my-hybrid --temperature 0.7[/]")(chat)
 app.command(epilog="Example: [cyan]nha serve my-hybrid --port 8000 --api-key secret[/]")(serve)
+app.command(epilog="Example: [cyan]nha export my-hybrid my-hybrid-mlx[/]")(export)
 evaluate_app.command(epilog="Example: [cyan]nha eval perplexity my-hybrid --text book.txt --ablations[/]")(perplexity)
 evaluate_app.command(epilog="Example: [cyan]nha eval recall my-hybrid --compare teacher=smollm2 --output recall[/]")(
     recall

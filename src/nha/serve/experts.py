@@ -13,7 +13,7 @@ BLOCK = re.compile(r"(.+\.layers\.\d+)\.mlp\.(.+)")
 
 
 class ExpertNames(NamedTuple):
-    """What vLLM calls a layer's block of experts, and the three projections of an expert."""
+    """vLLM's names for a layer's block of experts and for the three projections of an expert."""
 
     block: str = "mlp"
     gate: str = "gate_proj"

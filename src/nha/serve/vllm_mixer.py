@@ -154,11 +154,11 @@ class NHAMixer(nn.Module, MambaBase):
         """
         out = query.new_empty(query.shape[0], self.num_heads * self.head_dim)
         torch.ops.vllm.nha_mixer(query, key, value, logits, positions, out, self.layer_name)
-        return out if self.full is None else self.add_full(query, key, value, out)
+        return out if self.full is None else self.add_full(out, self.full(query, key, value))
 
-    def add_full(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> Tensor:
-        """The output [T, HQ * D] with that of the full heads in it, which vLLM's own attention reads."""
-        slots, full = (x.chunk(self.num_kv_heads, 1) for x in (out, self.full(query, key, value)))
+    def add_full(self, out: Tensor, whole: Tensor) -> Tensor:
+        """The output [T, HQ * D] with that of the full heads from `whole`, as vLLM's own attention reads all heads."""
+        slots, full = (x.chunk(self.num_kv_heads, 1) for x in (out, whole))
         return torch.cat([(full if head in self.heads.full else slots)[head] for head in range(len(full))], 1)
 
     def read(
@@ -208,7 +208,10 @@ class NHAMixer(nn.Module, MambaBase):
         q, k, v, gate, slot_query, slot_key = (x[None] if packed else x[:, None] for x in segment)
         if self.masks_first_token:
             gate = mask_first_token_write(gate, None, part.cu_seqlens, state)
-        sink = self.sink and tuple(take_heads(x, room.group.heads, 0, self.num_kv_heads) for x in self.sink)
+        sink = self.sink
+        if sink is not None:
+            sink_key, sink_value = (take_heads(x, room.group.heads, 0, self.num_kv_heads) for x in sink)
+            sink = sink_key, sink_value
         result = nha_attention(
             q,
             k,
