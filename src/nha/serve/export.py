@@ -12,7 +12,7 @@ from nha.io import atomic_directory, write_atomically
 from nha.models.loading import Source, is_hybrid
 from nha.serve.embedded import save_embedded
 
-CODE = "mlx_nha.py"  # as config.json's `model_file` names it
+CODE = "mlx_nha.py"  # as config.json names it; a template that is imported in MLX alone
 MLX_FAMILIES = ("nha-llama", "nha-qwen2", "nha-qwen3")
 
 
@@ -51,5 +51,5 @@ def export_mlx(source: Source, output: Path) -> None:
     with atomic_directory(output) as work:
         for path in (*weights, *others):
             shutil.copyfile(path, work / path.name)
-        shutil.copyfile(Path(__file__).with_name("mlx_model.py"), work / CODE)
+        shutil.copyfile(Path(__file__).parent / "exported" / CODE, work / CODE)
         write_atomically(work / "config.json", json.dumps(config, indent=2) + "\n")
