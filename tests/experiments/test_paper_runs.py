@@ -1,0 +1,32 @@
+"""The estimate of the paper's runs follows from what was measured, and the page shows it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.paper_runs import ROOT, estimate_run, measured_speed, table
+
+SPEED = ROOT / "results" / "from_scratch" / "train_speed.jsonl"
+
+
+def test_the_table_on_the_page_is_that_of_the_measured_speed():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- paper runs -->\n")[2].partition("<!-- /paper runs -->")[0]
+    assert shown.strip() == table(measured_speed(SPEED))
+
+
+def test_the_time_is_that_of_the_measured_tokens_per_second():
+    speed = measured_speed(SPEED)
+    found = estimate_run("340m-15b.yaml", 8, speed["mfu"])
+    assert found.seconds is not None
+    # The measured model has a vocabulary of 32,000, hence somewhat fewer operations for each token.
+    assert found.tokens / found.seconds / 8 == pytest.approx(speed["tokens_per_s"], rel=0.06)
+
+
+def test_a_record_without_a_row_of_one_gpu_is_refused(tmp_path):
+    path = tmp_path / "speed.jsonl"
+    path.write_text(json.dumps({"case": "nha", "seq_len": 2048, "gpus": 2, "mfu": 0.4}))
+    with pytest.raises(ValueError, match="2048"):
+        measured_speed(path)
