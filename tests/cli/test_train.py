@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from nha.cli import app
+from nha.train import estimate
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import texts
 
@@ -71,6 +72,24 @@ def test_what_does_not_fit_is_one_line(place, arguments, words):
     result = call(place, place / "refused", "--text", place / "texts.jsonl", *arguments)
     assert result.exit_code == 2 and words in result.stderr, result.output
     assert len(result.stderr.strip().splitlines()[-1]) < 400 and not (place / "refused").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_text_is_read_and_weights_are_made(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "device_bytes", lambda: 1 << 30)
+    arguments = [tmp_path / "run", "--tokenizer", place / "bytes", "--text", place / "texts.jsonl"]
+    arguments += ["--corpus", tmp_path / "corpus", "--preset", "1.3b", "--micro-batch-size", "1"]
+    result = runner.invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == 2 and "1.0 GiB" in result.stderr and "reading text" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spike_stops_the_command_and_names_the_checkpoint_that_is_kept(place):
+    arguments = ["--text", place / "texts.jsonl", "--lr", "1", "--tokens", "1e4", "--save-every", "1"]
+    result = call(place, place / "spiked", *arguments, "--max-spike", "0.05")
+    line = result.stderr.strip().splitlines()[-1]
+    assert result.exit_code == 2 and "checkpoint-" in line and "loss" in line
+    kept = line.partition("checkpoint-")[2].split()[0].rstrip(".,;")
+    assert (place / "spiked" / f"checkpoint-{kept}").is_dir() and not (place / "spiked" / "model").exists()
 
 
 def test_a_settings_file_with_an_unknown_name_is_refused(place, tmp_path):

@@ -89,11 +89,10 @@ def train(
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Raise ValueError for settings that no text can train with, before any is read."""
-    from nha.train.presets import model_config
+    """Raise ValueError for settings that no text can train with on this machine, before any is read."""
+    from nha.train.run import check_fit
 
-    settings.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
-    model_config(settings, vocab_size=64)
+    check_fit(settings, vocab_size=64, world=int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -94,6 +94,13 @@ def check_data(data: Corpus | Rows, config: Any, settings: TrainSettings) -> Non
         )
 
 
+def check_fit(settings: TrainSettings, vocab_size: int, world: int = 1) -> None:
+    """Raise ValueError for a preset's run that cannot fit into memory, before its weights are made."""
+    with torch.device("meta"):
+        model = NHAForCausalLM(model_config(settings, vocab_size))
+    check_memory(estimate(model, settings, world=world))
+
+
 def identity(config: Any, data: Corpus | Rows, settings: TrainSettings, world: int, dtype: torch.dtype) -> dict:
     """All that must be equal for a run to be resumed."""
     about = {name: x for name, x in config.to_dict().items() if name not in VOLATILE}
@@ -285,6 +292,8 @@ def train(
     settings, reports, run = settings or TrainSettings(), reports or Reports(), Path(run)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     batches, dtype = MicroBatches(data, settings, rank, world), resolve_dtype(settings)
+    if make_model is None:
+        check_fit(settings, vocabulary(data), world)
     make = make_model or (lambda: NHAForCausalLM(model_config(settings, vocabulary(data))))
     causal = seeded(make, settings.seed)
     check_data(data, causal.config, settings)
