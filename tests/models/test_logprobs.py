@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from nha import NHAConfig, NHAForCausalLM
 from tests.models.families import hybrid, tokens
@@ -65,7 +66,44 @@ def test_one_forward_pass_recomputes_what_was_sampled(build, windows):
     assert (old - exact).abs().max() <= 8 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
-def test_continuous_batching_is_refused_by_name():
+def test_a_manager_of_continuous_batching_is_refused_by_name():
     model: Any = hybrid("llama", 8)
     with pytest.raises(NotImplementedError, match=r"vLLM with the plugin"):
-        model.generate_batch([[3, 4, 5]])
+        model.init_continuous_batching()
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, None])
+def test_generate_batch_writes_what_each_prompt_gets_alone(max_rows):
+    model: Any = hybrid("llama", [8, -1, 0]).double()
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (30, 3, 17, 9)]
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+    batching = ContinuousBatchingConfig(max_requests_per_batch=max_rows, return_logprobs=True)
+    found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+    assert [output.prompt_ids for output in found.values()] == prompts
+    for prompt, output in zip(prompts, found.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        assert output.generated_tokens == alone
+        assert output.is_finished()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + alone])).logits[:, len(prompt) - 1 : -1]
+        wanted = of_tokens(logits, torch.tensor([alone]))[0]
+        torch.testing.assert_close(torch.tensor(output.logprobs, dtype=torch.float64), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_generate_batch_samples_several_answers_and_refuses_what_it_has_not():
+    model: Any = hybrid("llama", 8)
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=True, num_return_sequences=3, eos_token_id=None, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    found = model.generate_batch([[5, 6], [7]], generation_config=config)
+    assert list(found) == [f"req_{i}{child}" for i in (0, 1) for child in ("__child#0", "__child#1", "")]
+    assert [output.prompt_ids for output in found.values()] == [[5, 6]] * 3 + [[7]] * 3
+    assert len({tuple(output.generated_tokens) for output in found.values()}) > 2
+    assert model.generate_batch([]) == {}
+    with pytest.raises(ValueError, match="prompt 1"):
+        model.generate_batch([[5], []])
+    with pytest.raises(ValueError, match="record_timestamps"):
+        model.generate_batch([[5]], record_timestamps=True)
+    with pytest.raises(ValueError, match="top_k"):
+        model.generate_batch([[5]], top_k=3)

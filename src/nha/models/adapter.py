@@ -33,6 +33,7 @@ from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
 from nha.models.decode_graph import SINGLE_USE, UNPADDED, graph_of, plan
 from nha.models.families import check_family, rotates
+from nha.models.generate_batch import generate_in_batches
 from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
 from nha.models.slots import SlotParameters
@@ -86,8 +87,37 @@ class HybridGenerationMixin:
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse transformers' continuous batching, whose paged cache holds keys and values and no slots."""
         raise NotImplementedError(
-            f"expected {type(self).__name__}.generate, for left-padded batches, or vLLM with the plugin of nha, "
+            f"expected {type(self).__name__}.generate_batch, for left-padded batches, or vLLM with the plugin of nha, "
             "got continuous batching: its paged cache has no slots"
+        )
+
+    def generate_batch(
+        self: Any,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Write after many prompts of token ids, in left-padded batches (`nha.models.generate_batch`).
+
+        Of `continuous_batching_config` only `max_requests_per_batch` and `return_logprobs` count; progress, warming up
+        and keeping a manager mean nothing here. Raises ValueError for `record_timestamps` and for unknown arguments.
+        """
+        new = kwargs.pop("max_new_tokens", None)
+        if kwargs or record_timestamps:
+            got = sorted(kwargs) or "record_timestamps"
+            raise ValueError(f"expected prompts, a generation config and max_new_tokens, got {got}")
+        return generate_in_batches(
+            self,
+            inputs,
+            self.generation_config if generation_config is None else generation_config,
+            max_new_tokens=new,
+            max_rows=getattr(continuous_batching_config, "max_requests_per_batch", None),
+            return_logprobs=bool(getattr(continuous_batching_config, "return_logprobs", False)),
         )
 
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
