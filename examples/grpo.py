@@ -12,6 +12,8 @@ import sys
 import tempfile
 from typing import Any
 
+import torch
+
 from nha.models.loading import find, load
 
 PROMPTS = ["Name three colours.", "Why is the sky blue?", "What is a harbour?", "Say hello."]
@@ -25,7 +27,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 def train(name: str, batched: bool, steps: int = 3) -> list[dict[str, float]]:
     """The log of a run of some steps."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     model, tokenizer = load(find(name))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -39,6 +41,7 @@ def train(name: str, batched: bool, steps: int = 3) -> list[dict[str, float]]:
             learning_rate=1e-5,
             logging_steps=1,
             report_to=[],
+            use_cpu=not torch.cuda.is_available(),
             use_transformers_continuous_batching=batched,
         )
         prompts = Dataset.from_dict({"prompt": PROMPTS * 2})

@@ -8,17 +8,21 @@ window is rounded once, when a token enters: scales are powers of 2, so that pac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nha.ops.chunk_groups import GATE_FLOOR
 from nha.ops.state import WINDOW_CACHE, NHAState, RingState, check_state, forget_newest, slot_dtype
 from nha.settings import STATE_DTYPES
 
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # their multiples, modulo 1, fill [0, 1) evenly
 MAX_INT8, MAX_INT12 = 127, 2038  # 2,038 = 16 * 127 + 6: a value of 8 bits and an error of 4 bits
+GATE_SCALE = 1e-4  # log-gates below are stored in equal steps of 4e-6, those above within 2 % of themselves
+GATE_STEP = math.log1p(-GATE_FLOOR / GATE_SCALE) / 255
 SMALLEST = 2.0**-124  # of a row that is not taken for zeros
 SLOTS = ("slot_key", "slot_value")
 ROWS = ("key", "value", "window_slot_key")
@@ -41,7 +45,7 @@ class PackedState(NHAState):
     """A state in fewer bytes. `unpack` gives the state to compute with, `PackedState.of` packs the next one.
 
     Slots and window have the shapes of an `NHAState`. In "bfloat16" they have this dtype. In "int8" a row of D numbers
-    has a scale, slots have two errors of 4 bits in a byte, and log-gates have 16 bits.
+    has a scale, slots have two errors of 4 bits in a byte, and log-gates have 8 bits on a logarithmic scale.
 
     >>> state = NHAState.from_slots(torch.randn(1, 2, 8, 64), torch.randn(1, 2, 8, 64), window_size=16).padded()
     >>> packed = PackedState.of(state, "int8")
@@ -83,8 +87,8 @@ class PackedState(NHAState):
             found |= pack_slots(name, getattr(state, name).detach(), state.num_tokens, state_dtype)
         for name in WINDOW_CACHE:
             x = getattr(state, name)
-            if x is not None and name in ROWS and state_dtype == "int8":
-                found |= pack_rows(name, x.detach())
+            if x is not None and state_dtype == "int8":
+                found |= pack_rows(name, x.detach()) if name in ROWS else {name: pack_gates(x.detach())}
             elif x is not None:
                 found[name] = x.detach().to(narrow(x.dtype))
         return cls(
@@ -106,7 +110,9 @@ class PackedState(NHAState):
             found[name] = self._unpack_slots(name)
         for name in WINDOW_CACHE:
             x, scale = getattr(self, name), getattr(self, f"{name}_scale", None)
-            if x is not None:
+            if x is not None and x.dtype == torch.uint8:
+                found[name] = unpack_gates(x).to(self.gate_dtype)
+            elif x is not None:
                 dtype = self.gate_dtype if name == "window_log_gate" else self.dtype
                 found[name] = x.to(dtype, copy=True) if scale is None else (x * scale.float()).to(dtype)
         options: dict[str, Any] = {"window_size": self.window_size, "slots_active": self.slots_active}
@@ -220,3 +226,19 @@ def pack_rows(name: str, x: Tensor) -> dict[str, Tensor | None]:
     scale = power_of_two(x.abs().amax(-1, keepdim=True).float() / (MAX_INT8 + 0.5))
     value = torch.round(x.float() / scale).clamp(-MAX_INT8, MAX_INT8)
     return {name: value.to(torch.int8), f"{name}_scale": scale.to(torch.bfloat16)}
+
+
+def pack_gates(x: Tensor) -> Tensor:
+    """Log-gates [B, n, H, M] from -5 to 0 as uint8; both ends are exact, and what is outside counts as them."""
+    size = -x.float().clamp(GATE_FLOOR, 0)
+    return torch.round(torch.log1p(size / GATE_SCALE) / GATE_STEP).to(torch.uint8)
+
+
+def unpack_gates(x: Tensor) -> Tensor:
+    """The log-gates of `pack_gates`, in float32.
+
+    >>> unpack_gates(pack_gates(torch.tensor([0.0, -0.001, -0.125, -5.0]))).mul(1e3).round().tolist()
+    [-0.0, -1.0, -125.0, -5000.0]
+    """
+    size = torch.expm1(x.float() * GATE_STEP) * GATE_SCALE
+    return torch.where(x == 255, GATE_FLOOR, -size)
