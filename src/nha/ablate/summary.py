@@ -167,6 +167,7 @@ def write_summary(out: Path) -> Path:
     """
     rows = read_rows(out)
     tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / TABLES).glob("*.json"))]
+    tables.sort(key=lambda table: (table["name"].endswith("-cpu"), table["name"]))  # sizes for a CPU come last
     order = {(table["name"], arm): number for table in tables for number, arm in enumerate(table["arms"])}
     best = sorted(best_rows(rows), key=lambda row: (row["table"], order.get((row["table"], row["arm"]), len(order))))
     write_atomically(out / "summary.json", json.dumps(flat(best), indent=1) + "\n")
