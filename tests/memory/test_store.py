@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from nha.memory import MemoryStore
+from nha.memory import store as store_module
 from nha.memory.store import ABANDONED_SECONDS
 from nha.models.cache import nha_layers
 from tests.models.families import hybrid, sliding, tokens
@@ -159,6 +162,44 @@ def test_another_model_finds_nothing_and_its_entry_is_refused_by_name(tmp_path, 
         assert store.load(model, ids).num_found == 32  # type: ignore[union-attr]
     assert "NHALlamaForCausalLM" in caplog.text
     assert not mine.exists()
+
+
+def test_a_file_that_cannot_be_read_or_replaced_is_left_out(tmp_path, caplog):
+    model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 70)
+    wanted = logits(model, ids, MemoryStore(tmp_path / "other", FEW, 32, 1).read(model, ids))
+    store = MemoryStore(tmp_path / "store", FEW, 32, 1)
+    store.read(model, ids)
+    path = next(p for p in files(store) if p.name.startswith("00000064") and ".state." in p.name)
+    path.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        memory = store.read(model, ids)
+    assert (memory.num_found, memory.num_tokens) == (32, 64)
+    assert [path.name in record.getMessage() for record in caplog.records] == [True, True]
+    told = [record.getMessage() for record in caplog.records]
+    assert "cannot be read" in told[0]
+    assert "without storing" in told[1]
+    assert torch.equal(logits(model, ids, memory), wanted)
+
+
+def test_a_directory_that_goes_away_is_no_loss(tmp_path, caplog):
+    model, ids = hybrid("llama", 8), tokens(1, 70)
+    store = MemoryStore(tmp_path / "store", FEW, 32, 1)
+    wanted = logits(model, ids, store.read(model, ids))
+    shutil.rmtree(tmp_path / "store")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(logits(model, ids, store.read(model, ids)), wanted)
+    assert len(caplog.records) <= 1
+
+
+def test_a_lock_that_another_process_holds_does_not_stop_reading(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(store_module, "LOCK_SECONDS", 0.05)
+    model, ids = hybrid("llama", 8), tokens(1, 70)
+    store = MemoryStore(tmp_path, FEW, 32, 1)
+    with FileLock(tmp_path / store_module.LOCK), caplog.at_level(logging.WARNING):
+        assert store.read(model, ids).num_tokens == 64
+    assert "holds its lock" in caplog.text
+    assert store.load(model, ids).num_found == 64  # type: ignore[union-attr]
 
 
 LIMITED = """
