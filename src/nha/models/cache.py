@@ -101,7 +101,10 @@ class NHACacheLayer(CacheLayerMixin):
             before = before.unpack()
         if self.appends_only and before is not None and steps_in_place(segment, reading, before):
             self.state = before
-            return self.append(segment.tensors, reading.sink, reading.scale, reading.softcap, segment.num_kept)
+            out = self.append(segment.tensors, reading.sink, reading.scale, reading.softcap, segment.num_kept)
+            if self.state_dtype != "float32":
+                self._keep(self.state)
+            return out
         before = before.aligned() if isinstance(before, FusedRing) else before
         rollback = self.max_rollback if not self.is_compileable and supports_rollback(segment, before) else 0
         recorded = self.record_past and self._must_record(segment, rollback)
@@ -130,7 +133,7 @@ class NHACacheLayer(CacheLayerMixin):
     @property
     def appends_only(self) -> bool:
         """Whether tokens are never taken back and no tensor has to keep its address."""
-        return not (self.is_compileable or self.record_past or self.max_rollback or self.state_dtype != "float32")
+        return not (self.is_compileable or self.record_past or self.max_rollback)
 
     def append(
         self,
