@@ -22,6 +22,7 @@ TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 25e6}
 # What a control does not depend on: it has full attention, and trains the linear layers of attention in one stage.
 HYBRID_ALONE = ("window_size", "num_slots", "full_layers", "init", "num_sinks", "slot_distance", "align_steps")
 HYBRID_ALONE += ("align_sequences", "gate_lr", "sink_lr", "window_dropout", "trainable", "lora_rank", "teacher_tokens")
+HYBRID_ALONE += ("slot_write", "write_reach")
 # Measured on one H200, in an empty cache of compiled kernels; heads with windows of their own compile for longer.
 COMPILE_S, HEADS_COMPILE_S, CONTROL_COMPILE_S, ALIGN_S = 60.0, 140.0, 75.0, 15.0
 EVAL_S, LONG_EVAL_S = 95.0, 60.0
@@ -76,6 +77,7 @@ ARMS = {
         Arm("4full_heads", "4full", "constant", {}, (12, -1, 64), (32768,), teacher_fraction=TEACHER),
         Arm("1full_heads", "1full", "constant", {}, (15, 3264, 64), (32768,), teacher_fraction=TEACHER),
         Arm("constant_heads", "constant", "constant", {}, (15, 256, None), LONG),
+        Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, (15, 256, None), LONG),
         Arm("constant_teacher", "constant", "constant", {}, (15, 256, None), LONG, teacher_fraction=TEACHER),
         Arm("constant64_teacher", "constant", "constant", {}, None, LONG, teacher_fraction=TEACHER),
         Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),

@@ -70,6 +70,7 @@ def hybridize(
         "num_slots": hybrid.config.num_slots,
         "num_sinks": hybrid.config.num_sinks,
         "init": settings.init,
+        "slot_write": hybrid.config.slot_write,
         "perplexity": {name: variant.value for name, variant in measured.items()},
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -113,6 +114,7 @@ def convert(
             tokenizer=tokenizer,
             slot_distance=settings.slot_distance,
             num_sinks=settings.num_sinks,
+            slot_write=settings.slot_write,
             seed=settings.seed,
             progress=advance,
         )

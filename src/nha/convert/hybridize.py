@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from nha.convert.calibrate import calibrate_gates, calibrate_sinks, copy_gates
 from nha.convert.check import check_conversion, check_structure, in_eval_mode, reasons, reference
 from nha.convert.undo import unchanged_on_error
+from nha.convert.write_scores import fit_write_scores, set_write_scores
 from nha.data.text import blocks, calibration_text
+from nha.layer import check_slot_write
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
@@ -84,6 +86,7 @@ def hybridize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     slot_distance: int = 128,
     num_sinks: int = 1,
+    slot_write: str = "soft",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
@@ -109,6 +112,8 @@ def hybridize(
         tokenizer: reads the texts; default: the one saved beside the model.
         slot_distance: how many tokens back a query sees the slots.
         num_sinks: constant keys and values that stand in for the first tokens of a text.
+        slot_write: "soft", or "exact": a slot holds one token, kept for its score (`nha.convert.write_scores`), which
+            takes the place of the gates that `init` names.
         seed: of the k-means.
         progress: called with (layers done, layers in all).
 
@@ -137,7 +142,10 @@ def hybridize(
         windows = plan_windows(text, window_size, full_layers)
     if all(window == FULL for window in windows):
         raise ValueError(f"expected at least one layer to convert, got windows {windows}")
+    check_slot_write(slot_write)
     paper = init == "paper"
+    if paper and slot_write == "exact":
+        raise ValueError("expected slot_write='soft' with init='paper', got 'exact'")
     keep_unpacked(model)
     ids = calibration_ids(model, calibration, tokenizer, num_slots)
     with reasons(model), unchanged_on_error(model), in_eval_mode(model):
@@ -149,12 +157,15 @@ def hybridize(
             num_sinks=0 if paper else num_sinks,
             slot_distance=0 if paper else slot_distance,
             slots_from_start=paper,
+            slot_write=slot_write,
         )
         renew_hooks(model)
         check_conversion(model, before)
         if num_sinks and not paper:
             calibrate_sinks(model, ids)
-        if init in ("keys", "paper"):
+        if slot_write == "exact":
+            set_write_scores(model, fit_write_scores(model, [ids], progress))
+        elif init in ("keys", "paper"):
             copy_gates(model, ids)
         else:
             calibrate_gates(model, ids, seed=seed, init=init, progress=progress)

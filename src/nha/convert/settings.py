@@ -9,6 +9,7 @@ from nha.settings import (
     DTYPES,
     INITS,
     MAX_WINDOW,
+    SLOT_WRITES,
     check_settings,
     count,
     fraction,
@@ -53,6 +54,12 @@ class HybridizeSettings:
         1, "Constant keys that stand in for a text's first tokens.", at_least=0, at_most=1 << 10, option="sinks"
     )
     slot_distance: int = count(128, "Distance, in tokens, at which queries see the slots.", at_least=0)
+    slot_write: str = setting(
+        "soft",
+        "How slots are written: every token by gates, or kept tokens in a slot each, by a score that is learned from "
+        "the original's attention.",
+        choices=SLOT_WRITES,
+    )
     dtype: str = setting("auto", "Dtype of the weights; auto: that of the model.", choices=DTYPES)
     seed: int = setting(0, "Seed of the k-means.", at_least=0, at_most=MAX_SEED)
 

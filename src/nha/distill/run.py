@@ -16,13 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from nha.convert.align import align
 from nha.convert.calibrate import SINK_TOKENS
+from nha.convert.heads import SPARE, find_copy_rows
 from nha.convert.hybridize import hybridize
+from nha.convert.write_scores import fit_write_scores, set_write_scores
 from nha.data.corpus import Corpus
 from nha.data.recall import RecallSettings
 from nha.data.stream import Mixture, Stream
@@ -52,6 +55,7 @@ from nha.models.windows import attention_layers
 from nha.ops.heads import Window
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
+COPY_ROWS, COPY_DOCUMENTS, COPY_TOKENS = 128, 256, 8192
 CONTROL_SETTINGS = ("trainable", "lora_rank", "lr", "warmup_fraction", "max_grad_norm", "gradients", "answer_weight")
 VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
@@ -454,7 +458,7 @@ def _train(
             wait_for_begin(run)
         checkpoint = latest_checkpoint(run)
         start = 0 if checkpoint is None else step_of(checkpoint)
-        aligned = [] if checkpoint else align_student(student, ids, settings, reports, stop)
+        aligned = [] if checkpoint else align_student(student, ids, stream, settings, reports, stop)
         reports.timeline.mark("aligned")
         if start < len(stream):
             student.train()
@@ -489,6 +493,7 @@ def make_student(
             calibration=ids,
             slot_distance=settings.slot_distance,
             num_sinks=settings.num_sinks,
+            slot_write=settings.slot_write,
             seed=settings.seed,
         )
     else:
@@ -506,11 +511,36 @@ def make_student(
     return student, ids
 
 
+def copy_texts(stream: Stream, settings: DistillSettings, windows: Sequence[Window]) -> list[Tensor]:
+    """Texts [1, T] that repeat a sentence from beyond the windows, for scores of exact slots.
+
+    Documents to train on that have no such sentences give none.
+    """
+    corpus, least = stream.corpus, max(smallest_window(windows), 0) + SPARE
+    drawn = np.random.default_rng([settings.seed, 17]).permutation(corpus.train_indices)[:COPY_DOCUMENTS]
+    texts = [str(stream.tokenizer.decode(corpus.document(int(index))[:COPY_TOKENS])) for index in drawn]
+    spans = {"min_distance": least, "max_distance": max(settings.write_reach, 2 * least)}
+    try:
+        rows = find_copy_rows(stream.tokenizer, texts, COPY_ROWS, **spans, seed=settings.seed)
+    except ValueError:
+        return []
+    return [row.ids[None] for row in rows]
+
+
 def align_student(
-    student: Distillation, ids: Tensor, settings: DistillSettings, reports: Reports, stop: Stop
+    student: Distillation, ids: Tensor, stream: Stream, settings: DistillSettings, reports: Reports, stop: Stop
 ) -> list[tuple[float, float]]:
-    """Stage 1: the error of each layer before and after; an empty list if there is nothing to align."""
-    if not settings.align_steps or settings.slots_off or all(window == FULL for window in student.windows):
+    """Stage 1: the error of each layer before and after; an empty list if there is nothing to align.
+
+    Scores of exact slots are first learned from the teacher's attention to texts that repeat their sentences and to
+    `ids`.
+    """
+    if settings.slots_off or all(window == FULL for window in student.windows):
+        return []
+    if settings.slot_write == "exact":
+        texts = [*copy_texts(stream, settings, student.windows), ids]
+        set_write_scores(student.causal, fit_write_scores(student.causal, texts), settings.write_reach)
+    if not settings.align_steps:
         return []
 
     def progress(done: int, total: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from nha.settings import (
     INITS,
     MAX_WINDOW,
+    SLOT_WRITES,
     check_settings,
     count,
     fraction,
@@ -62,6 +63,13 @@ class DistillSettings:
         1, "Constant keys that stand in for a text's first tokens.", at_least=0, at_most=1 << 10, option="sinks"
     )
     slot_distance: int = count(128, "Distance, in tokens, at which queries see the slots.", at_least=0)
+    slot_write: str = setting(
+        "soft",
+        "How slots are written: every token by gates, or kept tokens in a slot each, by a score that is learned from "
+        "the original's attention.",
+        choices=SLOT_WRITES,
+    )
+    write_reach: int = count(512, "Tokens that a kept token stays in exact slots, about; it sets how many are kept.")
     tokens: float = setting(20e6, "Tokens to train on, on all GPUs together.", at_least=1, at_most=MAX_TOKENS)
     batch_size: int = count(16, "Sequences of a step, on each GPU.", at_most=1 << 16)
     seq_len: int = count(2048, "Tokens of a sequence.", at_least=2)

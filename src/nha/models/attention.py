@@ -82,7 +82,8 @@ def hybrid_attention(
     if nha is None:
         raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
     if module.observer is not None:
-        module.observer(observation(module, key, value, nha))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        module.observer(observation(module, (query, key, value), nha, scale, softcap))
     cu = kwargs.get("cu_seq_lens_q")
     if cu is None and not dropout and is_next_token(module, query, attention_mask, nha.cache):
         return next_token(module, (query, key, value), nha, scaling, softcap), None
@@ -228,13 +229,15 @@ def slot_inputs(
     return module.nha(nha.hidden, order, fill=state is None or not state.slots_active)
 
 
-def observation(module: Any, key: Tensor, value: Tensor, nha: LayerInputs) -> Observation:
+def observation(
+    module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scale: float, softcap: float | None
+) -> Observation:
     """The inputs of an attention module, keys without positions among them, for its observer."""
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if nha.tables is None:
-        return Observation(nha.hidden, key, key, value)
-    slot_key = unrotate(key, *nha.tables, interleaved=module.rotary_style.interleaved)
-    return Observation(nha.hidden, slot_key, key, value)
+    query, key, value = (x.transpose(1, 2) for x in inputs)
+    slot_key = key
+    if nha.tables is not None:
+        slot_key = unrotate(key, *nha.tables, interleaved=module.rotary_style.interleaved)
+    return Observation(nha.hidden, slot_key, key, value, query, scale, softcap)
 
 
 def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:

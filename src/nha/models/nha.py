@@ -96,7 +96,7 @@ class NHAAttention(NativeHybridAttention):
         mask = read_mask(self, attention_mask, hidden_states.shape[1], cu)
         layer = layer_cache(self, cache, hidden_states.shape[0])
         if self.observer is not None:
-            self.observer(Observation(hidden_states, slot_key, key, value))
+            self.observer(Observation(hidden_states, slot_key, key, value, query, self.head_dim**-0.5, None))
 
         def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scale, longest = self.head_dim**-0.5, kwargs.get("max_length_q")

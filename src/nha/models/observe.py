@@ -19,12 +19,18 @@ ABLATIONS = (None, "slots_off", "window_off")
 
 @dataclass
 class Observation:
-    """Inputs of an attention layer in one forward pass: hidden [B, T, hidden], the others [B, T, H, D]."""
+    """Inputs of an attention layer in one forward pass: hidden [B, T, hidden], keys and values [B, T, H, D].
+
+    `query` [B, T, HQ, D] and `key` have their positions; `scale` and `softcap` are those of the scores.
+    """
 
     hidden: Tensor
     slot_key: Tensor
     key: Tensor
     value: Tensor
+    query: Tensor
+    scale: float
+    softcap: float | None
 
 
 @contextmanager
