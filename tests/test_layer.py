@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nha import NativeHybridAttention
-from nha import layer as projections
 
 
 def layer(**changes):
@@ -82,26 +81,3 @@ def test_padding_and_packing_equal_the_sequences_alone(window):
     padded = module(batch, attention_mask=mask)[0]
     torch.testing.assert_close(padded[0, 2:], first[0])
     torch.testing.assert_close(padded[1], second[0])
-
-
-def test_projections_in_one_product_give_what_each_alone_gives_gradients_too(monkeypatch):
-    module = NativeHybridAttention(16, num_heads=4, num_kv_heads=2, num_slots=4, window_size=3).double()
-    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *(p for p in module.parameters() if p.numel())]
-
-    def run():
-        out = module(x)[0]
-        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
-
-    expected = run()
-    monkeypatch.setattr(projections, "project_together", projections.linear_together)
-    for found, wanted in zip(run(), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
-def test_layers_with_a_bias_an_adapter_or_a_hook_are_called_themselves():
-    plain = torch.nn.Linear(3, 2, bias=False)
-    assert projections.is_plain(plain) and not projections.is_plain(torch.nn.Linear(3, 2))
-    assert not projections.is_plain(torch.nn.Sequential(plain))
-    plain.register_forward_hook(lambda *_: None)
-    assert not projections.is_plain(plain)

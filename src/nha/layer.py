@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nha.ops import NHAState, nha_attention
-from nha.ops.autocast import cast_for_autocast
 from nha.ops.exact import WriteOrder, exact_log_gate
 from nha.ops.rotary import rotate
 from nha.ops.state import check_state, check_window_size
@@ -16,7 +15,6 @@ from nha.ops.varlen import sequence_of
 from nha.settings import SLOT_WRITES
 
 GATE_DIVISOR = 8.0
-MIN_TOKENS_TOGETHER = 4096  # from which on several projections of one input are one product
 
 
 def log_gate(logits: Tensor, heads: int) -> Tensor:
@@ -59,34 +57,6 @@ def segment_positions(
         positions = positions - cu[row]
         return positions if state is None else positions + state.num_tokens[row]
     return positions if state is None else positions + state.num_tokens[:, None]
-
-
-def project_together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-    """The outputs of linear layers of one input x [B, T, hidden], in training on a GPU as one matrix product.
-
-    The gradient of x is then summed within a product, where it would be written once for each layer and read again.
-    """
-    tokens = x.shape[0] * x.shape[1]
-    if x.is_cuda and torch.is_grad_enabled() and tokens >= MIN_TOKENS_TOGETHER and all(map(is_plain, layers)):
-        return linear_together(x, *layers)
-    return [layer(x) for layer in layers]
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is nothing but a product with its weight: no adapter, hook or sharding, and no bias."""
-    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None
-    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
-
-
-def linear_together(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-    """The outputs of linear layers without biases of one input x [B, T, hidden], as views of one product.
-
-    >>> layers, x = [nn.Linear(3, width, bias=False) for width in (2, 4)], torch.randn(1, 5, 3)
-    >>> all(torch.allclose(y, layer(x), atol=1e-6) for y, layer in zip(linear_together(x, *layers), layers))
-    True
-    """
-    weight = torch.cat(cast_for_autocast(*(layer.weight for layer in layers)))
-    return list(F.linear(x, weight).split([layer.out_features for layer in layers], -1))
 
 
 def write_order(
@@ -205,14 +175,11 @@ class NativeHybridAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, HQ, D], keys [B, T, H, D] and values [B, T, H, D] of x [B, T, hidden], no positions yet."""
-        q, k, v = self.to_heads(project_together(x, self.q_proj, self.k_proj, self.v_proj))
-        return q, k, v
+        return self.to_heads([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)])
 
     def project_with_gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `project`, and the gate's logits [B, T, H * M], or scores [B, T, H] of exact slots."""
-        *projected, logits = project_together(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
-        q, k, v = self.to_heads(projected)
-        return q, k, v, logits
+        return *self.project(x), self.g_proj(x)
 
     def to_heads(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, HQ, D], keys and values [B, T, H, D] of what the projections return, [B, T, width] each."""

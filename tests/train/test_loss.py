@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
+from nha import NHAConfig
 from nha.distill.loss import Head
 from nha.models.nha import NHAForCausalLM
 from nha.train.loss import LanguageModel, cross_entropy
@@ -77,3 +79,23 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(name):
         muon = {id(p) for group in optimizer.muon.param_groups for p in group["params"]}
         inside = {key for key, p in model.named_parameters() if id(p) in muon}
         assert any("q_proj" in key for key in inside) and not any("g_proj" in key or "embed" in key for key in inside)
+
+
+@pytest.mark.parametrize("window", [8, -1])
+def test_all_layers_of_a_kind_and_later_models_share_one_compiled_graph(window, monkeypatch):
+    """A guard on a layer's index would compile each layer anew: minutes for a deep model."""
+    graphs = CompileCounter()
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled(self, backend=graphs, **options))
+    torch._dynamo.reset()
+    try:
+        for seed in range(2):
+            torch.manual_seed(seed)
+            causal = NHAForCausalLM(NHAConfig.tiny(num_hidden_layers=3, window_sizes=window))
+            model = LanguageModel(causal)
+            model.compile_layers()
+            ids = torch.arange(64).view(2, 32)
+            model(ids, ids).backward()
+        assert graphs.frame_count == 1
+    finally:
+        torch._dynamo.reset()
