@@ -13,9 +13,9 @@ from typing import Any
 from nha.convert.heads import load_plan, plan_heads
 from nha.distill.recipes import recipe_settings
 from nha.distill.settings import DistillSettings
-from nha.models.config import FULL, LayerWindow
+from nha.models.config import FULL
 from nha.models.loading import EMBEDDED_ID
-from nha.ops.heads import map_window
+from nha.ops.heads import Window, map_window
 
 BUDGETS = ("4full", "1full", "constant")
 TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 25e6}
@@ -100,7 +100,7 @@ DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "constant_teache
 PLAN = Path("results/plans/smollm2-heads15.json")  # of `nha search --heads 15`
 
 
-def head_windows(heads: tuple[int, int, int | None], plan: Path = PLAN) -> tuple[LayerWindow, ...]:
+def head_windows(heads: tuple[int, int, int | None], plan: Path = PLAN) -> tuple[Window, ...]:
     """One window per KV head, the wide ones where the search of `plan` found the largest mixing weights."""
     count, wide, narrow = heads
     weights = load_plan(plan).weights
@@ -188,7 +188,9 @@ def make_runs(
         for name in names:
             arm = ARMS[name]
             count = tokens.get(name, tokens.get(arm.budget, TOKENS[arm.budget]))
-            changes = {"teacher_tokens": arm.teacher_fraction * count} if arm.teacher_fraction else {}
+            changes: dict[str, Any] = {}
+            if arm.teacher_fraction:
+                changes["teacher_tokens"] = arm.teacher_fraction * count
             changes |= {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
             if arm.heads:
                 changes["window_size"] = head_windows(arm.heads)
