@@ -73,3 +73,12 @@ def test_settings_that_cannot_be_are_named(windows, words):
 def test_windows_of_layers_are_read_from_the_command_line():
     assert settings(window_size=parse_window("8,-1,8")).window_size == (8, -1, 8)
     assert settings(window_size=[[8, 16], -1]).window_size == [[8, 16], -1]
+
+
+def test_windows_longer_than_the_sequences_of_alignment_are_trained_in_longer_ones(given, tmp_path):
+    corpus, tokenizer = given
+    long = {"long_tokens": 2 * 2 * LENGTH, "long_seq_len": 2 * LENGTH}
+    options = settings(window_size=((16, LENGTH + 100), 16, 16), tokens=4 * 2 * LENGTH, **long)
+    found = distill(tiny(), tokenizer, corpus, tmp_path / "run", options)
+    assert found.finished and found.model.config.window_sizes[0] == [16, LENGTH + 100]
+    assert all(torch.isfinite(weight).all() for weight in found.model.parameters())

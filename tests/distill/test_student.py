@@ -13,7 +13,7 @@ from nha.data.packing import pack
 from nha.distill.student import Distillation, TeacherStudentLinear, linear_layers
 from nha.models.windows import attention_layers
 from tests.inputs import assert_close_to
-from tests.models.families import FAMILIES, teacher, tokens
+from tests.models.families import FAMILIES, hybrid, teacher, tokens
 
 TEXT = tokens(4, 64, seed=3)
 LENGTHS = (40, 9, 25)
@@ -230,3 +230,18 @@ def test_quantized_weights_are_trained_around_or_refused_before_anything_changes
 def test_unknown_parts_to_train_are_refused():
     with pytest.raises(ValueError, match="expected trainable to be one of"):
         student_of(trainable="everything")
+
+
+def test_one_graph_serves_all_layers_of_a_kind():
+    model, graphs = hybrid("llama", 16, num_hidden_layers=4), []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    hidden, position_ids = torch.randn(1, 40, model.config.hidden_size), torch.arange(40)[None]
+    tables = model.model.rotary_emb(hidden, position_ids)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=count)
+        layer(hidden, position_embeddings=tables, position_ids=position_ids, use_cache=False)
+    assert len(graphs) == 1

@@ -13,7 +13,7 @@ from experiments.quality_report import find_control, shares, summary_rows, table
 from nha.models.delta import read_delta
 from tests.data.tokenizers import small_tokenizer
 from tests.evaluate.test_public import data, lines  # noqa: F401
-from tests.models.families import teacher
+from tests.models.families import hybrid, teacher
 
 SETTINGS = {
     "batch_size": 2,
@@ -168,3 +168,12 @@ def test_unknown_arms_and_shards_are_refused():
     for wrong in (["--arms", "5full"], ["--shard", "2/2"], []):
         with pytest.raises(SystemExit):
             quality.main(wrong if wrong == [] else [*wrong, "--data", "."])
+
+
+def test_the_bytes_of_full_heads_are_counted():
+    tokens, model = 600, hybrid("llama", [[16, -1], 16, -1])
+    size = quality.cache_bytes(model, tokens)
+    config = model.config
+    each = 2 * 4 * (config.hidden_size // config.num_attention_heads)  # key and value of a token of a head, float32
+    grown = quality.cache_bytes(model, 2 * tokens)
+    assert grown - size == (1 + config.num_key_value_heads) * tokens * each

@@ -52,7 +52,7 @@ from nha.models.config import FULL, largest_window, plan_windows, smallest_windo
 from nha.models.families import check_family
 from nha.models.head import check_head
 from nha.models.windows import attention_layers
-from nha.ops.heads import Window
+from nha.ops.heads import Window, all_windows
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
 COPY_ROWS, COPY_DOCUMENTS, COPY_TOKENS = 128, 256, 8192
@@ -197,7 +197,9 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: Sequence[Windo
 def align_ids(corpus: Corpus, settings: DistillSettings, windows: Sequence[Window]) -> Tensor:
     """Sequences [N, T] to calibrate and align gates and sinks on: single documents, longer than the windows."""
     count = max(settings.align_sequences, -(-SINK_TOKENS // settings.seq_len))
-    return torch.from_numpy(corpus.sample(count, settings.seq_len, settings.seed, max(largest_window(windows) + 1, 2)))
+    shorter = [window for window in all_windows(windows) if window < settings.seq_len]  # longer ones do not end there
+    least = max(largest_window(shorter) + 1, 2)
+    return torch.from_numpy(corpus.sample(count, settings.seq_len, settings.seed, least))
 
 
 def fsdp_options(student: Distillation) -> dict[str, Any]:
@@ -417,6 +419,7 @@ def _of_teacher(reports: Reports) -> Reports:
 def _free(model: PreTrainedModel) -> None:
     """Give the memory of a trained copy back; a Trainer refers to itself, so it waits for the garbage collector."""
     model.to("meta")  # type: ignore[arg-type]
+    torch._dynamo.reset()  # what was compiled for it counts towards the limit of recompilations, and keeps it alive
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

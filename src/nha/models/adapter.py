@@ -167,7 +167,9 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
     def forward(
         self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if self.layer_idx == 0:  # all layers share the configuration, which is slow to read
+        # All layers share the configuration, which is slow to read. Compiled code, in which the number of a layer would
+        # be a constant and every layer a graph of its own, is made after a check of the same configuration.
+        if not torch.compiler.is_compiling() and self.layer_idx == 0:
             check_implementation(self.config)
         cache = cache_argument(kwargs)
         own = layer_cache(self, cache, hidden_states.shape[0])

@@ -38,7 +38,8 @@ def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cac
 
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    for layer in cache.layers:
+    parts = [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]  # groups of heads
+    for layer in parts:
         if isinstance(layer, NHACacheLayer):
             layer.length = context
         elif not getattr(layer, "is_sliding", False):
