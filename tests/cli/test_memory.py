@@ -54,6 +54,7 @@ def test_a_chat_begins_with_what_was_read_before(tiny_hybrid, tmp_path):
         (["--document", "/nowhere.txt"], "/nowhere.txt"),
         (["--memory-gib", "0"], "--memory-gib"),
         (["--memory", "/proc/none"], "/proc/none"),
+        (["--state-dtype", "int4"], "--state-dtype"),
     ],
 )
 def test_what_cannot_be_is_one_line(tiny_hybrid, arguments, named):
@@ -61,3 +62,11 @@ def test_what_cannot_be_is_one_line(tiny_hybrid, arguments, named):
     assert result.exit_code in (1, 2)
     assert named in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_states_in_fewer_bytes(tiny_hybrid, tiny):
+    plain = ask(tiny_hybrid, DOCUMENT)["cache_bytes"]
+    assert ask(tiny_hybrid, DOCUMENT, "--state-dtype", "int8")["cache_bytes"] < plain / 2
+    result = runner.invoke(app, ["generate", str(tiny), "Hello", "--state-dtype", "int8"])
+    assert result.exit_code == 2
+    assert "hybrid for --state-dtype" in result.stderr

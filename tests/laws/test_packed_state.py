@@ -66,9 +66,24 @@ def test_errors_stay_bounded_over_5000_steps(state_dtype):
         worst = torch.maximum(worst, error / largest)
     half = 1 / (1 - alpha[0, 0, :, 0] ** 2)
     assert (worst <= 4 * STEP[state_dtype] * half.sqrt().float()).all(), worst
-    nearest = torch.full((dim,), 1.0)  # a slot of ones that 1.001 is written to: no step of bfloat16 is that small
-    update = (torch.full((dim,), 1.001) - nearest) * (1 - alpha[0, 0, -1, 0].float())
-    assert update.abs().max() < 2.0**-20  # while errors above are bounded by far larger steps
+
+
+@pytest.mark.parametrize("state_dtype", PACKED)
+def test_updates_far_below_one_step_are_not_lost(state_dtype):
+    """A slot of ones moves towards twos by 2 ** -14 of the way a token, less than a tenth of a step."""
+    share, steps = 2.0**-14, 3000
+    ones = torch.ones(1, 1, 1, 16)
+    packed = PackedState.of(NHAState.from_slots(ones, ones, 0), state_dtype)
+    step = packed.slot_key_scale.item() if packed.slot_key_scale is not None else 2.0**-7
+    assert share < step / 10
+    for _ in range(steps):
+        state = packed.unpack()
+        state.slot_key.lerp_(2 * ones, share)
+        state.num_tokens += 1
+        packed = PackedState.of(state, state_dtype)
+    exact = 2 - (1 - share) ** steps
+    assert exact > 1 + 10 * step
+    assert (packed.unpack().slot_key - exact).abs().max() < 4 * step
 
 
 @pytest.mark.parametrize("ring", [False, True])
