@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
+import nha.models.fused_step
 import nha.ops.backends
 from nha.models import decode_graph
 from nha.models.fused_step import fused, is_fused
@@ -51,6 +52,50 @@ def test_logits_of_steps(kernels):
     assert error(found, exact) <= 2 * (error(plain, exact) + rounding(exact, torch.float32))
 
 
+@torch.no_grad()
+def outputs(model, ids):
+    """Logits of a prompt, a token and a segment, of a left-padded batch, and of a prompt within the window."""
+    cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+    mask[0, :5] = 0
+    parts = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 14), (14, 15), (15, 18))]
+    return [*parts, model(ids, attention_mask=mask).logits * mask[..., None], model(ids[:, :6]).logits]
+
+
+def test_logits_of_segments(monkeypatch):
+    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
+    calls, compute = [], nha.models.fused_step.fused_segment
+    monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    model, ids = build("qwen2"), tokens(2, 18)
+    found = outputs(model, ids)
+    assert len(calls) == 5 * len(WINDOWS) and not any("forward" in vars(x) for x in decoder(model).layers)
+    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "chunked")
+    plain, exact = outputs(model, ids), outputs(build("qwen2", torch.float64), ids)
+    assert len(calls) == 5 * len(WINDOWS)
+    for got, same, wanted in zip(found, plain, exact, strict=True):
+        assert error(got, wanted) <= 2 * (error(same, wanted) + rounding(wanted, torch.float32))
+
+
+def test_gradients_and_observers_are_the_family_s(monkeypatch):
+    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
+    monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: pytest.fail("no gradients here"))
+    model, ids, seen = build(), tokens(1, 9), []
+    model.requires_grad_(True)(ids).logits.sum().backward()
+    for layer in decoder(model).layers:
+        layer.self_attn.observer = seen.append
+    with torch.no_grad():
+        model(ids)
+    assert len(seen) == len(WINDOWS)
+
+
+def test_a_call_that_fails_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
+    model = build()
+    monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        model(tokens(1, 9))
+    assert not any("forward" in vars(x) for x in decoder(model).layers)
+
+
 def test_generate_writes_the_same_tokens(kernels, monkeypatch):
     def capture(run):
         output, replayed = run(), []
@@ -81,13 +126,6 @@ def test_generate_writes_the_same_tokens(kernels, monkeypatch):
     model.generate(tokens(2, 12), **options)
     assert counts and not any(counts)  # kernels of one sequence
     assert not any("forward" in vars(layer) for layer in decoder(model).layers)
-
-
-def test_another_call_within_the_block_is_the_family_s():
-    model, ids = build(), tokens(2, 10)
-    with torch.no_grad(), fused(model):
-        found = model(ids).logits
-    assert torch.equal(found, model(ids).logits)
 
 
 class Wrapped(nn.Linear):

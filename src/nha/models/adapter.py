@@ -33,6 +33,7 @@ from nha.models.checkpoint import CheckpointMixin, in_memory_name
 from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
 from nha.models.decode_graph import SINGLE_USE, UNPADDED, graph_of, plan
 from nha.models.families import check_family, rotates
+from nha.models.fused_step import after_layers, before_layers
 from nha.models.generate_batch import generate_in_batches
 from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.rotary import rotary_style
@@ -268,11 +269,13 @@ def watch_decoder(stack: nn.Module) -> None:
     """Before every forward pass of a decoder, let layers follow the configuration and find packed sequences."""
     if not any(hook is before_decoder for hook in stack._forward_pre_hooks.values()):
         stack.register_forward_pre_hook(before_decoder, with_kwargs=True)
+        stack.register_forward_hook(after_layers, always_call=True)
 
 
 def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a decoder's forward pass with the boundaries of packed sequences among them."""
     follow_config(stack)
+    before_layers(stack)
     if len(args) > 1:  # a mask or positions that came without a name
         names = list(inspect.signature(type(stack).forward).parameters)[1:]
         args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs

@@ -30,11 +30,16 @@ class LayerInputs(NamedTuple):
         hidden: [B, T, hidden], what the module projects.
         tables: rotary cosines and sines [B, T, R]; None in layers without positions.
         cache: the layer's cache, if there is one.
+        slots: gates and sink, where they are computed already; then queries and keys as the slots see them are too.
+        slot_query, slot_key: [B, T, heads, D].
     """
 
     hidden: Tensor
     tables: tuple[Tensor, Tensor] | None
     cache: LayerCache | None
+    slots: SlotInputs | None = None
+    slot_query: Tensor | None = None
+    slot_key: Tensor | None = None
 
 
 def cache_windows(module: Any) -> list[int | tuple[int, ...]]:
@@ -110,8 +115,8 @@ def hybrid_attention(
     if module.ablation == "slots_off":
         gate, kept = gate[..., :0], None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    slot_query = slot_key = None  # without rotary positions slots and window see the same
-    if nha.tables is not None:
+    slot_query, slot_key = nha.slot_query, nha.slot_key  # None without rotary positions: slots and window see the same
+    if nha.tables is not None and slot_query is None:
         interleaved = module.rotary_style.interleaved
         slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
     segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu, kept)

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
-from nha.models.fused_step import can_fuse, fused
+from nha.models.fused_step import after_layers, can_fuse, fused
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
@@ -152,7 +152,7 @@ def is_plain(model: Any, before_decoder: Callable) -> bool:
     if any(module.observer or module.mass_observer for module in attention_layers(model)):
         return False
     return not any(
-        hook is not before_decoder
+        hook not in (before_decoder, after_layers)
         for module in model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )

@@ -21,20 +21,22 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from nha.models.attention import LayerInputs, hybrid_attention
+from nha.models.attention import LayerInputs, check_implementation, hybrid_attention, layer_cache
 from nha.models.cache import NHACacheLayer
 from nha.models.config import FULL
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.rotary import RotaryStyle
 from nha.models.segment import Reading, Segment
+from nha.models.slots import SlotInputs
 from nha.models.windows import decoder
 from nha.ops import RingState
 from nha.ops.backends import HAS_TRITON, resolve_impl
 
 if TYPE_CHECKING:
-    from nha.ops.triton.token import Tiles
+    from nha.ops.triton.token import Norm, Tiles
 
 ATTENTIONS = (llama.LlamaAttention, Qwen2Attention, MistralAttention)
+KNOWN, REPLACED = "_nha_fused", "_nha_replaced"  # of a layer and of a decoder, beside their parameters
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -109,19 +111,69 @@ def can_fuse(model: Any) -> bool:
     return HAS_TRITON and resolve_impl("auto", model.device) == "triton"
 
 
+def parts(layer: Any) -> tuple[Any, ...]:
+    """The modules of a layer that `is_fused` looks at."""
+    module, mlp = layer.self_attn, layer.mlp
+    linears = (module.q_proj, module.k_proj, module.v_proj, module.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return layer, module, mlp, layer.input_layernorm, layer.post_attention_layernorm, module.nha, *linears
+
+
+def is_fused_now(layer: Any) -> bool:
+    """`is_fused`, looked up where nothing has changed since the last call: it takes longer than a layer's launches."""
+    try:
+        found, module = parts(layer), layer.self_attn
+    except AttributeError:
+        return False
+    own = (module.window_size, module.ablation, module.config.slots_from_start, found[6].weight.dtype)
+    key = (own, *((id(x), "forward" in vars(x)) for x in found))
+    known = vars(layer).get(KNOWN)
+    if known is None or known[0] != key:
+        known = vars(layer)[KNOWN] = key, is_fused(layer)
+    return known[1]
+
+
 @contextmanager
 def fused(model: Any, tiles: Tiles | None = None) -> Iterator[int]:
-    """Within the block, layers of a model that `fused_forward` computes are computed by it; gives their number."""
+    """Within the block, layers of a model that `fused_forward` computes are computed by it; gives their number.
+
+    A single token of a static cache is computed in the given tiles.
+    """
     from nha.ops.triton import token
 
-    layers = [layer for layer in decoder(model).layers if is_fused(layer)]
-    for layer in layers:
-        layer.forward = partial(fused_forward, layer, tiles or token.TILES)
+    layers = replace_forward(decoder(model), tiles or token.TILES)
     try:
         yield len(layers)
     finally:
-        for layer in layers:
-            del layer.forward
+        restore_forward(layers)
+
+
+def replace_forward(stack: Any, tiles: Tiles | None) -> list[Any]:
+    """Let `fused_forward` compute the layers of a decoder that it can compute; returns them."""
+    layers = [layer for layer in stack.layers if is_fused_now(layer)]
+    for layer in layers:
+        vars(layer)["forward"] = partial(fused_forward, layer, tiles)
+    return layers
+
+
+def restore_forward(layers: list[Any]) -> None:
+    """Let the family's code compute layers again."""
+    for layer in layers:
+        vars(layer).pop("forward", None)
+
+
+def before_layers(stack: Any) -> None:
+    """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:
+        return
+    device = stack.norm.weight.device if hasattr(stack, "norm") else None
+    if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
+        return
+    vars(stack)[REPLACED] = replace_forward(stack, None)
+
+
+def after_layers(stack: Any, *_: Any) -> None:
+    """After a forward pass, and after one that failed: undo `before_layers`."""
+    restore_forward(vars(stack).pop(REPLACED, []))
 
 
 def follows_others(module: Any, hidden: Tensor, mask: Any, cache: Any) -> bool:
@@ -138,29 +190,86 @@ def follows_others(module: Any, hidden: Tensor, mask: Any, cache: Any) -> bool:
 
 def fused_forward(
     layer: Any,
-    tiles: Tiles,
+    tiles: Tiles | None,
     hidden_states: Tensor,
     attention_mask: Any = None,
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The forward pass of a decoder layer for a token [1, 1, hidden] that follows others in a static cache.
+    """The forward pass of a decoder layer that is `is_fused`.
 
-    Anything else, such as the prompt of another thread, is computed by the family's code.
+    What needs gradients or is observed, such as a call of another thread, is computed by the family's code.
     """
-    from nha.ops.triton.token import Norm, token_inputs, token_linear, token_mlp
-
-    module, mlp, cache = layer.self_attn, layer.mlp, cache_argument(kwargs)
-    if not follows_others(module, hidden_states, attention_mask, cache):
-        named = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+    module = layer.self_attn
+    named = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+    watched = module.observer is not None or module.mass_observer is not None
+    if torch.is_grad_enabled() or watched or hidden_states.dtype != module.q_proj.weight.dtype:
         return type(layer).forward(layer, hidden_states, **named, **kwargs)
-    slots = module.nha
-    norms = [Norm(x.weight, x.variance_epsilon) for x in (layer.input_layernorm, layer.post_attention_layernorm)]
+    if tiles is not None and follows_others(module, hidden_states, attention_mask, cache_argument(kwargs)):
+        return fused_token(layer, tiles, hidden_states, **named, cache=cache_argument(kwargs))
+    return fused_segment(layer, hidden_states, **named, **kwargs)
+
+
+def norms_of(layer: Any) -> list[Norm]:
+    """The norms before attention and MLP."""
+    from nha.ops.triton.token import Norm
+
+    return [Norm(x.weight, x.variance_epsilon) for x in (layer.input_layernorm, layer.post_attention_layernorm)]
+
+
+def sink_of(slots: Any) -> tuple[Tensor, Tensor] | None:
+    """The sink of a layer's slots, if it has one."""
+    return (slots.sink_key, slots.sink_value) if slots.sink_key.shape[1] else None
+
+
+def fused_segment(
+    layer: Any, hidden_states: Tensor, *, attention_mask: Any, position_embeddings: Any, **kwargs: Any
+) -> Tensor:
+    """The forward pass of a decoder layer for any segment [B, T, hidden]: PyTorch's products, one kernel in between."""
+    from nha.ops.triton.pointwise import add_norm, attention_inputs, silu_product
+
+    module, mlp, slots, cache = layer.self_attn, layer.mlp, layer.self_attn.nha, cache_argument(kwargs)
+    if module.layer_idx == 0:
+        check_implementation(module.config)
+    own = layer_cache(module, cache, hidden_states.shape[0])
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
+    if not computes_as(module.family, llama.LlamaAttention):
+        kwargs["sliding_window"] = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    before, after = norms_of(layer)
+    hidden_states, x = add_norm(hidden_states, *before)
+    q, k, v = (
+        linear(x).unflatten(-1, (-1, module.head_dim)) for linear in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    is_full = module.window_size == FULL
+    logits = None if is_full else slots.g_proj(x).unflatten(-1, (-1, slots.num_slots))
+    tables = slots.slot_cos, slots.slot_sin
+    q, k, gate, q_slot, k_slot = attention_inputs(q, k, logits, position_embeddings, tables)
+    given = LayerInputs(x, position_embeddings, own)
+    if gate is not None:
+        prepared = SlotInputs(gate, sink_of(slots), tables)
+        given = LayerInputs(x, position_embeddings, own, prepared, q_slot, k_slot)
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    if is_full and cache is not None:
+        k, v = cache.update(k, v, module.layer_idx)
+    out = hybrid_attention(module, q, k, v, attention_mask, scaling=module.scaling, nha=given, **kwargs)[0]
+    out = module.o_proj(out.reshape(*x.shape[:2], -1))
+    hidden_states, x = add_norm(out, *after, hidden_states)
+    return hidden_states + mlp.down_proj(silu_product(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def fused_token(
+    layer: Any, tiles: Tiles, hidden_states: Tensor, *, attention_mask: Any, position_embeddings: Any, cache: Any
+) -> Tensor:
+    """The forward pass of a decoder layer for a token [1, 1, hidden] that follows others in a static cache."""
+    from nha.ops.triton.token import token_inputs, token_linear, token_mlp
+
+    module, mlp, slots = layer.self_attn, layer.mlp, layer.self_attn.nha
+    before, after = norms_of(layer)
     is_full = module.window_size == FULL
     linears = [(x.weight, x.bias) for x in (module.q_proj, module.k_proj, module.v_proj, slots.g_proj)]
     inputs = token_inputs(
         hidden_states,
-        norms[0],
+        before,
         *linears[:3],
         None if is_full else linears[3],
         position_embeddings,
@@ -177,9 +286,8 @@ def fused_forward(
     else:
         q, k, v, gate, q_slot, k_slot = inputs
         assert gate is not None
-        sink = (slots.sink_key, slots.sink_value) if slots.sink_key.shape[1] else None
-        reading = Reading(module.window_size, scale=module.scaling, sink=sink)
+        reading = Reading(module.window_size, scale=module.scaling, sink=sink_of(slots))
         out = cache.layers[module.layer_idx].attend(Segment(q, k, v, gate, q_slot, k_slot, None, None), reading)
     hidden_states = token_linear(out.reshape(1, 1, -1), module.o_proj.weight, tiles, hidden_states)
-    inner = token_mlp(hidden_states, norms[1], mlp.gate_proj.weight, mlp.up_proj.weight, tiles)
+    inner = token_mlp(hidden_states, after, mlp.gate_proj.weight, mlp.up_proj.weight, tiles)
     return token_linear(inner, mlp.down_proj.weight, tiles, hidden_states)

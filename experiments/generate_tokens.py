@@ -1,0 +1,111 @@
+"""Tokens that `generate()` writes with and without fused layers and a recorded step, and how long they take.
+
+`python3 experiments/generate_tokens.py OUT [GGUF]` writes OUT/generate.json: for the given SmolLM2-135M the number of
+tokens that agree with `disable_compile=True` from the first on, and the largest difference of logits of a prompt; for 8B's
+shape with random weights milliseconds of a token by `generate()` (64 and 256 tokens), seconds until the first token of
+the process, and the time of prompts with and without fused layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.prefill_profile import reader, timed
+from nha.bench.model_measure import random_ids
+from nha.bench.shapes import Variants, load_original
+from nha.bench.timing import DEVICE, stamp, synchronize
+from nha.io import write_atomically
+from nha.models import fused_step
+from nha.models.delta import apply_delta
+from nha.models.smollm2 import DELTA, forget_gguf
+
+OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+TEXT = "The lighthouse keeper wrote down every ship that passed. On the first day he saw three of them, and "
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within the block every layer is computed by its family's code."""
+    saved = fused_step.resolve_impl
+    fused_step.resolve_impl = lambda impl, device="cpu": "chunked"
+    try:
+        yield
+    finally:
+        fused_step.resolve_impl = saved
+
+
+def real_model(path: str) -> dict[str, Any]:
+    """How far the tokens of a small real model agree, and how far its logits of a prompt are apart."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = Path(path)
+    hybrid: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    forget_gguf(hybrid)
+    apply_delta(hybrid, DELTA)
+    hybrid = hybrid.to(DEVICE, torch.bfloat16).eval().requires_grad_(False)
+    ids = tokenizer(TEXT * 12, return_tensors="pt").input_ids.to(DEVICE)
+    found: dict[str, Any] = {"prompt": ids.shape[1]}
+    with torch.no_grad():
+        fast = hybrid(ids).logits.float()
+        with unfused():
+            slow = hybrid(ids).logits.float()
+            plain = hybrid.generate(ids, max_new_tokens=200, disable_compile=True, **OPTIONS)[0, ids.shape[1] :]
+        again = hybrid.generate(ids, max_new_tokens=200, **OPTIONS)[0, ids.shape[1] :]
+    found["logits_error"] = float((fast - slow).abs().mean() / slow.abs().mean())
+    found["top_1_agreement"] = float((fast.argmax(-1) == slow.argmax(-1)).float().mean())
+    equal = (plain == again).long()
+    found["equal_tokens"] = int(equal.cumprod(0).sum())
+    return found
+
+
+def seconds(model: Any, prompt: torch.Tensor, tokens: int) -> float:
+    start = time.perf_counter()
+    model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **OPTIONS)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory of the results")
+    parser.add_argument("model", nargs="?", help="a GGUF file of SmolLM2-135M")
+    parser.add_argument("--budget-s", type=float, default=60, help="start no measurement after so many seconds")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, which need no GPU")
+    chosen = parser.parse_args()
+    deadline = time.monotonic() + chosen.budget_s
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"about": stamp("torch", "transformers", "triton", "nha")}
+
+    def add(name: str, value: Any) -> None:
+        found[name] = value
+        print(json.dumps({name: value}), flush=True)
+        write_atomically(chosen.out / "generate.json", json.dumps(found, indent=1) + "\n")
+
+    variants = Variants(load_original("llama-3-8b", chosen.tiny), *((8, 6) if chosen.tiny else ()))
+    model = variants.get("hybrid-1" if chosen.tiny else "hybrid-4")
+    prompt = random_ids(model, 1, 30 if chosen.tiny else 2048)
+    add("first_call_s", seconds(model, prompt, 10))
+    for tokens in (64,) if chosen.tiny else (64, 256):
+        one = min(seconds(model, prompt, 1) for _ in range(2))
+        add(f"generate_{tokens}_ms", 1e3 * (min(seconds(model, prompt, tokens + 1) for _ in range(2)) - one) / tokens)
+    for length in (256, 512, 1024, 2048, 8192, 32768) if not chosen.tiny else (30,):
+        if time.monotonic() < deadline:
+            add(f"prompt_{length}_ms", timed(reader(model, length), 5))
+            with unfused():
+                add(f"prompt_{length}_unfused_ms", timed(reader(model, length), 5))
+    if chosen.model and time.monotonic() < deadline:
+        add("real_model", real_model(chosen.model))
+
+
+if __name__ == "__main__":
+    main()
