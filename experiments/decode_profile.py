@@ -6,7 +6,8 @@ kernels   the kernels of one step, summed by name: number and microseconds a lay
 products  a layer's products alone: microseconds of cuBLAS and of the kernels for one token in several tiles, each with
           weights that no cache holds, and the time that reading them takes
 steps     milliseconds of a step, also for all 32 layers and the head, for each way to compute it:
-          "plain" the families' code, "compiled" every layer compiled, "fused ..." `nha.models.fused_step` in some tiles
+          "plain" the families' code, "compiled" every layer compiled, "fused ..." `nha.models.fused_step` in some
+          tiles; `errors` are those of logits against the same model in float32: mean and largest over the mean size
 
 `python3 experiments/decode_profile.py OUT` writes OUT/decode.json.
 """
@@ -14,11 +15,12 @@ steps     milliseconds of a step, also for all 32 layers and the head, for each 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +32,13 @@ from experiments.prefill_profile import build
 from nha.bench.model_measure import _layers, random_ids, static_cache
 from nha.bench.timing import CUDA, DEVICE, captured, ceilings, median_ms, stamp, synchronize
 from nha.io import write_atomically
-from nha.models import fused_step
+from nha.models.fused_step import unfused
 from nha.models.windows import decoder
+from nha.ops.triton import token
 
 ALL_LAYERS = 32
 LENGTH = 2048
-TILES = [
-    (4, 512, 4, 1, False),
-    (4, 1024, 4, 1, False),
-    (2, 1024, 4, 1, False),
-    (8, 512, 4, 1, False),
-    (8, 512, 8, 1, False),
-    (4, 512, 4, 3, False),
-]
-PDL = [(*tiles[:4], True) for tiles in TILES[:4]]
+TILES = [(4, 1024, 4), (4, 512, 4), (2, 1024, 4), (8, 512, 4), (8, 512, 8), (8, 1024, 8)]
 
 
 def step_of(model: Any, context: Callable[[], Any]) -> Callable[[], object]:
@@ -87,7 +82,7 @@ def graph_ms(function: Callable[[], object], number: int) -> float:
     return median_ms(captured(function), seconds=0.1, host_ahead=False) / number
 
 
-def products(tiny: bool, sizes: list[tuple]) -> list[dict[str, Any]]:
+def products(tiny: bool) -> list[dict[str, Any]]:
     """The products of a layer, each with as many copies of its weights as no cache holds."""
     from nha.ops.triton.token import Norm, Tiles, token_linear, token_mlp
 
@@ -98,7 +93,7 @@ def products(tiny: bool, sizes: list[tuple]) -> list[dict[str, Any]]:
         copies = max((400 << 20) // (2 * n * k), 2) if CUDA else 2
         return [torch.randn(n, k, device=DEVICE, dtype=dtype) / k**0.5 for _ in range(copies)]
 
-    def token(size: int) -> Tensor:
+    def hidden_states(size: int) -> Tensor:
         return torch.randn(1, 1, size, device=DEVICE, dtype=dtype)
 
     norm = Norm(torch.ones(hidden, device=DEVICE, dtype=dtype), 1e-5)
@@ -114,47 +109,55 @@ def products(tiny: bool, sizes: list[tuple]) -> list[dict[str, Any]]:
         print(json.dumps(rows[-1]), flush=True)
 
     for name, n, k in (("o", hidden, hidden), ("down", hidden, inner), ("k", hidden // 4, hidden)):
-        matrices, x = weights(n, k), token(k)
+        matrices, x = weights(n, k), hidden_states(k)
         add(name, "cublas", lambda x=x, m=matrices: [F.linear(x, w) for w in m], matrices)
-        for tiles in sizes:
+        for tiles in TILES:
             own = Tiles(*tiles)
-            add(name, str(tiles), lambda x=x, m=matrices, t=own: [token_linear(x, w, t) for w in m], matrices)
-    matrices, x = weights(inner, hidden), token(hidden)
+            add(name, str(tiles), lambda x=x, m=matrices, t=own: [token_linear(x, w, tiles=t) for w in m], matrices)
+    matrices, x = weights(inner, hidden), hidden_states(hidden)
     matrices += weights(inner, hidden)
     matrices = matrices[: len(matrices) // 2 * 2]
     pairs = list(zip(matrices[::2], matrices[1::2], strict=True))
     add("mlp", "cublas", lambda: [F.silu(F.linear(x, g)) * F.linear(x, u) for g, u in pairs], matrices, 2)
-    for tiles in sizes:
+    for tiles in TILES:
         own = Tiles(*tiles)
         add("mlp", str(tiles), lambda t=own: [token_mlp(x, norm, g, u, t) for g, u in pairs], matrices, 2)
     return rows
 
 
-class Compiled:
-    """The layers of a model, compiled one by one within the block."""
-
-    def __init__(self, model: Any):
-        self.layers = list(decoder(model).layers)
-
-    def __enter__(self) -> None:
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True
-        for layer in self.layers:
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """The layers of a model, compiled one by one, within the block."""
+    layers = list(decoder(model).layers)
+    with unfused():
+        for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+            torch._dynamo.reset()
 
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            del layer.forward
-        torch._dynamo.reset()
+
+@contextmanager
+def tiled(tiles: Iterable[int]) -> Iterator[None]:
+    """Other tiles of the kernels for one token within the block."""
+    saved, token.TILES = token.TILES, token.Tiles(*tiles)
+    try:
+        yield
+    finally:
+        token.TILES = saved
 
 
 def steps(model: Any, names: list[Any], layers: int, deadline: float, rows: list[dict[str, Any]]) -> None:
-    """Time a step for each way to compute it ("plain", "compiled" or tiles), and compare its logits with plain ones."""
-    from nha.ops.triton.token import Tiles
+    """Time a step for each way to compute it ("plain", "compiled" or tiles), and compare its logits with float32."""
+    exact = logits(copy.deepcopy(model).float(), unfused)
 
     def context_of(way: Any) -> Callable[[], Any]:
         if isinstance(way, str):
-            return nullcontext if way == "plain" else lambda: Compiled(model)
-        return lambda: fused_step.fused(model, Tiles(*way))
+            return unfused if way == "plain" else lambda: compiled(model)
+        return lambda: tiled(way)
 
     for way in names:
         name, context = way if isinstance(way, str) else f"fused {way}", context_of(way)
@@ -169,7 +172,8 @@ def steps(model: Any, names: list[Any], layers: int, deadline: float, rows: list
             back = replays(run)
             row: dict[str, Any] = {"how": name, "ms": round(ms, 4), "ms_back_to_back": round(back, 4)}
             row |= {"ms_32_layers": round(back * ALL_LAYERS / layers, 3), "first_s": round(made, 1)}
-            row["error"] = logits_error(model, context)
+            difference = (logits(model, context) - exact).abs() / exact.abs().mean()
+            row["errors"] = [round(float(x), 6) for x in (difference.mean(), difference.max())]
             rows.append(row)
             print(json.dumps(row), flush=True)
             if name in ("plain", f"fused {TILES[0]}"):
@@ -192,22 +196,18 @@ def replays(run: Callable[[], object], number: int = 50) -> float:
 
 
 @torch.no_grad()
-def logits_error(model: Any, context: Callable[[], Any]) -> list[float]:
-    """Largest and mean difference of logits within a context from plain ones, relative to the mean size of these."""
-    found = []
-    for use in (nullcontext, context):
-        cache = static_cache(model, 1, LENGTH)
-        for layer in _layers(cache):
-            torch.manual_seed(3)
+def logits(model: Any, context: Callable[[], Any]) -> Tensor:
+    """Logits of one token within a context, float32; keys and values of full layers are random."""
+    cache, generator = static_cache(model, 1, LENGTH), torch.Generator(DEVICE).manual_seed(3)
+    for layer in _layers(cache):
+        if not hasattr(layer, "state"):
             for name in ("keys", "values"):
-                if not hasattr(layer, "state"):
-                    getattr(layer, name).normal_()
-        with use():
-            position = torch.full((1, 1), LENGTH, device=DEVICE)
-            out = model(random_ids(model, 1, 1), past_key_values=cache, use_cache=True, position_ids=position)
-        found.append(out.logits.float())
-    difference, size = (found[0] - found[1]).abs(), found[0].abs().mean()
-    return [round(float(x / size), 5) for x in (difference.max(), difference.mean())]
+                old = getattr(layer, name)
+                old.copy_(torch.randn(old.shape, generator=generator, device=DEVICE))
+    with context():
+        position = torch.full((1, 1), LENGTH, device=DEVICE)
+        out = model(random_ids(model, 1, 1), past_key_values=cache, use_cache=True, position_ids=position)
+    return out.logits.float()
 
 
 def main() -> None:
@@ -228,14 +228,9 @@ def main() -> None:
         write_atomically(chosen.out / "decode.json", json.dumps(found, indent=1) + "\n")
 
     model = build(chosen.layers, chosen.tiny).get("hybrid-1")
-    steps(model, ["plain", *TILES, "plain"], chosen.layers, deadline - 25, found["steps"])
+    steps(model, ["plain", *TILES, "plain", "compiled"], chosen.layers, deadline - 25, found["steps"])
     write()
-    found["products"] = products(chosen.tiny, TILES)
-    write()
-    steps(model, PDL, chosen.layers, deadline, found["steps"])
-    steps(model, ["compiled"], chosen.layers, deadline, found["steps"])
-    write()
-    found["products"] += products(chosen.tiny, PDL) if time.monotonic() < deadline else []
+    found["products"] = products(chosen.tiny)
     write()
 
 

@@ -1,7 +1,7 @@
 """Tokens that `generate()` writes with and without fused layers and a recorded step, and how long they take.
 
 `python3 experiments/generate_tokens.py OUT [GGUF]` writes OUT/generate.json: for the given SmolLM2-135M the number of
-tokens that agree with `disable_compile=True` from the first on, and the largest difference of logits of a prompt; for 8B's
+tokens that agree with `disable_compile=True` from the first on, and how far logits of a prompt are apart; for 8B's
 shape with random weights milliseconds of a token by `generate()` (64 and 256 tokens), seconds until the first token of
 the process, and the time of prompts with and without fused layers.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,12 @@ from nha.bench.model_measure import random_ids
 from nha.bench.shapes import Variants, load_original
 from nha.bench.timing import DEVICE, stamp, synchronize
 from nha.io import write_atomically
-from nha.models import fused_step
 from nha.models.delta import apply_delta
+from nha.models.fused_step import unfused
 from nha.models.smollm2 import DELTA, forget_gguf
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TEXT = "The lighthouse keeper wrote down every ship that passed. On the first day he saw three of them, and "
-
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Within the block every layer is computed by its family's code."""
-    saved = fused_step.resolve_impl
-    fused_step.resolve_impl = lambda impl, device="cpu": "chunked"
-    try:
-        yield
-    finally:
-        fused_step.resolve_impl = saved
 
 
 def real_model(path: str) -> dict[str, Any]:

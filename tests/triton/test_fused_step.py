@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 import nha.models.fused_step
 import nha.ops.backends
 from nha.models import decode_graph
-from nha.models.fused_step import fused, is_fused
+from nha.models.fused_step import is_fused, unfused
 from nha.models.windows import decoder
 from tests.inputs import error, rounding
 from tests.models.families import hybrid, tokens
@@ -31,24 +31,29 @@ def build(family="llama", dtype=torch.float32, **changes) -> Any:
 
 
 @torch.no_grad()
-def decode(model, ids, prompt, is_fused_step):
+def decode(model, ids, prompt):
+    """Logits of single tokens in a static cache: after a prompt, and from the first token on after a reset."""
     cache, parts = StaticCache(config=model.config, max_cache_len=64), []
     model(ids[:, :prompt], past_key_values=cache, use_cache=True)
-    for place in range(prompt, ids.shape[1]):
+    for place in (*range(prompt, ids.shape[1]), 0, 1):
+        if place == 0:
+            cache.reset()
         options = {"past_key_values": cache, "use_cache": True, "position_ids": torch.tensor([[place]])}
-        if is_fused_step:
-            with fused(model) as count:
-                assert count == len(WINDOWS)
-                parts.append(model(ids[:, place : place + 1], **options).logits)
-        else:
-            parts.append(model(ids[:, place : place + 1], **options).logits)
+        parts.append(model(ids[:, place : place + 1], **options).logits)
     return torch.cat(parts, 1)
 
 
-def test_logits_of_steps(kernels):
-    ids = tokens(1, 11)
-    found, plain = (decode(build("qwen2"), ids, 9, one) for one in (True, False))  # which has biases
-    exact = build("qwen2", torch.float64)(ids).logits[:, 9:]
+def test_logits_of_tokens(kernels, monkeypatch):
+    calls, compute = [], nha.models.fused_step.fused_token
+    monkeypatch.setattr(nha.models.fused_step, "fused_token", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    model, ids = build("qwen2"), tokens(1, 11)  # which has biases
+    found = decode(model, ids, 9)
+    assert len(calls) == 4 * len(WINDOWS)
+    with unfused():
+        plain = decode(model, ids, 9)
+    assert len(calls) == 4 * len(WINDOWS)
+    exact = build("qwen2", torch.float64)(ids).logits
+    exact = torch.cat([exact[:, 9:], exact[:, :2]], 1)
     assert error(found, exact) <= 2 * (error(plain, exact) + rounding(exact, torch.float32))
 
 
@@ -68,8 +73,8 @@ def test_logits_of_segments(monkeypatch):
     model, ids = build("qwen2"), tokens(2, 18)
     found = outputs(model, ids)
     assert len(calls) == 5 * len(WINDOWS) and not any("forward" in vars(x) for x in decoder(model).layers)
-    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "chunked")
-    plain, exact = outputs(model, ids), outputs(build("qwen2", torch.float64), ids)
+    with unfused():
+        plain, exact = outputs(model, ids), outputs(build("qwen2", torch.float64), ids)
     assert len(calls) == 5 * len(WINDOWS)
     for got, same, wanted in zip(found, plain, exact, strict=True):
         assert error(got, wanted) <= 2 * (error(same, wanted) + rounding(wanted, torch.float32))
@@ -109,22 +114,15 @@ def test_generate_writes_the_same_tokens(kernels, monkeypatch):
 
     monkeypatch.setattr(decode_graph, "can_capture", lambda device: True)
     monkeypatch.setattr(decode_graph, "capture", capture)
-    model, counts = build(), []
-    compute = decode_graph.DecodeGraph._compute
-
-    def counted(self, kwargs):
-        counts.append(self.fuses)
-        return compute(self, kwargs)
-
-    monkeypatch.setattr(decode_graph.DecodeGraph, "_compute", counted)
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     monkeypatch.setattr(decode_graph, "MIN_TOKENS", 4)
+    calls, compute = [], nha.models.fused_step.fused_token
+    monkeypatch.setattr(nha.models.fused_step, "fused_token", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    model, options = build(), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(tokens(1, 12), **options)
-    assert counts and all(counts)
-    assert torch.equal(found, model.generate(tokens(1, 12), disable_compile=True, **options))
-    counts.clear()
-    model.generate(tokens(2, 12), **options)
-    assert counts and not any(counts)  # kernels of one sequence
+    assert len(calls) == 4 * len(WINDOWS)
+    with unfused():
+        assert torch.equal(found, model.generate(tokens(1, 12), disable_compile=True, **options))
+    assert len(calls) == 4 * len(WINDOWS)
     assert not any("forward" in vars(layer) for layer in decoder(model).layers)
 
 

@@ -69,6 +69,11 @@ def test_inputs_of_attention(dtype, bias, groups):
     options: dict[str, Any] = {"head_dim": D, "num_slots": M, "tiles": TILES._replace(block_k=32)}
     found = token_inputs(x, own, *linears, position, distance, **options)
     assert_near(found, plain, dtype)
+    for seen in (0, 1):
+        gates = token_inputs(
+            x, own, *linears, position, distance, num_tokens=torch.tensor([seen]).to(DEVICE), **options
+        )
+        assert torch.equal(gates.log_gate, seen * found.log_gate)
     without = token_inputs(x, own, *linears[:3], None, position, distance, **options)
     assert without[3:] == (None, None, None)
     assert all(torch.equal(a, b) for a, b in zip(without[:3], found[:3], strict=True))
@@ -86,14 +91,14 @@ def test_products(dtype):
         y = normed(x, own, kind)
         return (F.silu(F.linear(y, gate.to(kind))) * F.linear(y, up.to(kind)),)
 
-    assert_near((token_mlp(x, own, gate, up, tiles),), mlp, dtype)
+    assert_near((token_mlp(x, own, gate, up, tiles=tiles),), mlp, dtype)
     for one, other in ((None, None), (residual, None), (None, own)):
 
         def linear(kind, one=one, other=other):
             y = x.to(kind) if other is None else normed(x, other, kind)
             return (F.linear(y, gate.to(kind)) + (0 if one is None else one.to(kind)),)
 
-        assert_near((token_linear(x, gate, tiles, one, other),), linear, dtype)
+        assert_near((token_linear(x, gate, one, other, tiles),), linear, dtype)
 
 
 def test_the_kernels_compile_without_spills():

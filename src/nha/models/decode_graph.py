@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
-from nha.models.fused_step import after_layers, can_fuse, fused
+from nha.models.fused_step import after_layers
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
@@ -48,13 +47,10 @@ def graph_of(kwargs: dict[str, Any]) -> DecodeGraph | None:
 
 
 class DecodeGraph:
-    """The steps of one call of `generate`: call it with the arguments of the model's forward pass.
+    """The steps of one call of `generate`: call it with the arguments of the model's forward pass."""
 
-    With `fuses`, layers are computed by `nha.models.fused_step` where they can be: for one sequence without padding.
-    """
-
-    def __init__(self, model: Any, max_cache_len: int, padded: bool, fuses: bool = False):
-        self.model, self.max_cache_len, self.padded, self.fuses = model, max_cache_len, padded, fuses
+    def __init__(self, model: Any, max_cache_len: int, padded: bool):
+        self.model, self.max_cache_len, self.padded = model, max_cache_len, padded
         self.steps = 0
         self.inputs: list[Any] = []
         self.spec: Any = None
@@ -68,31 +64,27 @@ class DecodeGraph:
         self.steps += 1
         if self.steps == 1:
             make_static(cache_argument(kwargs), self.max_cache_len)
-            return self._compute(kwargs)
+            return self.model(**kwargs)
         leaves, spec = pytree.tree_flatten({n: x for n, x in kwargs.items() if not isinstance(x, Cache)})
         described = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
         if self.steps == 2:
             return self._record(kwargs, leaves, (spec, described))
         if self.replay is None or (spec, described) != self.spec:
-            return self._compute(kwargs)
+            return self.model(**kwargs)
         for held, new in zip(self.inputs, leaves, strict=True):
             if isinstance(new, Tensor):
                 held.copy_(new)
         self.replay()
         return self.output
 
-    def _compute(self, kwargs: dict[str, Any]) -> Any:
-        with fused(self.model) if self.fuses else nullcontext():
-            return self.model(**kwargs)
-
     def _record(self, kwargs: dict[str, Any], leaves: list[Any], spec: Any) -> Any:
         self.inputs, self.spec = [x.clone() if isinstance(x, Tensor) else x for x in leaves], spec
         own = {n: x for n, x in kwargs.items() if isinstance(x, Cache)} | pytree.tree_unflatten(self.inputs, spec[0])
         try:
-            self.output, replay = capture(lambda: self._compute(own))
+            self.output, replay = capture(lambda: self.model(**own))
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without a CUDA graph, which could not be recorded: {error}", stacklevel=2)
-            return self._compute(kwargs)
+            return self.model(**kwargs)
         replay()
         self.replay = replay
         return self.output
@@ -180,5 +172,4 @@ def plan(
     known = all(is_growing(layer) for layer in layers)
     if known and is_plain(model, before_decoder) and has_memory(model, batch, max_cache_len):
         padded = mask is not None and not bool(mask.all())
-        fuses = batch == 1 and not padded and can_fuse(model)
-        setattr(cache, ATTRIBUTE, DecodeGraph(model, max_cache_len, padded, fuses))
+        setattr(cache, ATTRIBUTE, DecodeGraph(model, max_cache_len, padded))

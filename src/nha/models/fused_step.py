@@ -1,8 +1,9 @@
-"""The decoder layers of one token of one sequence as a few launches each, for a step that is recorded.
+"""Decoder layers in fewer launches, where no gradient is needed on a GPU.
 
-A token of a model of 8B parameters waits for its weights half the time and for some fifty small kernels a layer in the
-other half. Layers that compute as Llama's do, whatever the family calls them, are four launches and attention here;
-all others keep the family's code.
+A token of a model of 8B parameters waits for its weights half of the time, and for some fifty small kernels a layer in
+the other half; a short prompt waits for the host that launches them. Layers that compute as Llama's do, whatever their
+family calls them, have one kernel between two matrix products. For one token of one sequence in a static cache they are
+four launches and attention. All other layers keep their family's code.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache as memoize
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,15 +30,15 @@ from nha.models.masks import HybridMask, cache_argument
 from nha.models.rotary import RotaryStyle
 from nha.models.segment import Reading, Segment
 from nha.models.slots import SlotInputs
-from nha.models.windows import decoder
 from nha.ops import RingState
 from nha.ops.backends import HAS_TRITON, resolve_impl
 
 if TYPE_CHECKING:
-    from nha.ops.triton.token import Norm, Tiles
+    from nha.ops.triton.token import Norm
 
 ATTENTIONS = (llama.LlamaAttention, Qwen2Attention, MistralAttention)
 KNOWN, REPLACED = "_nha_fused", "_nha_replaced"  # of a layer and of a decoder, beside their parameters
+_unfused: ContextVar[bool] = ContextVar("unfused", default=False)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -106,11 +108,6 @@ def is_fused(layer: Any) -> bool:
     return has_plain_mlp(layer) and has_plain_attention(layer.self_attn)
 
 
-def can_fuse(model: Any) -> bool:
-    """Whether kernels can compute layers where a model is."""
-    return HAS_TRITON and resolve_impl("auto", model.device) == "triton"
-
-
 def parts(layer: Any) -> tuple[Any, ...]:
     """The modules of a layer that `is_fused` looks at."""
     module, mlp = layer.self_attn, layer.mlp
@@ -124,7 +121,13 @@ def is_fused_now(layer: Any) -> bool:
         found, module = parts(layer), layer.self_attn
     except AttributeError:
         return False
-    own = (module.window_size, module.ablation, module.config.slots_from_start, found[6].weight.dtype)
+    own = (
+        module.window_size,
+        module.ablation,
+        module.slot_write,
+        module.config.slots_from_start,
+        found[6].weight.dtype,
+    )
     key = (own, *((id(x), "forward" in vars(x)) for x in found))
     known = vars(layer).get(KNOWN)
     if known is None or known[0] != key:
@@ -132,26 +135,11 @@ def is_fused_now(layer: Any) -> bool:
     return known[1]
 
 
-@contextmanager
-def fused(model: Any, tiles: Tiles | None = None) -> Iterator[int]:
-    """Within the block, layers of a model that `fused_forward` computes are computed by it; gives their number.
-
-    A single token of a static cache is computed in the given tiles.
-    """
-    from nha.ops.triton import token
-
-    layers = replace_forward(decoder(model), tiles or token.TILES)
-    try:
-        yield len(layers)
-    finally:
-        restore_forward(layers)
-
-
-def replace_forward(stack: Any, tiles: Tiles | None) -> list[Any]:
+def replace_forward(stack: Any) -> list[Any]:
     """Let `fused_forward` compute the layers of a decoder that it can compute; returns them."""
     layers = [layer for layer in stack.layers if is_fused_now(layer)]
     for layer in layers:
-        vars(layer)["forward"] = partial(fused_forward, layer, tiles)
+        vars(layer)["forward"] = partial(fused_forward, layer)
     return layers
 
 
@@ -161,14 +149,24 @@ def restore_forward(layers: list[Any]) -> None:
         vars(layer).pop("forward", None)
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within the block, and in this thread, every layer is computed by its family's code."""
+    token = _unfused.set(True)
+    try:
+        yield
+    finally:
+        _unfused.reset(token)
+
+
 def before_layers(stack: Any) -> None:
     """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON or _unfused.get():
         return
     device = stack.norm.weight.device if hasattr(stack, "norm") else None
     if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
         return
-    vars(stack)[REPLACED] = replace_forward(stack, None)
+    vars(stack)[REPLACED] = replace_forward(stack)
 
 
 def after_layers(stack: Any, *_: Any) -> None:
@@ -189,12 +187,7 @@ def follows_others(module: Any, hidden: Tensor, mask: Any, cache: Any) -> bool:
 
 
 def fused_forward(
-    layer: Any,
-    tiles: Tiles | None,
-    hidden_states: Tensor,
-    attention_mask: Any = None,
-    position_embeddings: Any = None,
-    **kwargs: Any,
+    layer: Any, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
 ) -> Tensor:
     """The forward pass of a decoder layer that is `is_fused`.
 
@@ -205,8 +198,8 @@ def fused_forward(
     watched = module.observer is not None or module.mass_observer is not None
     if torch.is_grad_enabled() or watched or hidden_states.dtype != module.q_proj.weight.dtype:
         return type(layer).forward(layer, hidden_states, **named, **kwargs)
-    if tiles is not None and follows_others(module, hidden_states, attention_mask, cache_argument(kwargs)):
-        return fused_token(layer, tiles, hidden_states, **named, cache=cache_argument(kwargs))
+    if follows_others(module, hidden_states, attention_mask, cache_argument(kwargs)):
+        return fused_token(layer, hidden_states, **named, cache=cache_argument(kwargs))
     return fused_segment(layer, hidden_states, **named, **kwargs)
 
 
@@ -258,14 +251,15 @@ def fused_segment(
 
 
 def fused_token(
-    layer: Any, tiles: Tiles, hidden_states: Tensor, *, attention_mask: Any, position_embeddings: Any, cache: Any
+    layer: Any, hidden_states: Tensor, *, attention_mask: Any, position_embeddings: Any, cache: Any
 ) -> Tensor:
     """The forward pass of a decoder layer for a token [1, 1, hidden] that follows others in a static cache."""
     from nha.ops.triton.token import token_inputs, token_linear, token_mlp
 
     module, mlp, slots = layer.self_attn, layer.mlp, layer.self_attn.nha
     before, after = norms_of(layer)
-    is_full = module.window_size == FULL
+    is_full, sink = module.window_size == FULL, sink_of(slots)
+    memory = None if is_full else cache.layers[module.layer_idx]
     linears = [(x.weight, x.bias) for x in (module.q_proj, module.k_proj, module.v_proj, slots.g_proj)]
     inputs = token_inputs(
         hidden_states,
@@ -276,9 +270,9 @@ def fused_token(
         (slots.slot_cos, slots.slot_sin),
         head_dim=module.head_dim,
         num_slots=slots.num_slots,
-        tiles=tiles,
+        num_tokens=None if memory is None or sink is None else memory.state.num_tokens,
     )
-    if is_full:
+    if memory is None:
         q, k, v = (x.transpose(1, 2) for x in inputs[:3])
         k, v = cache.update(k, v, module.layer_idx)
         given = LayerInputs(hidden_states, None, None)
@@ -286,8 +280,8 @@ def fused_token(
     else:
         q, k, v, gate, q_slot, k_slot = inputs
         assert gate is not None
-        reading = Reading(module.window_size, scale=module.scaling, sink=sink_of(slots))
-        out = cache.layers[module.layer_idx].attend(Segment(q, k, v, gate, q_slot, k_slot, None, None), reading)
-    hidden_states = token_linear(out.reshape(1, 1, -1), module.o_proj.weight, tiles, hidden_states)
-    inner = token_mlp(hidden_states, after, mlp.gate_proj.weight, mlp.up_proj.weight, tiles)
-    return token_linear(inner, mlp.down_proj.weight, tiles, hidden_states)
+        reading = Reading(module.window_size, scale=module.scaling, sink=sink)
+        out = memory.attend(Segment(q, k, v, gate, q_slot, k_slot, None, None), reading)
+    hidden_states = token_linear(out.reshape(1, 1, -1), module.o_proj.weight, hidden_states)
+    inner = token_mlp(hidden_states, after, mlp.gate_proj.weight, mlp.up_proj.weight)
+    return token_linear(inner, mlp.down_proj.weight, hidden_states)

@@ -7,8 +7,6 @@ a product is stored, so that a layer is four launches besides attention.
 Programs. One takes `BLOCK_N` rows of a weight matrix, or twice as many where two outputs meet: the halves of a head
 that a rotation mixes, or gate and up projection. Sums are float32; what is stored is rounded once. The norm is rounded
 as the family's code does.
-
-Launches. With PDL a program starts while the kernel before it still runs, and waits for that one's results only.
 """
 
 # Triton's types give a launch the signature of the kernel, without the options of the compiler.
@@ -22,18 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nha.ops.triton.chunk.tiling import device_guard
 from nha.ops.triton.primitives import LOG2_E
-
-
-@triton.jit
-def begin(PDL: tl.constexpr):
-    """Let the next kernel start, and wait for the results of the one before."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -56,11 +45,11 @@ def load_token(p_x, p_norm, r_norm, o_k, m_k):
 
 
 @triton.jit
-def dot(p_x, p_norm, r_norm, p_w, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def dot(p_x, p_norm, r_norm, p_w, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Float32 [BLOCK_N] of the rows of a weight [., K] from `p_w` on."""
     o_row = tl.arange(0, BLOCK_N)[:, None] * K
     b_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for first in range(0, K, BLOCK_K):
         o_k = first + tl.arange(0, BLOCK_K)[None, :] + o_row * 0
         m_k = o_k < K
         b_w = tl.load(p_w + o_row + o_k, mask=m_k, other=0.0, eviction_policy="evict_first")
@@ -78,13 +67,12 @@ def dot_pair(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """`dot` of two blocks of rows, which share what is read of x."""
     o_row = tl.arange(0, BLOCK_N)[:, None] * K
     b_one = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     b_two = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for first in range(0, K, BLOCK_K):
         o_k = first + tl.arange(0, BLOCK_K)[None, :] + o_row * 0
         m_k = o_k < K
         b_w_one = tl.load(p_first + o_row + o_k, mask=m_k, other=0.0, eviction_policy="evict_first")
@@ -147,6 +135,7 @@ def token_inputs_kernel(
     p_gate,
     p_q_slot,
     p_k_slot,
+    p_num_tokens,
     eps,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -156,16 +145,13 @@ def token_inputs_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Queries [HQ, D], keys and values [H, D], log-gates [H, M] of a token x [K]; rotated, and as the slots see them.
 
     A program computes BLOCK_N elements of one half of a head and their partners in the other half. HAS_SLOTS: there are
     gates, and queries and keys for the slots.
     """
-    begin(PDL)
     r_norm = inverse_norm(p_x, eps, K, BLOCK_X)
     IN_HEAD: tl.constexpr = D // (2 * BLOCK_N)
     i, i_part = tl.program_id(0) // IN_HEAD, tl.program_id(0) % IN_HEAD
@@ -177,7 +163,7 @@ def token_inputs_kernel(
         if i < HQ:
             first = i * D + i_part * BLOCK_N
             b_one, b_two = dot_pair(
-                p_x, p_norm, r_norm, p_w_q + first * K, p_w_q + (first + D // 2) * K, K, BLOCK_N, BLOCK_K, STAGES
+                p_x, p_norm, r_norm, p_w_q + first * K, p_w_q + (first + D // 2) * K, K, BLOCK_N, BLOCK_K
             )
             o_one, o_two = i * D + o_half, i * D + D // 2 + o_half
             b_one, b_two = add_bias(b_one, b_two, p_bias_q, o_one, o_two)
@@ -192,7 +178,7 @@ def token_inputs_kernel(
             i_h = i - HQ
             first = i_h * D + i_part * BLOCK_N
             b_one, b_two = dot_pair(
-                p_x, p_norm, r_norm, p_w_k + first * K, p_w_k + (first + D // 2) * K, K, BLOCK_N, BLOCK_K, STAGES
+                p_x, p_norm, r_norm, p_w_k + first * K, p_w_k + (first + D // 2) * K, K, BLOCK_N, BLOCK_K
             )
             o_one, o_two = i_h * D + o_half, i_h * D + D // 2 + o_half
             b_one, b_two = add_bias(b_one, b_two, p_bias_k, o_one, o_two)
@@ -203,7 +189,7 @@ def token_inputs_kernel(
         i_h = i - HQ - H
         first = i_h * D + i_part * BLOCK_N
         b_one, b_two = dot_pair(
-            p_x, p_norm, r_norm, p_w_v + first * K, p_w_v + (first + D // 2) * K, K, BLOCK_N, BLOCK_K, STAGES
+            p_x, p_norm, r_norm, p_w_v + first * K, p_w_v + (first + D // 2) * K, K, BLOCK_N, BLOCK_K
         )
         o_one, o_two = i_h * D + o_half, i_h * D + D // 2 + o_half
         b_one, b_two = add_bias(b_one, b_two, p_bias_v, o_one, o_two)
@@ -211,12 +197,16 @@ def token_inputs_kernel(
     elif HAS_SLOTS:
         first = (tl.program_id(0) - (HQ + 2 * H) * IN_HEAD) * 2 * BLOCK_N
         b_one, b_two = dot_pair(
-            p_x, p_norm, r_norm, p_w_gate + first * K, p_w_gate + (first + BLOCK_N) * K, K, BLOCK_N, BLOCK_K, STAGES
+            p_x, p_norm, r_norm, p_w_gate + first * K, p_w_gate + (first + BLOCK_N) * K, K, BLOCK_N, BLOCK_K
         )
         o_one = first + tl.arange(0, BLOCK_N)
         b_one, b_two = add_bias(b_one, b_two, p_bias_gate, o_one, o_one + BLOCK_N)
         dtype: tl.constexpr = p_gate.dtype.element_ty
-        store_pair(p_gate, o_one, o_one + BLOCK_N, log_gate(b_one, dtype), log_gate(b_two, dtype))
+        b_one, b_two = log_gate(b_one, dtype), log_gate(b_two, dtype)
+        if p_num_tokens is not None:
+            m_later = tl.load(p_num_tokens) > 0
+            b_one, b_two = tl.where(m_later, b_one, 0.0), tl.where(m_later, b_two, 0.0)
+        store_pair(p_gate, o_one, o_one + BLOCK_N, b_one, b_two)
 
 
 @triton.jit
@@ -231,14 +221,11 @@ def token_mlp_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """silu(gate(x)) * up(x) [N] of a token x [K], normalised; a program computes BLOCK_N of them."""
-    begin(PDL)
     r_norm = inverse_norm(p_x, eps, K, BLOCK_X)
     first = tl.program_id(0) * BLOCK_N
-    b_gate, b_up = dot_pair(p_x, p_norm, r_norm, p_w_gate + first * K, p_w_up + first * K, K, BLOCK_N, BLOCK_K, STAGES)
+    b_gate, b_up = dot_pair(p_x, p_norm, r_norm, p_w_gate + first * K, p_w_up + first * K, K, BLOCK_N, BLOCK_K)
     dtype: tl.constexpr = p_out.dtype.element_ty
     b_gate = b_gate.to(dtype).to(tl.float32)
     b_silu = (b_gate / (1 + tl.exp2(-b_gate * LOG2_E))).to(dtype).to(tl.float32)
@@ -257,16 +244,13 @@ def token_linear_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """x [K] times a weight [N, K], plus the residual [N] if there is one; x is normalised if there is a norm."""
-    begin(PDL)
     r_norm = 0.0
     if p_norm is not None:
         r_norm = inverse_norm(p_x, eps, K, BLOCK_X)
     first = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N
-    b_out = dot(p_x, p_norm, r_norm, p_w + first * K, K, BLOCK_N, BLOCK_K, STAGES)
+    b_out = dot(p_x, p_norm, r_norm, p_w + first * K, K, BLOCK_N, BLOCK_K)
     o_n = first + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = p_out.dtype.element_ty
     if p_residual is not None:
@@ -283,8 +267,6 @@ class Tiles(NamedTuple):
     block_n: int = 4  # rows of a weight
     block_k: int = 1024
     warps: int = 4
-    stages: int = 1
-    pdl: bool = False
 
 
 TILES = Tiles()
@@ -312,14 +294,11 @@ Linear = tuple[Tensor, Tensor | None]  # weight [N, K], bias [N]
 
 
 def _constants(size: int, tiles: Tiles) -> dict[str, Any]:
-    options = {"launch_pdl": True} if tiles.pdl else {}
-    return options | {
+    return {
         "K": size,
         "BLOCK_X": triton.next_power_of_2(size),
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
-        "STAGES": tiles.stages,
-        "PDL": tiles.pdl,
         "num_warps": tiles.warps,
     }
 
@@ -336,13 +315,15 @@ def token_inputs(
     *,
     head_dim: int,
     num_slots: int,
-    tiles: Tiles,
+    num_tokens: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> TokenInputs:
     """Queries, keys, values, gates of a token x [1, 1, K] from its layer's norm and projections.
 
     `tables` are cosines and sines [1, 1, D] of its position, `slot_tables` those of the distance to the slots. Without
-    a `gate` there is nothing for the slots.
+    a `gate` there is nothing for the slots. The gate of the first of `num_tokens` [1] is 0: a sink stands in for it.
     """
+    tiles = tiles or TILES
     heads = [weight.shape[0] // head_dim for weight, _ in (q, k, v)]
     q_out, k_out, v_out = (x.new_empty(1, 1, count, head_dim) for count in heads)
     log_gate, q_slot, k_slot = None, None, None
@@ -372,6 +353,7 @@ def token_inputs(
             log_gate,
             q_slot,
             k_slot,
+            num_tokens,
             norm.eps,
             D=head_dim,
             M=num_slots,
@@ -383,9 +365,9 @@ def token_inputs(
     return TokenInputs(q_out, k_out, v_out, log_gate, q_slot, k_slot)
 
 
-def token_mlp(x: Tensor, norm: Norm, gate: Tensor, up: Tensor, tiles: Tiles) -> Tensor:
+def token_mlp(x: Tensor, norm: Norm, gate: Tensor, up: Tensor, tiles: Tiles | None = None) -> Tensor:
     """silu(gate(x)) * up(x), [1, 1, N], of a token x [1, 1, K] after its norm; weights [N, K]."""
-    out = x.new_empty(1, 1, gate.shape[0])
+    out, tiles = x.new_empty(1, 1, gate.shape[0]), tiles or TILES
     with device_guard(x):
         token_mlp_kernel[(gate.shape[0] // tiles.block_n,)](
             x, norm.weight, gate, up, out, norm.eps, **_constants(x.shape[-1], tiles)
@@ -394,10 +376,14 @@ def token_mlp(x: Tensor, norm: Norm, gate: Tensor, up: Tensor, tiles: Tiles) -> 
 
 
 def token_linear(
-    x: Tensor, weight: Tensor, tiles: Tiles, residual: Tensor | None = None, norm: Norm | None = None
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """x [1, 1, K] times a weight [N, K], [1, 1, N], plus a residual; x is normalised first if there is a norm."""
-    out = x.new_empty(1, 1, weight.shape[0])
+    out, tiles = x.new_empty(1, 1, weight.shape[0]), tiles or TILES
     with device_guard(x):
         token_linear_kernel[(weight.shape[0] // tiles.block_n,)](
             x,
