@@ -1,5 +1,7 @@
 """Kernels between a layer's products against PyTorch's operators, in the interpreter or on a GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,17 +38,17 @@ def test_inputs_of_attention(dtype, length):
 
     q, k = (random(2, length, heads, D, dtype=dtype, seed=heads) for heads in (6, 2))
     logits = random(2, length, 2, M, dtype=dtype, seed=7)
-    position = [torch.cat([t] * length, 1).expand(2, -1, -1) for t in tables(1, 1.3)]
+    position: Any = [torch.cat([t] * length, 1).expand(2, -1, -1) for t in tables(1, 1.3)]
     distance = tables(2, 1.1)
 
     def plain(kind):
         rotated = [rotary.rotate(x.to(kind), *(t.to(kind) for t in position)) for x in (q, k)]
         gates = log_gate(logits.to(kind).flatten(2), 2)
-        return *rotated, gates, *rotary.unrotate_for_slots(*rotated, position, distance)
+        return *rotated, gates, *rotary.unrotate_for_slots(rotated[0], rotated[1], position, distance)
 
-    found = attention_inputs(q, k, logits, position, distance)  # type: ignore[arg-type]
+    found = attention_inputs(q, k, logits, position, distance)
     assert_near(found, plain, dtype)
-    without = attention_inputs(q, k, None, position, distance)  # type: ignore[arg-type]
+    without = attention_inputs(q, k, None, position, distance)
     assert without[2:] == (None, None, None) and torch.equal(without[0], found[0]) and torch.equal(without[1], found[1])
 
 

@@ -260,12 +260,12 @@ def fused_token(
     before, after = norms_of(layer)
     is_full, sink = module.window_size == FULL, sink_of(slots)
     memory = None if is_full else cache.layers[module.layer_idx]
-    linears = [(x.weight, x.bias) for x in (module.q_proj, module.k_proj, module.v_proj, slots.g_proj)]
+    q, k, v, gate = ((x.weight, x.bias) for x in (module.q_proj, module.k_proj, module.v_proj, slots.g_proj))
     inputs = token_inputs(
         hidden_states,
         before,
-        *linears[:3],
-        None if is_full else linears[3],
+        (q, k, v),
+        None if is_full else gate,
         position_embeddings,
         (slots.slot_cos, slots.slot_sin),
         head_dim=module.head_dim,

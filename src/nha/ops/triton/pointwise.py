@@ -1,11 +1,11 @@
-"""What stands between the matrix products of a decoder layer, in one launch each; rounded as PyTorch's operators round.
+"""The operations between the matrix products of a decoder layer in one launch each, rounded as PyTorch rounds them.
 
 A short prompt waits for the host, which launches some forty small kernels a layer; a long one for their passes over
 memory. Nothing here has gradients.
 """
 
 # Triton's types give a launch the signature of the kernel, without the options of the compiler.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ as the family's code does.
 """
 
 # Triton's types give a launch the signature of the kernel, without the options of the compiler.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -306,9 +306,7 @@ def _constants(size: int, tiles: Tiles) -> dict[str, Any]:
 def token_inputs(
     x: Tensor,
     norm: Norm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    projections: tuple[Linear, Linear, Linear],
     gate: Linear | None,
     tables: tuple[Tensor, Tensor],
     slot_tables: tuple[Tensor, Tensor],
@@ -318,13 +316,13 @@ def token_inputs(
     num_tokens: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> TokenInputs:
-    """Queries, keys, values, gates of a token x [1, 1, K] from its layer's norm and projections.
+    """Queries, keys, values, gates of a token x [1, 1, K] from its layer's norm and projections (of q, k and v).
 
     `tables` are cosines and sines [1, 1, D] of its position, `slot_tables` those of the distance to the slots. Without
     a `gate` there is nothing for the slots. The gate of the first of `num_tokens` [1] is 0: a sink stands in for it.
     """
-    tiles = tiles or TILES
-    heads = [weight.shape[0] // head_dim for weight, _ in (q, k, v)]
+    tiles, (q, k, v) = tiles or TILES, projections
+    heads = [weight.shape[0] // head_dim for weight, _ in projections]
     q_out, k_out, v_out = (x.new_empty(1, 1, count, head_dim) for count in heads)
     log_gate, q_slot, k_slot = None, None, None
     programs = sum(heads) * head_dim // (2 * tiles.block_n)
