@@ -3,8 +3,8 @@
     python3 -m experiments.state_bytes --data DIR --out DIR [--model FILE.gguf] [--rows 256] [--tokens 2048]
 
 Every row is a held-out text of `--tokens` tokens and then a near cloze, all of it read one token at a time by the
-shipped hybrid of SmolLM2-135M, so that a packed state is rounded after every token. A cloze is right where each token
-of its answer is the likeliest. DIR gets one file for each of `--dtypes`, which is not measured again, and
+layers of the shipped hybrid of SmolLM2-135M, so that a packed state is rounded after every token. A cloze is right where
+each token of its answer is the likeliest. DIR gets one file for each of `--dtypes`, which is not measured again, and
 state_bytes.json. A run over `--budget-s` ends without the rest. --model tiny tries the script with random weights.
 """
 
@@ -14,6 +14,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ from experiments.shapes import build, synchronize
 from nha.data.cloze import RANGES, make_clozes
 from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
 from nha.io import write_atomically
-from nha.models.cache import cache_nbytes, nha_layers
+from nha.models.cache import NHACacheLayer, cache_nbytes, nha_layers
 from nha.models.conversation import cache_keyword
-from nha.models.decode_graph import DecodeGraph
 from nha.models.delta import apply_delta
+from nha.models.head import head_logits, token_losses
 from nha.models.smollm2 import DELTA, forget_gguf, gguf_path
 from nha.report.results import to_json
 
@@ -60,42 +62,78 @@ def make_rows(tokenizer: Any, documents: list[str], rows: int, tokens: int) -> t
     return torch.tensor([ids + [0] * (longest - len(ids)) for ids in found]), places
 
 
+@contextmanager
+def one_by_one(end: float) -> Iterator[None]:
+    """Within the context, NHA layers read every segment one token at a time. Raises TimeoutError once time is over.
+
+    A layer needs of a token only what the layers before made of it and of earlier ones, so that this is decoding of a
+    known text, while projections see all tokens at once and weights are read once.
+    """
+    attend = NHACacheLayer.attend
+
+    def read(self: NHACacheLayer, segment: Any, reading: Any) -> Tensor:
+        outs = []
+        for place in range(segment.length):
+            outs.append(attend(self, segment.part(place, place + 1), reading))
+            if place % 64 == 0 and time.perf_counter() > end:
+                raise TimeoutError
+        return torch.cat(outs, 1)
+
+    NHACacheLayer.attend = read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NHACacheLayer.attend = attend  # type: ignore[method-assign]
+
+
 @torch.no_grad()
 def measure(model: Any, ids: Tensor, places: list[tuple[int, int]], tokens: int, end: float) -> dict[str, Any] | None:
     """Read rows one token at a time; None where the time is over first."""
     device = model.device.type
     cache: Any = DynamicCache(config=model.config)
-    graph = DecodeGraph(model, ids.shape[1], False) if device == "cuda" else model
-    losses, right = [], []
     start = time.perf_counter()
-    for place in range(ids.shape[1] - 1):
-        options = {cache_keyword(model): cache, "use_cache": True}
-        position = torch.full((len(ids), 1), place, device=ids.device)
-        logits = graph(input_ids=ids[:, place : place + 1], position_ids=position, **options).logits[:, -1].float()
-        target = ids[:, place + 1]
-        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-        right.append(logits.argmax(-1) == target)
-        if place % 64 == 0 and time.perf_counter() > end:
-            return None
+    try:
+        with one_by_one(end):
+            hidden = model.get_decoder()(ids, use_cache=True, **{cache_keyword(model): cache}).last_hidden_state
+    except TimeoutError:
+        return None
     synchronize(device)
     seconds = time.perf_counter() - start
-    loss, correct = torch.stack(losses, 1).double().cpu(), torch.stack(right, 1).cpu()
-    answers = [loss[row, a - 1 : b - 1].sum().item() for row, (a, b) in enumerate(places)]
-    clozes = [bool(correct[row, a - 1 : b - 1].all()) for row, (a, b) in enumerate(places)]
+    losses, answers, clozes = [], [], []
+    for row, (first, last) in enumerate(places):
+        losses.append(token_losses(model, hidden[row, : tokens - 1], ids[row, 1:tokens]).double().cpu())
+        logits = head_logits(model, hidden[row, first - 1 : last - 1]).float()
+        target = ids[row, first:last]
+        answers.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum").item())
+        clozes.append(bool((logits.argmax(-1) == target).all()))
+    loss = torch.stack(losses)
     nbytes = sum(layer.nbytes for layer in nha_layers(cache))
     return {
-        "perplexity": round(math.exp(loss[:, : tokens - 1].mean()), 5),
-        "perplexity of the second half": round(math.exp(loss[:, tokens // 2 : tokens - 1].mean()), 5),
+        "perplexity": round(math.exp(loss.mean()), 5),
+        "perplexity of the second half": round(math.exp(loss[:, tokens // 2 :].mean()), 5),
         "clozes": f"{sum(clozes)} of {len(clozes)}",
         "nats per cloze answer": round(sum(answers) / len(answers), 5),
         "bytes per sequence, hybrid layers": nbytes // len(ids),
         "bytes per sequence, full layers": (cache_nbytes(cache) - nbytes) // len(ids),
-        "ms per step": round(1e3 * seconds / (ids.shape[1] - 1), 3),
-        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 3) if device == "cuda" else None,
+        "seconds": round(seconds, 1),
         "rows": len(ids),
         "tokens": tokens,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
     }
+
+
+@torch.no_grad()
+def decoding_ms(model: Any, ids: Tensor) -> float:
+    """Milliseconds of a decoded token of all rows, as `generate` writes it."""
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    times = []
+    for new in (16, 80):
+        synchronize(model.device.type)
+        start = time.perf_counter()
+        model.generate(ids[:, :128], max_new_tokens=new, min_new_tokens=new, **options)
+        synchronize(model.device.type)
+        times.append(time.perf_counter() - start)
+    return round(1e3 * (times[1] - times[0]) / 64, 3)
 
 
 def main() -> None:
@@ -119,11 +157,12 @@ def main() -> None:
         path = options.out / f"{name}.json"
         if not path.exists():
             model.config.state_dtype = name
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             measured = measure(model, ids.to(device), places, options.tokens, end)
             if measured is None:
                 break
+            if device == "cuda":
+                decoding_ms(model, ids.to(device))  # compiles kernels
+                measured["ms per decoded token"] = decoding_ms(model, ids.to(device))
             write_atomically(path, to_json(measured))
         found[name] = json.loads(path.read_text())
         print(name, to_json(found[name]), flush=True)
