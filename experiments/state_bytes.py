@@ -3,9 +3,9 @@
     python3 -m experiments.state_bytes --data DIR --out DIR [--model FILE.gguf] [--rows 256] [--tokens 2048]
 
 Every row is a held-out text of `--tokens` tokens and then a near cloze, all of it read one token at a time by the
-layers of the shipped hybrid of SmolLM2-135M, so that a packed state is rounded after every token. A cloze is right where
-each token of its answer is the likeliest. DIR gets one file for each of `--dtypes`, which is not measured again, and
-state_bytes.json. A run over `--budget-s` ends without the rest. --model tiny tries the script with random weights.
+layers of the shipped hybrid of SmolLM2-135M, so that a packed state is rounded after every token. A cloze is right
+where each token of its answer is the likeliest. DIR gets one file for each of `--dtypes`, which is not measured again,
+and state_bytes.json. A run over `--budget-s` ends without the rest. --model tiny tries the script with random weights.
 """
 
 from __future__ import annotations
