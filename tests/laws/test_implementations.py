@@ -101,5 +101,6 @@ def test_chunked_operators_are_well_formed():
         0.5,
         0.0,
         False,
+        True,
     )
     torch.library.opcheck(torch.ops.nha.chunked.default, [a.detach() if torch.is_tensor(a) else a for a in args])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nha.ops import NHAState
-from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, decays, make_plan
+from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, Workspace, decays, make_plan
 from nha.ops.state import MAX_WINDOW
 from tests.inputs import Case, call, leaves, make
 
@@ -26,7 +26,7 @@ def test_no_exponent_exceeds_half_a_chunk_at_the_floor(length, gate):
         gates = -8 * torch.rand(gates.shape, generator=torch.Generator().manual_seed(0))
     plan = make_plan(1, length, 1, 3, 0)
     size = -(-length // plan.tile) * plan.tile
-    q_decay, k_decay, half_decay = decays(gates, plan, size, (0, length))
+    q_decay, k_decay, half_decay = decays(gates, plan, size, (0, length), Workspace(gates))
     bound = -GATE_FLOOR * CHUNK / 2
     for factor in (q_decay, k_decay[k_decay > 0] if k_decay.any() else q_decay, half_decay):
         assert factor.isfinite().all()

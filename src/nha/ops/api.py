@@ -144,6 +144,7 @@ def nha_attention(
         options |= {"cu_seqlens": cu_seqlens, "window_size": window_size, "fresh": fresh, "keep": return_state}
         out, mass, after = triton_attention(Segment(q, k, v, log_gate, q_slot, k_slot), sink, **options)
     else:
+        packing["with_mass"] = return_slot_mass
         out, mass, after = chunked(q, k, v, log_gate, q_slot, k_slot, sink, **options, **packing)
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)
 

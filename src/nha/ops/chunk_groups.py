@@ -11,6 +11,7 @@ With log-gates >= -5 no exponent exceeds 16 * 5 / 2 = 40 in size, so float32 hol
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 CHUNK = 16  # tokens whose gates are factorised together: bounds the exponents
 MAX_TILE = 128  # queries of a window block
 GATE_FLOOR = -5.0
-GROUP_ELEMENTS = 1 << 19  # scores of one group, about what stays in the cache
+GROUP_ELEMENTS = 1 << 18  # scores of one group: it and its slots stay in the cache
 
 
 class Plan(NamedTuple):
@@ -67,6 +68,33 @@ def make_plan(batch: int, length: int, query_heads: int, slots: int, window: int
     return Plan(length, window, chunk, tile, group, key_blocks(window, tile))
 
 
+class Workspace:
+    """Memory that the groups of a pass use in turn: what is allocated anew costs a page fault for every 4 KiB.
+
+    >>> space = Workspace(torch.zeros(1))
+    >>> space.take("x", 2, 3).data_ptr() == space.take("x", 5).data_ptr()
+    True
+    """
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The buffer of this name, uninitialised, with this shape; what was taken under the name before is gone."""
+        size = math.prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape[0] < size:
+            buffer = self.buffers[name] = self.like.new_empty(size)
+        return buffer[:size].view(shape)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b` with equal batch dimensions, in the buffer of this name."""
+        out = self.take(name, *a.shape[:-1], b.shape[-1])
+        torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
+        return out
+
+
 class Group(NamedTuple):
     """One group's tensors, heads first: everything that its scores and outputs are made of."""
 
@@ -106,18 +134,24 @@ def heads_first(x: Tensor, start: int, stop: int, size: int) -> Tensor:
     return F.pad(inside, (0, 0, before, after)) if before or after else inside
 
 
-def scaled_queries(q: Tensor, heads: int, start: int, stop: int, size: int, scale: float) -> Tensor:
+def scaled_queries(
+    q: Tensor, heads: int, span: tuple[int, int], size: int, scale: float, space: Workspace, name: str
+) -> Tensor:
     """q [B, T, H * G, D] -> [B, H, size * G, D], scaled, ordered by token and then by head of the group."""
     batch, _, query_heads, dim = q.shape
-    part = q[:, start:stop].unflatten(2, (heads, query_heads // heads)).transpose(1, 2) * scale
-    part = F.pad(part, (0, 0, 0, 0, 0, size - (stop - start)))
-    return part.reshape(batch, heads, -1, dim)
+    count = span[1] - span[0]
+    part = q[:, span[0] : span[1]].unflatten(2, (heads, query_heads // heads)).transpose(1, 2)
+    rows = space.take(name, batch, heads, size, query_heads // heads, dim)
+    torch.mul(part, scale, out=rows[:, :, :count])
+    rows[:, :, count:].zero_()
+    return rows.flatten(2, 3)
 
 
-def window_tiles(x: Tensor, plan: Plan) -> Tensor:
+def window_tiles(x: Tensor, plan: Plan, space: Workspace, name: str) -> Tensor:
     """Keys [B, H, lookback + tokens, D] -> the blocks that each query tile sees, [B, H, tiles, blocks * tile, D]."""
     blocks = x.unflatten(2, (-1, plan.tile)).unfold(2, plan.blocks, 1)  # [B, H, tiles, tile, D, blocks]
-    return blocks.permute(0, 1, 2, 5, 3, 4).flatten(3, 4)
+    blocks = blocks.permute(0, 1, 2, 5, 3, 4)
+    return space.take(name, *blocks.shape).copy_(blocks).flatten(3, 4)
 
 
 def sum_tiles(grad: Tensor, plan: Plan) -> Tensor:
@@ -130,21 +164,23 @@ def sum_tiles(grad: Tensor, plan: Plan) -> Tensor:
     return out.flatten(2, 3)
 
 
-def decays(log_gate: Tensor, plan: Plan, size: int, span: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def decays(
+    log_gate: Tensor, plan: Plan, size: int, span: tuple[int, int], space: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
     """q_decay, k_decay, half_decay (module docstring) of one group of log-gates [B, T, H, M]."""
+    inside = heads_first(log_gate, *span, size)
     # Contiguous, or every product would copy the decays that are made of it.
-    gate = heads_first(log_gate, *span, size).clamp(GATE_FLOOR, 0).contiguous().unflatten(2, (-1, plan.chunk))
-    total = gate.cumsum(-2)
+    gate = torch.clamp(inside, GATE_FLOOR, 0, out=space.take("k_decay", *inside.shape)).unflatten(2, (-1, plan.chunk))
+    total = torch.cumsum(gate, -2, out=space.take("q_decay", *gate.shape))
     mid = total[..., -1:, :] / 2
     q_decay = total.sub_(mid).exp_()
     k_decay = gate.expm1_().neg_().div_(q_decay)
     return q_decay, k_decay, mid.exp_().transpose(-1, -2)
 
 
-def advance_slots(slots: Tensor, half_decay: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots through the chunks of a group: (those before each one, those after the last). `written` is overwritten."""
-    written *= half_decay
-    decay, before = half_decay.square(), torch.empty_like(written)
+def advance_slots(slots: Tensor, half_decay: Tensor, written: Tensor, space: Workspace) -> tuple[Tensor, Tensor]:
+    """Slots through the chunks of a group: (those before each one, those after the last)."""
+    decay, before = half_decay.square(), space.take("slots", *written.shape)
     before[:, :, 0] = slots
     last = written.shape[2] - 1
     for index in range(last):
@@ -153,24 +189,27 @@ def advance_slots(slots: Tensor, half_decay: Tensor, written: Tensor) -> tuple[T
 
 
 def load_group(
-    inputs: tuple[Tensor, ...], plan: Plan, span: tuple[int, int], slots: Tensor, scale: float
+    inputs: tuple[Tensor, ...], plan: Plan, span: tuple[int, int], slots: Tensor, scale: float, space: Workspace
 ) -> tuple[Group, Tensor]:
-    """The group of one span and the slots after it."""
+    """The group of one span, in the memory of `space`, and the slots after it."""
     q, k, v, q_slot, k_slot, log_gate = inputs
     start, stop = span
     heads, window = k.shape[2], plan.window
     size = -(-(stop - start) // plan.tile) * plan.tile
-    q_decay, k_decay, half_decay = decays(log_gate, plan, size, span)
-    tokens = torch.cat([heads_first(k_slot, start, stop, size), heads_first(v, start, stop, size)], -1)
-    tokens = tokens.unflatten(2, (-1, plan.chunk))
-    before, slots = advance_slots(slots, half_decay, k_decay.transpose(-1, -2) @ tokens)
+    q_decay, k_decay, half_decay = decays(log_gate, plan, size, span, space)
+    pair = heads_first(k_slot, start, stop, size), heads_first(v, start, stop, size)
+    tokens = space.take("tokens", *pair[0].shape[:3], slots.shape[3])
+    tokens = torch.cat(pair, -1, out=tokens).unflatten(2, (-1, plan.chunk))
+    decay_to_end = torch.mul(k_decay, half_decay.mT, out=space.take("decay_to_end", *k_decay.shape))
+    written = space.product("written", decay_to_end.mT, tokens)
+    before, slots = advance_slots(slots, half_decay, written, space)
     window_key = window_value = None
     if window:
         first, last = start + window - plan.lookback, start + window + size
-        window_key = window_tiles(heads_first(k, first, last, plan.lookback + size), plan)
-        window_value = window_tiles(heads_first(v, first, last, plan.lookback + size), plan)
-    query = scaled_queries(q, heads, start, stop, size, scale)
-    slot_query = scaled_queries(q_slot, heads, start, stop, size, scale)
+        key, value = (heads_first(x, first, last, plan.lookback + size) for x in (k, v))
+        window_key, window_value = window_tiles(key, plan, space, "keys"), window_tiles(value, plan, space, "values")
+    query = scaled_queries(q, heads, span, size, scale, space, "query")
+    slot_query = scaled_queries(q_slot, heads, span, size, scale, space, "slot_query")
     group = Group(
         query.unflatten(2, (size // plan.tile, -1)),
         slot_query.unflatten(2, (size // plan.chunk, -1)),
@@ -200,44 +239,54 @@ def band(plan: Plan, groups: int, like: Tensor) -> Tensor:
 
 
 def score_group(
-    group: Group, plan: Plan, start: int, sink_key: Tensor, first: Tensor, slots_active: bool, softcap: float
+    group: Group,
+    plan: Plan,
+    start: int,
+    sink_key: Tensor,
+    first: Tensor,
+    slots_active: bool,
+    softcap: float,
+    space: Workspace,
 ) -> Scores:
-    """Softmax weights of one group, whose first query is `start`."""
-    _, _, chunks, rows, dim = group.slot_query.shape
-    per_kv = rows // plan.chunk
-    qk = group.slot_query @ group.token_key.transpose(-1, -2)
-    qk *= triangle(rows, plan.chunk, qk.device)
-    slot_scores = (group.slot_query @ group.slots[..., :dim].transpose(-1, -2)).mul_(group.half_decay.mT)
-    slot_scores += qk @ group.k_decay
-    parts = [times_q_decay(slot_scores, group, plan).flatten(2, 3)]
-    if sink_key.shape[1]:
-        parts.insert(0, group.slot_query.flatten(2, 3) @ sink_key.transpose(-1, -2))
+    """Softmax weights of one group, whose first query is `start`, in the memory of `space`."""
+    batch, heads, chunks, rows, dim = group.slot_query.shape
+    per_kv, sinks, num_slots = rows // plan.chunk, sink_key.shape[1], group.q_decay.shape[-1]
+    score = space.take("score", batch, heads, chunks * rows, sinks + num_slots + plan.blocks * plan.tile)
+    on_sink, on_slots, on_window = score.split([sinks, num_slots, plan.blocks * plan.tile], -1)
+    qk = mask_unwritten(space.product("qk", group.slot_query, group.token_key.mT), plan)
+    slot_scores = space.product("slot_scores", group.slot_query, group.slots[..., :dim].mT).mul_(group.half_decay.mT)
+    slot_scores.flatten(0, 2).baddbmm_(qk.flatten(0, 2), group.k_decay.flatten(0, 2))
+    times_q_decay(slot_scores, group, plan, on_slots.unflatten(2, (chunks, -1)))
+    if sinks:
+        on_sink.copy_(group.slot_query.flatten(2, 3) @ sink_key.mT)
+    tiles = None
     if group.window_key is not None:
-        parts.append((group.query @ group.window_key.transpose(-1, -2)).flatten(2, 3))
+        tiles = on_window.unflatten(2, (group.window_key.shape[2], -1))
+        scores = space.product("window_scores", group.query, group.window_key.mT)
+        tiles = tiles.copy_(scores) if softcap else torch.add(scores, band(plan, per_kv, score), out=tiles)
     slope = None
     if softcap:
-        parts = [torch.tanh(part / softcap) for part in parts]
-        slope = 1 - torch.cat(parts, -1).square()
-        parts = [part * softcap for part in parts]
-    if not slots_active and start < plan.window:
-        token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
-        inactive = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
-        count = len(parts) - (group.window_key is not None)
-        parts[:count] = [part.masked_fill(inactive, float("-inf")) for part in parts[:count]]
-    if group.window_key is not None:
-        score = parts[-1].unflatten(2, (group.window_key.shape[2], -1))
-        score += band(plan, per_kv, score)
-        if start < plan.window:
-            tile = torch.arange(score.shape[2], device=first.device)[:, None] * plan.tile
-            column = torch.arange(score.shape[-1], device=first.device) + start + plan.window - plan.lookback
+        score.div_(softcap).tanh_()
+        slope = 1 - score.square()
+        score.mul_(softcap)
+        tiles = None if tiles is None else tiles.add_(band(plan, per_kv, score))
+    if start < plan.window:
+        if not slots_active:
+            token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
+            inactive = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
+            score[..., : sinks + num_slots].masked_fill_(inactive, float("-inf"))
+        if tiles is not None:
+            tile = torch.arange(tiles.shape[2], device=first.device)[:, None] * plan.tile
+            column = torch.arange(tiles.shape[-1], device=first.device) + start + plan.window - plan.lookback
             unused = tile + column < first[:, None, None]  # [B, tiles, blocks * tile]
-            score.masked_fill_(unused[:, None, :, None], float("-inf"))
-    return Scores(torch.cat(parts, -1).softmax(-1), slot_scores, qk, slope)
+            tiles.masked_fill_(unused[:, None, :, None], float("-inf"))
+    return Scores(torch.softmax(score, -1, out=score), slot_scores, qk, slope)
 
 
-def times_q_decay(rows: Tensor, group: Group, plan: Plan) -> Tensor:
+def times_q_decay(rows: Tensor, group: Group, plan: Plan, out: Tensor | None = None) -> Tensor:
     """[B, H, n, chunk * G, M] times `q_decay` of each row's token."""
-    return (rows.unflatten(3, (plan.chunk, -1)) * group.q_decay.unsqueeze(4)).flatten(3, 4)
+    wide = None if out is None else out.unflatten(3, (plan.chunk, -1))
+    return torch.mul(rows.unflatten(3, (plan.chunk, -1)), group.q_decay.unsqueeze(4), out=wide).flatten(3, 4)
 
 
 def mask_unwritten(rows: Tensor, plan: Plan) -> Tensor:

@@ -20,6 +20,7 @@ from nha.ops.chunk_groups import (
     Group,
     Plan,
     Scores,
+    Workspace,
     group_size,
     heads_first,
     load_group,
@@ -52,36 +53,49 @@ def _forward(
     scale: float,
     softcap: float,
     slots_active: bool,
+    with_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward pass over T queries; keys, values and gates begin W tokens before the first query.
 
     q, q_slot [B, T, HQ, D]; k, v, k_slot [B, W + T, H, ...]; log_gate [B, W + T, H, M]; slots [B, H, M, D + Dv];
     first [B] is the first key position in use. All floating tensors share one dtype.
-    Returns out [B, T, HQ, Dv], mass [B, T, HQ], the slots after the segment, and those before every group and after.
+    Returns out [B, T, HQ, Dv], mass [B, T, HQ] (zeros unless `with_mass`), the slots after the segment, and those
+    before every group and after.
     """
-    batch, length, query_heads, dim = q.shape
+    batch, length, query_heads, _ = q.shape
     sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
     plan = make_plan(batch, length, query_heads, num_slots, window)
     out = q.new_empty(batch, length, query_heads, v.shape[-1])
-    mass = q.new_empty(batch, length, query_heads)
-    starts = []
+    mass = q.new_zeros(batch, length, query_heads)
+    starts, space = [], Workspace(q)
     for start, stop in plan.spans():
         starts.append(slots)
-        group, slots = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale)
-        weights = score_group(group, plan, start, sink_key, first, slots_active, softcap).weights
-        on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
-        decayed = times_q_decay(on_slots.unflatten(2, (group.q_decay.shape[2], -1)), group, plan)
-        result = mask_unwritten(decayed @ group.k_decay.transpose(-1, -2), plan) @ group.token_value
-        result += decayed.mul_(group.half_decay.mT) @ group.slots[..., dim:]
-        result = result.flatten(2, 3)
-        if group.window_value is not None:
-            result += (on_window.unflatten(2, (group.query.shape[2], -1)) @ group.window_value).flatten(2, 3)
-        if sinks:
-            result += on_sink @ sink_value
+        group, slots = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale, space)
+        weights = score_group(group, plan, start, sink_key, first, slots_active, softcap, space).weights
+        result = _read(group, plan, weights, sink_value, space)
         unpack(result, per_kv, out[:, start:stop])
-        unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
+        if with_mass:
+            unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
     # Those after the segment too: a first dimension that may be 1 would be compiled apart.
     return out, mass, slots.clone(), torch.stack([*starts, slots])
+
+
+def _read(group: Group, plan: Plan, weights: Tensor, sink_value: Tensor, space: Workspace) -> Tensor:
+    """The outputs [B, H, size * G, Dv] of a group with these softmax weights."""
+    sinks, num_slots, dim = sink_value.shape[1], group.q_decay.shape[-1], group.query.shape[-1]
+    on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
+    on_slots = on_slots.unflatten(2, (group.q_decay.shape[2], -1))
+    decayed = times_q_decay(on_slots, group, plan, space.take("decayed", *on_slots.shape))
+    token_weights = mask_unwritten(space.product("token_weights", decayed, group.k_decay.mT), plan)
+    result = space.product("result", token_weights, group.token_value)
+    decayed.mul_(group.half_decay.mT)
+    result.flatten(0, 2).baddbmm_(decayed.flatten(0, 2), group.slots[..., dim:].flatten(0, 2))
+    result = result.flatten(2, 3)
+    if group.window_value is not None:
+        tiles = group.query.shape[2]
+        on_window = on_window.unflatten(2, (tiles, -1)).flatten(0, 2)
+        result.unflatten(2, (tiles, -1)).flatten(0, 2).baddbmm_(on_window, group.window_value.flatten(0, 2))
+    return result.add_(on_sink @ sink_value) if sinks else result
 
 
 @_forward.register_fake
@@ -146,14 +160,16 @@ def _backward(
         sink_value=torch.zeros_like(sink_value),
         slots=grad_slots,
     )
+    space = Workspace(q)
     for index, (start, stop) in reversed(list(enumerate(plan.spans()))):
-        group, _ = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), starts[index], scale)
-        scores = score_group(group, plan, start, sink_key, first, slots_active, softcap)
+        span = start, stop
+        group, _ = load_group((q, k, v, q_slot, k_slot, log_gate), plan, span, starts[index], scale, space)
+        scores = score_group(group, plan, start, sink_key, first, slots_active, softcap, space)
         size = plan.chunk * group.q_decay.shape[2]
-        do = scaled_queries(grad_out, heads, start, stop, size, 1.0)
-        dmass = scaled_queries(grad_mass[..., None], heads, start, stop, size, 1.0)
+        do = scaled_queries(grad_out, heads, span, size, 1.0, space, "do")
+        dmass = scaled_queries(grad_mass[..., None], heads, span, size, 1.0, space, "dmass")
         raw = heads_first(log_gate, start, stop, size)
-        _add_group(grads, group, plan, (start, stop), scores, (sink_key, sink_value), raw, do, dmass, scale)
+        _add_group(grads, group, plan, span, scores, (sink_key, sink_value), raw, do, dmass, scale)
     if not window:
         grads.q.zero_()
     dk, dv = (_from_padded(x, plan, window + length) for x in (grads.window_key, grads.window_value))
@@ -276,14 +292,14 @@ def _(grad_out, grad_mass, grad_slots, starts, q, k, v, q_slot, k_slot, log_gate
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, q_slot, k_slot, log_gate, _, sink_key, sink_value, first, *ctx.options = inputs
+    q, k, v, q_slot, k_slot, log_gate, _, sink_key, sink_value, first, *ctx.options, _ = inputs
     ctx.save_for_backward(output[3], q, k, v, q_slot, k_slot, log_gate, sink_key, sink_value, first)
     ctx.set_materialize_grads(True)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, grad_slots: Tensor, _: Any) -> tuple[Any, ...]:
     grads = _backward(grad_out, grad_mass, grad_slots, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -334,7 +350,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return *_TransformedBackward.apply(*grads[:3], *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return *_TransformedBackward.apply(*grads[:3], *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 def _is_transformed() -> bool:
@@ -359,8 +375,12 @@ def chunked(
     state: NHAState,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    with_mass: bool = True,
 ) -> tuple[Tensor, Tensor, NHAState]:
-    """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and the state after the segment (shapes as `nha_attention`)."""
+    """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and the state after the segment (shapes as `nha_attention`).
+
+    Without `with_mass` the slot mass is zeros.
+    """
     if cu_seqlens is not None:
         inputs = (q, k, v, log_gate, q_slot, k_slot)
         return each_sequence(chunked, inputs, scale, softcap, state, cu_seqlens, sink)
@@ -402,6 +422,7 @@ def chunked(
         scale,
         softcap or 0.0,
         state.slots_active,
+        with_mass,
     )
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)
