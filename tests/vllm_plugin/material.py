@@ -30,6 +30,7 @@ SIZES: dict[str, Any] = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}>"
 
 
@@ -98,7 +99,10 @@ def engine(path: Path, *, apart: bool = False, **options: Any) -> Iterator[Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
     from vllm import LLM  # pyright: ignore[reportMissingImports]
     from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models import registry  # pyright: ignore[reportMissingImports]
 
+    # vLLM looks at each new class in another process, for the sake of CUDA: ten seconds a family. The servers still do.
+    registry._run_in_subprocess = lambda function: function()
     defaults: dict[str, Any] = dict(
         dtype="float32",
         max_model_len=MAX_LEN,
@@ -136,3 +140,14 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 def metric(llm: Any, name: str) -> int:
     """A counter of vLLM's."""
     return sum(found.value for found in llm.get_metrics() if found.name == name)
+
+
+def drafting_prompts() -> list[list[int]]:
+    """Prompts after which some drafts stand and some do not."""
+    return [prompt * 6 for prompt in make_prompts([9, 17])] + make_prompts([3, 40, 200])
+
+
+def draft_counts(llm: Any) -> tuple[int, int]:
+    """How many tokens were drafted, and how many stood."""
+    names = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
+    return metric(llm, names[0]), metric(llm, names[1])

@@ -30,10 +30,11 @@ def test_tokens_are_those_of_transformers_alone_and_sixteen_at_once(kind, reques
     assert alone == expected
 
 
-def test_compiled_code_writes_the_same(hybrid):
+def test_compiled_code_writes_the_same(tmp_path):
+    path = make_model(tmp_path / "model", "llama", [16, [-1, 8]])
     prompts = make_prompts([10, 100, 33])
-    with engine(hybrid, enforce_eager=False) as llm:
-        assert tokens(write(llm, prompts, NEW)) == greedy(hybrid, prompts, NEW)
+    with engine(path, enforce_eager=False) as llm:
+        assert tokens(write(llm, prompts, NEW)) == greedy(path, prompts, NEW)
 
 
 FAMILIES = {

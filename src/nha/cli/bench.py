@@ -137,7 +137,9 @@ def cpu(
 @bench_app.command("serve", epilog="Example: [cyan]nha bench serve my-hybrid --lengths 4096,32768,131072[/]")
 @command
 def serve(
-    model: Annotated[str, typer.Argument(help="Directory of a hybrid.")],
+    model: Annotated[
+        str, typer.Argument(help="Directory of a hybrid, or 'smollm2-hybrid' for that of the embedded model.")
+    ],
     out: Out = RESULTS,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "4096,32768,131072",
     sequences: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
@@ -148,14 +150,16 @@ def serve(
 ) -> None:
     """Time a hybrid in vLLM beside vLLM's own full attention: serve.csv. Needs vLLM."""
     from nha.bench.serve import cases, run
+    from nha.serve.embedded import save_embedded, with_directory
 
     check_at_least("--sequences", sequences, 1)
     check_at_least("--new-tokens", new_tokens, 2)
     sizes = common.parse_ints(lengths, "--lengths")
     check_at_least("--lengths", min(sizes), 1)
-    source = loading.find(model)
+    source = with_directory(loading.find(model))
     if source.directory is None or not loading.is_hybrid(source.config):
         raise BadInput(f"expected the directory of a hybrid, got {model}")
+    save_embedded(source)
     leave(run(cases(str(source.directory), sizes, sequences, new_tokens, dtype, eager), out, budget, log))
 
 
