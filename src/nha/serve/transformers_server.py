@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from nha.memory import MemoryStore
-from nha.models.auto import hybrid_classes
+from nha.models.auto import hybrid_classes, register
 from nha.models.loading import Source, is_hybrid
 from nha.models.windows import set_state_dtype
 from nha.serve.limits import VARIABLE, Limits, Policy
@@ -23,6 +23,7 @@ def expose(source: Source) -> None:
     """Let transformers' server find a hybrid's class, which it looks up in transformers by name."""
     import transformers
 
+    register()
     config: Any = source.config
     if is_hybrid(config):
         model = hybrid_classes(config.model_type)[1]
