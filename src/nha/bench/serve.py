@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ class Case:
         new_tokens: tokens written after each.
         dtype: of the model, as vLLM names it.
         eager: without compiled code and CUDA graphs.
+        memory: fraction of the device's memory that vLLM may take; None for its default.
     """
 
     model: str
@@ -64,19 +66,20 @@ class Case:
     new_tokens: int
     dtype: str = "auto"
     eager: bool = False
+    memory: float | None = None
 
     def __str__(self) -> str:
         return f"{self.attention} T{self.length} x{self.sequences}"
 
 
-def cases(model: str, lengths: list[int], sequences: int, new_tokens: int, dtype: str, eager: bool) -> list[Case]:
-    """A hybrid and full attention at each length.
+def cases(model: str, lengths: list[int], sequences: int, new_tokens: int, **options: Any) -> list[Case]:
+    """A hybrid and full attention at each length; `options` are other fields of `Case`.
 
-    >>> [str(case) for case in cases("m", [4096], 16, 64, "auto", False)]
+    >>> [str(case) for case in cases("m", [4096], 16, 64)]
     ['hybrid T4096 x16', 'full T4096 x16']
     """
     kinds = ("hybrid", "full")
-    return [Case(model, kind, n, sequences, new_tokens, dtype, eager) for n in lengths for kind in kinds]
+    return [Case(model, kind, n, sequences, new_tokens, **options) for n in lengths for kind in kinds]
 
 
 def speeds(case: Case, prompt_s: float, whole_s: float) -> dict[str, float]:
@@ -97,6 +100,7 @@ def measure(case: Case) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     windows: dict[str, Any] = {}
+    memory = {} if case.memory is None else {"gpu_memory_utilization": case.memory}
     if case.attention == "full":
         config = json.loads((Path(case.model) / "config.json").read_text())
         windows = {"window_sizes": [FULL] * config["num_hidden_layers"]}
@@ -109,6 +113,7 @@ def measure(case: Case) -> dict[str, Any]:
         enforce_eager=case.eager,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        **memory,
     )
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
@@ -143,8 +148,17 @@ def run_apart(case: Case, timeout_s: float) -> dict[str, Any]:
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    errors = done.stderr.strip().splitlines()
-    raise RuntimeError(one_line(errors[-1]) if errors else f"exit code {done.returncode}")
+    raise RuntimeError(reason(done.stdout + done.stderr) or f"exit code {done.returncode}")
+
+
+def reason(log: str) -> str:
+    """The last error in a log of vLLM that names a cause: the line after it only says that there was one.
+
+    >>> reason("ValueError: no memory\\nRuntimeError: Engine core initialization failed.")
+    'ValueError: no memory'
+    """
+    found = re.findall(r"\b\w*Error: (?!Engine core).+", log)
+    return one_line(found[-1]) if found else ""
 
 
 def run(rows: list[Case], out: Path, budget_s: float, log: Callable[[str], None] = print) -> int:

@@ -146,6 +146,10 @@ def serve(
     new_tokens: Annotated[int, typer.Option(help="Tokens written after each.")] = 128,
     dtype: Annotated[str, typer.Option(help="Number format of the model, as vLLM names it.")] = "auto",
     eager: Annotated[bool, typer.Option("--eager", help="Without compiled code and CUDA graphs.")] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the device's memory that vLLM may take.", show_default="vLLM's"),
+    ] = None,
     budget: Budget = 3600,
 ) -> None:
     """Time a hybrid in vLLM beside vLLM's own full attention: serve.csv. Needs vLLM."""
@@ -154,13 +158,16 @@ def serve(
 
     check_at_least("--sequences", sequences, 1)
     check_at_least("--new-tokens", new_tokens, 2)
+    if memory is not None:
+        common.check_range("--memory", memory, above=0, at_most=1)
     sizes = common.parse_ints(lengths, "--lengths")
     check_at_least("--lengths", min(sizes), 1)
     source = with_directory(loading.find(model))
     if source.directory is None or not loading.is_hybrid(source.config):
         raise BadInput(f"expected the directory of a hybrid, got {model}")
     save_embedded(source)
-    leave(run(cases(str(source.directory), sizes, sequences, new_tokens, dtype, eager), out, budget, log))
+    options = {"dtype": dtype, "eager": eager, "memory": memory}
+    leave(run(cases(str(source.directory), sizes, sequences, new_tokens, **options), out, budget, log))
 
 
 @bench_app.command("plots", epilog="Example: [cyan]nha bench plots --out pictures[/]")
