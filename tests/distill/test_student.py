@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from nha import hybridize
 from nha.data.packing import pack
@@ -204,6 +205,17 @@ def test_compiled_layers_compute_the_same_and_are_released():
     model = student.release()
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
     torch._dynamo.reset()
+
+
+def test_all_layers_of_a_kind_share_one_compiled_graph():
+    """A guard on a layer's index would compile each layer anew: minutes for a deep model."""
+    model, graphs = hybrid("llama", [8, 8, 8]).train(), CompileCounter()
+    torch._dynamo.reset()
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=False, backend=graphs)
+    model(tokens(2, 32), use_cache=False).logits.sum().backward()
+    torch._dynamo.reset()
+    assert graphs.frame_count == 1
 
 
 class Linear4bit(nn.Linear):
