@@ -328,11 +328,15 @@ class Shard:
         begun = time.monotonic()
         measured = self.measure(run, model)
         times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
+        about: dict[str, Any] = {"settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
+        about |= {"teacher_log": found.teacher_log} if found.teacher_log else {}
+        kept = self.options.out / "measured" / f"{run.name}.json"  # there, should anything below fail
+        kept.parent.mkdir(exist_ok=True)
+        write_atomically(kept, json.dumps(times | about) + "\n")
         row = row_of(run, model, measured, found.log) | times | {"memory_gib": peak}
         row |= {"missing": measured["missing"]} if "missing" in measured else {}
-        about = {"row": row, "settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
-        about |= {"teacher_log": found.teacher_log} if found.teacher_log else {}
-        write_atomically(self.folder / f"{run.name}.json", json.dumps(about) + "\n")
+        write_atomically(self.folder / f"{run.name}.json", json.dumps({"row": row} | about) + "\n")
+        kept.unlink()
         self.print(run.name, json.dumps({k: v for k, v in row.items() if k not in ("windows", "versions")}))
         return "missing" not in measured
 

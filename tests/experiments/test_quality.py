@@ -131,6 +131,7 @@ def test_a_run_trains_its_teacher_first_and_is_kept_without_what_there_was_no_ti
     monkeypatch.setattr(quality.Shard, "measure", late)
     assert run(place, data, out, "--arms", "constant64_teacher") == 3
     monkeypatch.undo()
+    assert not list((out / "measured").iterdir())
     (file,) = (out / "runs").glob("constant64_teacher*")
     cut = json.loads(file.read_text())
     assert set(cut["row"]["missing"]) >= {"piqa", "squad_qa"} and cut["row"]["squad"] is None
@@ -177,3 +178,13 @@ def test_the_bytes_of_full_heads_are_counted():
     each = 2 * 4 * (config.hidden_size // config.num_attention_heads)  # key and value of a token of a head, float32
     grown = quality.cache_bytes(model, 2 * tokens)
     assert grown - size == (1 + config.num_key_value_heads) * tokens * each
+
+
+def test_what_was_measured_is_kept_where_its_row_fails(place, data, tmp_path, monkeypatch):  # noqa: F811
+    def fail(*args):
+        raise AttributeError("bytes")
+
+    monkeypatch.setattr(quality, "row_of", fail)
+    assert run(place, data, tmp_path, "--arms", "constant", "--no-controls") == 1
+    (file,) = (tmp_path / "measured").iterdir()
+    assert json.loads(file.read_text())["eval"]["sets"]["squad_qa"]["count"] == 2
