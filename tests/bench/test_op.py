@@ -51,6 +51,13 @@ def test_every_length_window_shape_and_batch_is_measured():
     assert len(set(texts)) == len(texts)
 
 
+def test_the_window_alone_stands_beside_every_hybrid_row():
+    found = bench.rows(tiny=False)
+    alone = {(row.kind, row.shape) for row in found if row.impl == "flex-window"}
+    hybrids = [row for row in found if row.impl == "triton" and row.kind != "decode" and row.dtype == "bf16"]
+    assert not [str(row) for row in hybrids if dict(row.shape)["W"] > 0 and (row.kind, row.shape) not in alone]
+
+
 @pytest.mark.parametrize("window", [1, 37, 128, 200, 4000])
 def test_the_block_mask_of_a_window_is_that_of_flex_attention(window):
     from torch.nn.attention.flex_attention import create_block_mask

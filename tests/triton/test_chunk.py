@@ -226,6 +226,23 @@ def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, decoding, d
     assert reason(dim, slots + 1) == f"{slots + 1} slots in torch.{dtype}{beside}: the kernels take 1 to {slots}"
 
 
+def test_wide_heads_in_float32_are_refused_before_a_launch_on_a_gpu_with_less_memory(monkeypatch):
+    from nha.ops.validation import unsupported
+
+    def reason(dim, dtype=torch.float32):
+        q = torch.empty(1, 1, 1, dim, dtype=dtype)
+        return unsupported(q, q, torch.empty(1, 1, 1, 16), None, decoding=False)
+
+    assert reason(256) is None
+    monkeypatch.setattr("nha.ops.validation.shared_memory", lambda device: 99 << 10)
+    text = reason(256)
+    assert text and "201728" in text and str(99 << 10) in text and "head dims 256 and 256 in torch.float32" in text
+    assert reason(128) is None and reason(256, torch.bfloat16) is None
+    flat = inputs(Case(length=3, window=2, dim=144))
+    with pytest.raises(NotImplementedError, match="201728"):
+        call(flat, window_size=2, impl="triton")
+
+
 @pytest.mark.parametrize("packed", [None, [0, 3, 17, 17, 20]])
 def test_the_operators_are_well_formed(packed):
     case = Case(batch=1, length=20, query_heads=2, heads=1, slots=2)

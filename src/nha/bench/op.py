@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -198,11 +198,18 @@ def rows(tiny: bool) -> list[Row]:
     found += block(("triton",), LLAMA, single, [0, 512]) + decode(("triton",), LLAMA, (64,), 32768, (0, 512))
     found += block(("triton",), LLAMA, [c for c in constant if c not in (short, long)], [32, 128, 2048])
     found += block(("triton",), LLAMA, [c for c in constant if c != short], [-1])
+    found += beside_windows(found)
     found += block(("triton",), LLAMA, [short], [64], dtype="fp16") + block(
         ("triton",), SMOLLM, [short], [64], dtype="fp32"
     )
     found += block(("chunked",), LLAMA, [short], [64])
     return list(dict.fromkeys(found))
+
+
+def beside_windows(found: list[Row]) -> list[Row]:
+    """The window alone, without slots, for every row of the kernels with a window and no decoding."""
+    hybrids = [row for row in found if row.impl == "triton" and row.kind != "decode" and dict(row.shape)["W"] > 0]
+    return [replace(row, impl="flex-window") for row in hybrids]
 
 
 def _tiny_rows() -> list[Row]:

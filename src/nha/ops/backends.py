@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+H100_SHARED_MEMORY = 227 << 10  # bytes that a block may use
 HAS_TRITON = find_spec("triton") is not None  # looked up once: torch.compile cannot trace it
 
 
@@ -77,6 +79,14 @@ def can_skip_dispatch(tensors: Sequence[object]) -> bool:
     found = [x for x in tensors if isinstance(x, Tensor)]
     wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
     return not needs_grad(found) and all(type(x) in (Tensor, Parameter) and not wrapped(x) for x in found)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use on a device; those of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return H100_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:

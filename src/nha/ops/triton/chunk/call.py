@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nha.ops.triton.chunk.tiling import BlockSizes, Plan, block_sizes, make_plan, shared_memory, stored_chunks
+from nha.ops.backends import shared_memory
+from nha.ops.triton.chunk.tiling import BlockSizes, Plan, block_sizes, make_plan, stored_chunks
 
 STATE_WIDTH = 128  # columns of the slots that one program of the serial pass holds
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nha.ops.backends import H100_SHARED_MEMORY
 from nha.ops.triton.primitives import num_chunks
 
 # A serial pass over tokens waits for memory at every chunk, so that it takes many programs to fill a GPU. With fewer,
@@ -22,7 +22,6 @@ SERIAL_PROGRAMS = 128  # above so many state programs sequences are read seriall
 SERIAL_CHUNKS = 4  # as are sequences of no more chunks
 TABLE_WIDTH = 1024  # sequences, or entries, that a program of the tables processes at a time
 SPLIT_WINDOW = 256  # from this window on, most of its keys are seen by all queries of a block
-H100_SHARED_MEMORY = 227 << 10  # bytes that a block may use
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # What `nha_chunk_tables_kernel` counts: entries of the two tables, in their order, and chunks written to the slots.
@@ -64,14 +63,6 @@ def padded_width(size: int, minimum: int = 16) -> int:
 def device_guard(x: Tensor) -> AbstractContextManager[object]:
     """Make the device of `x` the current one: Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use on a device; those of an H100 where there is no GPU."""
-    if device.type != "cuda":
-        return H100_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def block_sizes(
