@@ -229,16 +229,16 @@ def test_shapes_beyond_the_kernels_are_refused_with_the_limit(dtype, decoding, d
 def test_wide_heads_in_float32_are_refused_before_a_launch_on_a_gpu_with_less_memory(monkeypatch):
     from nha.ops.validation import unsupported
 
-    def reason(dim, dtype=torch.float32):
+    def reason(dim, dtype=torch.float32, slots=64):
         q = torch.empty(1, 1, 1, dim, dtype=dtype)
-        return unsupported(q, q, torch.empty(1, 1, 1, 16), None, decoding=False)
+        return unsupported(q, q, torch.empty(1, 1, 1, slots), None, decoding=False)
 
     assert reason(256) is None
     monkeypatch.setattr("nha.ops.validation.shared_memory", lambda device: 99 << 10)
     text = reason(256)
     assert text and "201728" in text and str(99 << 10) in text and "head dims 256 and 256 in torch.float32" in text
-    assert reason(128) is None and reason(256, torch.bfloat16) is None
-    flat = inputs(Case(length=3, window=2, dim=144))
+    assert reason(128) is None and reason(256, torch.bfloat16) is None and reason(256, slots=16) is None
+    flat = inputs(Case(length=3, window=2, dim=144, slots=40))
     with pytest.raises(NotImplementedError, match="201728"):
         call(flat, window_size=2, impl="triton")
 

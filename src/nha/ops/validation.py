@@ -29,7 +29,6 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM, MAX_SLOTS = 256, 128
 # In float32 wide heads leave room for fewer slots, and the decoding kernel takes none.
 NARROW_DIM, WIDE_SLOTS = 128, 64
-WIDE_SHARED_MEMORY = 201728  # bytes that a block needs then, on a GPU with 100 KB too
 MAX_GROUPS = 16  # query heads of a KV head that the kernel of one token under full attention takes
 
 
@@ -48,14 +47,23 @@ def unsupported(q: Tensor, v: Tensor, log_gate: Tensor, softcap: float | None, d
     max_dim = NARROW_DIM if exact and decoding else MAX_DIM
     if width > max_dim:
         return f"head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}: the kernels go up to {max_dim}"
-    if exact and width > NARROW_DIM and (available := shared_memory(q.device)) < WIDE_SHARED_MEMORY:
-        dims = f"head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}"
-        return f"{dims}: a block needs {WIDE_SHARED_MEMORY} bytes of shared memory, this GPU has {available}"
     max_slots = WIDE_SLOTS if exact and width > NARROW_DIM else MAX_SLOTS
     if not 1 <= slots <= max_slots:
         beside = f" with head dims {q.shape[-1]} and {v.shape[-1]}" if max_slots < MAX_SLOTS else ""
         return f"{slots} slots in {q.dtype}{beside}: the kernels take 1 to {max_slots}"
+    if exact and width > NARROW_DIM and (needed := wide_bytes(slots)) > (available := shared_memory(q.device)):
+        dims = f"{slots} slots with head dims {q.shape[-1]} and {v.shape[-1]} in {q.dtype}"
+        return f"{dims}: a block needs {needed} bytes of shared memory, this GPU has {available}"
     return None
+
+
+def wide_bytes(slots: int) -> int:
+    """Bytes of shared memory of the largest kernel in float32 with heads of 256, as compiled for a GPU with 100 KB.
+
+    >>> wide_bytes(16), wide_bytes(64)
+    (100352, 201728)
+    """
+    return 66560 + 2112 * max(16, 1 << (slots - 1).bit_length())
 
 
 def check_inputs(
