@@ -13,13 +13,15 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nha.convert.calibrate import calibrate_gates, calibrate_sinks
@@ -32,9 +34,11 @@ from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
 from nha.evaluate.public.written import begins_with, write
 from nha.evaluate.variants import use_variant
 from nha.io import write_atomically
+from nha.models import slots
 from nha.models.adapter import to_hybrid
 from nha.models.smollm2 import forget_gguf, gguf_path
 from nha.models.windows import attention_layers, set_windows
+from nha.ops.exact import WriteOrder, exact_log_gate
 from nha.ops.heads import Window
 from nha.report.results import to_json
 
@@ -74,6 +78,25 @@ def keep_all(model: Any) -> None:
     for module in attention_layers(model):
         module.nha.g_proj.weight.data.zero_()
         module.nha.g_proj.bias.data.fill_(10.0)
+
+
+@contextmanager
+def best_of_prompt() -> Iterator[None]:
+    """Within the context, heads keep the M highest scores of a prompt and no later token: a bound, which is not causal.
+
+    It shows what a rule that overwrites the lowest score could gain over one that overwrites the oldest token.
+    """
+
+    def gates(score: Tensor, num_slots: int, order: WriteOrder, *, fill: bool = True) -> tuple[Tensor, Tensor]:
+        length = score.shape[1]
+        chosen = torch.full_like(score, -1.0)
+        if length > WINDOW + num_slots:
+            ranked = score.masked_fill(order.token[..., None] < 0, float("-inf"))[:, : length - WINDOW]
+            chosen.scatter_(1, ranked.topk(num_slots, 1).indices, 1.0)
+        return exact_log_gate(chosen, num_slots, order, fill=fill and length <= WINDOW + num_slots)
+
+    with mock.patch.object(slots, "exact_log_gate", gates):
+        yield
 
 
 class Probe:
@@ -129,6 +152,11 @@ class Probe:
             found[f"exact slots, learned score, reach {reach}"] = exact(
                 lambda reach=reach: set_write_scores(model, self.scores, reach)
             )
+        best = exact(lambda: set_write_scores(model, self.scores))
+        found["exact slots, highest scores of the prompt"] = lambda stack: (
+            stack.enter_context(best_of_prompt()),
+            best(stack),
+        )[1]
         if heads is not None:
             found["windows per head alone"] = lambda stack: (
                 exact(lambda: None, heads)(stack),
