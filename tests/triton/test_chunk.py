@@ -74,6 +74,20 @@ def test_the_error_is_at_most_twice_that_of_the_reference(name):
     assert_within(results(flat, case.window, "triton"), exact, bound)
 
 
+def test_scores_of_a_few_blocks_at_a_time_give_the_same_gradients(monkeypatch):
+    from nha.ops.triton.chunk import host
+
+    case, counts, dq = CASES["window longer than a tile"], [], host._dq
+    flat = inputs(case)
+    whole = results(flat, case.window, "triton")
+    monkeypatch.setattr(host, "SLAB", 2 * case.query_heads)
+    monkeypatch.setattr(host, "_dq", lambda *args: (counts.append(args[-1]), dq(*args)))
+    found = results(flat, case.window, "triton")
+    assert len(counts) > 1 and max(counts) == 2
+    for name, value in whole.items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 16, 32, 33])
 def test_sixteen_bit_operands_fill_rows_of_128_bytes(dtype, size):
