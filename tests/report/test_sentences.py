@@ -95,7 +95,12 @@ def test_a_change_is_named_with_its_size(ratio, words):
     "start, end, word", [(40, 43.9, "stays"), (40, 36.1, "stays"), (40, 44.1, "grows"), (40, 35.9, "falls")]
 )
 def test_a_time_is_called_steady_only_within_a_tenth(start, end, word):
-    assert trend(start, end).startswith(word)
+    assert trend([start, end]).startswith(word)
+
+
+def test_a_time_that_goes_up_and_down_is_given_by_its_extremes():
+    assert trend([75, 77, 49, 48, 78]) == "varies between 48 and 78 ms"
+    assert trend([65, 79, 82, 66, 93]) == "grows from 65 to 93 ms"
 
 
 def test_a_time_that_triples_is_said_to_grow():

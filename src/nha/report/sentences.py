@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -84,15 +85,21 @@ def times(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
 
 
-def trend(start: float, end: float) -> str:
-    """How a time goes from `start` to `end` milliseconds.
+def trend(ms: Sequence[float]) -> str:
+    """How a time goes, from milliseconds at growing lengths; one that goes up and down is given by its extremes.
 
-    >>> trend(41.0, 44.0), trend(40.0, 120.0), trend(40.0, 20.0)
+    >>> trend([41.0, 44.0]), trend([40.0, 90.0, 120.0]), trend([40.0, 20.0])
     ('stays between 41 and 44 ms', 'grows from 40 to 120 ms', 'falls from 40 to 20 ms')
+    >>> trend([75.0, 48.0, 78.0])
+    'varies between 48 and 78 ms'
     """
-    if abs(end - start) <= STEADY * start:
-        low, high = sorted((round(start), round(end)))
-        return f"stays at {low:,} ms" if low == high else f"stays between {low:,} and {high:,} ms"
+    start, end, low, high = ms[0], ms[-1], min(ms), max(ms)
+    if high - low <= STEADY * start:
+        return (
+            f"stays at {low:,.0f} ms" if round(low) == round(high) else f"stays between {low:,.0f} and {high:,.0f} ms"
+        )
+    if max(start, end) < (1 - STEADY) * high or min(start, end) > (1 + STEADY) * low:
+        return f"varies between {low:,.0f} and {high:,.0f} ms"
     return f"{'grows' if end > start else 'falls'} from {start:,.0f} to {end:,.0f} ms"
 
 
@@ -235,7 +242,8 @@ def speed_text(results: Results) -> list[str]:
     start, end = results.timed[0], results.timed[-1]
     lines = [
         f"From {start.context:,} to {end.context:,} tokens of context, the time to write one more token "
-        f"{trend(start.teacher_ms, end.teacher_ms)} with the original and {trend(start.hybrid_ms, end.hybrid_ms)} "
+        f"{trend([cost.teacher_ms for cost in results.timed])} with the original and "
+        f"{trend([cost.hybrid_ms for cost in results.timed])} "
         "with the hybrid."
     ]
     crossover = results.crossover()
