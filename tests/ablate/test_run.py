@@ -34,6 +34,7 @@ recall:
   examples: 8
   train: [{task: in_context_recall, seq_len: 16, vocab_size: 8}]
   test: [{task: in_context_recall, seq_len: 16, vocab_size: 8}, {task: in_context_recall, seq_len: 32, vocab_size: 8}]
+notes: [Few steps., Few sizes.]
 claims:
   - {says: slots help, arm: nha, against: window only}
 """
@@ -176,6 +177,7 @@ def test_the_page_holds_claims_rows_and_command_and_the_csv_every_rate(table, tm
         "nha ablate mine.yaml" in page
         and str(tmp_path) not in page
         and "slots help" in page
+        and "Few steps. Few sizes." in page
         and "in_context_recall 32" in page
     )
     entries = json.loads((tmp_path / "summary.json").read_text())

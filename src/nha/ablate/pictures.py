@@ -152,11 +152,11 @@ def position_png(rows: Sequence[Data]) -> bytes:
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     longest = max(int(s["size"]) for row in rows for s in row["sizes"] if s["task"] == "perplexity")
     named, head = _legend_room(arms)
-    size = (WIDTH, 2.9 + head)
+    size = (WIDTH, 2.65 + head)
     figure, axes = _figure(LIGHT, size)
     styles = line_styles(arms)
     edges: list[int] = []
-    for arm in arms:
+    for index, arm in enumerate(arms):
         found = [
             s
             for row in rows
@@ -170,13 +170,16 @@ def position_png(rows: Sequence[Data]) -> bytes:
         middles = [math.sqrt(max(1, a) * b) for a, b in pairwise(edges)]
         values = np.exp(np.log([s["by_position"] for s in found]).mean(0))
         colour, dash = styles[arm]
-        axes.plot(middles, values, color=colour, linestyle=dash, linewidth=1.8, label=arm)
+        marker = MARKERS[index % len(MARKERS)]
+        axes.plot(
+            middles, values, color=colour, linestyle=dash, marker=marker, markersize=4.5, linewidth=1.8, label=arm
+        )
     axes.set_yscale("log")
     _context_axis(axes, [edge for edge in edges if edge], "position in the document, tokens", most=6)
     low, high = axes.get_ylim()
     _plain_log_ticks(axes.yaxis, low, high)
     _style(figure, axes, LIGHT, right=0.25)
-    _place(figure, axes, 0.62, 0.56, size[0] - 0.87, size[1] - head - 0.56)
+    _place(figure, axes, 0.62, 0.56, size[0] - 0.87, size[1] - head - 0.31)
     _title(axes, LIGHT, f"Perplexity by position, documents of {longest:,} tokens (logarithmic)")
     _legend_above(figure, named)
     return _png(figure)

@@ -124,6 +124,7 @@ def remember(table: Table, out: Path, name: str | None = None) -> None:
     about |= {"command": shlex.join(["nha", "ablate", name or table.name, *text])}
     about |= {"arms": [arm.name for arm in table.arms], "rows": [row.name(table.name) for row in table.rows]}
     about["claims"] = [vars(claim) for claim in table.claims]
+    about["notes"] = list(table.notes)
     path = out / TABLES / f"{table.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(about, indent=1, default=list) + "\n")
@@ -212,6 +213,7 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
         everything = [row for row in rows if row["table"] == table["name"]]
         lines += [f"## {table['title']}", "", *about_lines(table, everything, own), ""]
         lines += [*claim_lines(table, own), ""] if table["claims"] else []
+        lines += [" ".join(table["notes"]), ""] if table.get("notes") else []
         lines += [*(recall_lines(own) if table["kind"] == "recall" else language_lines(own)), ""]
         if any(size["task"] == WINDOW for row in own for size in row["sizes"]):
             lines += [*window_lines(own), ""]

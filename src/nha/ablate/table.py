@@ -80,6 +80,7 @@ class Table:
         shape: settings of `NHAConfig` that all arms share (recall).
         match: name of the arm whose number of parameters all others have.
         claims: what is tested.
+        notes: sentences for the page: why an outcome is as it is.
         recall, language: how the models are trained and measured, by kind.
         chosen: names of the arms that have rows; none means all.
     """
@@ -93,6 +94,7 @@ class Table:
     shape: dict[str, Any] = field(default_factory=dict)
     match: str | None = None
     claims: tuple[Claim, ...] = ()
+    notes: tuple[str, ...] = ()
     recall: RecallPlan | None = None
     language: LanguagePlan | None = None
     chosen: tuple[str, ...] = ()
