@@ -210,3 +210,20 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     wrong = runner.invoke(app, [*arguments, "--recipe", "best"])
     assert wrong.exit_code == 2 and "quality, balanced, constant" in wrong.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_is_trained_first_and_the_summary_says_so(place, corpus, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["distill", str(place / "tiny"), str(run), "--corpus", str(corpus), *SHORT, "--teacher-tokens", "640"]
+    dry = runner.invoke(app, [*arguments, "--dry-run"])
+    assert dry.exit_code == 0 and "trained on the first 640" in dry.stdout and not run.exists()
+    stopped = runner.invoke(app, [*arguments, "--budget", "0"])
+    assert stopped.exit_code == 3 and "after 1 of 2 steps" in stopped.stderr.replace("\n", " ")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "the first 640 of 1,280 tokens" in result.stdout.replace("\n", " ")
+    about = json.loads((run / "hybrid" / "distillation.json").read_text())
+    assert about["settings"]["teacher_tokens"] == 640 and about["teacher_log"][0]["tokens"] == 640
+    assert "trained the original with full attention" in (run / "hybrid" / "README.md").read_text()
+    wrong = runner.invoke(app, [*arguments, "--trainable", "lora"])
+    assert wrong.exit_code == 2 and "--teacher-tokens" in wrong.stderr and "'lora'" in wrong.stderr
