@@ -46,6 +46,14 @@ def test_a_base_model_with_the_file_is_the_hybrid(windows, tmp_path):
     )
 
 
+def test_a_file_names_its_base_and_not_the_path_that_it_was_read_from(tmp_path):
+    base = teacher().eval()
+    base.config.name_or_path = "/some/directory"
+    model = changed(base, [8, 8, 8])
+    save_delta(tmp_path / "d.safetensors", model, low_rank_changes(base, model, 2), {"base": "some/model"})
+    assert delta_config(tmp_path / "d.safetensors").converted_from == "some/model"
+
+
 def test_a_hybrid_of_the_base_takes_the_file_as_well(tmp_path):
     base = teacher().eval()
     model = changed(base, [8, 8, 8])

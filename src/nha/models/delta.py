@@ -83,6 +83,15 @@ def lora_changes(trained: Mapping[str, Tensor], scale: float) -> dict[str, Tenso
     return found
 
 
+def converted_from(facts: Mapping[str, str]) -> dict[str, str]:
+    """The base by its public name, in place of the path that it was read from.
+
+    >>> converted_from({"base": "some/model"}), converted_from({})
+    ({'converted_from': 'some/model'}, {})
+    """
+    return {"converted_from": facts["base"]} if "base" in facts else {}
+
+
 def save_delta(
     path: str | Path,
     model: PreTrainedModel,
@@ -97,7 +106,7 @@ def save_delta(
     config = decoder(model).config
     sizes = {name: getattr(config, name) for name in (*SIZES, *ADDED)}
     kept = {"format": FORMAT, "windows": json.dumps(windows_of(model)), "sizes": json.dumps(sizes)}
-    kept["config"] = json.dumps(config.to_diff_dict(), default=str)
+    kept["config"] = json.dumps(config.to_diff_dict() | converted_from(facts), default=str)
     tensors = {name: x.to(dtype) for name, x in {**slots_of(model), **changes}.items()}
     write_tensors(path, tensors, {**facts, **kept})
 
@@ -113,7 +122,7 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def delta_config(path: str | Path) -> Any:
     """The configuration of the hybrid in a delta."""
     _, metadata = read_delta(path)
-    values = json.loads(metadata["config"])
+    values = json.loads(metadata["config"]) | converted_from(metadata)
     kind = hybrid_config_class(values.pop("model_type").removeprefix("nha-"))
     return kind(**{name: value for name, value in values.items() if name not in VOLATILE})
 
