@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 import nha.models.fused_step
 import nha.ops.backends
 from nha.models import decode_graph
-from nha.models.fused_step import is_fused, unfused
+from nha.models.fused_step import is_fused, is_fused_now, unfused
 from nha.models.windows import decoder
 from tests.inputs import error, rounding
 from tests.models.families import hybrid, tokens
@@ -161,11 +161,35 @@ def ablated(model):
     return layer
 
 
-@pytest.mark.parametrize("change", [replaced, hooked, in_two_dtypes, with_other_activation, ablated])
+def with_initial_slots(model):
+    layer = decoder(model).layers[0]
+    layer.self_attn.nha.initial = (torch.zeros(2, 8, 8), torch.zeros(2, 8, 8))
+    return layer
+
+
+def watched(model):
+    layer = decoder(model).layers[0]
+    layer.mlp.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
+CHANGES = [replaced, hooked, in_two_dtypes, with_other_activation, ablated, with_initial_slots, watched]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_layer_that_is_not_the_family_s_is_left_alone(change):
     model = build()
-    assert is_fused(decoder(model).layers[1])
+    assert all(map(is_fused_now, decoder(model).layers))
     assert not is_fused(change(model))
+    assert change is in_two_dtypes or not is_fused_now(decoder(model).layers[0])
+
+
+@torch.no_grad()
+def test_collected_hidden_states_leave_layers_fused():
+    model, ids = build(), tokens(1, 9)
+    found = model(ids, output_hidden_states=True, output_attentions=True)
+    assert len(found.hidden_states) == len(WINDOWS) + 1
+    assert all(map(is_fused_now, decoder(model).layers))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])

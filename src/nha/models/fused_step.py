@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nha.ops.triton.token import Norm
 
 ATTENTIONS = (llama.LlamaAttention, Qwen2Attention, MistralAttention)
+CAPTURING = "transformers.utils.output_capturing"
 KNOWN, REPLACED = "_nha_fused", "_nha_replaced"  # of a layer and of a decoder, beside their parameters
 _unfused: ContextVar[bool] = ContextVar("unfused", default=False)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -99,9 +100,15 @@ def has_plain_attention(module: Any) -> bool:
     return all(is_linear(x, bias=True) for x in linears) and is_linear(module.o_proj)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks run when a module is called, other than those with which transformers collects outputs."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+
+
 def is_fused(layer: Any) -> bool:
-    """Whether `fused_forward` computes a layer: nothing in it is replaced, and it has one dtype."""
-    if any("forward" in vars(module) for module in layer.modules()):
+    """Whether `fused_forward` computes a layer: nothing in it is replaced or watched, and it has one dtype."""
+    if any("forward" in vars(module) or (module is not layer and is_watched(module)) for module in layer.modules()):
         return False
     if len({x.dtype for x in layer.parameters()}) != 1:
         return False
@@ -112,7 +119,8 @@ def parts(layer: Any) -> tuple[Any, ...]:
     """The modules of a layer that `is_fused` looks at."""
     module, mlp = layer.self_attn, layer.mlp
     linears = (module.q_proj, module.k_proj, module.v_proj, module.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return layer, module, mlp, layer.input_layernorm, layer.post_attention_layernorm, module.nha, *linears
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return layer, module, mlp, mlp.act_fn, *norms, module.nha, module.nha.g_proj, *linears
 
 
 def is_fused_now(layer: Any) -> bool:
@@ -121,14 +129,12 @@ def is_fused_now(layer: Any) -> bool:
         found, module = parts(layer), layer.self_attn
     except AttributeError:
         return False
-    own = (
-        module.window_size,
-        module.ablation,
-        module.slot_write,
-        module.config.slots_from_start,
-        found[6].weight.dtype,
+    own = (module.window_size, module.ablation, module.slot_write, module.config.slots_from_start)
+    own += (module.nha.initial is None, module.q_proj.weight.dtype)
+    key = (
+        own,
+        *((type(x), id(x), "forward" in vars(x), len(x._forward_hooks), len(x._forward_pre_hooks)) for x in found),
     )
-    key = (own, *((id(x), "forward" in vars(x)) for x in found))
     known = vars(layer).get(KNOWN)
     if known is None or known[0] != key:
         known = vars(layer)[KNOWN] = key, is_fused(layer)
@@ -171,7 +177,8 @@ def before_layers(stack: Any) -> None:
 
 def after_layers(stack: Any, *_: Any) -> None:
     """After a forward pass, and after one that failed: undo `before_layers`."""
-    restore_forward(vars(stack).pop(REPLACED, []))
+    if not torch.compiler.is_compiling():
+        restore_forward(vars(stack).pop(REPLACED, []))
 
 
 def follows_others(module: Any, hidden: Tensor, mask: Any, cache: Any) -> bool:
