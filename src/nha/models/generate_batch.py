@@ -25,7 +25,7 @@ def generate_in_batches(
     max_rows: int | None = None,
     return_logprobs: bool = False,
 ) -> dict[str, GenerationOutput]:
-    """What transformers' `generate_batch` returns for prompts of token ids, in the order of the prompts.
+    """The answers of transformers' `generate_batch` to prompts of token ids, in the order of the prompts.
 
     Prompts of similar length are written together, `max_rows` at a time or as many as memory holds. A request ends with
     its end token or after `max_new_tokens`; with `return_logprobs` it has the log-probability of each token under what
