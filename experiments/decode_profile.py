@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from experiments.prefill_profile import build
 from nha.bench.model_measure import _layers, random_ids, static_cache
 from nha.bench.timing import CUDA, DEVICE, captured, ceilings, median_ms, stamp, synchronize
 from nha.io import write_atomically
-from nha.models.fused_step import unfused
+from nha.models.fused_step import fusing
 from nha.models.windows import decoder
 from nha.ops.triton import token
 
@@ -129,7 +130,7 @@ def products(tiny: bool) -> list[dict[str, Any]]:
 def compiled(model: Any) -> Iterator[None]:
     """The layers of a model, compiled one by one, within the block."""
     layers = list(decoder(model).layers)
-    with unfused():
+    with fusing("nothing"):
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
         try:
@@ -152,11 +153,11 @@ def tiled(tiles: Iterable[int]) -> Iterator[None]:
 
 def steps(model: Any, names: list[Any], layers: int, deadline: float, rows: list[dict[str, Any]]) -> None:
     """Time a step for each way to compute it ("plain", "compiled" or tiles), and compare its logits with float32."""
-    exact = logits(copy.deepcopy(model).float(), unfused)
+    exact = logits(copy.deepcopy(model).float(), partial(fusing, "nothing"))
 
     def context_of(way: Any) -> Callable[[], Any]:
         if isinstance(way, str):
-            return unfused if way == "plain" else lambda: compiled(model)
+            return partial(fusing, "nothing") if way == "plain" else lambda: compiled(model)
         return lambda: tiled(way)
 
     for way in names:

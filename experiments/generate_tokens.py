@@ -22,7 +22,7 @@ from nha.bench.shapes import Variants, load_original
 from nha.bench.timing import DEVICE, stamp, synchronize
 from nha.io import write_atomically
 from nha.models.delta import apply_delta
-from nha.models.fused_step import unfused
+from nha.models.fused_step import fusing
 from nha.models.smollm2 import DELTA, forget_gguf
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -42,8 +42,9 @@ def real_model(path: str) -> dict[str, Any]:
     ids = tokenizer(TEXT * 12, return_tensors="pt").input_ids.to(DEVICE)
     found: dict[str, Any] = {"prompt": ids.shape[1]}
     with torch.no_grad():
-        fast = hybrid(ids).logits.float()
-        with unfused():
+        with fusing("all"):
+            fast = hybrid(ids).logits.float()
+        with fusing("nothing"):
             slow = hybrid(ids).logits.float()
             plain = hybrid.generate(ids, max_new_tokens=200, disable_compile=True, **OPTIONS)[0, ids.shape[1] :]
         again = hybrid.generate(ids, max_new_tokens=200, **OPTIONS)[0, ids.shape[1] :]
@@ -87,8 +88,9 @@ def main() -> None:
         add(f"generate_{tokens}_ms", 1e3 * (min(seconds(model, prompt, tokens + 1) for _ in range(2)) - one) / tokens)
     for length in (256, 512, 1024, 2048, 8192, 32768) if not chosen.tiny else (30,):
         if time.monotonic() < deadline:
-            add(f"prompt_{length}_ms", timed(reader(model, length), 5))
-            with unfused():
+            with fusing("all"):
+                add(f"prompt_{length}_ms", timed(reader(model, length), 5))
+            with fusing("nothing"):
                 add(f"prompt_{length}_unfused_ms", timed(reader(model, length), 5))
     if chosen.model and time.monotonic() < deadline:
         add("real_model", real_model(chosen.model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_the_kernel_errs_no_more_than_matrix_products_in_the_same_dtype(window, 
     shapes = [(query_heads, 64), (2, 64), (2, 64)]
     exact = [torch.randn(1, 3 * length, *s, device="cuda", dtype=torch.float64, requires_grad=True) for s in shapes]
     weight = torch.randn(1, 3 * length, query_heads, 64, device="cuda", dtype=torch.float64)
-    options = dict(window_size=window, cu_seqlens=cu, scale=64**-0.5)
+    options: dict[str, Any] = dict(window_size=window, cu_seqlens=cu, scale=64**-0.5)
 
     def run(inputs, kernel):
         q, k, v = inputs

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 import nha.models.fused_step
 import nha.ops.backends
 from nha.models import decode_graph
-from nha.models.fused_step import is_fused, is_fused_now, unfused
+from nha.models.fused_step import fusing, is_fused, is_fused_now
 from nha.models.windows import decoder
 from tests.inputs import error, rounding
 from tests.models.families import hybrid, tokens
@@ -49,7 +49,7 @@ def test_logits_of_tokens(kernels, monkeypatch):
     model, ids = build("qwen2"), tokens(1, 11)  # which has biases
     found = decode(model, ids, 9)
     assert len(calls) == 4 * len(WINDOWS)
-    with unfused():
+    with fusing("nothing"):
         plain = decode(model, ids, 9)
     assert len(calls) == 4 * len(WINDOWS)
     exact = build("qwen2", torch.float64)(ids).logits
@@ -71,23 +71,33 @@ def test_logits_of_segments(monkeypatch):
     calls, compute = [], nha.models.fused_step.fused_segment
     monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: calls.append(a) or compute(*a, **k))
     model, ids = build("qwen2"), tokens(2, 18)
-    found = outputs(model, ids)
+    with fusing("all"):
+        found = outputs(model, ids)
     assert len(calls) == 5 * len(WINDOWS) and not any("forward" in vars(x) for x in decoder(model).layers)
-    with unfused():
+    with fusing("nothing"):
         plain, exact = outputs(model, ids), outputs(build("qwen2", torch.float64), ids)
     assert len(calls) == 5 * len(WINDOWS)
     for got, same, wanted in zip(found, plain, exact, strict=True):
         assert error(got, wanted) <= 2 * (error(same, wanted) + rounding(wanted, torch.float32))
 
 
+def test_prompts_are_the_family_s_unless_asked_for(monkeypatch):
+    monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
+    monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: pytest.fail("not asked for"))
+    model, ids = build(), tokens(2, 9)
+    with torch.no_grad():
+        model(ids)
+
+
 def test_gradients_and_observers_are_the_family_s(monkeypatch):
     monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
     monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: pytest.fail("no gradients here"))
     model, ids, seen = build(), tokens(1, 9), []
-    model.requires_grad_(True)(ids).logits.sum().backward()
+    with fusing("all"):
+        model.requires_grad_(True)(ids).logits.sum().backward()
     for layer in decoder(model).layers:
         layer.self_attn.observer = seen.append
-    with torch.no_grad():
+    with torch.no_grad(), fusing("all"):
         model(ids)
     assert len(seen) == len(WINDOWS)
 
@@ -96,7 +106,7 @@ def test_a_call_that_fails_leaves_no_trace(monkeypatch):
     monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
     model = build()
     monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: 1 / 0)
-    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+    with torch.no_grad(), fusing("all"), pytest.raises(ZeroDivisionError):
         model(tokens(1, 9))
     assert not any("forward" in vars(x) for x in decoder(model).layers)
 
@@ -120,7 +130,7 @@ def test_generate_writes_the_same_tokens(kernels, monkeypatch):
     model, options = build(), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(tokens(1, 12), **options)
     assert len(calls) == 4 * len(WINDOWS)
-    with unfused():
+    with fusing("nothing"):
         assert torch.equal(found, model.generate(tokens(1, 12), disable_compile=True, **options))
     assert len(calls) == 4 * len(WINDOWS)
     assert not any("forward" in vars(layer) for layer in decoder(model).layers)

@@ -187,8 +187,8 @@ def fill_packed(layer: NHACacheLayer, parts: dict[str, Tensor], entry: dict[str,
     """Put a packed state of a file into a layer, which keeps its format from then on, as `fill_layer` does."""
     try:
         dtypes = {name: getattr(torch, str(entry[name])) for name in ("dtype", "gate_dtype")}
-        options: dict[str, Any] = {**dtypes, "state_dtype": entry["state_dtype"], "window_slot_key": None}
-        state = PackedState(window_size=entry["window"], slots_active=entry["active"], **options | parts)
+        options: dict[str, Any] = {**dtypes, "state_dtype": entry["state_dtype"], "window_slot_key": None, **parts}
+        state = PackedState(window_size=entry["window"], slots_active=entry["active"], **options)
         state.check()
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{error} {where}") from None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache as memoize
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ATTENTIONS = (llama.LlamaAttention, Qwen2Attention, MistralAttention)
 CAPTURING = "transformers.utils.output_capturing"
 KNOWN, REPLACED = "_nha_fused", "_nha_replaced"  # of a layer and of a decoder, beside their parameters
-_unfused: ContextVar[bool] = ContextVar("unfused", default=False)
+_fusing: ContextVar[str] = ContextVar("fusing", default="tokens")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -156,18 +156,23 @@ def restore_forward(layers: list[Any]) -> None:
 
 
 @contextmanager
-def unfused() -> Iterator[None]:
-    """Within the block, and in this thread, every layer is computed by its family's code."""
-    token = _unfused.set(True)
+def fusing(what: Literal["nothing", "tokens", "all"]) -> Iterator[None]:
+    """Within the block, and in this thread, compute that with fewer launches; the rest is the family's code.
+
+    `tokens`, the default, are single tokens that follow others in a static cache; `all` are prompts and batches too.
+    """
+    token = _fusing.set(what)
     try:
         yield
     finally:
-        _unfused.reset(token)
+        _fusing.reset(token)
 
 
 def before_layers(stack: Any) -> None:
     """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON or _unfused.get():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:
+        return
+    if _fusing.get() == "nothing":
         return
     device = stack.norm.weight.device if hasattr(stack, "norm") else None
     if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
@@ -207,6 +212,8 @@ def fused_forward(
         return type(layer).forward(layer, hidden_states, **named, **kwargs)
     if follows_others(module, hidden_states, attention_mask, cache_argument(kwargs)):
         return fused_token(layer, hidden_states, **named, cache=cache_argument(kwargs))
+    if _fusing.get() != "all":
+        return type(layer).forward(layer, hidden_states, **named, **kwargs)
     return fused_segment(layer, hidden_states, **named, **kwargs)
 
 

@@ -100,7 +100,8 @@ class Segment:
     def part(self, start: int, stop: int) -> Segment:
         """The segment's tokens start .. stop - 1."""
         fields: dict[str, Any] = {name: x if x is None else x[:, start:stop] for name, x in vars(self).items()}
-        return Segment(**fields | {"num_kept": None})
+        fields["num_kept"] = None
+        return Segment(**fields)
 
     @property
     def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +118,7 @@ class Segment:
         count = self.key.shape[2]
         parts: Any = (None if x is None else take_heads(x, heads, 2, count) for x in self.tensors)
         kept = None if self.num_kept is None else take_heads(self.num_kept, heads, 1, count)
-        return Segment(*parts, self.mask, self.cu_seqlens, kept)
+        return Segment(*parts, mask=self.mask, cu_seqlens=self.cu_seqlens, num_kept=kept)
 
     @property
     def inputs(self) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from nha.ops.full_attention import full_attention
 from nha.ops.reference import reference
 from nha.ops.state import MAX_NEW, NHAState, RingState
 from nha.ops.validation import check_factors, check_inputs, unsupported
+from nha.ops.varlen import each_sequence
 
 
 class NHAOutput(NamedTuple):
@@ -144,8 +146,14 @@ def nha_attention(
         options |= {"cu_seqlens": cu_seqlens, "window_size": window_size, "fresh": fresh, "keep": return_state}
         out, mass, after = triton_attention(Segment(q, k, v, log_gate, q_slot, k_slot), sink, **options)
     else:
-        packing["with_mass"] = return_slot_mass
-        out, mass, after = chunked(q, k, v, log_gate, q_slot, k_slot, sink, **options, **packing)
+        apply = partial(chunked, with_mass=return_slot_mass)
+        inputs = (q, k, v, log_gate, q_slot, k_slot)
+        if cu_seqlens is None:
+            out, mass, after = apply(*inputs, sink, softcap=softcap, **options)
+        else:
+            out, mass, after = each_sequence(
+                apply, inputs, options["scale"], softcap, options["state"], cu_seqlens, sink
+            )
     return NHAOutput(out, after if return_state else None, mass if return_slot_mass else None)
 
 

@@ -34,7 +34,6 @@ from nha.ops.chunk_groups import (
 )
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance, slot_dtype
-from nha.ops.varlen import each_sequence
 
 
 @torch.library.custom_op("nha::chunked", mutates_args=())
@@ -374,16 +373,12 @@ def chunked(
     softcap: float | None,
     state: NHAState,
     attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
     with_mass: bool = True,
 ) -> tuple[Tensor, Tensor, NHAState]:
     """Outputs [B, T, HQ, Dv], slot mass [B, T, HQ] and the state after the segment (shapes as `nha_attention`).
 
     Without `with_mass` the slot mass is zeros.
     """
-    if cu_seqlens is not None:
-        inputs = (q, k, v, log_gate, q_slot, k_slot)
-        return each_sequence(chunked, inputs, scale, softcap, state, cu_seqlens, sink)
     count = None
     if attention_mask is not None:
         q, k, v, log_gate, q_slot, k_slot = align_left(attention_mask, q, k, v, log_gate, q_slot, k_slot)

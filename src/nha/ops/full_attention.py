@@ -28,7 +28,7 @@ def full_attention(
     softcap: float | None,
     state: NHAState,
     attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, NHAState]:
     """`nha_attention` where no token leaves the window: SDPA over window cache and segment, no slots.

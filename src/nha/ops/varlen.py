@@ -44,7 +44,7 @@ def each_sequence(
             results.append((empty, empty[..., 0].to(slot_dtype(inputs[0].dtype)), own))
             continue
         part = [x[:, start:stop] for x in inputs]
-        options = {"scale": scale, "softcap": softcap, "state": own, "attention_mask": None, "cu_seqlens": None}
+        options = {"scale": scale, "softcap": softcap, "state": own, "attention_mask": None}
         results.append(function(*part, *extra, **options))
     outs, masses, states = zip(*results, strict=True)
     return torch.cat(outs, 1), torch.cat(masses, 1), NHAState.join(list(states))
