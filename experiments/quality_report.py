@@ -138,12 +138,13 @@ def table(runs: Sequence[Run]) -> str:
         cells += [f"{100 * clozes[edge][0]:.0f}" if edge in clozes else "" for edge in edges]
         lines.append(_line([name_of(run["row"]), *cells]))
     head = ["run, tokens", *KNOWLEDGE, "tokens/s", "training, s", "measuring, s"]
-    lines += ["", "The sets in %, and the time on one GPU.", "", _line(head), _rule(head)]
+    lines += ["", "The sets in %, and the time on one GPU, unless several runs shared it."]
+    lines += ["", _line(head), _rule(head)]
     for run in runs:
         row = run["row"]
         cells = [f"{100 * row['sets'][n][0]:.1f}" if n in (row["sets"] or {}) else "" for n in KNOWLEDGE]
         times = [f"{row['tokens_per_s'] or 0:,.0f}", f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
-        lines.append(_line([name_of(row), *cells, *times]))
+        lines.append(_line([name_of(row), *cells, *(times if row.get("processes", 1) == 1 else [""] * 3)]))
     return "\n".join(lines) + "\n"
 
 
