@@ -210,8 +210,9 @@ def test_next_steps_quote_names_for_the_shell():
 
 
 def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_it_recalled():
-    found = replace(results(), tuning=None, distilled=Distilled(10_300_000, {"ppl_2k": 1.08}, 8192, 2, 1))
+    found = replace(results(), tuning=None, distilled=Distilled(10_300_000, {"ppl_2k": 1.08}, 8192, 2, 1, 1))
     text = verdict(found).text
+    assert "1 more began right" in text
     assert "after distillation" in text and "8 % higher" in text and "1 of 2 numbers" in text and "8,192" in text
     assert "10.3 MB" in " ".join(conversion_text(found))
     assert Results.from_dict(found.to_dict()) == found

@@ -387,7 +387,9 @@ def recall_facts(
     for number, needle in enumerate(needles):
         text = generate_text(model, tokenizer, [needle.prompt], new)[0]
         distilled.fact_tokens, distilled.facts = length, number + 1
-        distilled.recalled += begins_with(text, needle.answer)
+        right = begins_with(text, needle.answer)
+        distilled.recalled += right
+        distilled.continued += not right and text.lstrip().startswith(needle.answer)
         if not number:
             ends = [str(tokenizer.decode(part)).strip() for part in (needle.prompt[:40], needle.prompt[-24:])]
             teacher = "(not asked here: with full attention it reads this long)"

@@ -121,7 +121,9 @@ class Distilled:
         bytes: of its file.
         relative: its numbers relative to those of the original trained on the same tokens, as ratios by name.
         fact_tokens: length of the prompts that begin with a fact and end with its question.
-        facts, recalled: how many were asked for, and how many were written correctly.
+        facts: how many were asked for.
+        recalled: how many were written correctly.
+        continued: how many were written correctly but for further digits after the last one.
     """
 
     bytes: int
@@ -129,6 +131,7 @@ class Distilled:
     fact_tokens: int = 0
     facts: int = 0
     recalled: int = 0
+    continued: int = 0
 
 
 @dataclass

@@ -143,6 +143,8 @@ def distilled_text(results: Results) -> list[str]:
     if found.facts:
         numbers = f"{found.recalled} of {found.facts} numbers"
         lines.append(f"It recalled {numbers} that it read about {found.fact_tokens:,} tokens before.")
+        if found.continued:
+            lines.append(f"{found.continued} more began right and went on with further digits.")
     return lines
 
 
