@@ -1,9 +1,9 @@
 """Decoder layers in fewer launches, where no gradient is needed on a GPU.
 
 A token of a model of 8B parameters waits for its weights half of the time, and for some fifty small kernels a layer in
-the other half; a short prompt waits for the host that launches them. Layers that compute as Llama's do, whatever their
-family calls them, have one kernel between two matrix products. For one token of one sequence in a static cache they are
-four launches and attention. All other layers keep their family's code.
+the other half; a short prompt waits for the host that launches them. For one token of one sequence in a static cache,
+layers that compute as Llama's do, whatever their family calls them, are four launches and attention here. Prompts and
+batches have one kernel between two matrix products with `fusing("all")`. All other layers keep their family's code.
 """
 
 from __future__ import annotations
