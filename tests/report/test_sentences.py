@@ -214,5 +214,7 @@ def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_
     text = verdict(found).text
     assert "1 more began right" in text
     assert "after distillation" in text and "8 % higher" in text and "1 of 2 numbers" in text and "8,192" in text
+    noted = replace(found, notes=["2 KV heads have longer windows."])
     assert "10.3 MB" in " ".join(conversion_text(found))
+    assert "exactly. 2 KV heads have longer windows. The slots" in " ".join(conversion_text(noted))
     assert Results.from_dict(found.to_dict()) == found

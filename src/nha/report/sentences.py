@@ -213,10 +213,11 @@ def conversion_text(results: Results) -> list[str]:
     """The idea, for a reader who does not know the paper."""
     sizes = sorted({w for w in results.window_sizes if w >= 0})
     held = f"the last {sizes[0]} tokens" if len(sizes) == 1 else f"the last {sizes[0]} to {sizes[-1]} tokens"
+    exact = " ".join([f"The window holds {held} exactly.", *results.notes])
     lines = [
         "A language model with full attention keeps the key and value of every token in every layer. A text twice as "
         "long takes twice the memory, and each new token has twice as much to read.",
-        f"{layers_text(results)} A hybrid layer has two memories. The window holds {held} exactly. The slots are "
+        f"{layers_text(results)} A hybrid layer has two memories. {exact} The slots are "
         f"{results.num_slots} running summaries: a token that leaves the window is written to the slots that its key "
         "resembles. One softmax reads both, so each query decides how much attention goes to recent tokens and how "
         "much to the summaries.",
