@@ -106,8 +106,11 @@ class HybridGenerationMixin:
         """Write after many prompts of token ids, in left-padded batches (`nha.models.generate_batch`).
 
         Of `continuous_batching_config` only `max_requests_per_batch` and `return_logprobs` count; progress, warming up
-        and keeping a manager mean nothing here. Raises ValueError for `record_timestamps` and for unknown arguments.
+        and keeping a manager mean nothing here. Raises ValueError for `record_timestamps` and for unknown arguments,
+        NotImplementedError for a paged cache.
         """
+        if str(kwargs.get("cache_implementation")).startswith("paged"):
+            self.init_continuous_batching()  # `generate` passes such a cache on to this method
         new = kwargs.pop("max_new_tokens", None)
         if kwargs or record_timestamps:
             got = sorted(kwargs) or "record_timestamps"
