@@ -14,7 +14,9 @@ import torch
 
 import nha.ops.triton
 from nha.ops.triton.full_decode import full_decode as full_decode_op
+from nha.ops.triton.pointwise import add_norm, attention_inputs, silu_product
 from nha.ops.triton.ring import ring_after_prompt
+from nha.ops.triton.token import Norm, token_inputs, token_linear, token_mlp
 from nha.ops.triton.unrotate import unrotate_for_slots
 from tests.gpu.cases import make, place, results
 from tests.gpu.kernel_checks import interpretable
@@ -49,6 +51,23 @@ def launched() -> Iterator[set[str]]:
         kind.run = original
 
 
+def layer_results(device: str) -> list[torch.Tensor]:
+    """What the kernels around attention compute for one token and for three, with two heads of 16 and eight slots."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
+
+    x, norm = random(1, 1, 32), Norm(torch.ones(32, device=device), 1e-5)
+    turns = torch.ones(1, 1, 16, device=device), torch.zeros(1, 1, 16, device=device)
+    q, k, v, gate = ((random(rows, 32), None) for rows in (32, 32, 32, 16))
+    token = token_inputs(x, norm, (q, k, v), gate, turns, turns, head_dim=16, num_slots=8)
+    inner = token_mlp(x, norm, random(48, 32), random(48, 32))
+    found = [*token, inner, token_linear(inner, random(32, 48), x), *add_norm(x, *norm, x), silu_product(inner, inner)]
+    positions: Any = [t.expand(1, 3, 16) for t in turns]
+    found += attention_inputs(random(1, 3, 2, 16), random(1, 3, 2, 16), random(1, 3, 2, 8), positions, turns)
+    return [y for y in found if y is not None]
+
+
 def one_pass(setting: Setting) -> None:
     """Launch every kernel, forward, backward and decoding, on a few small cases; every result is finite."""
     whole = interpretable(setting)
@@ -80,6 +99,8 @@ def one_pass(setting: Setting) -> None:
             ring = ring_after_prompt(keys, keys, gate, keys, (slots, slots), 8)
             if not torch.equal(ring.aligned().key, keys[:, -8:]):
                 wrong.append(f"the ring after {length} tokens does not hold the last of them")
+        if not all(x.isfinite().all() for x in layer_results(setting.device)):
+            wrong.append("a kernel around attention is not finite")
     missing = sorted(kernels().keys() - names)
     expect_none(wrong + [f"{name} was not launched" for name in missing])
 
