@@ -52,7 +52,7 @@ def launched() -> Iterator[set[str]]:
 
 
 def layer_results(device: str) -> list[torch.Tensor]:
-    """What the kernels around attention compute for one token and for three, with two heads of 16 and eight slots."""
+    """Outputs of the kernels around attention, for one token and for three, with two heads of 16 and eight slots."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device)
