@@ -83,7 +83,8 @@ def test_logits_of_segments(monkeypatch):
 
 def test_prompts_are_the_family_s_unless_asked_for(monkeypatch):
     monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
-    monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: pytest.fail("not asked for"))
+    for name in ("fused_segment", "replace_forward"):
+        monkeypatch.setattr(nha.models.fused_step, name, lambda *a, **k: pytest.fail("not asked for"))
     model, ids = build(), tokens(2, 9)
     with torch.no_grad():
         model(ids)

@@ -168,11 +168,18 @@ def fusing(what: Literal["nothing", "tokens", "all"]) -> Iterator[None]:
         _fusing.reset(token)
 
 
-def before_layers(stack: Any) -> None:
+def is_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a decoder's forward pass hold a single token of one sequence."""
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    return given is not None and given.shape[:2] == (1, 1)
+
+
+def before_layers(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:
         return
-    if _fusing.get() == "nothing":
+    if _fusing.get() == "nothing" or (_fusing.get() == "tokens" and not is_token(args, kwargs)):
         return
     device = stack.norm.weight.device if hasattr(stack, "norm") else None
     if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
