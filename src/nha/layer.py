@@ -12,7 +12,7 @@ from nha.ops.rotary import rotate
 from nha.ops.state import check_state, check_window_size
 from nha.ops.validation import check_cu_seqlens, check_factors, check_mask
 from nha.ops.varlen import sequence_of
-from nha.settings import SLOT_WRITES
+from nha.settings import SLOT_WRITES, check_choice
 
 GATE_DIVISOR = 8.0
 
@@ -73,17 +73,6 @@ def write_order(
     token = segment_positions(x.shape[0], x.shape[1], x.device, state, mask, cu)
     token = token if mask is None else token.masked_fill(~mask, -1)
     return WriteOrder(token, kept if kept is not None or state is None else state.num_kept, cu)
-
-
-def check_slot_write(slot_write: str) -> None:
-    """Raise ValueError for what is no way to write slots.
-
-    >>> check_slot_write("hard")
-    Traceback (most recent call last):
-    ValueError: expected slot_write to be one of soft, exact, got 'hard'
-    """
-    if slot_write not in SLOT_WRITES:
-        raise ValueError(f"expected slot_write to be one of {', '.join(SLOT_WRITES)}, got {slot_write!r}")
 
 
 def _check_sizes(least: int = 1, **sizes: int) -> None:
@@ -154,7 +143,7 @@ class NativeHybridAttention(nn.Module):
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"expected an even head_dim for rotary positions, got {head_dim}")
         check_factors(rope_theta=rope_theta)
-        check_slot_write(slot_write)
+        check_choice("slot_write", slot_write, SLOT_WRITES)
         self.slot_write = slot_write
         self.head_dim = head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,17 @@ def check_settings(settings: Any) -> None:
         check_value(entry.name, getattr(settings, entry.name), str(entry.type), entry.metadata)
 
 
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError for a value that is none of its choices.
+
+    >>> check_choice("slot_write", "hard", SLOT_WRITES)
+    Traceback (most recent call last):
+    ValueError: expected slot_write to be one of soft, exact, got 'hard'
+    """
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
+
+
 def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -> None:
     """Raise ValueError unless a value is of its field's type, finite and within its bounds.
 
@@ -126,8 +137,7 @@ def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -
         return
     choices = metadata.get("choices")
     if choices is not None:
-        if value not in choices:
-            raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
+        check_choice(name, value, choices)
         return
     if "str" in kinds:
         if not isinstance(value, str) or not value:

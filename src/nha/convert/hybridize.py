@@ -15,13 +15,13 @@ from nha.convert.check import check_conversion, check_structure, in_eval_mode, r
 from nha.convert.undo import unchanged_on_error
 from nha.convert.write_scores import fit_write_scores, set_write_scores
 from nha.data.text import blocks, calibration_text
-from nha.layer import check_slot_write
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, plan_windows
 from nha.models.families import check_family
 from nha.models.quantized import keep_unpacked
 from nha.models.smollm2 import forget_gguf
 from nha.ops.heads import Window
+from nha.settings import SLOT_WRITES, check_choice
 
 Calibration = Sequence[str] | Tensor | None
 BLOCKS, BLOCK = 16, 512
@@ -133,8 +133,7 @@ def hybridize(
     >>> type(hybrid).__name__, hybrid.config.window_sizes
     ('NHALlamaForCausalLM', [16, -1])
     """
-    if init not in INITS:
-        raise ValueError(f"expected init to be one of {', '.join(INITS)}, got {init!r}")
+    check_choice("init", init, INITS)
     text: Any = model.config.get_text_config()
     check_family(text)
     check_structure(model)
@@ -142,7 +141,7 @@ def hybridize(
         windows = plan_windows(text, window_size, full_layers)
     if all(window == FULL for window in windows):
         raise ValueError(f"expected at least one layer to convert, got windows {windows}")
-    check_slot_write(slot_write)
+    check_choice("slot_write", slot_write, SLOT_WRITES)
     paper = init == "paper"
     if paper and slot_write == "exact":
         raise ValueError("expected slot_write='soft' with init='paper', got 'exact'")

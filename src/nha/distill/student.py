@@ -19,6 +19,7 @@ from nha.models.config import FULL, LayerWindow
 from nha.models.quantized import check_unpacked
 from nha.models.windows import attention_layers, hybrid_layers, temporary_windows
 from nha.ops.heads import Window, window_of
+from nha.settings import check_choice
 
 Weights = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out] of a linear layer
 SUMS = ("kl", "cross_entropy", "tokens", "answer_loss", "answers", "correct_answers")
@@ -125,8 +126,7 @@ class Distillation(nn.Module):
         has_teacher: bool = True,
     ):
         super().__init__()
-        if trainable not in TRAINABLE:
-            raise ValueError(f"expected trainable to be one of {', '.join(TRAINABLE)}, got {trainable!r}")
+        check_choice("trainable", trainable, TRAINABLE)
         hybrid_layers(model)
         Head.of(model)
         check_unpacked(model)

@@ -11,11 +11,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from nha.layer import check_slot_write
 from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
 from nha.ops.packed_state import check_state_dtype
-from nha.settings import OUTPUT_NORMS, SLOT_FEATURES, VALUE_ACTIVATIONS
+from nha.settings import OUTPUT_NORMS, SLOT_FEATURES, SLOT_WRITES, VALUE_ACTIVATIONS, check_choice
 
 FULL = -1
 # The layer as the paper's authors published it; a plain layer does without both.
@@ -131,7 +130,7 @@ def check_sizes(sizes: Any) -> None:
         value = getattr(sizes, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
-    check_slot_write(sizes.slot_write)
+    check_choice("slot_write", sizes.slot_write, SLOT_WRITES)
     if sizes.slot_write == "exact" and sizes.slots_from_start:
         raise ValueError("expected slots_from_start=False with slot_write='exact', got True")
 
@@ -208,8 +207,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name, known in LAYER_CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
 
     @classmethod
     def tiny(cls, **changes: Any) -> NHAConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nha.ops.chunk_groups import GATE_FLOOR
 from nha.ops.state import WINDOW_CACHE, NHAState, RingState, check_state, forget_newest, slot_dtype
-from nha.settings import STATE_DTYPES
+from nha.settings import STATE_DTYPES, check_choice
 
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # their multiples, modulo 1, fill [0, 1) evenly
 MAX_INT8, MAX_INT12 = 127, 2038  # 2,038 = 16 * 127 + 6: a value of 8 bits and an error of 4 bits
@@ -36,8 +36,7 @@ def check_state_dtype(state_dtype: object) -> None:
     Traceback (most recent call last):
     ValueError: expected state_dtype to be one of float32, bfloat16, int8, got 'int4'
     """
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(f"expected state_dtype to be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}")
+    check_choice("state_dtype", state_dtype, STATE_DTYPES)
 
 
 @dataclass(kw_only=True)
