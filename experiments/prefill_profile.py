@@ -7,6 +7,8 @@ host_ms  until the calls return, with the GPU still at work: where it equals `ms
 gpu_ms   the time of all kernels together
 kernels  launched in one layer
 
+"fused" variants compute prompts with `fusing("all")`; "graph" ones replay such a prompt as a CUDA graph.
+
 `python3 experiments/prefill_profile.py OUT` writes OUT/prefill.json, and where the host spends its time as text.
 """
 
@@ -27,12 +29,14 @@ import torch
 
 from nha.bench.model_measure import random_ids
 from nha.bench.shapes import Variants, shape_config
-from nha.bench.timing import CUDA, DEVICE, stamp, synchronize
+from nha.bench.timing import CUDA, DEVICE, captured, stamp, synchronize
 from nha.io import write_atomically
+from nha.models.fused_step import fusing
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 ALL_LAYERS = 32
 NAMES = ("original", "hybrid-1", "hybrid-0")
+WAYS = [(name, "called") for name in NAMES] + [("hybrid-1", "fused"), ("hybrid-0", "fused"), ("hybrid-1", "graph")]
 
 
 def build(layers: int, tiny: bool) -> Variants:
@@ -103,15 +107,26 @@ def host_functions(read: Callable[[], object], repeats: int) -> str:
     return text.getvalue()
 
 
-def measure(variants: Variants, name: str, length: int, layers: int, repeats: int) -> dict[str, Any]:
+def measure(variants: Variants, name: str, way: str, length: int, layers: int, repeats: int) -> dict[str, Any]:
     """One row; a kernel's share outside the layers counts as theirs."""
-    read = reader(variants.get(name), length)
-    ms, host_ms = timed(read, repeats)
-    gpu_ms, count = kernels(read)
+    row: dict[str, Any] = {"variant": name, "way": way, "T": length}
+    with fusing("tokens" if way == "called" else "all"):
+        start = time.perf_counter()
+        try:
+            read = reader(variants.get(name), length)
+            if way == "graph":
+                read = captured(read)
+            else:
+                read()
+            synchronize()
+            first = time.perf_counter() - start
+            ms, host_ms = timed(read, repeats)
+            gpu_ms, count = kernels(read)
+        except Exception as error:
+            return row | {"error": f"{type(error).__name__}: {error}"[:300]}
     scale = ALL_LAYERS / layers
-    found = {"ms": ms, "host_ms": host_ms, "gpu_ms": gpu_ms, "ms_all_layers": ms * scale}
-    row: dict[str, Any] = {"variant": name, "T": length} | {n: round(x, 3) for n, x in found.items()}
-    return row | {"kernels_per_layer": round(count / layers, 1)}
+    found = {"ms": ms, "host_ms": host_ms, "gpu_ms": gpu_ms, "ms_all_layers": ms * scale, "first_s": first}
+    return row | {n: round(x, 3) for n, x in found.items()} | {"kernels_per_layer": round(count / layers, 1)}
 
 
 def main() -> None:
@@ -127,14 +142,15 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     variants, rows = build(chosen.layers, chosen.tiny), []
     for length in LENGTHS if not chosen.tiny else (20, 40):
-        for name in NAMES:
+        for name, way in WAYS:
             if time.monotonic() < deadline:
-                rows.append(measure(variants, name, length, chosen.layers, chosen.repeats))
+                rows.append(measure(variants, name, way, length, chosen.layers, chosen.repeats))
                 print(json.dumps(rows[-1]), flush=True)
     about = stamp("torch", "transformers", "triton", "nha") | {"layers": chosen.layers}
     write_atomically(chosen.out / "prefill.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     for name in NAMES:
-        text = host_functions(reader(variants.get(name), LENGTHS[0] if not chosen.tiny else 20), 10)
+        with fusing("all"):
+            text = host_functions(reader(variants.get(name), LENGTHS[0] if not chosen.tiny else 20), 10)
         write_atomically(chosen.out / f"host-{name}.txt", text)
         print(name, *text.splitlines()[:30], sep="\n", flush=True)
 

@@ -1,4 +1,4 @@
-"""The profile of prompts writes a row for every variant, and where the host spends its time."""
+"""The profile of prompts writes a row for every variant and way, and where the host spends its time."""
 
 import json
 import sys
@@ -11,8 +11,8 @@ def test_tiny_shapes_are_profiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments)
     prefill_profile.main()
     found = json.loads((tmp_path / "prefill.json").read_text())
-    assert {(row["variant"], row["T"]) for row in found["rows"]} == {
-        (name, length) for name in prefill_profile.NAMES for length in (20, 40)
+    assert {(row["variant"], row["way"], row["T"]) for row in found["rows"]} == {
+        (*variant, length) for variant in prefill_profile.WAYS for length in (20, 40)
     }
     assert all(row["ms"] > 0 and row["kernels_per_layer"] > 0 for row in found["rows"])
     assert "function calls" in (tmp_path / "host-hybrid-0.txt").read_text()
