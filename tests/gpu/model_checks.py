@@ -35,13 +35,13 @@ def automatic(setting: Setting) -> None:
     assert (doctor["chosen"], doctor["healthy"]) == (expected, True)
 
 
-def hybrid(setting: Setting) -> Any:
+def hybrid(setting: Setting, **changes: Any) -> Any:
     """A hybrid Llama of three layers (slots and window, full attention, slots alone), in float32."""
     from tests.models.families import hybrid as build
 
     # Weights as large as those of the tiny model would make errors of bfloat16 as large as the gradients.
     sizes = {} if setting.tiny else {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.1}
-    model: Any = build("llama", [8, -1, 0], **sizes)
+    model: Any = build("llama", [8, -1, 0], **sizes, **changes)
     return model.to(setting.device)
 
 
@@ -241,5 +241,46 @@ def generating(setting: Setting) -> None:
     expect_none(wrong)
 
 
+def outputs(model: Any, ids: Tensor) -> list[Tensor]:
+    """Logits of a prompt, a token and a segment that follow in a cache, and of a left-padded batch."""
+    from transformers import DynamicCache
+
+    cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+    mask[0, :40] = 0
+    found = [
+        model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+        for start, stop in ((0, 100), (100, 101), (101, 150))
+    ]
+    return [*found, model(ids, attention_mask=mask).logits * mask[..., None]]
+
+
+def fused_prompts(setting: Setting) -> None:
+    """Layers of prompts in few launches err no more than the family's code, and write the same tokens in float32."""
+    from nha.models.fused_step import fusing, is_fused
+
+    model, ids = hybrid(setting, slots=16).eval().requires_grad_(False), token_ids(setting, 2, 150)
+    assert all(is_fused(layer) for layer in model.model.layers)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wrong = []
+    with torch.no_grad(), fusing("nothing"):
+        exact = outputs(copy.deepcopy(model).double(), ids)
+        plain_tokens = model.generate(ids, **options)
+    with fusing("all"):
+        if not torch.equal(model.generate(ids, **options), plain_tokens):
+            wrong.append("tokens differ")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        with torch.no_grad():
+            with fusing("nothing"):
+                plain = outputs(model, ids)
+            with fusing("all"):
+                found = outputs(model, ids)
+        for name, fast, slow, right in zip(("prompt", "token", "segment", "padded"), found, plain, exact, strict=True):
+            limit = 2 * (rms(slow.double() - right) + torch.finfo(dtype).eps * rms(right))
+            if not rms(fast.double() - right) <= limit:
+                wrong.append(f"{name} in {dtype}: rms error {rms(fast.double() - right):.2e} > {limit:.2e}")
+    expect_none(wrong)
+
+
 CHECKS: tuple[Callable[[Setting], None], ...] = (automatic, training, packed, decoding, autocast)
-GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, generating, distilling_in_cuda_graphs)
+GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, generating, fused_prompts, distilling_in_cuda_graphs)
