@@ -8,7 +8,15 @@ import torch
 from nha import NHAConfig
 from nha.ablate import recall
 from nha.ablate.arms import Arm
-from nha.ablate.recall import RecallPlan, accuracy_of, answers, train_recall
+from nha.ablate.recall import (
+    Learner,
+    RecallPlan,
+    accuracy_of,
+    answers,
+    measure_learner,
+    train_learners,
+    train_recall,
+)
 from nha.ablate.steps import Steps, answer_loss, answer_positions, draw_batch
 from nha.data.synthetic import IGNORED, TaskSize
 from nha.errors import OutOfTime
@@ -151,3 +159,36 @@ def test_accuracy_does_not_depend_on_the_size_of_its_batches():
 def test_a_plan_without_sizes_is_refused():
     with pytest.raises(ValueError, match="0, 1 and 1"):
         plan(train=())
+
+
+def learners(*lrs):
+    models = [ARM.build(SHAPE) for _ in lrs]
+    return [Learner(model, lr, Steps(model)) for model, lr in zip(models, lrs, strict=True)]
+
+
+def test_models_that_are_trained_together_are_those_that_are_trained_alone():
+    together = learners(1e-2, 1e-3)
+    train_learners(together, plan(steps=500), seed=0)
+    for learner, lr in zip(together, (1e-2, 1e-3), strict=True):
+        model = ARM.build(SHAPE)
+        alone = train_recall(model, plan(steps=500), lr=lr, seed=0)
+        found = measure_learner(learner, plan(steps=500))
+        assert (found.scores, found.loss, found.tokens) == (alone.scores, alone.loss, alone.tokens)
+        assert all(map(torch.equal, learner.model.parameters(), model.parameters()))
+    assert together[0].taken < together[1].taken  # an early end of one does not end the other
+
+
+def test_a_model_that_diverges_does_not_take_others_along():
+    broken, sound = learners(1e30, 1e-3)
+    train_learners([broken, sound], plan(steps=60), seed=0)
+    with pytest.raises(FloatingPointError):
+        measure_learner(broken, plan())
+    assert measure_learner(sound, plan()).loss == train_recall(ARM.build(SHAPE), plan(steps=60), lr=1e-3, seed=0).loss
+
+
+def test_the_last_models_are_given_up_where_time_is_short():
+    three = learners(1e-3, 1e-3, 1e-3)
+    recall._drop_late(three, needed=3.0, left=2.5)
+    assert [learner.done for learner in three] == [False, False, True]
+    recall._drop_late(three, needed=2.0, left=0.5)
+    assert all(isinstance(learner.failure, OutOfTime) for learner in three)

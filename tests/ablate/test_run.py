@@ -106,10 +106,20 @@ def test_rows_are_made_once_and_kept(table, tmp_path):
     assert run_table(small, tmp_path).made == first.made
 
 
+def test_rows_that_are_trained_together_are_those_made_one_by_one(table, tmp_path):
+    for count in (1, 2):
+        made = run_table(table, tmp_path / str(count), together=count).made
+        assert sorted(made) == sorted(row.name("tiny") for row in table.rows)
+    for name in made:
+        one, two = (json.loads(row_file(tmp_path / str(count), name).read_text()) for count in (1, 2))
+        assert (one.pop("together"), two.pop("together")) == (1, 2)
+        assert one | {"seconds": None} == two | {"seconds": None}
+
+
 def test_a_row_of_other_settings_is_refused_before_anything_runs(table, tmp_path, monkeypatch):
     small = table.only(["nha"], lrs=[1e-3])
     run_table(small, tmp_path)
-    monkeypatch.setattr(run, "_make", lambda *_: pytest.fail("a row was made"))
+    monkeypatch.setattr(run, "_make_recall", lambda *_: pytest.fail("a row was made"))
     other = parse_table(changed(recall=yaml.safe_load(TINY)["recall"] | {"steps": 7})).only(["nha"], lrs=[1e-3])
     with pytest.raises(ValueError, match=r"tiny--nha--lr0\.001--seed0\.json"):
         run_table(other, tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -116,6 +116,51 @@ def lr_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass
+class Learner:
+    """A model on its way through the steps of a plan.
+
+    Attributes:
+        model: trained in place.
+        lr: its learning rate at the peak.
+        steps: takes its steps.
+        taken: steps that it has taken.
+        tokens: that it has read.
+        seconds: since all began, when it was trained.
+        loss: of its last step [].
+        failure: why it was given up, if it was.
+        done: whether it takes no further step.
+    """
+
+    model: PreTrainedModel
+    lr: float
+    steps: Steps
+    taken: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    failure: OutOfTime | FloatingPointError | None = None
+    done: bool = False
+
+    def step(self, batch: Batch, factor: float) -> None:
+        """Start a step; the learning rate is `factor` times its peak."""
+        self.loss = self.steps(batch, self.lr * factor)
+        self.taken += 1
+        self.tokens += batch.ids.numel()
+
+    def read_loss(self) -> float:
+        """The loss of the last step, once it has been taken."""
+        self.steps.join()
+        return self.loss.item()
+
+    def stop(self, seconds: float = 0.0, failure: OutOfTime | FloatingPointError | None = None) -> None:
+        """Take no further step."""
+        self.done, self.seconds, self.failure = True, seconds, failure
+
+
 def train_recall(
     model: PreTrainedModel,
     plan: RecallPlan,
@@ -135,31 +180,83 @@ def train_recall(
         OutOfTime: the run would take longer than `time_left` seconds; known after a few steps.
         FloatingPointError: the loss is no longer finite.
     """
-    started = time.monotonic()
-    steps = steps or Steps(model)
-    tokens = step = timed_step = 0
-    loss, timed, known = torch.zeros(()), started, False
-    for step, batch in enumerate(draw_ahead(plan.batches(seed, model.device), model.device), 1):
-        loss = steps(batch, lr * lr_factor(step - 1, plan.steps))
-        tokens += batch.ids.numel()
-        if step <= PROBE_STEPS or steps.prepared:  # the time of a step is known from now on
-            loss.item()
+    learner = Learner(model, lr, steps or Steps(model))
+    report = None if progress is None else lambda index, step, loss: progress(step, loss)
+    train_learners([learner], plan, seed=seed, time_left=time_left, progress=report)
+    return measure_learner(learner, plan)
+
+
+def train_learners(
+    learners: Sequence[Learner],
+    plan: RecallPlan,
+    *,
+    seed: int,
+    time_left: float = math.inf,
+    progress: Progress | None = None,
+) -> None:
+    """Train several models on the same batches, each as `train_recall` does; on a GPU their steps run at once.
+
+    A model that fails keeps its `failure` and takes no other along. Where the time is short, the last models are given
+    up first. `progress` is called with (number of the model, steps, loss) now and then.
+    """
+    started = timed = time.monotonic()
+    device = learners[0].model.device
+    timed_step, known = 0, False
+    for step, batch in enumerate(draw_ahead(plan.batches(seed, device), device), 1):
+        active = [learner for learner in learners if not learner.done]
+        for learner in active:
+            learner.step(batch, lr_factor(step - 1, plan.steps))
+        if step <= PROBE_STEPS or any(learner.steps.prepared for learner in active):
+            for learner in active:  # the time of a step is known from now on
+                learner.read_loss()
             timed, timed_step = time.monotonic(), step
         first = not known and step % PROBE_STEPS == 0 and step - timed_step >= PROBE_STEPS
         if first or step % plan.valid_every == 0:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} after {step} steps")
+            losses = [_checked_loss(learner, step) for learner in active]
             known, now = step > timed_step, time.monotonic()
             needed = (now - timed) / max(1, step - timed_step) * (plan.steps - step)
-            if known and needed > time_left - (now - started):
-                raise OutOfTime(needed)
+            if known:
+                _drop_late(active, needed, time_left - (now - started))
             if known and progress is not None:
-                progress(step, value)
-        if step % plan.valid_every == 0 and step < plan.steps and _knows_all(model, plan):
-            break
-    scores = tuple(measure_size(model, size, plan.examples) for size in plan.test)
-    return RecallOutcome(scores, step, tokens, time.monotonic() - started, loss.item())
+                for learner, loss in zip(active, losses, strict=True):
+                    if not learner.done:
+                        progress(learners.index(learner), step, loss)
+        if step % plan.valid_every == 0 and step < plan.steps:
+            for learner in active:
+                if not learner.done and _knows_all(learner.model, plan):
+                    learner.stop(time.monotonic() - started)
+        if all(learner.done for learner in learners):
+            return
+    for learner in learners:
+        if not learner.done:
+            _checked_loss(learner, plan.steps)
+            learner.stop(time.monotonic() - started, learner.failure)
+
+
+def _checked_loss(learner: Learner, step: int) -> float:
+    """The loss of the last step; a model whose loss is not finite stops."""
+    value = learner.read_loss()
+    if not math.isfinite(value):
+        learner.stop(failure=FloatingPointError(f"the loss is {value} after {step} steps"))
+    return value
+
+
+def _drop_late(active: Sequence[Learner], needed: float, left: float) -> None:
+    """Stop the last of the models, as many as let the others fit into `left` seconds, if all need `needed`."""
+    running = [learner for learner in active if not learner.done]
+    if needed > left:
+        for learner in running[int(len(running) * max(0.0, left) / needed) :]:
+            learner.stop(failure=OutOfTime(needed))
+
+
+def measure_learner(learner: Learner, plan: RecallPlan) -> RecallOutcome:
+    """The outcome of a model that was trained. Raises its failure."""
+    if learner.failure is not None:
+        raise learner.failure
+    begun = time.monotonic()
+    scores = tuple(measure_size(learner.model, size, plan.examples) for size in plan.test)
+    seconds = learner.seconds + time.monotonic() - begun
+    return RecallOutcome(scores, learner.taken, learner.tokens, seconds, learner.read_loss())
 
 
 def _knows_all(model: PreTrainedModel, plan: RecallPlan) -> bool:

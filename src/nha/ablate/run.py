@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 
 from nha.ablate.arms import state_bytes, used_parameters
 from nha.ablate.language import Sources, train_language
-from nha.ablate.recall import mean_valid, train_recall
+from nha.ablate.recall import Learner, RecallPlan, mean_valid, measure_learner, train_learners
+from nha.ablate.steps import Steps
 from nha.ablate.table import Row, Table
 from nha.distill.checkpoint import locked
 from nha.errors import OutOfTime, one_line
@@ -119,6 +120,7 @@ def run_table(
     budget: float = math.inf,
     sources: Sources | None = None,
     reserve: float = 60.0,
+    together: int = 1,
     log: Log = lambda line: None,
 ) -> Progress:
     """Train and measure the rows that `out` does not have yet; each is written durably as soon as it is known.
@@ -130,6 +132,7 @@ def run_table(
         budget: seconds; a row that would take longer than what is left is not made.
         sources: text, for a language table.
         reserve: seconds that measuring a language model takes.
+        together: rows of recall that are trained at once, where as many differ in nothing but the learning rate.
         log: gets lines about the progress.
 
     Raises:
@@ -140,27 +143,104 @@ def run_table(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     progress = Progress()
-    rows = table.rows
-    for row in rows:
+    for row in table.rows:
         read_row(row_file(out, row.name(table.name)), table.digest(row))
-    for row in shard.order(rows):
-        name = row.name(table.name)
-        path, left = row_file(out, name), budget - (time.monotonic() - started)
-        with claimed(out, name) as mine:
-            if not mine:
-                progress.elsewhere.append(name)
-            elif path.exists():
-                progress.present.append(name)
-            elif left <= 0:
-                progress.late.append(name)
-            else:
-                _make(table, row, out, device, left, sources, reserve, progress, log)
+    rows = shard.order(table.rows)
+    while rows:
+        group = alike(rows, together if table.kind == "recall" else 1)
+        rows = [row for row in rows if row not in group]
+        with ExitStack() as stack:
+            free = [row for row in group if _is_free(table, row, out, stack, progress)]
+            left = budget - (time.monotonic() - started)
+            if left <= 0:
+                progress.late += [row.name(table.name) for row in free]
+            elif free and table.kind == "recall":
+                _make_recall(table, free, out, device, left, progress, log)
+            elif free:
+                _make_language(table, free[0], out, device, left, sources, reserve, progress, log)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return progress
 
 
-def _make(
+def alike(rows: list[Row], count: int) -> list[Row]:
+    """The first row and others of its arm and seed, `count` at most: they read the same batches and compile once.
+
+    >>> rows = [Row(Arm(name), lr, 0) for lr in (1e-3, 3e-3) for name in ("nha", "window")]
+    >>> [row.name("t") for row in alike(rows, 4)]
+    ['t--nha--lr0.001--seed0', 't--nha--lr0.003--seed0']
+    """
+    first = rows[0]
+    return [row for row in rows if (row.arm, row.seed) == (first.arm, first.seed)][:count]
+
+
+def _is_free(table: Table, row: Row, out: Path, stack: ExitStack, progress: Progress) -> bool:
+    """Claim a row until `stack` ends. Returns False where it is there, or another process makes it."""
+    name = row.name(table.name)
+    if not stack.enter_context(claimed(out, name)):
+        progress.elsewhere.append(name)
+        return False
+    if row_file(out, name).exists():
+        progress.present.append(name)
+        return False
+    return True
+
+
+@contextmanager
+def _says_why(name: str, progress: Progress, log: Log) -> Iterator[None]:
+    """A row that fails must not take the others along."""
+    try:
+        yield
+    except OutOfTime as error:
+        progress.late.append(name)
+        log(f"{name}: {error}")
+    except (RuntimeError, ArithmeticError, ImportError) as error:
+        progress.failed.append(f"{name} ({type(error).__name__}: {one_line(error)[:200]})")
+        log(f"{name}: failed: {one_line(error)[:200]}")
+
+
+def _make_recall(
+    table: Table, rows: list[Row], out: Path, device: torch.device, left: float, progress: Progress, log: Log
+) -> None:
+    """Train rows of a recall table at once, and measure and write one after the other."""
+    learners: dict[str, Learner] = {}
+    names = [row.name(table.name) for row in rows]
+    for row, name in zip(rows, names, strict=True):
+        log(f"{name}: starts")
+        with _says_why(name, progress, log):
+            model: Any = row.arm.build(table.recall_shape, row.seed, match=table.matched)
+            learners[name] = Learner(model.to(device), row.lr, Steps(model))
+    if not learners:
+        return
+    plan, begun = table.recall, list(learners)
+    assert plan is not None
+
+    def report(index: int, step: int, loss: float) -> None:
+        log(f"{begun[index]}: step {step:,}, loss {loss:.3f}")
+
+    try:
+        train_learners(list(learners.values()), plan, seed=rows[0].seed, time_left=left, progress=report)
+    except RuntimeError as error:  # of one model, which one is not known
+        for name in begun:
+            with _says_why(name, progress, log):
+                raise error
+        return
+    for row, name in zip(rows, names, strict=True):
+        if name in learners:
+            with _says_why(name, progress, log):
+                _write(table, row, out, device, recall_row(plan, learners[name], len(learners)), progress)
+                _log_scores(name, out, log)
+
+
+def _log_scores(name: str, out: Path, log: Log) -> None:
+    """Log the time and the scores of a row of recall."""
+    found = read_row(row_file(out, name), None)
+    assert found is not None
+    scores = ", ".join(f"{size['task']} {size['size']} {size['accuracy']:.2f}" for size in found["sizes"])
+    log(f"{name}: {found['seconds']:.0f} s, {scores}")
+
+
+def _make_language(
     table: Table,
     row: Row,
     out: Path,
@@ -171,24 +251,18 @@ def _make(
     progress: Progress,
     log: Log,
 ) -> None:
-    """Make one row and say what became of it."""
+    """Make a row of a language table and say what became of it. Raises ValueError without text."""
+    if sources is None:
+        raise ValueError("expected text for a language table, got none")
     name = row.name(table.name)
     log(f"{name}: starts")
-    try:
-        if table.kind == "recall":
-            found = recall_row(table, row, device, left, log)
-        else:
-            if sources is None:
-                raise ValueError("expected text for a language table, got none")
-            found = language_row(table, row, out, sources, left, reserve)
-    except OutOfTime as error:
-        progress.late.append(name)
-        log(f"{name}: {error}")
-        return
-    except (RuntimeError, ArithmeticError, ImportError) as error:  # an arm that fails must not take the others along
-        progress.failed.append(f"{name} ({type(error).__name__}: {one_line(error)[:200]})")
-        log(f"{name}: failed: {one_line(error)[:200]}")
-        return
+    with _says_why(name, progress, log):
+        _write(table, row, out, device, language_row(table, row, out, sources, left, reserve), progress)
+
+
+def _write(table: Table, row: Row, out: Path, device: torch.device, found: dict[str, Any], progress: Progress) -> None:
+    """Write a row durably."""
+    name = row.name(table.name)
     about = {"table": table.name, "kind": table.kind, "digest": table.digest(row), "arm": row.arm.name}
     about |= {"settings": dataclasses.asdict(row.arm), "lr": row.lr, "seed": row.seed, "device": device_name(device)}
     path = row_file(out, name)
@@ -202,20 +276,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def recall_row(table: Table, row: Row, device: torch.device, left: float, log: Log) -> dict[str, Any]:
-    """Train and measure a row of a recall table. Raises OutOfTime."""
-    assert table.recall is not None
-    model = row.arm.build(table.recall_shape, row.seed, match=table.matched).to(device)  # type: ignore[arg-type]
-    name = row.name(table.name)
-    outcome = train_recall(
-        model,
-        table.recall,
-        lr=row.lr,
-        seed=row.seed,
-        time_left=left,
-        progress=lambda step, loss: log(f"{name}: step {step:,}, loss {loss:.3f}"),
-    )
-    log(f"{name}: {outcome.seconds:.0f} s, " + ", ".join(f"{s.size.label} {s.accuracy:.2f}" for s in outcome.scores))
+def recall_row(plan: RecallPlan, learner: Learner, together: int) -> dict[str, Any]:
+    """Measure a model that was trained among `together`. Raises its failure."""
+    outcome, model = measure_learner(learner, plan), learner.model
     sizes = [
         {
             "task": score.size.task,
@@ -233,6 +296,7 @@ def recall_row(table: Table, row: Row, device: torch.device, left: float, log: L
         "tokens": outcome.tokens,
         "steps": outcome.steps,
         "seconds": round(outcome.seconds, 1),
+        "together": together,
         "loss": outcome.loss,
         "valid": mean_valid(outcome.scores),
         "sizes": sizes,

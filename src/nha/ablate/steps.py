@@ -105,7 +105,8 @@ class Steps:
     """Takes optimizer steps (AdamW, clipped gradients) on a model.
 
     On a GPU decoder layers are compiled, and from its third batch on a shape is a CUDA graph of the whole step:
-    launching the kernels of a small model takes longer than they run.
+    launching the kernels of a small model takes longer than they run. Steps run on a stream of the model's own, so
+    that the steps of several small models, of which none fills the GPU, run at once: `join` waits for them.
 
     Args:
         model: trained in place.
@@ -114,6 +115,7 @@ class Steps:
 
     Attributes:
         prepared: whether the last step compiled or captured something.
+        stream: where the steps run, None on a CPU.
     """
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool | None = None, captured: bool | None = None):
@@ -124,6 +126,7 @@ class Steps:
         self.counts: Counter = Counter()
         self.captured: dict[tuple, tuple[Batch, Tensor, Callable[[], None]]] = {}
         self.prepared = False
+        self.stream = torch.cuda.Stream(model.device) if on_gpu else None
         trained = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
@@ -136,7 +139,27 @@ class Steps:
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu, capturable=on_gpu)
 
     def __call__(self, batch: Batch, lr: float) -> Tensor:
-        """Take a step. Returns the loss [] before it, which the next step overwrites."""
+        """Start a step. Returns the loss [] before it, which may be read after `join` and which the next overwrites."""
+        with self._own_stream(batch):
+            return self._take(batch, lr)
+
+    def join(self) -> None:
+        """Let the current stream wait for all steps that have started."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.model.device).wait_stream(self.stream)
+
+    @contextmanager
+    def _own_stream(self, batch: Batch) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        for x in batch:
+            x.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _take(self, batch: Batch, lr: float) -> Tensor:
         self._set_lr(lr)
         key = (*batch.ids.shape, batch.at.shape[1])
         self.counts[key] += 1

@@ -40,6 +40,9 @@ class Selection:
         typer.Option(help="Seconds; a row that does not fit into what is left is not made.", show_default="no limit"),
     ] = None
     reserve: Annotated[float, typer.Option(help="Seconds to leave for measuring a language model.")] = 60.0
+    together: Annotated[
+        int, typer.Option(help="Rows of recall to train at once, of one arm and seed: a small model leaves a GPU idle.")
+    ] = 1
 
     def apply(self, table: Table) -> Table:
         """The table with the rows that are asked for. Raises ValueError or BadInput for what it cannot have."""
@@ -119,6 +122,7 @@ def ablate(
     if rows.budget is not None:
         common.check_at_least("--budget", rows.budget, 0)
     common.check_at_least("--reserve", rows.reserve, 0)
+    common.check_at_least("--together", rows.together, 1)
     from nha.ablate.run import Shard, run_table
     from nha.ablate.summary import remember, write_summary
     from nha.ablate.table import read_table
@@ -138,6 +142,7 @@ def ablate(
         budget=math.inf if rows.budget is None else rows.budget,
         sources=sources,
         reserve=rows.reserve,
+        together=rows.together,
         log=log,
     )
     page = write_summary(output)
