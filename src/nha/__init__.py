@@ -2,8 +2,8 @@
 
 Importing this package makes transformers' Auto classes know hybrid models (`nha.models.auto`), so that
 `AutoModelForCausalLM.from_pretrained` reads a saved hybrid whichever of the two was imported first. It therefore
-imports transformers, which takes a second or two: a program that reads a hybrid waits for that anyway, and the
-alternatives are an import hook or models that load in one order of imports only. The `nha` command starts without.
+imports what Auto classes are made of, and no model: those are imported when one is made or read. The `nha` command
+starts without either.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nha' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    if home.__name__.startswith(("nha.convert", "nha.models")):
+        import_module("nha.models.auto").register()  # a configuration made here may be handed to any Auto class
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:
@@ -77,4 +80,4 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    import_module("nha.models.auto").register()
+    import_module("nha.models.auto").register_names()

@@ -30,9 +30,16 @@ from transformers.models.auto.modeling_auto import (
 from nha.models.attention import LayerInputs, cache_windows, check_implementation, layer_cache
 from nha.models.cache import allow_rollback, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name
-from nha.models.config import FULL, check_sizes, check_windows, hybrid_config_class, hybrid_multimodal_config_class
+from nha.models.config import (
+    FULL,
+    check_sizes,
+    check_windows,
+    config_class_of,
+    hybrid_config_class,
+    hybrid_multimodal_config_class,
+)
 from nha.models.decode_graph import SINGLE_USE, UNPADDED, graph_of, plan
-from nha.models.families import check_family, rotates
+from nha.models.families import FAMILIES, MODEL_NAMES, MULTIMODAL, check_family, rotates
 from nha.models.fused_step import after_layers, before_layers
 from nha.models.generate_batch import generate_in_batches
 from nha.models.masks import NAME, cache_argument, mark_packing
@@ -319,6 +326,15 @@ def hybrid_model_class(config_class: type[PreTrainedConfig], task: str = "causal
     new = type(name, (HybridModelMixin, base), body)
     setattr(sys.modules[__name__], name, new)
     return new
+
+
+def __getattr__(name: str) -> Any:
+    """The model class of this name: a pickled model refers to one that its process may not have made yet."""
+    for task, names in MODEL_NAMES.items():
+        for family in (*FAMILIES, *MULTIMODAL):
+            if family in names and name == f"NHA{names[family]}":
+                return hybrid_model_class(config_class_of(family), task)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def hybrid_config(old: Any, changes: dict[str, Any]) -> Any:

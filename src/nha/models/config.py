@@ -335,3 +335,11 @@ def hybrid_multimodal_config_class(family: str) -> type[PreTrainedConfig]:
     new = strict(type(f"NHA{base.__name__}", (HybridMultimodalConfigMixin, base), body))
     setattr(sys.modules[__name__], new.__name__, new)
     return new
+
+
+def config_class_of(family: str) -> type[PreTrainedConfig]:
+    """The configuration class of a family's hybrids, whether it is multimodal or not. Raises KeyError for no family."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    multimodal = "text_config" in getattr(CONFIG_MAPPING[family], "__dataclass_fields__", ())
+    return hybrid_multimodal_config_class(family) if multimodal else hybrid_config_class(family)

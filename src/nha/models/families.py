@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
 RECURRENT = "its layers are not softmax attention"
@@ -146,6 +152,13 @@ MULTIMODAL = {
 FAMILIES = tuple(family.model_type for family in TABLE if not family.refused)
 ROTATES = {family.model_type: family.rotates for family in TABLE}
 KEEP_POSITIONS = tuple(family.model_type for family in TABLE if NORMALISED_LATE in family.special)
+# By task, the name of each family's model class; a table of names imports no model.
+MODEL_NAMES: dict[str, dict[str, Any]] = {
+    "base": MODEL_MAPPING_NAMES,
+    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "image-text-to-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
 REFUSED = {family.model_type: family.refused for family in TABLE if family.refused}
 
 

@@ -89,9 +89,9 @@ def find(name: str) -> Source:
         raise BadInput(f"expected a model directory, {path} is a file")
     elif not HUB_ID.fullmatch(name):
         raise BadInput(f"expected a model directory or a Hub id, there is nothing at {name}")
-    from nha.models.auto import register
+    from nha.models.auto import register_names
 
-    register()
+    register_names()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # whatever a damaged file makes transformers raise, the file is the reason
