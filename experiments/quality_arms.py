@@ -14,7 +14,7 @@ from nha.convert.heads import load_plan, plan_heads
 from nha.distill.recipes import recipe_settings
 from nha.distill.settings import DistillSettings
 from nha.models.config import FULL
-from nha.models.loading import EMBEDDED_ID
+from nha.models.embedded import EMBEDDED_ID
 from nha.ops.heads import Window, map_window
 
 BUDGETS = ("4full", "1full", "constant")

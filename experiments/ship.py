@@ -24,11 +24,12 @@ from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
 from nha.io import DIGEST, write_atomically, write_tensors
 from nha.models import loading
 from nha.models.delta import lora_changes, low_rank_changes, read_delta, save_delta
+from nha.models.embedded import EMBEDDED_ID, EMBEDDED_LICENSE
 from nha.models.smollm2 import DELTA
 
 LORA_SCALE = 2.0  # lora_alpha over rank, as `nha.distill.student` sets it
 LIMIT = 12e6  # bytes
-FACTS = {"base": loading.EMBEDDED_ID, "license": loading.EMBEDDED_LICENSE}
+FACTS = {"base": EMBEDDED_ID, "license": EMBEDDED_LICENSE}
 README = """# The distilled hybrid of the embedded model
 
 `{name}` makes a hybrid of [{base}](https://huggingface.co/{base}): gates and sinks of its layers,

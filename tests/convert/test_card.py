@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nha.convert.card import CardFacts, base_license, model_card, save_hybrid
+from nha.models.adapter import to_hybrid
+from nha.models.delta import save_delta
 from tests.convert.test_hybridize import byte_tokenizer
-from tests.models.families import hybrid, tokens
+from tests.models.families import hybrid, teacher, tokens
 
 HOSTILE = 'a: b\nlicense: none\n---\n# "title" | <b>'
 
@@ -70,6 +72,19 @@ def test_a_directory_is_no_base_on_the_hub_but_may_name_its_licence(tmp_path):
     data = fields(model_card(hybrid().config, CardFacts(str(tmp_path))))
     assert "base_model" not in data and data["license"] == "mit"
     assert str(tmp_path) not in model_card(hybrid().config, CardFacts(str(tmp_path)))
+
+
+def test_no_file_of_a_hybrid_tells_where_the_original_was(tmp_path):
+    original, folder = tmp_path / "somewhere" / "original", tmp_path / "hybrid"
+    teacher("llama", vocab_size=300).save_pretrained(original)
+    byte_tokenizer(original)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(original), AutoTokenizer.from_pretrained(original)
+    to_hybrid(model, [8, -1, 4], num_slots=4)
+    save_hybrid(model, tokenizer, folder, CardFacts(str(original)))
+    save_delta(tmp_path / "delta", model, {}, {})
+    files = [*folder.iterdir(), tmp_path / "delta"]
+    assert [path.name for path in files if b"somewhere" in path.read_bytes()] == []
+    assert json.loads((folder / "config.json").read_text())["converted_from"] == "original"
 
 
 @pytest.mark.parametrize("text", ["no fields", "---\n: [\n---\n", "---\n- a list\n---\n"])

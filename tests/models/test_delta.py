@@ -14,6 +14,7 @@ from nha.distill.run import distill
 from nha.models import loading, smollm2
 from nha.models.adapter import to_hybrid
 from nha.models.delta import apply_delta, delta_config, delta_quality, low_rank_changes, read_delta, save_delta
+from nha.models.embedded import EMBEDDED_ID
 from tests.distill.material import material, settings, tiny
 from tests.models.families import teacher
 
@@ -118,7 +119,7 @@ def test_the_embedded_models_hybrid_is_found_by_name_where_it_is_installed(tmp_p
     assert delta_quality(smollm2.DELTA) == {"ppl_2k": 1.08}
     assert smollm2.has_hybrid()
     source = loading.find(loading.EMBEDDED_HYBRID)
-    assert loading.is_hybrid(source.config) and source.base == loading.EMBEDDED_ID
+    assert loading.is_hybrid(source.config) and source.base == EMBEDDED_ID
     assert "hybrid" in source.label and loading.layers_of(source.config) == 3
     loaded, _ = loading.load(source)
     ids = torch.randint(97, (1, 20))

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from nha.errors import one_line
 from nha.io import write_atomically
 from nha.models.config import FULL
-from nha.models.loading import EMBEDDED_ID, EMBEDDED_LICENSE
+from nha.models.embedded import EMBEDDED_ID, EMBEDDED_LICENSE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TAGS = ["nha", "native-hybrid-attention", "long-context"]

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from nha.models.attention import LayerInputs, cache_windows, check_implementation, layer_cache
 from nha.models.cache import allow_rollback, prepare_cache
-from nha.models.checkpoint import CheckpointMixin, in_memory_name
+from nha.models.checkpoint import CheckpointMixin, in_memory_name, public_name
 from nha.models.config import (
     FULL,
     check_sizes,
@@ -394,7 +394,7 @@ def to_hybrid(
     config = hybrid_config(old, changes)
     new_class = hybrid_model_class(type(config), task)
     config.architectures = [new_class.__name__]
-    config.converted_from = old.name_or_path or None
+    config.converted_from = public_name(old.name_or_path)
     config.name_or_path = model.name_or_path = in_memory_name(old)
     renewed = {id(old): config, id(text): config.get_text_config()}
     for module in model.modules():

@@ -6,6 +6,7 @@ The file is a few lines that import nha, for `trust_remote_code=True` in a proce
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nha.models.windows import freeze_unused
 
 FILE = "modeling_nha.py"
 IN_MEMORY = "<hybrid of"
+HUB_CACHE = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # of a snapshot in the cache of the Hub
 TEXT = '''"""Lets transformers load this Native Hybrid Attention model with trust_remote_code=True."""
 
 try:
@@ -59,6 +61,26 @@ def in_memory_name(config: PreTrainedConfig) -> str:
     Neither a directory nor a Hub id: they fail and show it, instead of loading the model before its conversion.
     """
     return f"{IN_MEMORY} {config.name_or_path or config.model_type}, not saved yet: call save_pretrained>"
+
+
+def public_name(name: str | None) -> str | None:
+    """The name of a model as other machines know it: its Hub id, or the last folder of a path; None for no name.
+
+    Saved configurations hold it: a path would tell about this machine, and mean nothing on another one.
+
+    >>> public_name("owner/model"), public_name("/home/me/model"), public_name("")
+    ('owner/model', 'model', None)
+    >>> public_name("/home/me/.cache/huggingface/hub/models--owner--model/snapshots/1a2b")
+    'owner/model'
+    """
+    if not name:
+        return None
+    cached = HUB_CACHE.search(name)
+    if cached:
+        return cached[1].replace("--", "/", 1)
+    path = Path(name)
+    is_path = path.is_absolute() or path.exists() or len(path.parts) > 2 or name.startswith((".", "~"))
+    return path.resolve().name if is_path else name
 
 
 class CheckpointMixin:

@@ -146,7 +146,7 @@ class HybridConfigMixin:
         slot_distance: tokens between a query and where it sees the slots.
         slots_from_start: slots take part from token 0, at zero, as in the code published with the paper.
         slot_write: "soft", every token to all slots by gates, or "exact", kept tokens to one slot each.
-        converted_from: name or path of the model before its conversion.
+        converted_from: the model before its conversion: its Hub id, or the name of the folder it was read from.
         state_dtype: how caches keep slots and windows between two calls: "float32" as they are computed (windows in
             the model's dtype), "bfloat16" or "int8" in fewer bytes. A setting of serving: it may be changed at any
             time and counts for new caches.

