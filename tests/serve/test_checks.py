@@ -13,13 +13,11 @@ from nha.serve.checks import check_architecture, check_model, check_run, check_v
 from nha.serve.plugin import architectures, base_architecture, mark_layers
 
 
-def run(pipeline=1, dtype="torch.float32", drafts=None, device="cpu", prefix=False):
+def run(pipeline=1, dtype="torch.float32", drafts=None):
     return SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
         model_config=SimpleNamespace(dtype=dtype),
         speculative_config=None if drafts is None else SimpleNamespace(method=drafts),
-        device_config=SimpleNamespace(device_type=device),
-        cache_config=SimpleNamespace(enable_prefix_caching=prefix),
     )
 
 
@@ -76,7 +74,6 @@ def test_a_family_that_vllm_lacks_is_refused(name):
         ({"pipeline": 2}, "pipeline_parallel_size=1"),
         ({"dtype": "torch.float64"}, "float64"),
         ({"drafts": "eagle"}, "eagle"),
-        ({"drafts": "ngram", "prefix": True}, "prefix caching"),
     ],
 )
 def test_settings_that_are_not_exact_are_refused(settings, named):
@@ -87,7 +84,7 @@ def test_settings_that_are_not_exact_are_refused(settings, named):
 def test_exact_settings_are_accepted():
     check_run(run())
     check_run(run(drafts="ngram"))
-    check_run(run(drafts="ngram", device="cuda", prefix=True))
+    check_run(run(drafts="ngram_gpu"))
 
 
 def test_every_causal_hybrid_has_a_base():

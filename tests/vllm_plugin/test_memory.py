@@ -16,34 +16,50 @@ from tests.vllm_plugin.material import (
 )
 
 pytestmark = pytest.mark.vllm
-NEW = 16
+NEW, LONG = 16, 200
 
 
-@pytest.fixture(scope="class")
-def caching(hybrid):
-    """An engine that keeps prefixes."""
-    with engine(hybrid, enable_prefix_caching=True) as llm:
+@pytest.fixture(scope="class", params=[False, True], ids=["plain", "drafting"])
+def caching(hybrid, request):
+    """An engine that keeps prefixes, without and with drafts."""
+    # vLLM drafts with numba, and no engine starts in a process that has loaded it.
+    options = {"apart": True, "speculative_config": DRAFTS} if request.param else {}
+    with engine(hybrid, enable_prefix_caching=True, **options) as llm:
         yield llm
 
 
 class TestPrefixCaching:
     def test_a_second_turn_reads_only_what_is_new(self, hybrid, caching):
         (first,), (question,) = make_prompts([3000]), make_prompts([12], seed=2)
-        (answer,) = write(caching, [first], NEW)
+        (answer,) = write(caching, [first], LONG)
         second = first + tokens([answer])[0] + question
         (again,) = write(caching, [second], NEW)
-        block = caching.llm_engine.vllm_config.cache_config.block_size
-        read = len(second) - again.num_cached_tokens
-        assert read < 2 * 16 + block, f"{read} tokens were read, blocks of {block}"
-        assert tokens([again]) == greedy(hybrid, [second], NEW)
+        config, read = caching.llm_engine.vllm_config, len(second) - again.num_cached_tokens
+        block = config.cache_config.block_size
+        assert block < LONG
+        # vLLM loses the state at a block's end where drafts go past it: some of the answer may be read again.
+        known = len(first) if config.speculative_config else len(second)
+        assert read < 2 * 16 + block + len(second) - known, f"{read} tokens were read, blocks of {block}"
+        assert tokens([answer, again]) == greedy(hybrid, [first], LONG) + greedy(hybrid, [second], NEW)
 
     def test_branches_share_their_prefix(self, hybrid, caching):
         (shared,), ends = make_prompts([600], seed=5), make_prompts([5, 9, 20], seed=3)
         branches = [shared + end for end in ends]
         write(caching, [shared], 1)
         answers = write(caching, branches, NEW)
-        assert all(answer.num_cached_tokens >= 256 for answer in answers)
+        assert all(answer.num_cached_tokens >= 512 for answer in answers)
         assert tokens(answers) == greedy(hybrid, branches, NEW)
+
+    def test_answers_that_end_blocks_go_on_as_they_are_read(self, hybrid, caching):
+        prompts = [
+            (prompt * 40)[:length] for prompt, length in zip(make_prompts([9, 17, 5]), (120, 250, 100), strict=True)
+        ]
+        firsts, questions = greedy(hybrid, prompts, 48), make_prompts([7, 7, 7], seed=9)
+        assert tokens(write(caching, prompts, 48)) == firsts
+        seconds = [a + b + c for a, b, c in zip(prompts, firsts, questions, strict=True)]
+        answers = write(caching, seconds, 48)
+        assert sum(answer.num_cached_tokens for answer in answers) >= 256
+        assert tokens(answers) == greedy(hybrid, seconds, 48)
 
 
 def test_drafts_change_no_token(scratch):

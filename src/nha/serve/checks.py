@@ -75,10 +75,5 @@ def check_run(vllm_config: Any) -> None:
     if str(dtype).removeprefix("torch.") not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"expected dtype float32, bfloat16 or float16 for a hybrid, got {dtype}")
     drafts = vllm_config.speculative_config
-    if drafts is None:
-        return
-    if drafts.method not in ("ngram", "ngram_gpu"):
+    if drafts is not None and drafts.method not in ("ngram", "ngram_gpu"):
         raise ValueError(f"expected speculative method ngram for a hybrid, got {drafts.method}")
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    if on_cpu and vllm_config.cache_config.enable_prefix_caching:
-        raise ValueError("expected prefix caching off beside speculative decoding on a CPU, got both")

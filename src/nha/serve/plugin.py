@@ -75,6 +75,21 @@ def mark_layers(config: Any) -> None:
         config.layer_types = [kind] * len(windows)
 
 
+def keep_answers(cache_config: Any) -> None:
+    """Let prefix caching keep a state at the end of every block, so that a next turn finds the last answer as well.
+
+    vLLM keeps the prompt's last one alone unless told otherwise. An interval of the user's stays.
+
+    >>> from types import SimpleNamespace
+    >>> settings = SimpleNamespace(prefix_cache_retention_interval=0)
+    >>> keep_answers(settings)
+    >>> settings.prefix_cache_retention_interval is None
+    True
+    """
+    if cache_config.prefix_cache_retention_interval == 0:
+        cache_config.prefix_cache_retention_interval = None
+
+
 def native_architectures() -> set[str]:
     """The models that vLLM has code of its own for; others it runs through transformers, which cannot hold states."""
     from vllm.model_executor.models import ModelRegistry
@@ -102,6 +117,7 @@ def register() -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             check_run(vllm_config)
+            keep_answers(vllm_config.cache_config)
 
     register_auto()
     known = native_architectures()

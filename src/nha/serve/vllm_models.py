@@ -22,11 +22,13 @@ from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from nha.models.config import FULL
 from nha.serve.experts import EXPERT_NAMES, split_experts
 from nha.serve.plugin import SCRATCH, base_architecture
 from nha.serve.rooms import max_places, plan_heads
+from nha.serve.vllm_cpu import register_copies
 from nha.serve.vllm_mixer import STATES, NHAMixer, SlotWeights, state_dtypes, state_shapes
 
 SAVED = re.compile(
@@ -98,6 +100,8 @@ class HybridModelMixin:
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         install(self, vllm_config.model_config.hf_config)  # type: ignore[arg-type]
+        if current_platform.is_cpu():
+            register_copies()
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
