@@ -71,3 +71,20 @@ def test_the_published_layer_acts_on_values_and_normalizes_all_heads_together():
 def test_an_unknown_function_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}.*gelu"):
         NHAConfig.tiny(**{name: "gelu"})
+
+
+def test_the_deviation_of_the_gates_is_that_of_their_logits_at_any_width():
+    for width in (64, 256):
+        attention = model(hidden_size=width, gate_std=4.0, num_slots=32).model.layers[0].self_attn
+        logits = attention.g_proj(torch.randn(256, width, generator=torch.Generator().manual_seed(0)))
+        assert 3.5 < logits.std() < 4.5  # 64 rows of weights, some 6 % of error each
+    assert model().model.layers[0].self_attn.g_proj.weight.std() < 0.03
+    with pytest.raises(ValueError, match="gate_std.*-1"):
+        NHAConfig.tiny(gate_std=-1.0)
+
+
+def test_gates_of_a_saved_model_are_not_drawn_again(tmp_path):
+    hybrid = model(gate_std=4.0)
+    hybrid.save_pretrained(tmp_path)
+    again = NHAForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.gate_std == 4.0 and torch.equal(again(ids()).logits, hybrid(ids()).logits)

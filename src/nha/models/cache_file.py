@@ -29,6 +29,7 @@ IRRELEVANT = (
     "auto_map",
     "converted_from",
     "dtype",
+    "gate_std",
     "initializer_range",
     "state_dtype",
     "torch_dtype",

@@ -179,6 +179,8 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
         slot_features: function of the queries and keys that the slots see: "none", "silu" (arXiv 2409.07146) or "relu".
         value_activation: function of the values: "none" or "silu".
         output_norm: normalize what attention returns, all heads together: "none", "rms", or "silu_rms" (after a SiLU).
+        gate_std: standard deviation of the gates' logits before training, for normalized inputs; the larger, the more
+            the slots differ in what they take. 0 draws the gates' weights as all others.
 
     `NHAConfig(**PAPER_LAYER)` has the layer that the paper's authors published.
 
@@ -198,6 +200,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     slot_write: str = "soft"
     value_activation: str = "none"
     output_norm: str = "none"
+    gate_std: float = 0.0
 
     slot_distance = 0
     slots_from_start = False
@@ -208,6 +211,8 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
         super().__post_init__(**kwargs)
         for name, known in LAYER_CHOICES.items():
             check_choice(name, getattr(self, name), known)
+        if not 0 <= self.gate_std < float("inf"):
+            raise ValueError(f"expected gate_std of at least 0, got {self.gate_std!r}")
 
     @classmethod
     def tiny(cls, **changes: Any) -> NHAConfig:

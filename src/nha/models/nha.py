@@ -146,6 +146,8 @@ class NHAModel(LlamaModel):
         if isinstance(module, NativeHybridAttention):
             torch.nn.init.zeros_(module.sink_key)
             torch.nn.init.zeros_(module.sink_value)
+            if self.config.gate_std and module.slot_write == "soft":  # exact slots have one score a head, and a bias
+                torch.nn.init.normal_(module.g_proj.weight, std=self.config.gate_std / module.g_proj.in_features**0.5)
 
 
 class NHAForCausalLM(CheckpointMixin, HybridGenerationMixin, LlamaForCausalLM):

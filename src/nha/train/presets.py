@@ -43,7 +43,7 @@ def model_config(settings: TrainSettings, vocab_size: int) -> NHAConfig:
     >>> model_config(TrainSettings(preset="tiny", window_size=8, full_layers=(1,)), 300).window_sizes
     [8, -1]
     """
-    shared = ("num_slots", "num_sinks", "qk_norm", "output_gate", "slot_write", *LAYER_CHOICES)
+    shared = ("num_slots", "num_sinks", "qk_norm", "output_gate", "slot_write", "gate_std", *LAYER_CHOICES)
     changes: dict[str, Any] = {name: getattr(settings, name) for name in shared} | {"window_sizes": FULL}
     config = preset_config(settings.preset, vocab_size, **changes)
     size = settings.window_size

@@ -82,6 +82,12 @@ class TrainSettings:
     output_norm: str = setting(
         "none", "Normalize what attention returns, after a SiLU or without one.", choices=OUTPUT_NORMS
     )
+    gate_std: float = setting(
+        0.0,
+        "Standard deviation of the gates' logits before training; 0: weights as all others.",
+        at_least=0,
+        at_most=100,
+    )
     tokens: float = setting(150e6, "Tokens to train on, on all GPUs together.", at_least=1, at_most=MAX_TOKENS)
     batch_size: int = count(32, "Sequences of a step, on all GPUs together.", at_most=1 << 20)
     seq_len: int = count(2048, "Tokens of a sequence.", at_least=2)
