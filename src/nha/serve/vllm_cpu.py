@@ -1,4 +1,4 @@
-"""What vLLM's kernels for prefix caching beside drafts do, on a CPU, where it has no code for them.
+"""Copies of states between blocks, for prefix caching beside drafts on a CPU, where vLLM has no code for them.
 
 A sequence with drafts leaves a state after each of its tokens, in blocks side by side. Before a step, the state after
 the last token that stood moves to the block that is written next; after a step, the state at a block's end moves to
