@@ -49,6 +49,16 @@ def test_what_is_given_overrides_a_recipe():
         recipe_settings("best", 30)
 
 
+@pytest.mark.parametrize("context, lengths", [(8192, (2048, 8192)), (4096, (2048, 4096)), (1024, (1024, 1024))])
+def test_no_sequence_of_a_recipe_is_longer_than_the_context_of_the_model(context, lengths):
+    for name in RECIPES:
+        settings = recipe_settings(name, 30, context=context)
+        assert (settings.seq_len, settings.long_seq_len) == lengths
+        assert (settings.long_tokens > 0) == (name == "constant" and lengths[1] > lengths[0])
+    assert recipe_settings("constant", 30, given={"seq_len": 4096}, context=1024).seq_len == 4096
+    assert recipe_settings("constant", 30) == recipe_settings("constant", 30, context=1 << 17)
+
+
 def test_the_docs_show_all_recipes():
     assert recipes_table() in (Path(__file__).parents[2] / "docs" / "distilling.md").read_text()
 

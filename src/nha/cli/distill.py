@@ -122,13 +122,13 @@ def distill(
                 raise BadInput(
                     f"expected --control to be {ALSO}, {ONLY} or the directory of a control, got {control!r}"
                 )
-            source = loading.find(model)
+            source = loading.find_to_convert(model)
             given = {name: getattr(settings, name) for name in given_options(context, DistillSettings)}
             if windows is not None:
                 found = searched_windows(windows, source, settings.window_size, settings.full_layers)
                 given |= {"window_size": tuple(found), "full_layers": ()}
             if recipe is not None:
-                values = recipe_values(recipe, layers_of(source), source.base, given)
+                values = recipe_values(recipe, layers_of(source), source.base, given, context_of(source))
             else:
                 values = dataclasses.asdict(settings) | given
             settings = make_settings(DistillSettings, values)
@@ -195,6 +195,12 @@ def layers_of(source: loading.Source) -> int:
     from nha.models.smollm2 import LAYERS
 
     return LAYERS if source.config is None else loading.layers_of(source.config)
+
+
+def context_of(source: loading.Source) -> int | None:
+    """The tokens that a model was made for, if its configuration names them; the embedded model has those of the recipes."""
+    config: Any = source.config
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def report_estimate(source: loading.Source, settings: DistillSettings, as_json: bool) -> None:

@@ -49,7 +49,7 @@ def hybridize(
     sizes: int | list[Window] = given if isinstance(given, int) else list(given)
     common.check_new_directory(output)
     texts = None if calibration is None else [common.read_text(calibration)]
-    source = loading.find(model)
+    source = loading.find_to_convert(model)
     layers = list(settings.full_layers or ())
     if windows is not None:
         sizes, layers = searched_windows(windows, source, sizes, settings.full_layers), []

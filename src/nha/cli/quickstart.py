@@ -64,7 +64,7 @@ def quickstart(
     if max([windows] if isinstance(windows, int) else windows) < 0:
         raise BadInput(f"expected --window to convert at least one layer, got {window}")
     common.check_new_directory(output, replaceable=is_report)
-    source = loading.find(model)
+    source = loading.find_to_convert(model)
     check_convertible(source, windows, given or [])
 
     from nha.report.page import write_report, write_results

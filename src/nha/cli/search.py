@@ -46,10 +46,10 @@ def search(
     """
     picture = check_paths(output)
     if settings.heads is not None:
-        search_heads(loading.find(model), output, settings, text, as_json)
+        search_heads(loading.find_to_convert(model), output, settings, text, as_json)
         return
     texts = None if text is None else [common.read_text(path) for path in text]
-    source = loading.find(model)
+    source = loading.find_to_convert(model)
     hybrid = source.config is not None and loading.is_hybrid(source.config)
     count = 4 if settings.num_full is None and settings.max_bytes is None else settings.num_full
     check_count(source, count)

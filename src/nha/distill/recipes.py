@@ -61,32 +61,50 @@ def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ..
     return tuple(layers * (2 * i + 1) // (2 * count) for i in range(count))
 
 
-def recipe_values(name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def recipe_values(
+    name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None, context: int | None = None
+) -> dict[str, Any]:
     """The settings of a recipe that are not the default, by name; those `given` override the recipe's.
 
-    A window per layer, or full layers, override the recipe's full layers. Raises ValueError for an unknown recipe.
+    A window per layer, or full layers, override the recipe's full layers. No sequence is longer than `context`, the
+    tokens that the model was made for: beyond it the teacher has nothing to teach. Raises ValueError for an unknown
+    recipe.
 
     >>> recipe_values("quality", 12, given={"tokens": 1e6})["full_layers"]
     (3, 9)
+    >>> short = recipe_values("constant", 12, context=1024)
+    >>> short["seq_len"], short["long_tokens"]
+    (1024, 0.0)
     """
     if name not in RECIPES:
         raise ValueError(f"expected a recipe out of {', '.join(RECIPES)}, got {name!r}")
     recipe, given = RECIPES[name], dict(given or {})
     values = {**recipe.changes, **given}
     tokens = values.get("tokens", DistillSettings().tokens)
-    values.setdefault("long_tokens", recipe.long_fraction * tokens)
+    values = _within(context, values) if context else values
+    plain = {name: values.get(name, getattr(DistillSettings, name)) for name in ("seq_len", "long_seq_len")}
+    longer = plain["long_seq_len"] > plain["seq_len"]
+    values.setdefault("long_tokens", recipe.long_fraction * tokens if longer else 0.0)
     if not isinstance(values.get("window_size", 0), (tuple, list)):
         values.setdefault("full_layers", choose_full_layers(base, layers, recipe.full_fraction))
     return values
 
 
-def recipe_settings(name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None) -> DistillSettings:
+def _within(context: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with sequences of at most `context` tokens, except where they name other lengths."""
+    lengths = {name: min(getattr(DistillSettings, name), context) for name in ("seq_len", "long_seq_len")}
+    return {n: x for n, x in lengths.items() if x != getattr(DistillSettings, n)} | values
+
+
+def recipe_settings(
+    name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None, context: int | None = None
+) -> DistillSettings:
     """The settings of a recipe for a model of so many layers, as `recipe_values` has them.
 
     >>> recipe_settings("constant", 24, given={"tokens": 1e6}).long_tokens
     500000.0
     """
-    return DistillSettings(**recipe_values(name, layers, base, given))
+    return DistillSettings(**recipe_values(name, layers, base, given, context))
 
 
 def changed_settings(settings: DistillSettings, names: Collection[str] | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nha.ops.heads import Window
 
+TRAINED_TYPE = "nha"  # the model type of what `nha train` makes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -101,6 +102,25 @@ def find(name: str) -> Source:
     return Source(name, config, path if path.is_dir() else None)
 
 
+def find_to_convert(name: str) -> Source:
+    """As `find`; a model that `nha train` made with full attention is read as the Llama or Qwen3 model that it is.
+
+    Raises BadInput as `find` does, and for such a model with parts that neither has.
+    """
+    source = find(name)
+    if getattr(source.config, "model_type", None) != TRAINED_TYPE:
+        return source
+    from nha.models.plain import is_plain, plain_config
+
+    config: Any = source.config
+    if not is_plain(config):
+        return source
+    try:
+        return replace(source, config=plain_config(config))
+    except ValueError as error:
+        raise BadInput(one_line(error)) from None
+
+
 def check_files(path: Path) -> None:
     """Raise BadInput unless every safetensors file of the directory is whole and none of its index is absent."""
     files = sorted(path.glob("*.safetensors"))
@@ -159,6 +179,10 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
     else:
         tokenizer = load_tokenizer(source)
         model = load_weights(source, dtype)
+        if model.config.model_type == TRAINED_TYPE and not is_hybrid(source.config):  # of `find_to_convert`
+            from nha.models.plain import to_plain
+
+            model = to_plain(model)
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 

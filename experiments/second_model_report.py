@@ -1,0 +1,157 @@
+"""Table and summary of what `experiments/second_model.py` measured, every hybrid relative to its fair control."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nha.evaluate.bootstrap import LEVEL, RESAMPLES, interval
+from nha.evaluate.public.run import PERPLEXITY, relative
+from nha.io import write_atomically
+
+Run = dict[str, Any]  # a file of runs/: row, plan, log, eval
+CHANCE = {"cloze_near": 0.0, "lambada_openai": 0.0, "piqa": 0.5}  # of guessing; a word out of a vocabulary counts as 0
+NAMES = {"cloze_near": "near cloze", "lambada_openai": "LAMBADA", "piqa": "PIQA"}
+KINDS = ("original", "control", "hybrid")
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs of a folder: by model, recipe and kind."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+
+    def key(run: Run) -> tuple[Any, ...]:
+        row = run["row"]
+        return row["model"], row["seed"], row["recipe"] or "", KINDS.index(row["kind"])
+
+    return sorted(found, key=key)
+
+
+def base_recipe(recipe: str | None) -> str | None:
+    """The recipe whose control a run is compared with: "constant:0.5" has other learning rates than "constant".
+
+    >>> base_recipe("constant:0.5")
+    'constant'
+    """
+    return None if recipe is None else recipe.partition(":")[0]
+
+
+def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The control of a hybrid: the same original, trained on the same batches."""
+    row = run["row"]
+    for other in (r["row"] for r in runs):
+        same = all(other.get(name) == row.get(name) for name in ("model", "seed", "tokens"))
+        if same and other["kind"] == "control" and other["recipe"] == base_recipe(row["recipe"]):
+            return next(r for r in runs if r["row"] is other)
+    return None
+
+
+def measures_of(run: Run) -> dict[str, dict[str, Any]]:
+    """{name: {value, interval, count, chance}} of a run; the chance of a second reading is what the first one gives."""
+    data, found = run["eval"], {}
+    for length, each in data[PERPLEXITY].items():
+        found[f"perplexity {int(length):,}"] = {
+            "value": each["ppl"],
+            "interval": each["interval"],
+            "count": each["count"],
+            "chance": None,
+        }
+    for length, each in data["repeats"].items():
+        found[repeat_name(length)] = {
+            "value": float(np.mean(each["second"])),
+            "interval": list(interval(each["second"])),
+            "count": len(each["second"]),
+            "chance": float(np.mean(each["first"])),
+        }
+    for name, each in data["sets"].items():
+        about = {key: each[key] for key in ("interval", "count")}
+        found[NAMES.get(name, name)] = {"value": each["accuracy"], **about, "chance": CHANCE.get(name)}
+    return found
+
+
+def repeat_name(length: str) -> str:
+    """The name of the measure of texts of so many tokens that are read twice."""
+    return f"read twice, {int(length):,}"
+
+
+def above_chance(measure: Mapping[str, Any]) -> bool:
+    """Whether the interval of a measure lies above what guessing gives; perplexity always counts.
+
+    >>> above_chance({"interval": [0.48, 0.55], "chance": 0.5}), above_chance({"interval": [20, 30], "chance": None})
+    (False, True)
+    """
+    return measure["chance"] is None or measure["interval"][0] > max(measure["chance"], 0.01)
+
+
+def shares_of(run: Run, control: Run) -> dict[str, dict[str, Any]]:
+    """{name: {ratio, interval}} of a hybrid relative to its control, in paired resamples."""
+    shares = relative(run["eval"], control["eval"])
+    found = {NAMES.get(name, name): share for name, share in shares.items()}
+    for length, each in run["eval"]["repeats"].items():
+        own, other = (np.array(x) for x in (each["second"], control["eval"]["repeats"][length]["second"]))
+        drawn = np.random.default_rng(0).integers(0, len(own), (RESAMPLES, len(own)))
+        below = other[drawn].mean(1)
+        ratios = (own[drawn].mean(1) / np.where(below > 0, below, np.nan))[below > 0]
+        edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        if len(ratios):
+            ratio = float(own.mean() / other.mean())
+            found[repeat_name(length)] = {"ratio": ratio, "interval": [float(x) for x in np.quantile(ratios, edges)]}
+    return found
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of summary.json."""
+    rows = []
+    for run in runs:
+        row, control = dict(run["row"]), find_control(run, runs) if run["row"]["kind"] == "hybrid" else None
+        row["measures"] = measures_of(run)
+        row["loss"] = [run["log"][0]["loss"], run["log"][-1]["loss"]] if run["log"] else None
+        if control is not None:
+            used = measures_of(control)
+            row["relative"] = shares_of(run, control)
+            row["above_chance"] = [name for name, measure in used.items() if above_chance(measure)]
+        rows.append(row)
+    return rows
+
+
+def percent(share: Mapping[str, Any]) -> str:
+    """A share with its interval."""
+    if share["ratio"] is None:
+        return ""
+    return f"{100 * share['ratio']:.0f} % ({100 * share['interval'][0]:.0f} to {100 * share['interval'][1]:.0f})"
+
+
+def cell(row: Mapping[str, Any], name: str) -> str:
+    """A number of a row for the table: a hybrid's relative to its control's, others as they are."""
+    if name not in row["measures"]:
+        return ""
+    if row["kind"] == "hybrid" and "relative" in row:
+        share = row["relative"].get(name)
+        if share is None or name not in row["above_chance"]:
+            return "at chance"
+        return f"{share['ratio']:.3f} times" if name.startswith("perplexity") else percent(share)
+    value = row["measures"][name]["value"]
+    return f"{value:.2f}" if name.startswith("perplexity") else f"{100 * value:.1f} %"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown: controls as they are, hybrids relative to them."""
+    names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
+    lines = [f"| model | recipe | | full layers | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for row in rows:
+        full = ",".join(map(str, row.get("full_layers", []))) if row["kind"] == "hybrid" else "all"
+        cells = [row["model"], row["recipe"] or "", row["kind"], full or "none", *(cell(row, name) for name in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder: Path) -> str:
+    """Write summary.json and table.md of a folder's runs; returns the table."""
+    rows = summary_rows(read_runs(folder))
+    write_atomically(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
+    text = table(rows)
+    write_atomically(folder / "table.md", text)
+    return text
