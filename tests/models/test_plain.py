@@ -23,7 +23,7 @@ def trained(**changes: Any) -> Any:
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_word_embeddings": True}, {"attention_bias": True}])
 def test_the_plain_model_gives_the_same_logits_and_tokens(changes):
     model = trained(**changes)
-    plain = to_plain(model)
+    plain: Any = to_plain(model)
     assert type(plain).__module__.startswith("transformers.")
     with torch.no_grad():
         torch.testing.assert_close(plain(PROMPT).logits, model(PROMPT).logits, rtol=1e-4, atol=1e-5)

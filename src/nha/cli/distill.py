@@ -198,7 +198,7 @@ def layers_of(source: loading.Source) -> int:
 
 
 def context_of(source: loading.Source) -> int | None:
-    """The tokens that a model was made for, if its configuration names them; the embedded model has those of the recipes."""
+    """The tokens that a model was made for, as its configuration has them, None for the embedded model."""
     config: Any = source.config
     return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
