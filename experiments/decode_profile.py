@@ -130,7 +130,7 @@ def products(tiny: bool) -> list[dict[str, Any]]:
 def compiled(model: Any) -> Iterator[None]:
     """The layers of a model, compiled one by one, within the block."""
     layers = list(decoder(model).layers)
-    with fusing("nothing"):
+    with fusing(False):
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
         try:
@@ -153,11 +153,11 @@ def tiled(tiles: Iterable[int]) -> Iterator[None]:
 
 def steps(model: Any, names: list[Any], layers: int, deadline: float, rows: list[dict[str, Any]]) -> None:
     """Time a step for each way to compute it ("plain", "compiled" or tiles), and compare its logits with float32."""
-    exact = logits(copy.deepcopy(model).float(), partial(fusing, "nothing"))
+    exact = logits(copy.deepcopy(model).float(), partial(fusing, False))
 
     def context_of(way: Any) -> Callable[[], Any]:
         if isinstance(way, str):
-            return partial(fusing, "nothing") if way == "plain" else lambda: compiled(model)
+            return partial(fusing, False) if way == "plain" else lambda: compiled(model)
         return lambda: tiled(way)
 
     for way in names:

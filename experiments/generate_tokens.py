@@ -2,8 +2,9 @@
 
 `python3 experiments/generate_tokens.py OUT [GGUF]` writes OUT/generate.json: for the given SmolLM2-135M the number of
 tokens that agree with `disable_compile=True` from the first on, and how far logits of a prompt are apart; for 8B's
-shape with random weights milliseconds of a token by `generate()` (64 and 256 tokens), seconds until the first token of
-the process, and the time of prompts with and without fused layers.
+shape with random weights milliseconds of a token by `generate()` (64 and 256 tokens), seconds until the first tokens of
+the process, milliseconds until the first token of calls one after another (of which the first is called, the second
+recorded, and later ones replayed), and time and peak memory of a prompt of 131,072 tokens in pieces of some sizes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 
-from experiments.prefill_profile import reader, timed
-from nha.bench.model_measure import random_ids
+from nha.bench.model_measure import clear, peak_gib, random_ids, reset_peak
 from nha.bench.shapes import Variants, load_original
 from nha.bench.timing import DEVICE, stamp, synchronize
 from nha.io import write_atomically
+from nha.models import prompt
 from nha.models.delta import apply_delta
 from nha.models.fused_step import fusing
 from nha.models.smollm2 import DELTA, forget_gguf
@@ -42,9 +43,9 @@ def real_model(path: str) -> dict[str, Any]:
     ids = tokenizer(TEXT * 12, return_tensors="pt").input_ids.to(DEVICE)
     found: dict[str, Any] = {"prompt": ids.shape[1]}
     with torch.no_grad():
-        with fusing("all"):
+        with fusing(True):
             fast = hybrid(ids).logits.float()
-        with fusing("nothing"):
+        with fusing(False):
             slow = hybrid(ids).logits.float()
             plain = hybrid.generate(ids, max_new_tokens=200, disable_compile=True, **OPTIONS)[0, ids.shape[1] :]
         again = hybrid.generate(ids, max_new_tokens=200, **OPTIONS)[0, ids.shape[1] :]
@@ -60,6 +61,32 @@ def seconds(model: Any, prompt: torch.Tensor, tokens: int) -> float:
     model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **OPTIONS)
     synchronize()
     return time.perf_counter() - start
+
+
+def first_tokens(model: Any, length: int, **options: Any) -> list[float]:
+    """Milliseconds until `generate` gives one token after a prompt, for one call after another."""
+    prompt = random_ids(model, 1, length)
+
+    def ms() -> float:
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=1, **OPTIONS, **options)
+        synchronize()
+        return round(1e3 * (time.perf_counter() - start), 2)
+
+    return [ms() for _ in range(6)]
+
+
+def long_prompt(model: Any, length: int, size: int) -> dict[str, float | None]:
+    """Milliseconds and peak GiB of a long prompt in `generate`, in pieces of `size` times the default bytes."""
+    saved, prompt.PIECE_BYTES = prompt.PIECE_BYTES, prompt.PIECE_BYTES * size
+    try:
+        ids = random_ids(model, 1, length)
+        clear()
+        reset_peak()
+        times = [seconds(model, ids, 1) for _ in range(2)]
+        return {"ms": round(1e3 * min(times), 1), "peak_gib": peak_gib()}
+    finally:
+        prompt.PIECE_BYTES = saved
 
 
 def main() -> None:
@@ -81,17 +108,21 @@ def main() -> None:
 
     variants = Variants(load_original("llama-3-8b", chosen.tiny), *((8, 6) if chosen.tiny else ()))
     model = variants.get("hybrid-1" if chosen.tiny else "hybrid-4")
-    prompt = random_ids(model, 1, 30 if chosen.tiny else 2048)
-    add("first_call_s", seconds(model, prompt, 10))
+    ids = random_ids(model, 1, 30 if chosen.tiny else 2048)
+    add("first_call_s", seconds(model, ids, 10))
     for tokens in (64,) if chosen.tiny else (64, 256):
-        one = min(seconds(model, prompt, 1) for _ in range(2))
-        add(f"generate_{tokens}_ms", 1e3 * (min(seconds(model, prompt, tokens + 1) for _ in range(2)) - one) / tokens)
-    for length in (256, 512, 1024, 2048, 8192, 32768) if not chosen.tiny else (30,):
+        one = min(seconds(model, ids, 1) for _ in range(2))
+        add(f"generate_{tokens}_ms", 1e3 * (min(seconds(model, ids, tokens + 1) for _ in range(2)) - one) / tokens)
+    for length in (2048, 256, 1024, 1500, 512) if not chosen.tiny else (30,):
         if time.monotonic() < deadline:
-            with fusing("all"):
-                add(f"prompt_{length}_ms", timed(reader(model, length), 5))
-            with fusing("nothing"):
-                add(f"prompt_{length}_unfused_ms", timed(reader(model, length), 5))
+            add(f"first_token_{length}_ms", first_tokens(model, length))
+            with fusing(False):
+                add(f"first_token_{length}_unfused_ms", first_tokens(model, length, disable_compile=True))
+            add(f"first_token_{length}_original_ms", first_tokens(variants.original, length))
+    long, pieces = (131072, (1, 2, 1 << 20)) if not chosen.tiny else (60, (1,))
+    for size in pieces:
+        if time.monotonic() < deadline:
+            add(f"prompt_{long}_in_pieces_{size}", long_prompt(model, long, size))
     if chosen.model and time.monotonic() < deadline:
         add("real_model", real_model(chosen.model))
 

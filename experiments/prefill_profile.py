@@ -7,7 +7,8 @@ host_ms  until the calls return, with the GPU still at work: where it equals `ms
 gpu_ms   the time of all kernels together
 kernels  launched in one layer
 
-"fused" variants compute prompts with `fusing("all")`; "graph" ones replay such a prompt as a CUDA graph.
+"called" variants are computed by the family's code, "fused" ones in fewer launches, "graph" ones as a CUDA graph of
+those.
 
 `python3 experiments/prefill_profile.py OUT` writes OUT/prefill.json, and where the host spends its time as text.
 """
@@ -110,7 +111,7 @@ def host_functions(read: Callable[[], object], repeats: int) -> str:
 def measure(variants: Variants, name: str, way: str, length: int, layers: int, repeats: int) -> dict[str, Any]:
     """One row; a kernel's share outside the layers counts as theirs."""
     row: dict[str, Any] = {"variant": name, "way": way, "T": length}
-    with fusing("tokens" if way == "called" else "all"):
+    with fusing(way != "called"):
         start = time.perf_counter()
         try:
             read = reader(variants.get(name), length)
@@ -149,8 +150,7 @@ def main() -> None:
     about = stamp("torch", "transformers", "triton", "nha") | {"layers": chosen.layers}
     write_atomically(chosen.out / "prefill.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     for name in NAMES:
-        with fusing("all"):
-            text = host_functions(reader(variants.get(name), LENGTHS[0] if not chosen.tiny else 20), 10)
+        text = host_functions(reader(variants.get(name), LENGTHS[0] if not chosen.tiny else 20), 10)
         write_atomically(chosen.out / f"host-{name}.txt", text)
         print(name, *text.splitlines()[:30], sep="\n", flush=True)
 

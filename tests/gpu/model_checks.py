@@ -262,18 +262,18 @@ def fused_prompts(setting: Setting) -> None:
     assert all(is_fused(layer) for layer in model.model.layers)
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     wrong = []
-    with torch.no_grad(), fusing("nothing"):
+    with torch.no_grad(), fusing(False):
         exact = outputs(copy.deepcopy(model).double(), ids)
         plain_tokens = model.generate(ids, **options)
-    with fusing("all"):
+    with fusing(True):
         if not torch.equal(model.generate(ids, **options), plain_tokens):
             wrong.append("tokens differ")
     for dtype in (torch.float32, torch.bfloat16):
         model = model.to(dtype)
         with torch.no_grad():
-            with fusing("nothing"):
+            with fusing(False):
                 plain = outputs(model, ids)
-            with fusing("all"):
+            with fusing(True):
                 found = outputs(model, ids)
         for name, fast, slow, right in zip(("prompt", "token", "segment", "padded"), found, plain, exact, strict=True):
             limit = 2 * (rms(slow.double() - right) + torch.finfo(dtype).eps * rms(right))
@@ -282,5 +282,34 @@ def fused_prompts(setting: Setting) -> None:
     expect_none(wrong)
 
 
+def recorded_prompts(setting: Setting) -> None:
+    """`generate` writes the same tokens after prompts that it pads and replays as after prompts that it calls."""
+    from nha.models import decode_graph
+
+    model, wrong, recorded = hybrid(setting, slots=16).eval().requires_grad_(False), [], []
+    wrapped = decode_graph.capture
+
+    def spy(run: Callable[[], Any], pool: Any = None) -> Any:
+        recorded.append(pool is not None)
+        return wrapped(run, pool)
+
+    decode_graph.capture = spy
+    try:
+        for seed, length in enumerate((150, 200, 9, 256, 300, 257)):
+            ids = token_ids(replace(setting, seed=setting.seed + seed), 1, length)
+            options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            found = model.generate(ids, **options)
+            eager = model.generate(ids, disable_compile=True, **options)
+            if not torch.equal(found, eager):
+                first = (found != eager).any(0).nonzero()[0].item()
+                wrong.append(f"{length} tokens: they differ from place {first} of {found.shape[1]} on")
+    finally:
+        decode_graph.capture = wrapped
+    if sum(recorded) != 2:
+        wrong.append(f"{sum(recorded)} of 2 prompts were recorded")
+    expect_none(wrong)
+
+
 CHECKS: tuple[Callable[[Setting], None], ...] = (automatic, training, packed, decoding, autocast)
-GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, generating, fused_prompts, distilling_in_cuda_graphs)
+OF_GRAPHS = (generating, fused_prompts, recorded_prompts, distilling_in_cuda_graphs)
+GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, *OF_GRAPHS)

@@ -49,7 +49,7 @@ def test_logits_of_tokens(kernels, monkeypatch):
     model, ids = build("qwen2"), tokens(1, 11)  # which has biases
     found = decode(model, ids, 9)
     assert len(calls) == 4 * len(WINDOWS)
-    with fusing("nothing"):
+    with fusing(False):
         plain = decode(model, ids, 9)
     assert len(calls) == 4 * len(WINDOWS)
     exact = build("qwen2", torch.float64)(ids).logits
@@ -71,10 +71,10 @@ def test_logits_of_segments(monkeypatch):
     calls, compute = [], nha.models.fused_step.fused_segment
     monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: calls.append(a) or compute(*a, **k))
     model, ids = build("qwen2"), tokens(2, 18)
-    with fusing("all"):
+    with fusing(True):
         found = outputs(model, ids)
     assert len(calls) == 5 * len(WINDOWS) and not any("forward" in vars(x) for x in decoder(model).layers)
-    with fusing("nothing"):
+    with fusing(False):
         plain, exact = outputs(model, ids), outputs(build("qwen2", torch.float64), ids)
     assert len(calls) == 5 * len(WINDOWS)
     for got, same, wanted in zip(found, plain, exact, strict=True):
@@ -94,11 +94,11 @@ def test_gradients_and_observers_are_the_family_s(monkeypatch):
     monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
     monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: pytest.fail("no gradients here"))
     model, ids, seen = build(), tokens(1, 9), []
-    with fusing("all"):
+    with fusing(True):
         model.requires_grad_(True)(ids).logits.sum().backward()
     for layer in decoder(model).layers:
         layer.self_attn.observer = seen.append
-    with torch.no_grad(), fusing("all"):
+    with torch.no_grad(), fusing(True):
         model(ids)
     assert len(seen) == len(WINDOWS)
 
@@ -107,7 +107,7 @@ def test_a_call_that_fails_leaves_no_trace(monkeypatch):
     monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
     model = build()
     monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: 1 / 0)
-    with torch.no_grad(), fusing("all"), pytest.raises(ZeroDivisionError):
+    with torch.no_grad(), fusing(True), pytest.raises(ZeroDivisionError):
         model(tokens(1, 9))
     assert not any("forward" in vars(x) for x in decoder(model).layers)
 
@@ -131,7 +131,7 @@ def test_generate_writes_the_same_tokens(kernels, monkeypatch):
     model, options = build(), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(tokens(1, 12), **options)
     assert len(calls) == 4 * len(WINDOWS)
-    with fusing("nothing"):
+    with fusing(False):
         assert torch.equal(found, model.generate(tokens(1, 12), disable_compile=True, **options))
     assert len(calls) == 4 * len(WINDOWS)
     assert not any("forward" in vars(layer) for layer in decoder(model).layers)

@@ -43,6 +43,8 @@ from nha.models.families import FAMILIES, MODEL_NAMES, MULTIMODAL, check_family,
 from nha.models.fused_step import after_layers, before_layers
 from nha.models.generate_batch import generate_in_batches
 from nha.models.masks import NAME, cache_argument, mark_packing
+from nha.models.prompt import in_pieces
+from nha.models.prompt_graph import replay_prompt
 from nha.models.rotary import rotary_style
 from nha.models.slots import SlotParameters
 from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused
@@ -77,6 +79,17 @@ class HybridGenerationMixin:
                     self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, before_decoder
                 )
         return made
+
+    def _prefill(
+        self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Read the prompts of `generate`: short ones as CUDA graphs, long ones in pieces."""
+        parent, given = super(), (input_ids, generation_config, model_kwargs)
+        found = replay_prompt(self, *given, before_decoder)
+        if found is not None:
+            return found
+        with in_pieces(self, *given):
+            return parent._prefill(*given, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inputs of a step; assisted decoding from a filled cache would read the whole prompt again."""
@@ -285,7 +298,7 @@ def watch_decoder(stack: nn.Module) -> None:
 def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a decoder's forward pass with the boundaries of packed sequences among them."""
     follow_config(stack)
-    before_layers(stack, args, kwargs)
+    before_layers(stack)
     if len(args) > 1:  # a mask or positions that came without a name
         names = list(inspect.signature(type(stack).forward).parameters)[1:]
         args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs

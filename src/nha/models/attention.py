@@ -119,7 +119,7 @@ def hybrid_attention(
     if nha.tables is not None and slot_query is None:
         interleaved = module.rotary_style.interleaved
         slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
-    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu, kept)
+    segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu, kept, mask.num_tokens)
     initial = slots.initial
     if initial is None and module.config.slots_from_start:
         initial = zero_slots(segment)

@@ -33,10 +33,13 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def capture(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Where the output of a call will be, and a function that computes it; recording the call computes nothing."""
+def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Callable[[], None]]:
+    """Where the output of a call will be, and a function that computes it; recording the call computes nothing.
+
+    Graphs that share a `pool` of memory overwrite each other's outputs.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = run()
     return output, graph.replay
 
@@ -125,13 +128,17 @@ def static_bytes(model: Any, batch: int, max_cache_len: int) -> int:
     return 2 * heads * attention_layers(model)[0].head_dim * batch * max_cache_len * model.dtype.itemsize
 
 
+def free_bytes(device: torch.device) -> float:
+    """Bytes of a GPU's memory that a new tensor could take, what the allocator keeps included; infinite elsewhere."""
+    if device.type != "cuda":
+        return float("inf")
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return free - torch.cuda.memory_allocated(device)
+
+
 def has_memory(model: Any, batch: int, max_cache_len: int) -> bool:
     """Whether the full layers of a static cache take less than half of the memory that is free."""
-    if model.device.type != "cuda":
-        return True
-    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
-    free -= torch.cuda.memory_allocated(model.device)
-    return 2 * static_bytes(model, batch, max_cache_len) < free
+    return 2 * static_bytes(model, batch, max_cache_len) < free_bytes(model.device)
 
 
 def is_plain(model: Any, before_decoder: Callable) -> bool:

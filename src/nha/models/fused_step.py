@@ -2,8 +2,8 @@
 
 A token of a model of 8B parameters waits for its weights half of the time, and for some fifty small kernels a layer in
 the other half; a short prompt waits for the host that launches them. For one token of one sequence in a static cache,
-layers that compute as Llama's do, whatever their family calls them, are four launches and attention here. Prompts and
-batches have one kernel between two matrix products with `fusing("all")`. All other layers keep their family's code.
+layers that compute as Llama's do, whatever their family calls them, are four launches and attention here; in prompts
+and batches one kernel stands between two matrix products. All other layers keep their family's code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache as memoize
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ATTENTIONS = (llama.LlamaAttention, Qwen2Attention, MistralAttention)
 CAPTURING = "transformers.utils.output_capturing"
 KNOWN, REPLACED = "_nha_fused", "_nha_replaced"  # of a layer and of a decoder, beside their parameters
-_fusing: ContextVar[str] = ContextVar("fusing", default="tokens")
+_fusing: ContextVar[bool] = ContextVar("fusing", default=True)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -156,30 +156,20 @@ def restore_forward(layers: list[Any]) -> None:
 
 
 @contextmanager
-def fusing(what: Literal["nothing", "tokens", "all"]) -> Iterator[None]:
-    """Within the block, and in this thread, compute that with fewer launches; the rest is the family's code.
-
-    `tokens`, the default, are single tokens that follow others in a static cache; `all` are prompts and batches too.
-    """
-    token = _fusing.set(what)
+def fusing(enabled: bool) -> Iterator[None]:
+    """Within the block, and in this thread, compute layers in few launches, the default, or by the family's code."""
+    token = _fusing.set(enabled)
     try:
         yield
     finally:
         _fusing.reset(token)
 
 
-def is_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments of a decoder's forward pass hold a single token of one sequence."""
-    given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    return given is not None and given.shape[:2] == (1, 1)
-
-
-def before_layers(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def before_layers(stack: Any) -> None:
     """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:
         return
-    if _fusing.get() == "nothing" or (_fusing.get() == "tokens" and not is_token(args, kwargs)):
+    if not _fusing.get():
         return
     device = stack.norm.weight.device if hasattr(stack, "norm") else None
     if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
@@ -219,8 +209,6 @@ def fused_forward(
         return type(layer).forward(layer, hidden_states, **named, **kwargs)
     if follows_others(module, hidden_states, attention_mask, cache_argument(kwargs)):
         return fused_token(layer, hidden_states, **named, cache=cache_argument(kwargs))
-    if _fusing.get() != "all":
-        return type(layer).forward(layer, hidden_states, **named, **kwargs)
     return fused_segment(layer, hidden_states, **named, **kwargs)
 
 

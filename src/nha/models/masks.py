@@ -25,11 +25,14 @@ class HybridMask(NamedTuple):
         base: [B, 1, T, Tk] bool, for layers that read every key; None for a causal mask, and where no layer does.
         padding: [B, T] bool, False = padding; None where every token is real.
         appended: the segment goes on in a growing cache without padding: its last query sees the last key.
+        num_tokens: [B] int64, the tokens of a prompt that is padded on the right, where no token sees the padding;
+            None where nothing is padded so. States end with the last token, and nobody reads outputs of padding.
     """
 
     base: Tensor | None = None
     padding: Tensor | None = None
     appended: bool = False
+    num_tokens: Tensor | None = None
 
     @property
     def ndim(self) -> int:
@@ -142,8 +145,12 @@ def hybrid_mask(
     Only layers with full attention and hybrid layers whose window holds the whole sequence need scores masked. Raises
     ValueError for an `attention_mask` that does not cover cached and new tokens.
     """
-    if isinstance(attention_mask, HybridMask):  # `generate` had it made for a compiled forward pass
-        return attention_mask
+    num_tokens = None
+    if isinstance(attention_mask, HybridMask):
+        num_tokens = attention_mask.num_tokens
+        if num_tokens is None:  # `generate` had it made for a compiled forward pass
+            return attention_mask
+        attention_mask = None
     padding, padded = segment_padding(attention_mask, q_length, q_offset)
     plain = kwargs.get("mask_function") in (None, causal_mask_function) and kwargs.get("local_size") is None
     static = not isinstance(q_offset, int)
@@ -152,7 +159,7 @@ def hybrid_mask(
     windows = all_windows(config.window_sizes)
     first = static or q_offset == 0
     if appended or not (FULL in windows or (first and q_length <= max(windows))):
-        return HybridMask(None, padding, appended)
+        return HybridMask(None, padding, appended, num_tokens)
     base = sdpa_mask(
         batch_size,
         q_length,
@@ -165,7 +172,7 @@ def hybrid_mask(
     )
     if base is not None and static:
         base = base.contiguous()  # one layout for every step of a compiled forward pass
-    return HybridMask(base, padding)
+    return HybridMask(base, padding, num_tokens=num_tokens)
 
 
 def segment_padding(attention_mask: Tensor | None, length: int, offset: int | Tensor) -> tuple[Tensor | None, bool]:

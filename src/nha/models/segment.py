@@ -87,6 +87,7 @@ class Segment:
     mask: Tensor | None  # [B, T] bool, False = padding
     cu_seqlens: Tensor | None
     num_kept: Tensor | None = None  # [sequences, H] int64, tokens in exact slots after the segment; None for soft ones
+    num_tokens: Tensor | None = None  # [B] int64, tokens before padding on the right, of a first segment
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value, self.slot_query, self.slot_key = cast_for_autocast(
@@ -100,7 +101,7 @@ class Segment:
     def part(self, start: int, stop: int) -> Segment:
         """The segment's tokens start .. stop - 1."""
         fields: dict[str, Any] = {name: x if x is None else x[:, start:stop] for name, x in vars(self).items()}
-        fields["num_kept"] = None
+        fields["num_kept"] = fields["num_tokens"] = None
         return Segment(**fields)
 
     @property
@@ -118,7 +119,8 @@ class Segment:
         count = self.key.shape[2]
         parts: Any = (None if x is None else take_heads(x, heads, 2, count) for x in self.tensors)
         kept = None if self.num_kept is None else take_heads(self.num_kept, heads, 1, count)
-        return Segment(*parts, mask=self.mask, cu_seqlens=self.cu_seqlens, num_kept=kept)
+        others = {"mask": self.mask, "cu_seqlens": self.cu_seqlens, "num_tokens": self.num_tokens}
+        return Segment(*parts, num_kept=kept, **others)
 
     @property
     def inputs(self) -> Inputs:
@@ -170,6 +172,8 @@ def attend(
     kernels can write later tokens into it, and one that comes in may be overwritten.
     """
     window, observer = reading.window_size, reading.observe_mass
+    if segment.num_tokens is not None:
+        return prefill_padded(segment, reading, state)
     if state is None:
         state = initial_state(segment, reading)
     if state is None and reading.base is not None and segment.cu_seqlens is None and segment.length <= window:
@@ -184,18 +188,7 @@ def attend(
         return decode(segment, reading, ring), ring
     first = keep and state is None and observer is None and reading.impl == "auto" and segment.mask is None
     if first and segment.cu_seqlens is None and is_prompt(segment, reading):
-        result = nha_prefill(
-            segment.query,
-            segment.key,
-            segment.value,
-            segment.log_gate,
-            window_size=window,
-            q_slot=segment.slot_query,
-            k_slot=segment.slot_key,
-            sink=reading.sink,
-            scale=reading.scale,
-        )
-        return result.out, result.state
+        return prefill(segment, reading)
     options: dict[str, Any] = dict(
         window_size=window,
         q_slot=segment.slot_query,
@@ -227,6 +220,37 @@ def attend(
     if not writes_in_place(segment, reading, state):
         return result.out, result.state
     return result.out, RingState.of(result.state)
+
+
+def prefill(segment: Segment, reading: Reading) -> tuple[Tensor, NHAState | None]:
+    """Read a first segment that is longer than the window; the state is a `RingState`."""
+    result = nha_prefill(
+        segment.query,
+        segment.key,
+        segment.value,
+        segment.log_gate,
+        window_size=reading.window_size,
+        q_slot=segment.slot_query,
+        k_slot=segment.slot_key,
+        sink=reading.sink,
+        scale=reading.scale,
+        num_tokens=segment.num_tokens,
+    )
+    return result.out, result.state
+
+
+def prefill_padded(segment: Segment, reading: Reading, state: NHAState | None) -> tuple[Tensor, NHAState | None]:
+    """`prefill` of a segment that is padded on the right.
+
+    Raises NotImplementedError where no kernel reads it.
+    """
+    first = state is None and reading.initial is None and segment.mask is None and segment.cu_seqlens is None
+    plain = reading.observe_mass is None and reading.impl == "auto" and segment.num_kept is None
+    if not (first and plain and is_prompt(segment, reading)):
+        raise NotImplementedError(
+            "expected a prompt that the kernels read, got one padded on the right that they cannot"
+        )
+    return prefill(segment, reading)
 
 
 def count_kept(state: NHAState | None, num_kept: Tensor | None) -> None:

@@ -230,11 +230,14 @@ def nha_prefill(
     k_slot: Tensor | None = None,
     sink: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
+    num_tokens: Tensor | None = None,
 ) -> NHAOutput:
     """`nha_attention` for first segments longer than their window, whose state is a `RingState`. No gradients.
 
     For callers that have asked `supports_prefill`; its host takes less time than that of `nha_attention` and
-    `RingState.of`. Raises ValueError and TypeError as `nha_attention` does.
+    `RingState.of`. `num_tokens` [B] int64, each at least the window, are the tokens of each sequence before padding on
+    the right: they stay on the device, so that a CUDA graph serves prompts of many lengths. Outputs of padding mean
+    nothing. Raises ValueError and TypeError as `nha_attention` does.
     """
     no_mask: dict[str, Any] = {"window_size": window_size, "state": None, "attention_mask": None, "cu_seqlens": None}
     check_inputs(q, k, v, log_gate, q_slot, k_slot, sink, **no_mask)
@@ -244,7 +247,7 @@ def nha_prefill(
     sink = None if sink is None else (sink[0].to(q.dtype), sink[1].to(v.dtype))
     segment = Segment(q, k, v, log_gate, q if q_slot is None else q_slot, k if k_slot is None else k_slot)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, ring = triton_prefill(segment, sink, scale=factor, window_size=window_size)
+    out, ring = triton_prefill(segment, sink, scale=factor, window_size=window_size, num_tokens=num_tokens)
     return NHAOutput(out, ring, None)
 
 

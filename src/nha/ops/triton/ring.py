@@ -38,6 +38,7 @@ def ring_kernel(
     p_out_gate,
     p_num_tokens,
     p_counter,
+    p_length,
     k_b,
     k_t,
     k_h,
@@ -60,14 +61,20 @@ def ring_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Window cache [B, W, H, ...] with token t at index t mod W, counts of tokens and zeros; programs (index, B)."""
+    """Window cache [B, W, H, ...] with token t at index t mod W, counts of tokens and zeros; programs (index, B).
+
+    A sequence has `length` tokens, or as many as there are at `p_length` [B]; padding follows them.
+    """
     i_w, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    count = length.to(tl.int64)
+    if p_length is not None:
+        count = tl.load(p_length + i_b)
     if i_w == 0:
-        tl.store(p_num_tokens + i_b, length.to(tl.int64))
+        tl.store(p_num_tokens + i_b, count)
         o_h = tl.arange(0, BLOCK_H)
         tl.store(p_counter + i_b * (H + 1) + o_h, tl.zeros([BLOCK_H], tl.int32), mask=o_h < H + 1)
     if W > 0:
-        newest = length.to(tl.int64) - 1
+        newest = count - 1
         token = newest - (newest - i_w) % W
         place = (i_b * W + i_w) * H
         copy_token(p_k + i_b * k_b + token * k_t, p_out_key + place * D, k_h, H, D, BLOCK_X)
@@ -78,16 +85,23 @@ def ring_kernel(
 
 
 def ring_after_prompt(
-    k: Tensor, v: Tensor, log_gate: Tensor, k_slot: Tensor | None, slots: tuple[Tensor, Tensor], window: int
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    k_slot: Tensor | None,
+    slots: tuple[Tensor, Tensor],
+    window: int,
+    num_tokens: Tensor | None = None,
 ) -> RingState:
-    """The state after a first segment of T >= W tokens without padding: k, k_slot [B, T, H, D], v [B, T, H, Dv],
-    log_gate [B, T, H, M], and the slots after it, which it keeps. The last dimensions are contiguous."""
+    """The state after a first segment of T >= W tokens: k, k_slot [B, T, H, D], v [B, T, H, Dv], log_gate
+    [B, T, H, M], and the slots after it, which it keeps. The last dimensions are contiguous. `num_tokens` [B] int64,
+    each at least W, are the tokens before padding on the right."""
     batch, length, heads, dim = k.shape
     value_dim, count = v.shape[3], log_gate.shape[3]
     key, value = k.new_empty(batch, window, heads, dim), v.new_empty(batch, window, heads, value_dim)
     slot_key = None if k_slot is None else k_slot.new_empty(batch, window, heads, dim)
     gate = log_gate.new_empty(batch, window, heads, count)
-    num_tokens = torch.empty(batch, dtype=torch.int64, device=k.device)
+    given, num_tokens = num_tokens, torch.empty(batch, dtype=torch.int64, device=k.device)
     counter = torch.empty(batch, heads + 1, dtype=torch.int32, device=k.device)
     read = (k, v, k if k_slot is None else k_slot, log_gate)
     if batch:
@@ -100,6 +114,7 @@ def ring_after_prompt(
                 gate,
                 num_tokens,
                 counter,
+                given,
                 *(stride for x in read for stride in x.stride()[:3]),
                 length,
                 W=window,

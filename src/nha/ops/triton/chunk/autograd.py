@@ -166,20 +166,30 @@ class Segment(NamedTuple):
 
 
 def triton_prefill(
-    segment: Segment, sink: tuple[Tensor, Tensor] | None, *, scale: float, window_size: int
+    segment: Segment,
+    sink: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+    window_size: int,
+    num_tokens: Tensor | None = None,
 ) -> tuple[Tensor, RingState]:
     """Outputs [B, T, HQ, Dv] of first segments of at least W tokens, and the ring of the state after them.
 
     As `triton_attention` without gradients, with fewer operations: the last tokens go into the ring in one launch.
+    `num_tokens` [B] are the tokens before padding on the right, whose outputs mean nothing.
     """
     q, k, v, log_gate = (x if x.stride(-1) == 1 else x.contiguous() for x in segment[:4])
     q_slot = None if segment.q_slot is segment.q else segment.q_slot
     k_slot = None if segment.k_slot is segment.k else segment.k_slot
     if k_slot is not None and k_slot.stride(-1) != 1:
         k_slot = k_slot.contiguous()
-    given = (q, k, v, q_slot, k_slot, log_gate, None, None, *(sink or (None, None)), None, None)
+    gate = log_gate
+    if num_tokens is not None:  # no token behind the last one that leaves a window is written to the slots
+        unwritten = torch.arange(k.shape[1], device=k.device) >= (num_tokens - window_size)[:, None]
+        gate = log_gate.masked_fill(unwritten[..., None, None], 0.0)
+    given = (q, k, v, q_slot, k_slot, gate, None, None, *(sink or (None, None)), None, None)
     out, _, _, slot_key, slot_value, *_ = _compute(*given, window_size, 0, scale, False)
-    return out, ring_after_prompt(k, v, log_gate, k_slot, (slot_key, slot_value), window_size)
+    return out, ring_after_prompt(k, v, log_gate, k_slot, (slot_key, slot_value), window_size, num_tokens)
 
 
 def triton_attention(

@@ -1,0 +1,206 @@
+"""Short prompts of `generate` as CUDA graphs: the host takes longer to launch their kernels than the GPU to run them.
+
+A prompt of one sequence is padded on the right to one of a few lengths, so that few graphs serve all prompts. No token
+sees the padding, and states end with the last token (`HybridMask.num_tokens`). The first prompt of a length is called,
+the second is recorded, and later ones are replayed: the same kernels on inputs of the same shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationConfig
+
+from nha.models import decode_graph
+from nha.models.cache import NHACacheLayer
+from nha.models.config import FULL
+from nha.models.decode_graph import is_plain
+from nha.models.masks import HybridMask, cache_argument
+from nha.models.prompt import has_padding, reads_text, widest
+from nha.models.windows import attention_layers, decoder
+from nha.ops.heads import all_windows
+
+STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
+MAX_TOKENS = 16384
+MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
+MAX_GRAPHS = 8  # of a model, the most recently used
+
+
+def padded_length(length: int) -> int:
+    """The length to which a prompt is padded.
+
+    >>> [padded_length(length) for length in (1, 256, 257, 1025, 2049)]
+    [256, 256, 512, 1280, 2560]
+    """
+    step = max(STEP, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+@dataclass
+class PromptGraph:
+    """A prompt of `length` tokens: its inputs, where its outputs are, and what computes them again."""
+
+    ids: Tensor  # [1, length]
+    num_tokens: Tensor  # [1] int64
+    output: Any = None
+    cache: Any = None
+    replay: Callable[[], None] | None = None
+
+    @classmethod
+    def of(cls, length: int, device: torch.device) -> PromptGraph:
+        """A graph without a recording."""
+        ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+        return cls(ids, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def fill(self, ids: Tensor) -> None:
+        """Let `ids` [1, T] be the inputs."""
+        self.ids[:, : ids.shape[1]] = ids
+        self.ids[:, ids.shape[1] :] = 0
+        self.num_tokens.fill_(ids.shape[1])
+
+    def run(self, model: Any, name: str) -> tuple[Any, Cache]:
+        """Output, with logits of the last token alone, and cache of the model, whose argument `name` is the cache."""
+        cache = DynamicCache(config=model.config)
+        output = model(
+            self.ids,
+            attention_mask=HybridMask(num_tokens=self.num_tokens),
+            use_cache=True,
+            logits_to_keep=self.num_tokens - 1,
+            **{name: cache},
+        )
+        return output, cache
+
+
+@dataclass
+class PromptGraphs:
+    """The graphs of one model by length, and the parts of the model that they were recorded with."""
+
+    parts: tuple[Any, ...] = ()
+    graphs: OrderedDict[int, PromptGraph] = field(default_factory=OrderedDict)
+    refused: bool = False
+    pool: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def renew(self, parts: tuple[Any, ...]) -> None:
+        """Forget what was recorded with other parts."""
+        if parts != self.parts:
+            self.parts, self.refused, self.pool = parts, False, None
+            self.graphs.clear()
+
+    def read(self, model: Any, ids: Tensor, name: str) -> tuple[Any, Cache] | None:
+        """Output and cache for a prompt [1, T], which the next call overwrites; None where it cannot be padded."""
+        length = padded_length(ids.shape[1])
+        first = length not in self.graphs
+        if first:
+            self.graphs[length] = PromptGraph.of(length, ids.device)
+        graph = self.graphs[length]
+        self.graphs.move_to_end(length)
+        while len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)
+        graph.fill(ids)
+        try:
+            if first:
+                return graph.run(model, name)
+            if graph.replay is None:
+                self._record(graph, model, name)
+        except (NotImplementedError, RuntimeError) as error:
+            self.refused = True
+            self.graphs.clear()
+            if not isinstance(error, NotImplementedError):
+                warnings.warn(f"prompts go on without CUDA graphs, which could not be recorded: {error}", stacklevel=2)
+            return None
+        assert graph.replay is not None
+        graph.replay()
+        return graph.output, graph.cache
+
+    def _record(self, graph: PromptGraph, model: Any, name: str) -> None:
+        if self.pool is None and graph.ids.is_cuda:
+            self.pool = torch.cuda.graph_pool_handle()
+        (graph.output, graph.cache), graph.replay = decode_graph.capture(lambda: graph.run(model, name), self.pool)
+
+
+_graphs: WeakKeyDictionary[nn.Module, PromptGraphs] = WeakKeyDictionary()
+
+
+def parts_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a recording of a model depends on besides its inputs: classes, addresses of weights, windows."""
+    found: list[Any] = []
+    for module in model.modules():
+        own = vars(module)
+        found += (type(module), own.get("forward"), own.get("window_size"), own.get("ablation"))
+        for x in (*module._parameters.values(), *module._buffers.values()):
+            if x is not None:
+                found += (x.data_ptr(), x.dtype)
+    return tuple(found)
+
+
+def prompt_bytes(model: Any, length: int) -> int:
+    """Bytes of the tensors of a prompt, roughly: activations of an MLP, hidden states, keys and values."""
+    return length * (3 * widest(model) + 16 * decoder(model).config.hidden_size) * model.dtype.itemsize
+
+
+def can_pad(model: Any, length: int) -> bool:
+    """Whether a prompt of `length` tokens may be padded: longer than windows, and so short that the GPU waits."""
+    padded, windows = padded_length(length), all_windows(decoder(model).config.window_sizes)
+    hybrid = [window for window in windows if window != FULL]
+    if not hybrid or length <= max(hybrid) or padded > MAX_TOKENS or padded * model.num_parameters() > MAX_WORK:
+        return False
+    return 4 * prompt_bytes(model, padded) < decode_graph.free_bytes(model.device)
+
+
+def copy_cache(source: Cache, target: Cache, length: int) -> None:
+    """Give the empty layers of one cache the first `length` tokens of another's; states end there already."""
+    for ours, new in zip(_parts(source), _parts(target), strict=True):
+        if isinstance(ours, NHACacheLayer):
+            assert ours.state is not None
+            new.lazy_initialization(ours.state.key, ours.state.value)
+            new.state, new.length = ours.state.map(torch.clone), length
+        else:
+            new.update(ours.keys[:, :, :length], ours.values[:, :, :length])  # which copies them
+
+
+def _parts(cache: Cache) -> list[Any]:
+    return [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]
+
+
+def replay_prompt(
+    model: Any, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any], before_decoder: Callable
+) -> Any:
+    """The model's output for the prompts [B, T] of a call of `generate`, read into its cache; None where it is called.
+
+    Only one prompt of text at a time is replayed, where the GPU would wait for the host. `disable_compile=True` and a
+    chosen `compile_config` switch graphs off.
+    """
+    if config.disable_compile or config.compile_config is not None or not decode_graph.can_capture(model.device):
+        return None
+    if ids.shape[0] != 1 or not reads_text(config, kwargs):
+        return None
+    if decoder(model).config.state_dtype != "float32" or not can_pad(model, ids.shape[1]) or has_padding(ids, kwargs):
+        return None
+    if not is_plain(model, before_decoder) or any(layer.slot_write != "soft" for layer in attention_layers(model)):
+        return None
+    graphs = _graphs.setdefault(model, PromptGraphs())
+    if not graphs.lock.acquire(blocking=False):  # another thread reads a prompt with this model
+        return None
+    try:
+        graphs.renew(parts_of(model))
+        name = "past_key_values" if kwargs.get("cache") is None else "cache"
+        found = None if graphs.refused else graphs.read(model, ids, name)
+        if found is None:
+            return None
+        output, cache = found
+        own = cache_argument(kwargs)
+        copy_cache(cache, own, ids.shape[1])
+        return replace(output, **{name: own})
+    finally:
+        graphs.lock.release()
