@@ -133,7 +133,7 @@ _graphs: WeakKeyDictionary[nn.Module, PromptGraphs] = WeakKeyDictionary()
 
 
 def parts_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a recording of a model depends on besides its inputs: classes, addresses of weights, windows."""
+    """The parts of a model that a recording depends on, besides its inputs: classes, addresses of weights, windows."""
     found: list[Any] = []
     for module in model.modules():
         own = vars(module)
