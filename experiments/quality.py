@@ -13,6 +13,7 @@
     --budget-s     stop in time, with a checkpoint; exit status 3 if something is left. A run that was trained is kept
                    with the parts of its evaluation that there was time for
     --long-needles measure needles beyond the training length as well, to 128K tokens
+    --files        write the small file of each trained hybrid to `ship` as soon as it is trained
     --plan         print runs, shards, estimated seconds and the control that each arm is compared with, and stop
     --report DIR   make table and pictures of DIR anew, and stop
 
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -39,8 +40,9 @@ from typing import Any
 from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, control_of, deal, make_runs
 
 # What decides most comes first: where time is up, a run is kept without the rest.
+LONG_NEEDLE = "long needle"
 ORDER = ("perplexity", "cloze_near", "cloze_far", "squad_qa", "needle", "lambada_openai", "piqa", "arc_easy")
-ORDER += ("arc_challenge", "boolq", "copa", "hellaswag")
+ORDER += ("arc_challenge", "boolq", "copa", LONG_NEEDLE, "hellaswag")
 TIMES = ("tokens_per_s", "loss", "kl", "cross_entropy", "answer_accuracy")
 
 
@@ -83,7 +85,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=parse_ints, default=(2048, 8192))
     parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), help="out of those of nha eval public")
     parser.add_argument("--report", type=Path)
-    for flag in ("no-controls", "long-needles", "plan"):
+    for flag in ("no-controls", "long-needles", "files", "plan"):
         parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.arms if name not in ARMS]
@@ -99,13 +101,18 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def alone(work: Path, name: str) -> Iterator[None]:
-    """One process at a time within the block."""
+def alone(work: Path, name: str, meanwhile: Callable[[], None] | None = None) -> Iterator[None]:
+    """One process at a time within the block; `meanwhile` is called where another one is in it already."""
     import fcntl
 
     work.mkdir(parents=True, exist_ok=True)
     with (work / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if meanwhile is not None:
+                meanwhile()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -217,6 +224,19 @@ class Shard:
 
         return loading.load(self.source, dtype="bfloat16" if torch.cuda.is_available() else "float32")[0]
 
+    def tokenize(self) -> None:
+        """Tokenize what is measured, which takes seconds, so that it need not be done later."""
+        from nha.data.cloze import RANGES
+        from nha.evaluate.public.sets import FORMATS
+
+        context = getattr(self.source.config, "max_position_embeddings", None)
+        for part in self.public.settings.parts:
+            if part in RANGES:
+                self.public.clozes(self.tokenizer, part)
+            elif part in self.public.items and FORMATS[part].kind != "question":
+                self.public.requests(self.tokenizer, part, context)
+        self.print("sets tokenized")
+
     def train(self, run: Run, settings: Any = None) -> Any:
         """The trained model of a run, or None if the time was up."""
         from nha.distill.run import distill, train_teacher
@@ -233,7 +253,7 @@ class Shard:
         settings, runs = in_time(), self.options.work / "runs"
         reports = Reports(log=log, teacher_log=lambda entry: log(entry, run.teacher))
         if settings.teacher_tokens and run.arm:
-            with alone(self.options.work, run.teacher):  # the first shard trains it, the others wait
+            with alone(self.options.work, run.teacher, self.tokenize):  # the first shard trains it, the others wait
                 self.print(f"  {run.teacher} begins or is there")
                 given = (self.tokenizer, self.corpus, runs / run.teacher, in_time())
                 if not train_teacher(self.load(), *given, reports=reports).finished:
@@ -251,16 +271,23 @@ class Shard:
         )
         return found if found.finished else None
 
-    def shipped(self, run: Run, found: Any) -> Any:
-        """The base model with the small file of a run, which is written to `ship`."""
+    def write_file(self, run: Run, found: Any) -> Path:
+        """Write the small file of a run to `ship`: what LoRA trained, the best changes of a rank, or all in 2 bits."""
         from experiments.ship import make_delta
-        from nha.models.delta import apply_delta
 
         path = self.options.out / "ship" / f"{run.name}.safetensors"
-        lora = self.options.work / "runs" / run.name if run.arm and run.arm.shipped == "lora" else None
+        lora = self.options.work / "runs" / run.name if run.settings.trainable == "lora" else None
         base = None if lora else self.load()
-        make_delta(path, base, found.model, {"command": command_of(run)}, lora, run.settings.lora_rank)
+        rank = run.settings.lora_rank if run.arm and run.arm.shipped == "svd" else None
+        make_delta(path, base, found.model, {"command": command_of(run)}, lora, rank)
         self.print(f"  {path}: {path.stat().st_size / 1e6:.2f} MB")
+        return path
+
+    def shipped(self, run: Run, found: Any) -> Any:
+        """The base model with the small file of a run."""
+        from nha.models.delta import apply_delta
+
+        path = self.write_file(run, found)
         model = self.load()
         apply_delta(model, path)
         return model.eval()
@@ -294,14 +321,16 @@ class Shard:
             found["notes"] += new["notes"]
             found["seconds"][part] = round(time.monotonic() - begun, 2)
 
-        for part in sorted(whole.parts, key=ORDER.index):
+        lengths = run.arm.long_needles if run.arm and self.options.long_needles else ()
+        for part in sorted([*whole.parts, *([LONG_NEEDLE] if lengths else [])], key=ORDER.index):
+            if part == LONG_NEEDLE:
+                count = self.options.long_needle_count
+                settings = dataclasses.replace(whole, parts=("needle",), needles=count, needle_lengths=lengths)
+                add(part, PublicData(settings, {}, self.public.held_out, self.public.files), "long")
+                continue
             self.public.settings = dataclasses.replace(whole, parts=(part,))
             add(part, self.public, "model")
         self.public.settings = whole
-        if self.options.long_needles and run.arm and run.arm.long_needles:
-            count, lengths = self.options.long_needle_count, run.arm.long_needles
-            settings = dataclasses.replace(whole, parts=("needle",), needles=count, needle_lengths=lengths)
-            add("long needle", PublicData(settings, {}, self.public.held_out, self.public.files), "long")
         found["sets"] = {part: found["sets"][part] for part in PARTS if part in found["sets"]}
         return found | ({"missing": missing} if missing else {})
 
@@ -325,6 +354,8 @@ class Shard:
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")
         model = self.shipped(run, found) if run.arm and run.arm.shipped else found.model
+        if self.options.files and run.arm and not run.arm.shipped:
+            self.write_file(run, found)
         begun = time.monotonic()
         measured = self.measure(run, model)
         times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}

@@ -7,16 +7,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nha.convert.heads import load_plan, plan_heads
+from nha.convert.heads import load_plan, plan_heads, top_heads
 from nha.distill.recipes import recipe_settings
 from nha.distill.settings import DistillSettings
 from nha.models.config import FULL
 from nha.models.embedded import EMBEDDED_ID
-from nha.ops.heads import Window, map_window
+from nha.ops.heads import Window, window_of
 
+PLAN = Path("results/plans/smollm2-heads15.json")  # of `nha search --heads 15`
+MEAN_PLAN = Path("results/plans/smollm2-heads20.json")  # its weights' mean with those of a search of penalty 0.005
 BUDGETS = ("4full", "1full", "constant")
 TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 25e6}
 # What a control does not depend on: it has full attention, and trains the linear layers of attention in one stage.
@@ -30,6 +33,39 @@ TOKENS_PER_S = {"text": 206e3, "long": 130e3, "control": 340e3, "long control": 
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Windows per KV head, dealt by the rank that the search of `plan` gave the heads.
+
+    Attributes:
+        wide: (heads, window) for the first heads, then for those that follow.
+        narrow: the window of all others; None: what leaves the bytes of 64 tokens in every head.
+        plan: of `nha search --heads`.
+    """
+
+    wide: tuple[tuple[int, int], ...]
+    narrow: int | None = 64
+    plan: Path = PLAN
+
+    def windows(self) -> tuple[Window, ...]:
+        """The window of every layer, or those of its heads.
+
+        >>> from nha.ops.heads import all_windows
+        >>> sorted(set(all_windows(Heads(((6, -1), (14, 7008))).windows())))
+        [-1, 64, 7008]
+        """
+        weights = load_plan(self.plan).weights
+        if self.narrow is None:
+            ((count, wide),) = self.wide
+            return tuple(plan_heads(weights, heads=count, wide_window=wide))
+        own = [[self.narrow] * len(row or ()) for row in weights]
+        ranked = iter(top_heads(weights, sum(count for count, _ in self.wide)))
+        for count, window in self.wide:
+            for layer, head in islice(ranked, count):
+                own[layer][head] = window
+        return tuple(window_of(layer) for layer in own)
+
+
+@dataclass(frozen=True)
 class Arm:
     """One kind of run.
 
@@ -38,12 +74,12 @@ class Arm:
         budget: the column of the targets that its bytes fit.
         recipe: of `nha distill --recipe`.
         changes: settings that differ from the recipe's.
-        heads: windows per KV head: how many heads have a wide window, that window, and that of the others (None: what
-            leaves the bytes of 64 tokens in every head).
+        heads: windows per KV head.
         long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
-        shipped: measure the small file of gates, sinks and low-rank changes instead of the trained model; "lora" for
-            what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`.
-        source: the arm whose run an "svd" file is made of.
+        shipped: measure the small file of gates, sinks and changes of weights instead of the trained model; "lora" for
+            what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`, "packed" for
+            all of them in 2 bits.
+        source: the arm whose run an "svd" or "packed" file is made of.
         teacher_fraction: of the tokens, which train the teacher first.
     """
 
@@ -51,7 +87,7 @@ class Arm:
     budget: str
     recipe: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    heads: tuple[int, int, int | None] | None = None
+    heads: Heads | None = None
     long_needles: tuple[int, ...] = ()
     shipped: str | None = None
     source: str | None = None
@@ -62,10 +98,15 @@ LONG_TAIL = {"long_range_fraction": 0.5}
 LORA = {"trainable": "lora", "lora_rank": 16}
 LONG = (32768, 65536, 131072)
 FULL_LAYERS = (8, 18, 20, 23)
+NARROW = Heads(((15, 256),), None)
+MIXED4 = Heads(((6, FULL), (14, 7008)), plan=MEAN_PLAN)
+MIXED1 = Heads(((12, 3600), (8, 720)), plan=MEAN_PLAN)
 TEACHER = 0.4
 # Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers, and 15 windows of 3,264 tokens those
-# of one full layer after 16,384 tokens. All that are made from the recipe `constant` read the same batches, hence share
-# a control for each number of tokens. `quality` and `balanced` are those recipes, with controls of their own.
+# of one full layer after 16,384 tokens; the mixed ones hold the same, with long windows in the first heads by rank and
+# shorter ones in those that follow, since copying near text takes more heads than copying far text. All that are made
+# from the recipe `constant` read the same batches, hence share a control for each number of tokens. `quality` and
+# `balanced` are those recipes, with controls of their own.
 ARMS = {
     arm.name: arm
     for arm in (
@@ -74,40 +115,31 @@ ARMS = {
         Arm("constant", "constant", "constant", {}, None, LONG),
         Arm("4full", "4full", "constant", {"full_layers": FULL_LAYERS}, None, (32768,), teacher_fraction=TEACHER),
         Arm("1full", "1full", "constant", {"full_layers": (18,)}, None, (32768,), teacher_fraction=TEACHER),
-        Arm("4full_heads", "4full", "constant", {}, (12, -1, 64), (32768,), teacher_fraction=TEACHER),
-        Arm("1full_heads", "1full", "constant", {}, (15, 3264, 64), (32768,), teacher_fraction=TEACHER),
-        Arm("constant_heads", "constant", "constant", {}, (15, 256, None), LONG),
-        Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, (15, 256, None), LONG),
-        Arm("constant_teacher", "constant", "constant", {}, (15, 256, None), LONG, teacher_fraction=TEACHER),
+        Arm("4full_heads", "4full", "constant", {}, Heads(((12, FULL),)), (32768,), teacher_fraction=TEACHER),
+        Arm("1full_heads", "1full", "constant", {}, Heads(((15, 3264),)), (32768,), teacher_fraction=TEACHER),
+        Arm("4full_mixed", "4full", "constant", {}, MIXED4, (32768,), teacher_fraction=TEACHER),
+        Arm("1full_mixed", "1full", "constant", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
+        Arm("constant_heads", "constant", "constant", {}, NARROW, LONG),
+        Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, NARROW, LONG),
+        Arm("constant_teacher", "constant", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
         Arm("constant64_teacher", "constant", "constant", {}, None, LONG, teacher_fraction=TEACHER),
         Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),
         Arm("ship_svd", "constant", "constant", {}, None, LONG, shipped="svd", source="constant"),
-        Arm("ship_heads", "constant", "constant", LORA, (15, 256, None), LONG, shipped="lora"),
+        Arm("ship_heads", "constant", "constant", LORA, NARROW, LONG, shipped="lora"),
         Arm(
             "ship_teacher",
             "constant",
             "constant",
             {},
-            (15, 256, None),
-            LONG,
-            shipped="svd",
+            NARROW,
+            (32768,),
+            shipped="packed",
             source="constant_teacher",
             teacher_fraction=TEACHER,
         ),
     )
 }
 DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "constant_teacher")
-PLAN = Path("results/plans/smollm2-heads15.json")  # of `nha search --heads 15`
-
-
-def head_windows(heads: tuple[int, int, int | None], plan: Path = PLAN) -> tuple[Window, ...]:
-    """One window per KV head, the wide ones where the search of `plan` found the largest mixing weights."""
-    count, wide, narrow = heads
-    weights = load_plan(plan).weights
-    if narrow is None:
-        return tuple(plan_heads(weights, heads=count, wide_window=wide))
-    full = plan_heads(weights, heads=count, wide_window=FULL, window_size=narrow)
-    return tuple(map_window(lambda own: wide if own == FULL else own, window) for window in full)
 
 
 @dataclass(frozen=True)
@@ -132,7 +164,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """About how long it takes on one H200, without loading and long needles; each trains its own teacher."""
-        if self.arm and self.arm.shipped == "svd":
+        if self.arm and self.arm.source:
             return EVAL_S
         long, first = self.settings.long_tokens, self.settings.teacher_tokens if self.arm else 0.0
         short = self.settings.tokens - long - first
@@ -193,7 +225,7 @@ def make_runs(
                 changes["teacher_tokens"] = arm.teacher_fraction * count
             changes |= {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
             if arm.heads:
-                changes["window_size"] = head_windows(arm.heads)
+                changes["window_size"] = arm.heads.windows()
             run = Run(arm, arm.budget, recipe_settings(arm.recipe, layers, EMBEDDED_ID, changes), name)
             control = control_of(run)
             if controls:

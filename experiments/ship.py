@@ -1,6 +1,7 @@
-"""Make the small file that ships a distilled hybrid: gates, sinks and low-rank changes of its base model's weights.
+"""Make the small file that ships a distilled hybrid: gates, sinks and changes of its base model's weights.
 
     PYTHONPATH=src python -m experiments.ship BASE HYBRID --run RUN --out FILE      # what LoRA trained, exactly
+    PYTHONPATH=src python -m experiments.ship BASE HYBRID --out FILE                # all changes, in 2 bits a weight
     PYTHONPATH=src python -m experiments.ship BASE HYBRID --rank 16 --out FILE      # the best changes of rank 16
     PYTHONPATH=src python -m experiments.ship --install FILE --result results/quality  # into the package
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
 from nha.io import DIGEST, write_atomically, write_tensors
 from nha.models import loading
-from nha.models.delta import lora_changes, low_rank_changes, read_delta, save_delta
+from nha.models.delta import lora_changes, low_rank_changes, packed_changes, read_delta, save_delta
 from nha.models.embedded import EMBEDDED_ID, EMBEDDED_LICENSE
 from nha.models.smollm2 import DELTA
 
@@ -33,7 +34,7 @@ FACTS = {"base": EMBEDDED_ID, "license": EMBEDDED_LICENSE}
 README = """# The distilled hybrid of the embedded model
 
 `{name}` makes a hybrid of [{base}](https://huggingface.co/{base}): gates and sinks of its layers,
-and low-rank changes of the weights of attention. `nha generate smollm2-hybrid "Why is the sky blue?"` loads it.
+and changes of the weights of attention. `nha generate smollm2-hybrid "Why is the sky blue?"` loads it.
 
 | | |
 |---|---|
@@ -45,15 +46,20 @@ and low-rank changes of the weights of attention. `nha generate smollm2-hybrid "
 """
 
 
-def make_delta(path: Path, base: Any, hybrid: Any, facts: Mapping[str, str], run: Path | None, rank: int) -> None:
-    """Write the file of a hybrid: what LoRA trained in `run`, or the best changes of a rank from `base` without one."""
+def make_delta(
+    path: Path, base: Any, hybrid: Any, facts: Mapping[str, str], run: Path | None, rank: int | None
+) -> None:
+    """Write the file of a hybrid: what LoRA trained in `run`, or the changes from `base` without one.
+
+    These are the best of a rank, or all of them in 2 bits a weight where `rank` is None.
+    """
     if run is not None:
         checkpoint = latest_checkpoint(run)
         if checkpoint is None:
             raise SystemExit(f"expected a checkpoint in {run}, got none")
         changes = lora_changes(load_file(checkpoint / WEIGHTS), LORA_SCALE)
     else:
-        changes = low_rank_changes(base, hybrid, rank)
+        changes = packed_changes(base, hybrid) if rank is None else low_rank_changes(base, hybrid, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_delta(path, hybrid, changes, {**FACTS, **facts})
 
@@ -94,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("base", nargs="?")
     parser.add_argument("hybrid", nargs="?")
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--command", default="nha distill", help="the command that made the hybrid, for the file")
     parser.add_argument("--install", type=Path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from experiments import quality
 from experiments.quality_arms import ARMS, DEFAULT_ARMS, batches_digest, deal, make_runs
 from experiments.quality_report import find_control, shares, summary_rows, table
+from nha.models.config import FULL
 from nha.models.delta import read_delta
 from tests.data.tokenizers import small_tokenizer
 from tests.evaluate.test_public import data, lines  # noqa: F401
@@ -67,6 +70,33 @@ def test_runs_that_train_a_teacher_on_the_same_batches_share_it_and_the_control(
     assert (Path(quality.__file__).parents[1] / "results/quality/runs" / f"{control.name}.json").is_file()
     first, second = (make_runs(["4full"], [seed], {"4full": tokens})[1] for seed, tokens in ((1, 25e6), (0, 50e6)))
     assert len({first.teacher, second.teacher} | teachers) == 3
+
+
+def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
+    def tokens(name, length=16384):
+        own = ARMS[name].heads.windows() if ARMS[name].heads else (64,) * (30 - 4) + (-1,) * 4
+        heads = [w for window in own for w in ([window] * 3 if isinstance(window, int) else window)]
+        return sum(length if w == FULL else w for w in heads)
+
+    assert abs(tokens("4full_mixed") - tokens("4full")) <= 1024
+    assert abs(tokens("4full_mixed") - tokens("4full_heads")) <= 1024
+    assert abs(tokens("1full_mixed") - tokens("1full_heads")) <= 512
+    assert tokens("constant_teacher") <= 64 * 90
+
+
+def test_who_waits_for_another_uses_the_time(tmp_path):
+    waits, inside, called = threading.Event(), threading.Event(), []
+
+    def wait():
+        with quality.alone(tmp_path, "x", waits.set):
+            inside.set()
+
+    with quality.alone(tmp_path, "x", lambda: called.append("first")):
+        other = threading.Thread(target=wait)
+        other.start()
+        assert waits.wait(30) and not inside.is_set()
+    other.join(30)
+    assert inside.is_set() and not called
 
 
 def test_every_run_is_dealt_once_and_what_needs_another_follows_it():
@@ -149,6 +179,28 @@ def quality_runs(out):
     from experiments.quality_report import read_runs
 
     return read_runs(out)
+
+
+def test_a_packed_file_holds_the_changes_of_a_run_and_the_shard_tokenizes_what_it_measures(place, data, tmp_path):  # noqa: F811
+    out, tokenized = tmp_path / "out", []
+    whole = quality.Shard.train
+
+    def train(shard, run, settings=None):
+        shard.tokenize()
+        tokenized.append(dict(shard.public._requests))
+        return whole(shard, run, settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality.Shard, "train", train)
+        patch.setitem(ARMS, "from_constant", replace(ARMS["ship_svd"], name="from_constant", shipped="packed"))
+        assert run(place, data, out, "--arms", "constant,from_constant", "--no-controls", "--files") == 0
+    assert ("piqa", 4096) in tokenized[0]
+    of_file, of_run = (read_delta(file) for file in sorted((out / "ship").iterdir(), reverse=True))
+    tensors, metadata = of_file
+    assert metadata["format"] == "nha-delta-v2" and of_run[0].keys() == tensors.keys()
+    assert any(name.endswith("q_proj.packed2") for name in tensors) and not any(".down" in name for name in tensors)
+    rows = {one["row"]["arm"]: one["eval"]["perplexity"]["256"]["ppl"] for one in quality_runs(out)}
+    assert rows["from_constant"] == pytest.approx(rows["constant"], rel=0.01)
 
 
 def test_a_control_has_a_row_for_every_budget_that_it_serves():

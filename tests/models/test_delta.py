@@ -13,7 +13,15 @@ from experiments import ship
 from nha.distill.run import distill
 from nha.models import loading, smollm2
 from nha.models.adapter import to_hybrid
-from nha.models.delta import apply_delta, delta_config, delta_quality, low_rank_changes, read_delta, save_delta
+from nha.models.delta import (
+    apply_delta,
+    delta_config,
+    delta_quality,
+    low_rank_changes,
+    packed_changes,
+    read_delta,
+    save_delta,
+)
 from nha.models.embedded import EMBEDDED_ID
 from tests.distill.material import material, settings, tiny
 from tests.models.families import teacher
@@ -68,6 +76,31 @@ def test_a_hybrid_of_the_base_takes_the_file_as_well(tmp_path):
     to_hybrid(wrong, [8, 8, 8], num_slots=6)
     with pytest.raises(ValueError, match="'num_slots': 5"):
         apply_delta(wrong, tmp_path / "d.safetensors")
+
+
+def test_packed_changes_keep_most_of_what_training_changed_and_their_file_is_small(tmp_path):
+    base = teacher().eval()
+    model = changed(base, [8, [4, -1], 8])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "self_attn" in name and "proj" in name and ".nha." not in name:
+                p += torch.randn_like(p) / 50
+    path = tmp_path / "d.safetensors"
+    save_delta(path, model, packed_changes(base, model), {"base": "tiny"})
+    tensors, metadata = read_delta(path)
+    assert metadata["format"] == "nha-delta-v2"
+    codes = {name: x for name, x in tensors.items() if ".packed" in name}
+    assert len(codes) == 3 * 4 + 3 and all(x.dtype == torch.uint8 for x in codes.values())
+    again = copy.deepcopy(base)
+    apply_delta(again, path)
+    old, new, wanted = (dict(one.named_parameters()) for one in (base, again, model))
+    for name, weight in wanted.items():
+        if name.endswith("g_proj.weight"):
+            assert (new[name] - weight).abs().max() <= weight.abs().max() / 127
+        elif ".nha." not in name and name in old and not torch.equal(weight, old[name]):
+            left, change = new[name] - weight, weight - old[name]
+            assert left.square().sum() < 0.2 * change.square().sum(), name
+    assert again.config.window_sizes == model.config.window_sizes == delta_config(path).window_sizes
 
 
 def test_what_lora_trained_is_kept_exactly(tmp_path):

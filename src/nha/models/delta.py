@@ -1,10 +1,10 @@
-"""A hybrid as a small file beside its base model: gates, sinks and low-rank changes of weights."""
+"""A hybrid as a small file beside its base model: gates, sinks and changes of weights, of low rank or in 2 bits."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from nha.io import read_tensors, write_tensors
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, hybrid_config_class
+from nha.models.packed import pack_rows, unpack_rows
 from nha.models.windows import attention_layers, decoder, set_windows
 
-FORMAT = "nha-delta-v1"
+FORMAT, PACKED_FORMAT = "nha-delta-v1", "nha-delta-v2"  # the second may hold packed matrices
+PACKED, SCALE = re.compile(r"(.+)\.packed(2|8)"), ".scale"
 SIZES = ("num_slots", "num_sinks", "slot_distance")
 ADDED = {"slot_write": "soft"}  # settings that older files do not name, as they have them
 VOLATILE = ("transformers_version", "quantization_config", "auto_map", "dtype", "_name_or_path", "name_or_path")
@@ -52,18 +54,57 @@ def low_rank_changes(base: PreTrainedModel, model: PreTrainedModel, rank: int) -
     >>> low_rank_changes(one, one, 2)
     {}
     """
-    old, found = dict(decoder(base).named_parameters()), {}
+    found = {}
+    for stem, change in weight_changes(base, model):
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        root = s[:rank].sqrt()
+        found[f"{stem}.down"] = root[:, None] * v[:rank]
+        found[f"{stem}.up"] = u[:, :rank] * root
+    return found
+
+
+def weight_changes(base: PreTrainedModel, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, change [out, in] float32) of each linear layer in which a hybrid differs from its base model."""
+    old = dict(decoder(base).named_parameters())
     for name, weight in decoder(model).named_parameters():
         if ".nha." in name or torch.equal(weight, old[name]):
             continue
         if weight.dim() != 2 or "embed" in name:
             raise ValueError(f"expected changes of linear layers alone, {name} differs")
-        change = (weight.double() - old[name].double()).float()
-        u, s, v = torch.linalg.svd(change, full_matrices=False)
-        root = s[:rank].sqrt()
-        stem = name.removesuffix(".weight")
-        found[f"{stem}.down"] = root[:, None] * v[:rank]
-        found[f"{stem}.up"] = u[:, :rank] * root
+        yield name.removesuffix(".weight"), (weight.double() - old[name].double()).float()
+
+
+def packed_changes(base: PreTrainedModel, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The changes of all linear layers in 2 bits a weight, with one scale per row.
+
+    Of changes that are spread evenly over a matrix, as training leaves them, 88 % of the squared sum is kept. Two
+    tensors for each layer that differs: `<name>.packed2` [out, in / 4] uint8 and `<name>.scale` [out] float32. Raises
+    ValueError as `low_rank_changes` does.
+    """
+    found: dict[str, Tensor] = {}
+    for stem, change in weight_changes(base, model):
+        found[f"{stem}.packed2"], found[f"{stem}{SCALE}"] = pack_rows(change, 2)
+    return found
+
+
+def pack_gates(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates and sinks with the gates' matrices in 8 bits."""
+    found: dict[str, Tensor] = {}
+    for name, x in slots.items():
+        if name.endswith("g_proj.weight"):
+            found[f"{name}.packed8"], found[f"{name}{SCALE}"] = pack_rows(x, 8)
+        else:
+            found[name] = x
+    return found
+
+
+def unpack_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with every packed matrix as float32 under its own name."""
+    packed = {name: match for name in tensors if (match := PACKED.fullmatch(name)) is not None}
+    scales = {f"{match[1]}{SCALE}" for match in packed.values()}
+    found = {name: x for name, x in tensors.items() if name not in packed and name not in scales}
+    for name, match in packed.items():
+        found[match[1]] = unpack_rows(tensors[name], tensors[f"{match[1]}{SCALE}"], int(match[2]))
     return found
 
 
@@ -101,21 +142,30 @@ def save_delta(
 ) -> None:
     """Write a hybrid's gates and sinks and the changes of its base's weights, durably, with a checksum.
 
-    `facts` are more of the file's metadata: base, licence, command.
+    Beside packed changes gates are packed, too. `facts` are more of the file's metadata: base, licence, command.
     """
     config = decoder(model).config
     sizes = {name: getattr(config, name) for name in (*SIZES, *ADDED)}
-    kept = {"format": FORMAT, "windows": json.dumps(windows_of(model)), "sizes": json.dumps(sizes)}
+    tensors = {**slots_of(model), **changes}
+    packs = any(PACKED.fullmatch(name) for name in changes)
+    if packs:
+        tensors = {**pack_gates(slots_of(model)), **changes}
+    kept = {
+        "format": PACKED_FORMAT if packs else FORMAT,
+        "windows": json.dumps(windows_of(model)),
+        "sizes": json.dumps(sizes),
+    }
     kept["config"] = json.dumps(config.to_diff_dict() | converted_from(facts), default=str)
-    tensors = {name: x.to(dtype) for name, x in {**slots_of(model), **changes}.items()}
-    write_tensors(path, tensors, {**facts, **kept})
+    own = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+    write_tensors(path, own, {**facts, **kept})
 
 
 def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a file that `save_delta` wrote. Raises ValueError for any other file."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"expected a delta of format {FORMAT!r} at {path}, got format {metadata.get('format')!r}")
+    if metadata.get("format") not in (FORMAT, PACKED_FORMAT):
+        got = metadata.get("format")
+        raise ValueError(f"expected a delta of format {FORMAT!r} or {PACKED_FORMAT!r} at {path}, got format {got!r}")
     return tensors, metadata
 
 
@@ -140,30 +190,36 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
     ValueError, before anything changes, for a model whose layers or slots have other shapes.
     """
     tensors, metadata = read_delta(path)
+    tensors = unpack_all(tensors)
     windows, sizes = json.loads(metadata["windows"]), ADDED | json.loads(metadata["sizes"])
     config = decoder(model).config
     is_hybrid = getattr(config, "window_sizes", None) is not None
     own_sizes = {name: getattr(config, name) for name in sizes} if is_hybrid else sizes
     if own_sizes != sizes:
         raise ValueError(f"expected a model or a hybrid of {sizes} for {path}, got one of {own_sizes}")
-    changes = {name.rpartition(".")[0] for name in tensors if name.endswith((".down", ".up"))}
+    changes = changes_in(tensors)
     stack = decoder(model)
-    for name in sorted(changes):
+    for name, change in changes.items():
         try:
             layer: Any = stack.get_submodule(name)
         except AttributeError:
             raise ValueError(f"expected a base model with {name} for {path}, got {type(model).__name__}") from None
-        wanted = [tensors[f"{name}.up"].shape[0], tensors[f"{name}.down"].shape[1]]
-        if not isinstance(layer, nn.Linear) or list(layer.weight.shape) != wanted:
+        if not isinstance(layer, nn.Linear) or layer.weight.shape != change.shape:
             got = list(getattr(layer, "weight", torch.empty(0)).shape)
-            raise ValueError(f"expected {name} of shape {wanted} for {path}, got {got}")
+            raise ValueError(f"expected {name} of shape {list(change.shape)} for {path}, got {got}")
     set_windows(model, windows) if is_hybrid else to_hybrid(model, windows, **sizes)
     stack = decoder(model)
-    for name in sorted(changes):
+    for name, change in changes.items():
         weight = stack.get_submodule(name).weight
-        change = tensors[f"{name}.up"].float() @ tensors[f"{name}.down"].float()
         weight.copy_(weight.float() + change.to(weight.device))
     own = dict(stack.named_parameters())
     for name, x in tensors.items():
         if ".nha." in name:
             own[name].copy_(x)
+
+
+def changes_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The change [out, in] float32 of every linear layer in an unpacked file, by the layer's name."""
+    found = {name: x for name, x in tensors.items() if ".nha." not in name and not name.endswith((".down", ".up"))}
+    stems = {name.removesuffix(".up") for name in tensors if name.endswith(".up")}
+    return found | {stem: tensors[f"{stem}.up"].float() @ tensors[f"{stem}.down"].float() for stem in sorted(stems)}
