@@ -322,7 +322,8 @@ class Shard:
             found["seconds"][part] = round(time.monotonic() - begun, 2)
 
         lengths = run.arm.long_needles if run.arm and self.options.long_needles else ()
-        for part in sorted([*whole.parts, *([LONG_NEEDLE] if lengths else [])], key=ORDER.index):
+        parts = (*whole.parts, LONG_NEEDLE) if lengths else whole.parts
+        for part in sorted(parts, key=ORDER.index):
             if part == LONG_NEEDLE:
                 count = self.options.long_needle_count
                 settings = dataclasses.replace(whole, parts=("needle",), needles=count, needle_lengths=lengths)
