@@ -43,6 +43,7 @@ from nha.models.families import FAMILIES, MODEL_NAMES, MULTIMODAL, check_family,
 from nha.models.fused_step import after_layers, before_layers
 from nha.models.generate_batch import generate_in_batches
 from nha.models.masks import NAME, cache_argument, mark_packing
+from nha.models.next_token import token_attention
 from nha.models.prompt import in_pieces
 from nha.models.prompt_graph import replay_prompt
 from nha.models.rotary import rotary_style
@@ -204,6 +205,10 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
         tables = None
         if position_embeddings is not None and self.rotates:
             tables = self.rotary_style.standard_tables(position_embeddings)
+        if own is not None and not torch.compiler.is_compiling() and kwargs.get("cu_seq_lens_q") is None:
+            out = token_attention(self, hidden_states, tables, attention_mask, own)
+            if out is not None:
+                return out, None
         return family.forward(
             self,
             hidden_states=hidden_states,

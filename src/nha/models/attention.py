@@ -15,12 +15,12 @@ from nha.models.config import FULL
 from nha.models.full_attention import base_attention, packed_base_attention
 from nha.models.head_windows import LayerCache, keep_in_graph, read_heads, read_segment
 from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
+from nha.models.next_token import is_next_token, next_token
 from nha.models.observe import Observation
 from nha.models.segment import Reading, Segment, mask_first_token_write, zero_slots
 from nha.models.slots import SlotInputs
 from nha.ops.heads import Window, map_window
-from nha.ops.rotary import shared_distance, unrotate, unrotate_for_slots, unrotate_token
-from nha.ops.single_token import FusedRing, Sink, can_write, read_rows, supports_step, write_token
+from nha.ops.rotary import unrotate, unrotate_for_slots, unrotate_token
 
 
 class LayerInputs(NamedTuple):
@@ -90,8 +90,13 @@ def hybrid_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         module.observer(observation(module, (query, key, value), nha, scale, softcap))
     cu = kwargs.get("cu_seq_lens_q")
-    if cu is None and not dropout and is_next_token(module, query, attention_mask, nha.cache):
-        return next_token(module, (query, key, value), nha, scaling, softcap), None
+    if cu is None and not dropout and is_next_token(module, query, query.shape[2], attention_mask, nha.cache):
+        assert nha.cache is not None
+        if module.slot_write == "soft":
+            given = nha.hidden, nha.tables, nha.cache
+            return next_token(module, (query, key, value), *given, scaling, softcap), None
+        if isinstance(nha.cache, NHACacheLayer):
+            return next_exact_token(module, (query, key, value), nha, scaling, softcap), None
     mask = read_mask(module, attention_mask, query.shape[2], cu)
     options: dict[str, Any] = {"softcap": softcap, "scaling": scaling}
 
@@ -140,73 +145,10 @@ def hybrid_attention(
     return read_heads(segment, reading, window, nha.cache, lambda q, k, v: full(q, k, v)[0]), None
 
 
-def is_next_token(module: Any, query: Tensor, mask: HybridMask | Tensor | None, cache: LayerCache | None) -> bool:
-    """Whether `next_token` reads queries [B, HQ, T, D]: a token of each sequence that is written into the state."""
-    if query.shape[2] != 1 or not isinstance(cache, NHACacheLayer) or not cache.appends_only:
-        return False
-    if module.mass_observer is not None or not (
-        mask is None or (isinstance(mask, HybridMask) and mask.padding is None)
-    ):
-        return False
-    state = cache.state
-    if isinstance(state, FusedRing):
-        return can_write(state, query)
-    autocast = torch.is_autocast_enabled(query.device.type)
-    return not torch.is_grad_enabled() and not autocast and supports_step(state, (query.transpose(1, 2),))
-
-
-class LayerGates:
-    """Log-gates of a layer for `FusedRing.defer_gates`, with the sink and tables that came with the latest."""
-
-    def __init__(self, module: Any):
-        self.module = module
-        self.sink: Sink | None = None
-        self.distance: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Log-gates [B, n, H, M] of hidden states [B, n, hidden]."""
-        slots = self.module.nha(hidden)
-        self.distance, self.sink = shared_distance(slots.tables), slots.sink
-        if slots.sink is not None and slots.sink[0].dtype != hidden.dtype:
-            self.sink = slots.sink[0].to(hidden.dtype), slots.sink[1].to(hidden.dtype)
-        return slots.log_gate[..., :0] if self.module.ablation == "slots_off" else slots.log_gate
-
-
-def next_token(
-    module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scaling: float | None, softcap: float | None
-) -> Tensor:
-    """`hybrid_attention` without what only longer segments need: queries, keys, values [B, heads, 1, D] in."""
-    if module.slot_write != "soft":
-        return next_exact_token(module, inputs, nha, scaling, softcap)
-    q, k, v = inputs
-    cache, hidden, log_gate = nha.cache, nha.hidden, None
-    assert isinstance(cache, NHACacheLayer) and cache.state is not None
-    ring = cache.state
-    gates: Any = ring.pending.gates if isinstance(ring, FusedRing) and ring.pending is not None else None
-    if gates is None or gates.module is not module:
-        gates = LayerGates(module)
-        log_gate = gates(hidden)
-    if not isinstance(ring, FusedRing) or not ring.hold_sink(gates.sink):
-        ring = cache.state = FusedRing.of(ring, gates.sink)
-    if ring.block_size and (ring.pending is None or ring.pending.gates is not gates):
-        ring.defer_gates(gates, hidden)
-    elif not ring.block_size and log_gate is None:
-        log_gate = gates(hidden)
-    cache.length += 1
-    query = ring.rows(q)
-    slot_query, slot_key = query, k
-    if nha.tables is not None:
-        interleaved = module.rotary_style.interleaved
-        slot_query, slot_key = unrotate_token(query, k, nha.tables, gates.distance, interleaved=interleaved)
-    if log_gate is not None and not ring.block_size:
-        write_token(ring, slot_key, v, log_gate)
-    return read_rows(ring, query, k, v, slot_query, slot_key, scale=scaling, softcap=softcap, hidden=hidden)
-
-
 def next_exact_token(
     module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """`next_token` of exact slots, whose gates depend on the tokens before."""
+    """`nha.models.next_token.next_token` of exact slots, whose gates depend on the tokens before."""
     cache = nha.cache
     assert isinstance(cache, NHACacheLayer)
     slots = slot_inputs(module, nha)

@@ -349,8 +349,9 @@ class HeadGroupsCacheLayer(CacheLayerMixin):
         self.keys = self.values = None  # as in a layer that is empty: the parts hold them
         self.window_size = tuple(windows)
         self.parts: list[Any] = []
+        self.groups = head_groups(windows)
         limit = base.max_cache_len if isinstance(base, StaticLayer) else None
-        for group in head_groups(windows):
+        for group in self.groups:
             full = group.window_size == FULL
             own = base if full else NHACacheLayer(group.window_size, limit, max_rollback, state_dtype)
             self.parts.append(own)
@@ -380,11 +381,10 @@ class HeadGroupsCacheLayer(CacheLayerMixin):
         own = self._counting.num_kept
         if own is None:
             return None
-        groups = head_groups(self.window_size)
         none, found = torch.zeros_like(own[:, :1]), []
-        for part, group in zip(self.parts, groups, strict=True):
+        for part, group in zip(self.parts, self.groups, strict=True):
             found.append(part.num_kept if isinstance(part, NHACacheLayer) else none.expand(-1, len(group.heads)))
-        return join_heads(found, groups, 1)
+        return join_heads(found, self.groups, 1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: each part does so with its own heads."""

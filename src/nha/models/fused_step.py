@@ -8,11 +8,9 @@ and batches one kernel stands between two matrix products. All other layers keep
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache as memoize
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from nha.models.attention import LayerInputs, check_implementation, hybrid_attention, layer_cache
 from nha.models.cache import NHACacheLayer
 from nha.models.config import FULL
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.rotary import RotaryStyle
+from nha.models.same_code import ATTENTIONS, computes_as
 from nha.models.segment import Reading, Segment
 from nha.models.slots import SlotInputs
 from nha.ops import RingState
@@ -36,27 +33,10 @@ from nha.ops.backends import HAS_TRITON, resolve_impl
 if TYPE_CHECKING:
     from nha.ops.triton.token import Norm
 
-ATTENTIONS = (llama.LlamaAttention, Qwen2Attention, MistralAttention)
 CAPTURING = "transformers.utils.output_capturing"
 KNOWN, REPLACED = "_nha_fused", "_nha_replaced"  # of a layer and of a decoder, beside their parameters
 _fusing: ContextVar[bool] = ContextVar("fusing", default=True)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def code_of(function: Callable) -> tuple:
-    """The instructions of a function and the names that they use."""
-    code = inspect.unwrap(function).__code__
-    return code.co_code, code.co_names, code.co_varnames
-
-
-@memoize
-def computes_as(kind: type, *known: type) -> bool:
-    """Whether a class has the forward pass of one that is known: families copy each other's code.
-
-    >>> computes_as(Qwen2Attention, *ATTENTIONS), computes_as(Qwen2Attention, llama.LlamaMLP)
-    (True, False)
-    """
-    return any(code_of(kind.forward) == code_of(one.forward) for one in known)  # pyright: ignore
 
 
 def is_linear(module: Any, bias: bool = False) -> bool:

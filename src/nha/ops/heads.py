@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 
 import torch
@@ -18,6 +19,16 @@ class HeadGroup:
 
     window_size: int
     heads: tuple[int, ...]
+
+    @cached_property
+    def index(self) -> slice | list[int]:
+        """An index of the heads in a dimension of KV heads: a slice, which gives a view, where they lie evenly.
+
+        >>> HeadGroup(24, (0, 2)).index, HeadGroup(24, (0, 1, 3)).index
+        (slice(0, 3, 2), [0, 1, 3])
+        """
+        steps = {after - before for before, after in pairwise(self.heads)} or {1}
+        return slice(self.heads[0], self.heads[-1] + 1, steps.pop()) if len(steps) == 1 else list(self.heads)
 
 
 def head_groups(windows: Sequence[int]) -> list[HeadGroup]:

@@ -120,6 +120,66 @@ def _back_tables(tables: Tables, distance: Tables) -> tuple[Tables, Tables]:
 
 
 @dataclass(frozen=True)
+class TokenRotation:
+    """Rotations of a token as matrices [D, 2 D]: what the window sees, and beside it what the slots see.
+
+    Queries come out scaled as the scores are. The layers of a model share the tables and so the matrices.
+    """
+
+    query: Tensor
+    key: Tensor
+    tables: Tables
+    versions: tuple[int, ...]
+    distance: Tables
+    scale: float
+
+    def made_of(self, tables: Tables, distance: Tables, scale: float) -> bool:
+        same = self.tables[0] is tables[0] and self.tables[1] is tables[1] and self.distance is distance
+        return same and self.versions == _versions(tables) and self.scale == scale
+
+
+_last_rotation: TokenRotation | None = None
+_last_turns: tuple[Tables, tuple[Tensor, ...]] | None = None
+
+
+def token_rotation(tables: Tables, distance: Tables, scale: float) -> TokenRotation:
+    """The rotations, without gradients, of queries and keys of one token that are not rotated yet.
+
+    Args:
+        tables: cosines and sines [1, 1, D] of its position, for pairs of dimensions i and i + D / 2.
+        distance: those of the distance from a query to the slots, from `shared_distance`.
+        scale: that of the scores.
+
+    >>> tables = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)  # by 90 degrees
+    >>> rotation = token_rotation(tables, shared_distance(tables), 1.0)
+    >>> (torch.tensor([1.0, 0.0]) @ rotation.key).tolist()
+    [0.0, 1.0, 1.0, 0.0]
+    """
+    global _last_rotation
+    last = _last_rotation
+    if last is None or not last.made_of(tables, distance, scale):
+        unit, quarter, far = _turns(distance)
+        cos, sin = (table[0].detach().to(unit.dtype) for table in tables)
+        norm = torch.sqrt(cos.square() + sin.square()).mT  # the scale of the tables stays in what the slots see
+        turn = torch.addcmul(unit * cos, quarter, sin)
+        query, key = torch.cat((turn, far * norm), 1).mul_(scale), torch.cat((turn, unit * norm), 1)
+        last = _last_rotation = TokenRotation(query, key, tables, _versions(tables), distance, scale)
+    return last
+
+
+def _turns(distance: Tables) -> tuple[Tensor, ...]:
+    """Matrices [D, D]: the unit, a quarter turn, and the rotation by a distance."""
+    global _last_turns
+    last = _last_turns
+    if last is None or last[0] is not distance:
+        cos, sin = without_scale(*(x.detach() for x in distance))
+        unit = torch.eye(cos.shape[2], dtype=cos.dtype)
+        quarter = rotate(unit[None, None], torch.zeros_like(cos), torch.ones_like(sin))[0, 0]
+        last = _last_turns = distance, (unit, quarter, rotate(unit[None, None], cos, sin)[0, 0])
+    return last[1]
+
+
+@dataclass(frozen=True)
 class _TokenMatrices:
     """Rotations as matrices, for `_times`, and what they were made of: the tables, and a copy of the distance."""
 

@@ -8,7 +8,6 @@ elsewhere. Its log-gates may even be computed later: a layer reads the weights o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from nha.ops.chunk_groups import GATE_FLOOR
 from nha.ops.padding import readable
 from nha.ops.state import NHAState
 
-MAX_BLOCK = 16  # tokens whose log-gates are computed at once
+MAX_BLOCK = 16  # tokens whose log-gates are computed at once, if the window is as long
 Sink = tuple[Tensor, Tensor]  # key [H, S, D], value [H, S, Dv]
 Gates = Callable[[Tensor], Tensor]  # log-gates [B, n, H, M] of hidden states [B, n, hidden]
 
@@ -87,7 +86,7 @@ class FusedRing(NHAState):
     waiting: Tensor  # [B, H, W, D + M]: slot keys and log-gates of the window
     views: Views
     cursor: int  # index in the ring of the oldest token, where the next one goes
-    block_size: int  # tokens of a block, a divisor of W; 0 without a window
+    block_size: int  # tokens of a block, but for the last of the ring, which may be shorter; 0 without a window
     block: Block | None = None  # the one of the cursor; None without a window
     pending: Pending | None = None
     sink: Sink | None = None  # what the first S places hold
@@ -122,7 +121,7 @@ class FusedRing(NHAState):
             waiting=waiting,
             views=Views.of(memory, dim, slots, window),
             cursor=int(state.num_tokens.max()) % window if window else 0,
-            block_size=math.gcd(window, MAX_BLOCK) if window else 0,
+            block_size=block_size(window),
         )
         slot_ring = state.key if state.window_slot_key is None else state.window_slot_key
         ring.slot_key.copy_(state.slot_key.detach())
@@ -170,8 +169,8 @@ class FusedRing(NHAState):
 
     def open_block(self) -> None:
         """Begin the block of the cursor, whose tokens leave from now on."""
-        size, dim = self.block_size, self.key.shape[3]
-        start = self.cursor - self.cursor % size
+        dim, start = self.key.shape[3], self.cursor - self.cursor % self.block_size
+        size = min(self.block_size, self.window_size - start)
         first = self.memory.shape[2] - self.window_size + start
         places, waiting = self.memory[:, :, first : first + size], self.waiting[:, :, start : start + size]
         slot_keys, gate = waiting[..., :dim], waiting[..., dim:]
@@ -195,7 +194,7 @@ class FusedRing(NHAState):
         """Move the cursor to the next token, past the end of a block perhaps."""
         stop = self.cursor + 1
         self.cursor = stop % self.window_size
-        if stop % self.block_size == 0:
+        if self.cursor % self.block_size == 0:
             self.settle(stop)
             self.open_block()
 
@@ -238,8 +237,10 @@ class FusedRing(NHAState):
         held = [self.memory, self.waiting, self.num_tokens]
         held += [] if self.num_kept is None else [self.num_kept]
         held += [] if self.pending is None else [self.pending.hidden]
-        held += [] if self.block is None else [*self.block.written, *self.block.shares]
-        return sum(x.nbytes for x in held)
+        size = sum(x.nbytes for x in held)
+        if self.block is not None:  # a shorter one counts as a whole block: the size does not change with the cursor
+            size += self.block_size * (self.block.written[0].nbytes + self.block.shares[0].nbytes)
+        return size
 
     def map(self, function: Any) -> NHAState:
         """An `NHAState` with a function applied to each of its tensors."""
@@ -251,6 +252,15 @@ class FusedRing(NHAState):
 
     def __reduce__(self) -> Any:
         return _same, (self.aligned(),)
+
+
+def block_size(window: int) -> int:
+    """Tokens of a block: the fewest blocks of at most `MAX_BLOCK` tokens make up a window.
+
+    >>> [block_size(window) for window in (0, 5, 25, 64)]
+    [0, 5, 13, 16]
+    """
+    return -(-window // -(-window // MAX_BLOCK)) if window else 0
 
 
 def _same(state: NHAState) -> NHAState:
@@ -322,50 +332,52 @@ def read_token(
     k_slot = k if k_slot is None else k_slot.transpose(1, 2)
     query = state.rows(q)
     slot_query = query if q_slot is None else state.rows(q_slot)
+    token = torch.cat((k, v, k_slot), 3)
     if state.block is None:
-        write_token(state, k_slot, v, log_gate)
+        write_token(state, token, log_gate)
     else:
         state.window_log_gate[:, state.cursor : state.cursor + 1] = log_gate
-    return read_rows(state, query, k, v, slot_query, k_slot, scale=scale, softcap=softcap)
+    out = read_rows(state, query, slot_query, token, scale=scale, softcap=softcap)
+    return out.view(k.shape[0], 1, -1, v.shape[3])
 
 
-def write_token(state: FusedRing, k_slot: Tensor, v: Tensor, log_gate: Tensor) -> None:
-    """Write a token with slot key and value [B, H, 1, ...] and log-gates [B, 1, H, M] to the slots."""
-    dtype = state.memory.dtype
+def write_token(state: FusedRing, token: Tensor, log_gate: Tensor) -> None:
+    """Write a token [B, H, 1, D + Dv + D], key, value and slot key, with log-gates [B, 1, H, M] to the slots."""
+    dtype, dim = state.memory.dtype, state.key.shape[3]
     share = log_gate.transpose(1, 2).mT.to(dtype).clamp(GATE_FLOOR, 0).expm1_().neg_()
-    state.views.slots.lerp_(torch.cat((k_slot, v), 3).to(dtype), share)
+    state.views.slots.lerp_(torch.cat((token[..., -dim:], token[..., dim:-dim]), 3).to(dtype), share)
 
 
 def read_rows(
     state: FusedRing,
     query: Tensor,
-    k: Tensor,
-    v: Tensor,
     slot_query: Tensor,
-    k_slot: Tensor,
+    token: Tensor,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """`read_token` of `rows` of queries and of keys, values and slot keys [B, H, 1, ...].
+    """`read_token` of `rows` of queries and of a token [B, H, 1, D + Dv + D]: key, value and slot key side by side.
 
-    Without a window the token must be in the slots already. The log-gates of a window are computed when they are needed
-    from the token's `hidden` states [B, 1, hidden] (`defer_gates`), or the caller writes them.
+    The outputs are [B * H, HQ / H, Dv]. Without a window the token must be in the slots already. The log-gates of a
+    window are computed when they are needed from the token's `hidden` states [B, 1, hidden] (`defer_gates`), or the
+    caller writes them. With a scale of 1 the queries are scaled already.
     """
     views, block = state.views, state.block
     if block is not None:
-        place = state.cursor - block.start
+        place, dim = state.cursor - block.start, query.shape[2]
         views.slots.lerp_(block.written[place], block.shares[place])  # the token that leaves
-        block.places[place].copy_(torch.cat((k, v), 3))
-        block.slot_keys[place].copy_(k_slot)
+        block.places[place].copy_(token[..., :-dim])
+        block.slot_keys[place].copy_(token[..., -dim:])
     score = torch.bmm(slot_query, views.slot_key)
     if block is not None:
         score = torch.cat((score, torch.bmm(query, views.window_key)), 2)
-    score.mul_(query.shape[2] ** -0.5 if scale is None else scale)
+    if scale != 1:
+        score.mul_(query.shape[2] ** -0.5 if scale is None else scale)
     if softcap is not None:
         score.div_(softcap).tanh_().mul_(softcap)
-    out = torch.bmm(score.softmax(2), views.value).view(k.shape[0], 1, -1, views.value.shape[2])
+    out = torch.bmm(score.softmax(2), views.value)
     state.steps += 1
     if block is not None:
         pending = state.pending

@@ -1,0 +1,89 @@
+"""One token on a CPU: projections and rotations in its own order give the numbers of the family's code."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from nha.models import adapter
+from nha.models.windows import attention_layers
+from tests.inputs import assert_close_to
+from tests.models.families import hybrid, tokens
+
+WINDOWS: list[Any] = [5, [4, 16], [0, 8]]
+
+
+def read(model, ids, start, cache=None):
+    """Logits of tokens start .. one by one, after a prompt of those before, and the cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    with torch.no_grad():
+        if not cache.get_seq_length():
+            model(ids[:, :start], past_key_values=cache, use_cache=True)
+        steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True) for t in range(start, ids.shape[1])]
+    return torch.cat([step.logits for step in steps], 1), cache
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often the step took the place of a family's code, by True or False."""
+    counts = {True: 0, False: 0}
+
+    def count(*args):
+        out = token_attention(*args)
+        if args[1].shape[1] == 1:
+            counts[out is not None] += 1
+        return out
+
+    token_attention = adapter.token_attention
+    monkeypatch.setattr(adapter, "token_attention", count)
+    return counts
+
+
+@pytest.mark.parametrize("family, own", [("llama", True), ("qwen2", True), ("mistral", True), ("qwen3", False)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_equal_the_same_text_read_at_once(family, own, batch, taken):
+    model, ids = hybrid(family, WINDOWS).double(), tokens(batch, 60)
+    found, _ = read(model, ids, 24)
+    with torch.no_grad():
+        assert_close_to(found, model(ids, use_cache=False).logits[:, 24:])
+    assert taken == {own: 3 * 36, not own: 0}
+
+
+def test_a_scale_of_the_positions_stays(taken):
+    model, ids = hybrid("llama", [4] * 3).double(), tokens(1, 40)
+    rotary = model.model.rotary_emb
+    rotary.attention_scaling = 1.25
+    for module in attention_layers(model):
+        module.nha.slot_cos *= 1.25
+        module.nha.slot_sin *= 1.25
+    found, _ = read(model, ids, 24)
+    with torch.no_grad():
+        assert_close_to(found, model(ids, use_cache=False).logits[:, 24:])
+    assert taken == {True: 3 * 16, False: 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_copied_cache_goes_on_with_the_same_bits(dtype):
+    model, ids = hybrid("llama", WINDOWS).to(dtype), tokens(1, 60)
+    whole, _ = read(model, ids, 24)
+    first, cache = read(model, ids[:, :41], 24)
+    last, _ = read(model, ids, 41, copy.deepcopy(cache))
+    assert torch.equal(torch.cat([first, last], 1), whole)
+
+
+def test_what_watches_a_projection_or_a_layer_is_called():
+    model, ids, calls = hybrid("llama", WINDOWS), tokens(1, 30), []
+    for module in (
+        attention_layers(model)[0],
+        attention_layers(model)[1].q_proj,
+        attention_layers(model)[2].nha.g_proj,
+    ):
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    read(model, ids, 24)
+    assert calls.count("NHALlamaAttention") == 7 and calls.count("Linear") > 7
+    for module in attention_layers(model):
+        module.observer = calls.append
+    read(model, ids, 24)
+    assert len([call for call in calls if not isinstance(call, str)]) == 3 * 7
