@@ -26,6 +26,7 @@ from nha.models.conversation import cache_keyword
 from nha.report.results import to_json
 
 QUESTION = 32
+ENTRY = 8192  # tokens from one entry to the next, as a store has them by default
 
 
 def ask(model: Any, store: MemoryStore, ids: Tensor, marks: list[int], new: int) -> tuple[dict[str, Any], Tensor]:
@@ -78,7 +79,8 @@ def main() -> None:
     document, questions = words[:, : options.tokens], words[:, options.tokens :].split(QUESTION, 1)
     folder = options.out / "store"
     shutil.rmtree(folder, ignore_errors=True)
-    store = MemoryStore(folder, max_bytes=64 << 30, block_size=options.block_size)
+    apart = max(ENTRY // options.block_size, 1)
+    store = MemoryStore(folder, max_bytes=64 << 30, block_size=options.block_size, blocks_per_entry=apart)
     nothing = MemoryStore(options.out / "nothing", block_size=options.block_size)
     found: dict[str, Any] = {
         "shape": options.shape,

@@ -4,7 +4,8 @@
 
 A random hybrid reads a context; then steps are timed in turn, by the wall clock, without CUDA graphs: one token; K
 tokens of which half are taken back, from a cache that can take back K; the same from one that copies its state and
-reads again what was accepted. On a GPU the operator is timed as well, replayed as a CUDA graph. DIR gets
+reads again what was accepted. On a GPU the time of all kernels of a step is noted beside, which does not depend on the
+host, with the family's code and with fused kernels; and the operator is timed, replayed as a CUDA graph. DIR gets
 speculation.json. Without --shape a GPU takes llama-8b and a CPU smollm2-135m; --shape tiny tries the script.
 """
 
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from experiments.prefill_profile import kernels
 from experiments.shapes import build, synchronize
 from nha.io import write_atomically
 from nha.models.cache import allow_rollback
 from nha.models.conversation import cache_keyword
+from nha.models.fused_step import fusing
 from nha.ops import NHAState, RingState, nha_decode
 from nha.report.results import to_json
 
@@ -68,11 +71,17 @@ def model_steps(model: Any, context: int, drafts: int) -> dict[str, Callable[[],
         read(cache, ids[:, -drafts:])
         cache.crop(-(drafts // 2))
 
+    def fused(step: Callable[[], None]) -> None:
+        with fusing("all"):
+            step()
+
     plain, ring, copied = filled(0, False), filled(drafts, True), filled(0, True)
     return {
         "one token": lambda: read(plain, ids[:, -1:]),
         "verify with rollback": lambda: verify(ring),
         "verify with a copy": lambda: verify(copied),
+        "one token, fused": lambda: fused(lambda: read(plain, ids[:, -1:])),
+        "verify with rollback, fused": lambda: fused(lambda: verify(ring)),
     }
 
 
@@ -139,6 +148,9 @@ def main() -> None:
         ratio = ms[f"verify with rollback{least}"] / ms[f"one token{least}"]
         found[f"verify over one token{least}"] = round(ratio, 3)
     if device == "cuda":
+        gpu = {name: [kernels(step) for _ in range(3)] for name, step in steps.items()}
+        found["ms of all kernels"] = {name: round(statistics.median(ms for ms, _ in x), 3) for name, x in gpu.items()}
+        found["kernels"] = {name: x[0][1] for name, x in gpu.items()}
         found["operator ms"] = median_ms(
             operator_steps(model, options.context, options.drafts), device, options.rounds, options.budget_s / 2
         )

@@ -1,11 +1,13 @@
-"""Measure what caches in fewer bytes cost in quality: perplexity and verbatim clozes, token by token.
+"""Measure what caches in fewer bytes cost in quality: perplexity and verbatim clozes, token by token, on the same rows.
 
-    python3 -m experiments.state_bytes --data DIR --out DIR [--model FILE.gguf] [--rows 256] [--tokens 2048]
+    python3 -m experiments.state_bytes --data DIR --out DIR [--model FILE.gguf] [--rows 1024] [--tokens 0]
 
-Every row is a held-out text of `--tokens` tokens and then a near cloze, all of it read one token at a time by the
-layers of the shipped hybrid of SmolLM2-135M, so that a packed state is rounded after every token. A cloze is right
-where each token of its answer is the likeliest. DIR gets one file for each of `--dtypes`, which is not measured again,
-and state_bytes.json. A run over `--budget-s` ends without the rest. --model tiny tries the script with random weights.
+Every row is a held-out text of `--tokens` tokens and then a near cloze, all of it read `--segment` tokens at a time (1)
+by the layers of the shipped hybrid of SmolLM2-135M: a packed state is rounded after each of these segments. A cloze is
+right where each token of its answer is the likeliest. Batches of `--batch` rows are read in every one of `--dtypes` and
+noted in DIR, where they are not read again; a run over `--budget-s` ends with the batches that it has. state_bytes.json
+gets the sums, and how the rows of a format differ from the same rows in the first one, with intervals of 95 %. --model
+tiny tries the script with random weights.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,24 +49,29 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval(), tokenizer
 
 
-def make_rows(tokenizer: Any, documents: list[str], rows: int, tokens: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Token ids [rows, T] and where the answer of each row begins and ends."""
-    text = tokenizer("\n\n".join(documents), verbose=False).input_ids
-    clozes = make_clozes(tokenizer, documents, rows, RANGES["cloze_near"])
-    found, places = [], []
-    for row, cloze in enumerate(clozes):
+class Row(NamedTuple):
+    """Token ids of a text and a cloze, and where the answer begins."""
+
+    ids: list[int]
+    answer: int
+
+
+def make_rows(tokenizer: Any, documents: list[str], rows: int, tokens: int) -> list[Row]:
+    """Rows for clozes in a random order."""
+    text = tokenizer("\n\n".join(documents), verbose=False).input_ids if tokens else []
+    found = []
+    for row, cloze in enumerate(make_clozes(tokenizer, documents, rows, RANGES["cloze_near"])):
         start = row * tokens % max(len(text) - tokens, 1)
         prompt = tokenizer("\n\n" + cloze.prompt, verbose=False).input_ids
         answer = tokenizer(" " + cloze.answer, verbose=False).input_ids
-        found.append(text[start : start + tokens] + prompt + answer)
-        places.append((len(found[-1]) - len(answer), len(found[-1])))
-    longest = max(map(len, found))
-    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in found]), places
+        before = text[start : start + tokens] + prompt
+        found.append(Row(before + answer, len(before)))
+    return found
 
 
 @contextmanager
-def one_by_one(end: float) -> Iterator[None]:
-    """Within the context, NHA layers read every segment one token at a time. Raises TimeoutError once time is over.
+def in_segments(size: int, end: float) -> Iterator[None]:
+    """Within the context, NHA layers read `size` tokens at a time. Raises TimeoutError once time is over.
 
     A layer needs of a token only what the layers before made of it and of earlier ones, so that this is decoding of a
     known text, while projections see all tokens at once and weights are read once.
@@ -73,9 +80,9 @@ def one_by_one(end: float) -> Iterator[None]:
 
     def read(self: NHACacheLayer, segment: Any, reading: Any) -> Tensor:
         outs = []
-        for place in range(segment.length):
-            outs.append(attend(self, segment.part(place, place + 1), reading))
-            if place % 64 == 0 and time.perf_counter() > end:
+        for number, place in enumerate(range(0, segment.length, size)):
+            outs.append(attend(self, segment.part(place, min(place + size, segment.length)), reading))
+            if number % 64 == 0 and time.perf_counter() > end:
                 raise TimeoutError
         return torch.cat(outs, 1)
 
@@ -87,53 +94,75 @@ def one_by_one(end: float) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure(model: Any, ids: Tensor, places: list[tuple[int, int]], tokens: int, end: float) -> dict[str, Any] | None:
-    """Read rows one token at a time; None where the time is over first."""
-    device = model.device.type
+def measure(model: Any, rows: list[Row], end: float, segment: int = 1) -> dict[str, Any] | None:
+    """Read rows some tokens at a time: what each cost, in nats; None where the time is over first."""
+    device, longest = model.device.type, max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=model.device)
     cache: Any = DynamicCache(config=model.config)
     start = time.perf_counter()
     try:
-        with one_by_one(end):
+        with in_segments(segment, end):
             hidden = model.get_decoder()(ids, use_cache=True, **{cache_keyword(model): cache}).last_hidden_state
     except TimeoutError:
         return None
     synchronize(device)
-    seconds = time.perf_counter() - start
-    losses, answers, clozes = [], [], []
-    for row, (first, last) in enumerate(places):
-        losses.append(token_losses(model, hidden[row, : tokens - 1], ids[row, 1:tokens]).double().cpu())
-        logits = head_logits(model, hidden[row, first - 1 : last - 1]).float()
-        target = ids[row, first:last]
-        answers.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum").item())
-        clozes.append(bool((logits.argmax(-1) == target).all()))
-    loss = torch.stack(losses)
-    nbytes = sum(layer.nbytes for layer in nha_layers(cache))
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start, "text": [], "answer": [], "right": []}
+    for row, states in zip(rows, hidden, strict=True):
+        last = len(row.ids) - 1
+        target = torch.tensor(row.ids[1:], device=model.device)
+        losses = token_losses(model, states[:last], target).double()
+        found["text"].append(losses.sum().item())
+        found["answer"].append(losses[row.answer - 1 :].sum().item())
+        guesses = head_logits(model, states[row.answer - 1 : last]).argmax(-1)
+        found["right"].append(bool((guesses == target[row.answer - 1 :]).all()))
+    hybrid = sum(layer.nbytes for layer in nha_layers(cache))
+    found["tokens"] = [len(row.ids) - 1 for row in rows]
+    found["bytes per sequence, hybrid layers"] = hybrid // len(rows)
+    found["bytes per sequence, full layers"] = (cache_nbytes(cache) - hybrid) // len(rows)
+    return found
+
+
+def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of several batches, and the bytes of the last one."""
+    found = dict(batches[-1])
+    for name in ("text", "answer", "right", "tokens"):
+        found[name] = [x for batch in batches for x in batch[name]]
+    return found | {"seconds": sum(batch["seconds"] for batch in batches)}
+
+
+def interval(x: Tensor) -> list[float]:
+    """The mean of paired differences, and the 95 % interval around it.
+
+    >>> interval(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    [0.5, -0.0658, 1.0658]
+    """
+    half = 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.inf
+    return [round(value, 5) for value in (x.mean().item(), x.mean().item() - half, x.mean().item() + half)]
+
+
+def summary(found: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """Sums over all rows of a format, and how they differ from the same rows in the first format."""
+    text, answer, right, tokens = (
+        torch.tensor(found[name], dtype=torch.float64) for name in ("text", "answer", "right", "tokens")
+    )
+    old_text, old_answer, old_right = (
+        torch.tensor(first[name], dtype=torch.float64) for name in ("text", "answer", "right")
+    )
+    changed = (text - old_text) * len(tokens) / tokens.sum()
     return {
-        "perplexity": round(math.exp(loss.mean()), 5),
-        "perplexity of the second half": round(math.exp(loss[:, tokens // 2 :].mean()), 5),
-        "clozes": f"{sum(clozes)} of {len(clozes)}",
-        "nats per cloze answer": round(sum(answers) / len(answers), 5),
-        "bytes per sequence, hybrid layers": nbytes // len(ids),
-        "bytes per sequence, full layers": (cache_nbytes(cache) - nbytes) // len(ids),
-        "seconds": round(seconds, 1),
-        "rows": len(ids),
-        "tokens": tokens,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "rows": len(tokens),
+        "tokens": int(tokens.sum()),
+        "perplexity": round(math.exp(text.sum() / tokens.sum()), 5),
+        "perplexity, change in %": [round(100 * math.expm1(x), 4) for x in interval(changed)],
+        "clozes right": int(right.sum()),
+        "clozes right here alone, there alone": [int((right > old_right).sum()), int((right < old_right).sum())],
+        "clozes, change of the fraction right": interval(right - old_right),
+        "nats per answer": round(answer.mean().item(), 5),
+        "nats per answer, change": interval(answer - old_answer),
+        "bytes per sequence, hybrid layers": found["bytes per sequence, hybrid layers"],
+        "bytes per sequence, full layers": found["bytes per sequence, full layers"],
+        "seconds": round(found["seconds"], 1),
     }
-
-
-@torch.no_grad()
-def decoding_ms(model: Any, ids: Tensor) -> float:
-    """Milliseconds of a decoded token of all rows, as `generate` writes it."""
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    times = []
-    for new in (16, 80):
-        synchronize(model.device.type)
-        start = time.perf_counter()
-        model.generate(ids[:, :128], max_new_tokens=new, min_new_tokens=new, **options)
-        synchronize(model.device.type)
-        times.append(time.perf_counter() - start)
-    return round(1e3 * (times[1] - times[0]) / 64, 3)
 
 
 def main() -> None:
@@ -142,31 +171,42 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model")
-    parser.add_argument("--rows", type=int, default=256 if device == "cuda" else 8)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--dtypes", default="float32,int8,bfloat16")
+    parser.add_argument("--rows", type=int, default=4096 if device == "cuda" else 8)
+    parser.add_argument("--batch", type=int, default=1024 if device == "cuda" else 8)
+    parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--segment", type=int, default=1)
+    parser.add_argument("--dtypes", default="float32,int8")
     parser.add_argument("--budget-s", type=float, default=math.inf)
     options = parser.parse_args()
     end = time.perf_counter() + options.budget_s
     model, tokenizer = load(options.model, device)
     documents = read_documents(find_set(options.data, HELD_OUT))
-    ids, places = make_rows(tokenizer, documents, options.rows, options.tokens)
+    rows = make_rows(tokenizer, documents, options.rows, options.tokens)
     options.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    for name in options.dtypes.split(","):
-        path = options.out / f"{name}.json"
-        if not path.exists():
-            model.config.state_dtype = name
-            measured = measure(model, ids.to(device), places, options.tokens, end)
-            if measured is None:
-                break
-            if device == "cuda":
-                decoding_ms(model, ids.to(device))  # compiles kernels
-                measured["ms per decoded token"] = decoding_ms(model, ids.to(device))
-            write_atomically(path, to_json(measured))
-        found[name] = json.loads(path.read_text())
-        print(name, to_json(found[name]), flush=True)
-    write_atomically(options.out / "state_bytes.json", to_json(found))
+    names = options.dtypes.split(",")
+    batches: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for start in range(0, len(rows), options.batch):
+        read = []
+        for name in names:
+            path = options.out / f"{name}-{start}.json"
+            if not path.exists():
+                model.config.state_dtype = name
+                measured = measure(model, rows[start : start + options.batch], end, options.segment)
+                if measured is None:
+                    break
+                write_atomically(path, to_json(measured))
+            read.append(json.loads(path.read_text()))
+        if len(read) < len(names):
+            break
+        for name, batch in zip(names, read, strict=True):
+            batches[name].append(batch)
+        whole = {name: joined(found) for name, found in batches.items()}
+        found: dict[str, Any] = {name: summary(one, whole[names[0]]) for name, one in whole.items()}
+        found["device"] = (
+            torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        write_atomically(options.out / "state_bytes.json", to_json(found))
+        print(to_json(found), flush=True)
 
 
 if __name__ == "__main__":

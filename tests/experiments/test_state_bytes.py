@@ -1,4 +1,4 @@
-"""The measurement of packed states reads token by token what one forward pass reads."""
+"""The measurement of packed states: rows read token by token, and formats compared row by row."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.state_bytes import measure
+from experiments.state_bytes import Row, joined, measure, summary
 from tests.models.families import hybrid, tokens
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
-def test_perplexity_and_answers_are_those_of_one_forward_pass(state_dtype):
+def test_rows_cost_what_they_cost_in_one_forward_pass(state_dtype):
     model: Any = hybrid("llama", [8, -1, 3])
     model.config.state_dtype = state_dtype
-    ids, places = tokens(3, 60), [(50, 53), (55, 60), (48, 50)]
-    found = measure(model, ids, places, 40, math.inf)
+    ids = tokens(3, 60)
+    rows = [Row(ids[0, :53].tolist(), 50), Row(ids[1].tolist(), 55), Row(ids[2, :50].tolist(), 48)]
+    found = measure(model, rows, math.inf)
     assert found is not None
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 59)
     near = 1e-4 if state_dtype == "float32" else 0.1
-    assert found["perplexity"] == pytest.approx(math.exp(loss[:, :39].mean()), rel=near)
-    answers = sum(loss[row, a - 1 : b - 1].sum().item() for row, (a, b) in enumerate(places)) / 3
-    assert found["nats per cloze answer"] == pytest.approx(answers, rel=near)
+    for number, (row, last) in enumerate(zip(rows, (52, 59, 49), strict=True)):
+        assert found["text"][number] == pytest.approx(loss[number, :last].sum().item(), rel=near)
+        assert found["answer"][number] == pytest.approx(loss[number, row.answer - 1 : last].sum().item(), rel=near)
     assert found["bytes per sequence, full layers"] > 0
-    assert measure(model, ids, places, 40, 0.0) is None
+    assert measure(model, rows, 0.0) is None
+
+
+def test_formats_are_compared_row_by_row():
+    first = {"text": [10.0, 20.0], "answer": [2.0, 4.0], "right": [True, False], "tokens": [10, 10], "seconds": 1.0}
+    first |= {"bytes per sequence, hybrid layers": 9, "bytes per sequence, full layers": 0}
+    other = joined([first | {"text": [11.0, 21.0], "answer": [3.0, 5.0], "right": [True, True]}])
+    found = summary(other, first)
+    assert found["nats per answer, change"] == [1.0, 1.0, 1.0]
+    assert found["clozes right here alone, there alone"] == [1, 0]
+    assert found["perplexity, change in %"][0] == pytest.approx(100 * math.expm1(0.1), abs=1e-3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nha.ops import full_attention as module
 from nha.ops import full_prefill
 
 
@@ -21,9 +22,23 @@ def masked(q, k, v, scale=None):
 
 @pytest.mark.parametrize("length, seen", [(5, 5), (5, 6), (5, 10), (5, 17), (1, 4)])
 @pytest.mark.parametrize("scale", [None, 3.0])
-def test_parts_merge_to_attention_with_a_mask(length, seen, scale):
+def test_parts_merge_to_attention_with_a_mask(length, seen, scale, monkeypatch):
+    monkeypatch.setattr(module, "MIN_PART", 1)
     q, k, v = make(length, seen)
     torch.testing.assert_close(full_prefill(q, k, v, scale), masked(q, k, v, scale), rtol=1e-12, atol=1e-12)
+
+
+def test_few_tokens_after_many_take_few_parts(monkeypatch):
+    calls, kernel = [], module._square_kernel
+
+    def counted(*given):
+        attend = kernel(*given)
+        return lambda *args: calls.append(args) or attend(*args)
+
+    monkeypatch.setattr(module, "_square_kernel", counted)
+    q, k, v = make(4, 2500)
+    torch.testing.assert_close(full_prefill(q, k, v), masked(q, k, v), rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1 + 3
 
 
 def test_half_precision_errs_no_more_than_twice_as_much_as_one_kernel():

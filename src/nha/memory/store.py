@@ -36,7 +36,7 @@ from nha.models.windows import decoder
 
 FORMAT = "nha-memory-v1"
 SUFFIX, GROWTH_SUFFIX = ".state.safetensors", ".growth.safetensors"
-READERS = 8  # files that are read at once
+READERS = 16  # files that are read at once
 LOCK = ".lock"
 LOCK_SECONDS = 10.0  # how long to wait for another process that removes entries
 ABANDONED_SECONDS = 3600.0  # a temporary file of this age was left by a process that is gone

@@ -16,6 +16,8 @@ from nha.ops.state import NHAState, advance, slot_dtype
 from nha.ops.validation import MAX_DIM, MAX_GROUPS, NARROW_DIM
 from nha.ops.varlen import each_sequence
 
+MIN_PART = 1024  # keys that `full_prefill` reads at a time, at least
+
 
 def full_attention(
     q: Tensor,
@@ -131,7 +133,8 @@ def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dr
     """Causal attention of the last T of Tk tokens, [B, T, HQ, Dv], without a mask of T x Tk.
 
     PyTorch has one kernel for it, FlashAttention-2. cuDNN's is faster but takes T x T scores only, causal or not:
-    without gradients it attends to T keys at a time, and the parts are merged by their log-sum-exps.
+    without gradients it attends to T keys at a time, and the parts are merged by their log-sum-exps. Few tokens after
+    many would make thousands of parts, so they take the first kernel, or on a CPU parts of `MIN_PART` keys.
 
     Args:
         q: [B, HQ, T, D]; query head h reads KV head h // (HQ / H).
@@ -146,15 +149,16 @@ def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dr
     """
     q, k, v = (aligned(x) for x in cast_for_autocast(q, k, v))
     length, keys = q.shape[2], k.shape[2]
-    attend = None if dropout or length == keys else _square_kernel(q, k, v)
+    short = q.device.type != "cpu" and length < MIN_PART
+    attend = None if dropout or short or length == keys else _square_kernel(q, k, v)
     if attend is None:
         bias: Tensor = causal_lower_right(length, keys)
         grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, **grouped).transpose(1, 2)
-    past = keys - length
+    past, size = keys - length, max(length, MIN_PART)
     out, total = attend(q, k[:, :, past:], v[:, :, past:], True, scale)
-    for start in range(0, past, length):
-        stop = min(start + length, past)
+    for start in range(0, past, size):
+        stop = min(start + size, past)
         part, lse = attend(q, k[:, :, start:stop], v[:, :, start:stop], False, scale)
         out = torch.lerp(out, part, torch.sigmoid(lse - total))
         total = torch.logaddexp(total, lse)
