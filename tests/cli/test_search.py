@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nha.cli import app
+from nha.convert import head_counts, heads
+from nha.convert.heads import CopyRow
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.models.families import hybrid, teacher
 
@@ -148,6 +151,31 @@ def test_heads_that_are_found_are_converted_and_another_plan_takes_their_weights
     for wrong, words in ((["@hybrid"], "not converted yet"), (["@tiny", "--seed", "1"], "seed 1")):
         refused = run(places, "search", wrong[0], str(path), *options, *wrong[1:])
         assert refused.exit_code == 2 and words in " ".join(refused.stderr.split())
+
+
+def test_a_wanted_quality_proposes_the_number_of_full_heads(places, tmp_path, monkeypatch):
+    path, text, asked = tmp_path / "plan.json", tmp_path / "letters.txt", []
+    text.write_text("The traveller whom old letters praise was Anna.")
+
+    def copied(model, rows, heads, window_size):
+        full = int(heads.sum())
+        asked.append(full)
+        return [row < 2 * full for row in range(len(rows))]
+
+    monkeypatch.setattr(head_counts, "copied", copied)
+    monkeypatch.setattr(head_counts, "copy_rows", lambda *_, **__: list(range(8)))
+    monkeypatch.setattr(heads, "copy_rows", lambda *_, **__: [CopyRow(torch.arange(1, 30), 1)])
+    options = ["--keep", "0.7", "--head-steps", "4", "--window", "8", "--text", str(text)]
+    first = run(places, "search", "@tiny", str(path), *options)
+    assert first.exit_code == 0 and "3: 75%" in first.stdout, first.output
+    found = json.loads(path.read_text())
+    assert found["heads"] == 3 and [2, 0.5] in found["kept"] and found["wide_window"] == -1
+    assert sum(w == -1 for row in found["windows"] for w in ([row] * 2 if isinstance(row, int) else row)) == 3
+    asked.clear()
+    again = run(places, "search", "@tiny", str(path), *options)
+    assert again.exit_code == 0 and not asked  # what is known decides
+    refused = run(places, "search", "@tiny", str(tmp_path / "new.json"), "--keep", "0.7", "--heads", "3")
+    assert refused.exit_code == 2 and "got both: 0.7 and 3" in " ".join(refused.stderr.split())
 
 
 def test_windows_of_single_heads_are_named_on_the_command_line(places, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nha import hybridize
+from nha.convert.head_counts import count_heads
 from nha.convert.heads import (
     CopyRow,
     HeadPlan,
@@ -85,6 +86,17 @@ def test_the_head_that_copies_keeps_full_attention_and_no_weight_of_the_model_ch
     assert len(losses) == QUICK.steps
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa" and all(p.requires_grad for p in model.parameters())
+
+
+def test_what_a_model_copies_is_kept_with_the_head_that_copies_alone():
+    model, rows = copying_model(), [copy_row(seed) for seed in range(12)]
+    weights: Any = [[1.0, 0.3], [0.2, 0.1]]
+    assert count_heads(model, rows, weights, 8, 0.9) == {0: 0.0, 1: 1.0, 2: 1.0, 4: 1.0}
+    swapped = count_heads(model, rows, [[0.1, 0.3], [0.2, 1.0]], 8, 0.9)
+    assert min(count for count, kept in swapped.items() if kept >= 0.9) == 4
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="copies none"):
+        count_heads(model, [CopyRow(torch.tensor([0, 5, 9]), 1)], weights, 8, 0.9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])

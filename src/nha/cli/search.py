@@ -37,7 +37,7 @@ def search(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Find the layers or, with --heads, the KV heads that should keep full attention or get a wide window.
+    """Find the layers or, with --heads or --keep, the KV heads that should keep full attention or get a wide window.
 
     Layers are compared by the loss on recall and language text. Heads are found by learned weights that mix full and
     narrow attention while the model copies from real text: under a minute on a GPU, minutes on a CPU. No weight of the
@@ -45,7 +45,7 @@ def search(
     of the weights that heads have.
     """
     picture = check_paths(output)
-    if settings.heads is not None:
+    if settings.heads is not None or settings.keep is not None:
         search_heads(loading.find_to_convert(model), output, settings, text, as_json)
         return
     texts = None if text is None else [common.read_text(path) for path in text]

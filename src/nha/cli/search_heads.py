@@ -22,9 +22,10 @@ def search_heads(
 ) -> None:
     """Search, or take the weights of an earlier search with the same settings, write the plan and print it."""
     if source.config is not None and loading.is_hybrid(source.config):
-        raise BadInput(f"expected a model that is not converted yet for --heads, {source.name} is a hybrid")
+        raise BadInput(f"expected a model that is not converted yet for heads, {source.name} is a hybrid")
     own = head_settings(settings)
 
+    from nha.convert.head_counts import propose
     from nha.convert.heads import load_plan, make_plan, save_plan
     from nha.convert.heads import search_heads as find
     from nha.data.sources import check_sources, documents
@@ -40,12 +41,22 @@ def search_heads(
     sizes = [path.stat().st_size for path in text or [] if path.is_file()]
     about = {"model": source.label, "weights": fingerprint(model), "text": [str(path.name) for path in text or []]}
     about |= {"text_bytes": sizes, "dtype": str(model.dtype)}
+    kept: list[list[float]] = []
     if output.exists():
         known = load_plan(output, about | own.identity())
-        plan = make_plan(known.settings, known.weights, known.losses, own)
+        plan, kept = make_plan(known.settings, known.weights, known.losses, own), known.kept
     else:
         with common.steps(f"learning which heads of {source.label} copy") as advance:
             plan = find(model, tokenizer, texts, own, about=about, progress=advance)
+    plan = dataclasses.replace(plan, kept=kept)
+    if settings.keep is not None:
+        save_plan(plan, output)  # the weights, should counting be interrupted
+        with err.status("counting heads") as status:
+
+            def progress(count: int) -> None:
+                status.update(f"reading clozes with {count} full heads")
+
+            plan = propose(plan, model, tokenizer, texts, own, settings.keep, progress=progress)
     save_plan(plan, output)
     if as_json:
         print_json(plan.to_dict())
@@ -61,7 +72,7 @@ def head_settings(settings: SearchSettings) -> HeadSearchSettings:
         raise BadInput(f"expected --window of at least 1 with --heads, got {window}")
     return dataclasses.replace(
         default,
-        heads=settings.heads,
+        heads=0 if settings.heads is None else settings.heads,
         wide_window=settings.wide_window,
         window_size=window,
         steps=settings.head_steps,
@@ -78,6 +89,9 @@ def report(plan: HeadPlan, model: Any, output: Path, context: int) -> None:
     wide = "full attention" if plan.wide_window < 0 else f"a window of {plan.wide_window}"
     others = sorted(set(all_windows(plan.windows)) - {plan.wide_window, -1})
     out.print(f"[green]✓[/] {plan.heads} heads with {wide} (layer.head): {chosen or 'none'}", soft_wrap=True)
+    if plan.kept:
+        shares = ", ".join(f"{int(count)}: {value:.0%}" for count, value in plan.kept)
+        out.print(f"  copied clozes kept by the number of full heads, nothing trained: {shares}", soft_wrap=True)
     out.print(f"  all others: {', '.join(map(str, others)) or 'none'}", soft_wrap=True)
     shown = f"{context:,} tokens"
     config = model.config.get_text_config()

@@ -63,6 +63,8 @@ class HeadPlan:
         wide_window: their window.
         windows: of all layers, as `hybridize` and `DistillSettings` take them.
         losses: of the answers, in nats a token, at every step.
+        kept: [heads, fraction] of the clozes that the model copies, kept with so many full heads and nothing trained,
+            for the numbers of heads that were measured.
     """
 
     settings: dict[str, Any]
@@ -71,6 +73,7 @@ class HeadPlan:
     wide_window: int
     windows: list[LayerWindow]
     losses: list[float] = field(default_factory=list)
+    kept: list[list[float]] = field(default_factory=list)
 
     @property
     def chosen(self) -> list[tuple[int, int]]:

@@ -92,6 +92,14 @@ class SearchSettings:
         at_most=1 << 20,
         shown="layers",
     )
+    keep: float | None = setting(
+        None,
+        "Search KV heads, and propose how many need full attention: the fewest with which the model, untrained, still "
+        "copies this fraction of what it copies from real text.",
+        above=0,
+        at_most=1,
+        shown="as many as --heads",
+    )
     head_steps: int = count(56, "Steps in which the mixing weights of heads are learned.")
     max_bytes: int | None = setting(
         None, "Bytes that the cache may take at --context.", at_least=1, at_most=1 << 50, option="bytes", shown="none"
@@ -123,6 +131,13 @@ class SearchSettings:
             raise ValueError(f"expected num_full or max_bytes, got both: {self.num_full} and {self.max_bytes}")
         if self.heads is not None and (self.num_full is not None or self.max_bytes is not None):
             raise ValueError(f"expected heads or num_full and max_bytes, got both, with heads of {self.heads}")
+        if self.keep is not None:
+            given = {"heads": self.heads, "num_full": self.num_full, "max_bytes": self.max_bytes}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"expected keep or {name}, got both: {self.keep:g} and {value}")
+            if self.wide_window != -1:
+                raise ValueError(f"expected wide_window of -1 with keep, got {self.wide_window}")
         others = 64 if self.window_size is None else self.window_size
         if self.wide_window != -1 and self.wide_window <= others:
             raise ValueError(
