@@ -39,7 +39,7 @@ def copied(model: PreTrainedModel, rows: Sequence[CopyRow], heads: Tensor, windo
 
 
 def fewest_heads(measure: Callable[[int], float], total: int, wanted: float) -> dict[int, float]:
-    """What `measure` gives for the numbers of heads that bisection tries, among them the fewest that reach `wanted`.
+    """Measured values by the number of heads, for the numbers that bisection tries: the fewest to reach `wanted` is one.
 
     More heads are taken to keep no less. All heads keep everything, and are not measured.
 
