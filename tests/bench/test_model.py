@@ -138,6 +138,20 @@ def test_the_strongest_original_is_what_a_hybrid_is_compared_with():
     assert "0.50, slower" in text and "kernels of nha (compiled)" in text
 
 
+def test_a_token_called_eagerly_is_not_compared_where_the_model_has_graphs():
+    def token(variant, how, length, ms):
+        return {"task": "decode", "variant": variant, "how": how, "T": length, "ms": ms, "tokens_s": 1e3 / ms} | {
+            "status": "ok"
+        }
+
+    rows = [token("original", "graph", n, 8.0) for n in (256, 2048)]
+    rows += [token("hybrid-0", "graph", 256, 7.0), token("hybrid-0", "eager", 2048, 70.0)]
+    assert model_page.curve(rows, "decode", ["hybrid-0"]) == [(256.0, 7.0)]
+    assert model_page.speed_up(rows, "decode", "hybrid-0", 2048) is None
+    assert model_page.curve(rows[2:], "decode", ["hybrid-0"]) == [(256.0, 7.0)]
+    assert model_page.curve(rows[3:], "decode", ["hybrid-0"]) == [(2048.0, 70.0)]
+
+
 def test_the_table_of_the_documentation_names_the_strongest_original():
     rows = [
         invented("original", "prefill", "one call", 2048, 50.0),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TASKS = {"prefill": "Prompt", "decode": "One more token", "throughput": "Tokens a second of as many sequences as fit"}
+IN_SEGMENTS = "read in segments"
 DRAWN = {"prefill": ("reading a prompt, s", 1e-3), "decode": ("one more token, ms", 1.0)}
 
 
@@ -76,19 +77,29 @@ def fastest(rows: Iterable[Row], task: str, variants: Iterable[str], length: int
     return max(found, key=lambda row: row["tokens_s"], default=None)
 
 
+def comparable(rows: list[Row]) -> list[Row]:
+    """The rows that comparisons and curves are made of: no eager tokens of a variant that was timed otherwise as well.
+
+    At a length where nothing else was timed, such a token would show the host and not the model.
+    """
+    other = {row["variant"] for row in rows if row["task"] == "decode" and row["how"] != "eager"}
+    return [r for r in rows if (r["task"], r["how"]) != ("decode", "eager") or r["variant"] not in other]
+
+
 def lengths_of(rows: Iterable[Row], task: str) -> list[int]:
     return sorted({row["T"] for row in rows if row["task"] == task})
 
 
 def curve(rows: list[Row], task: str, variants: Iterable[str]) -> Points:
     """(T, ms) of the fastest way at each length."""
-    variants = list(variants)
+    rows, variants = comparable(rows), list(variants)
     found = {length: fastest(rows, task, variants, length) for length in lengths_of(rows, task)}
     return [(float(length), float(row["ms"])) for length, row in found.items() if row is not None]
 
 
 def speed_up(rows: list[Row], task: str, variant: str, length: int) -> float | None:
     """Tokens a second of a variant over those of the strongest original; None where one of them is absent."""
+    rows = comparable(rows)
     ours, theirs = fastest(rows, task, [variant], length), fastest(rows, task, ORIGINALS, length)
     return None if ours is None or theirs is None else ours["tokens_s"] / theirs["tokens_s"]
 
@@ -119,13 +130,13 @@ def summary(rows: list[Row]) -> list[str]:
             if not known:
                 continue
             first = crossover_text(rows, task, variant)[0] + "; " if task != "throughput" else ""
-            factors = ", ".join(f"{tokens(n)} {x:.2f}" for n, x in known.items())
-            strong = fastest(rows, task, ORIGINALS, max(known))
+            factors = ", ".join(f"{x:.2f} at {tokens(n)}" for n, x in known.items())
+            strong = fastest(comparable(rows), task, ORIGINALS, max(known))
             assert strong is not None
             name = f"{style(strong['variant']).label} ({strong['how']})"
             lines.append(
-                f"{style(variant).label}, {title.lower()}: {first}speed-up over the strongest original: {factors}; "
-                f"the strongest at {tokens(max(known))} is {name}"
+                f"{style(variant).label}, {title.lower()}: {first}speed-up over the strongest original {factors}; "
+                f"the strongest at {tokens(max(known))}: {name}"
             )
     return lines
 
@@ -147,12 +158,18 @@ def draw(rows: list[Row], name: str) -> Figure | None:
         _mark_crossovers(one, rows, task)
         _finish(one, lengths_of(rows, task), unit)
     for variant in variants_of(rows):
-        found = [row for row in rows if row["task"] == "prefill" and row["variant"] == variant and row["peak_gib"]]
-        lowest = {n: min(row["peak_gib"] for row in found if row["T"] == n) for n in lengths_of(found, "prefill")}
-        _plot(axes[2], [(float(n), y) for n, y in lowest.items()], style(variant))
+        how = style(variant)
+        _plot(axes[2], _peaks(rows, variant, "one call"), how)
+        _plot(axes[2], _peaks(rows, variant, "segments"), how._replace(label=IN_SEGMENTS, marker="*", dash="none"))
     _finish(axes[2], lengths_of(rows, "prefill"), "peak of memory, GiB")
     add_legend(figure, axes)
     return figure
+
+
+def _peaks(rows: list[Row], variant: str, how: str) -> Points:
+    """(T, GiB) of a variant's prompts, read in this way."""
+    found = [r for r in rows if (r["task"], r["variant"], r["how"]) == ("prefill", variant, how) and r["peak_gib"]]
+    return sorted((float(row["T"]), row["peak_gib"]) for row in found)
 
 
 def _plot(axes: Axes, points: Points, how: Style) -> None:

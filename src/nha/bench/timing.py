@@ -179,7 +179,7 @@ def select(rows: Sequence[R], only: str | None) -> list[R]:
 def require_gpu(tiny: bool) -> None:
     """Raises ValueError without a GPU, unless the shapes are tiny."""
     if not CUDA and not tiny:
-        raise ValueError("expected a CUDA device, or tiny shapes; found neither")
+        raise ValueError("expected a CUDA device, found none: --tiny runs small shapes without one")
 
 
 class Table:
