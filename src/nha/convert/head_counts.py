@@ -39,7 +39,7 @@ def copied(model: PreTrainedModel, rows: Sequence[CopyRow], heads: Tensor, windo
 
 
 def fewest_heads(measure: Callable[[int], float], total: int, wanted: float) -> dict[int, float]:
-    """Measured values by the number of heads, for the numbers that bisection tries: the fewest to reach `wanted` is one.
+    """Measured values by the number of heads, for the numbers that bisection tries: one is the fewest for `wanted`.
 
     More heads are taken to keep no less. All heads keep everything, and are not measured.
 
