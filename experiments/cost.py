@@ -3,7 +3,8 @@
     PYTHONPATH=src python -m experiments.cost --out OUT                                  # one GPU
     PYTHONPATH=src torchrun --nproc-per-node 2 -m experiments.cost --out OUT             # two GPUs, sharded
 
-A few steps of `nha distill`'s own loop for every shape, teacher included. Each shape is a row of OUT/cost.json as soon
+A few steps of `nha distill`'s own loop for every shape, teacher included (`--compile nothing` starts sooner and shows
+what steps cost that are not compiled). Each shape is a row of OUT/cost.json as soon
 as it is known, stamped with GPU, versions and date; OUT/cost.md is the table, with hours for a number of tokens. Rows
 of the same shape and number of GPUs are not made again. --budget-s: shapes that would begin later are left out.
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nha.distill.recipes import recipe_settings
-from nha.distill.settings import DistillSettings
+from nha.distill.settings import COMPILED, DistillSettings
 from nha.io import write_atomically
 
 # Llama 3.2 1B and 3B and Llama 3 8B: hidden size, feed-forward size, layers, query heads, KV heads, tied embeddings;
@@ -53,7 +54,7 @@ def shape_config(name: str) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=tied,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         max_position_embeddings=131072,
     )
 
@@ -78,21 +79,60 @@ def make_corpus(work: Path) -> tuple[Any, Any]:
     return prepare([str(work / "text.jsonl")], work / "corpus", tokenizer, held_out_fraction=0.0), tokenizer
 
 
-def settings_of(name: str, steps: int, seq_len: int, world: int) -> DistillSettings:
+def settings_of(name: str, options: argparse.Namespace, world: int) -> DistillSettings:
     """Settings of a few steps of a shape, with the recipe's full layers."""
     batch, micro, recompute = SHAPES[name]["batch"]
+    seq_len = options.seq_len
     given = {
-        "tokens": float(steps * batch * seq_len * world),
+        "tokens": float(options.steps * batch * seq_len * world),
         "batch_size": batch,
         "micro_batch_size": micro,
         "gradient_checkpointing": recompute or world > 1,
         "seq_len": seq_len,
-        "align_steps": 2,
+        "align_steps": 0,
         "align_sequences": 4,
+        "compile": options.compile,
         "log_every": 1,
         "save_every": 10**9,
     }
     return recipe_settings(RECIPE, SHAPES[name]["size"][2], given=given)
+
+
+def time_steps(model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings) -> list[float]:
+    """Tokens per second of each step of a run on one device, without what is written and aligned before and after."""
+    import torch
+
+    from nha.data.stream import Stream
+    from nha.distill.run import compiles, make_mixture, make_student, make_trainer
+    from nha.models.config import plan_windows
+
+    windows = plan_windows(model.config, settings.window_size, settings.full_layers)  # type: ignore[arg-type]
+    stream = Stream(corpus, tokenizer, make_mixture(settings))
+    student, _ = make_student(model, corpus, settings, windows)
+    if compiles(student, settings.compile):
+        student.compile_layers()
+    speeds = []
+    with tempfile.TemporaryDirectory() as run:
+        trainer = make_trainer(student.train(), stream, Path(run), settings)
+        optimizer: Any = trainer.create_optimizer()
+        for step in range(len(stream)):
+            batch, begun = stream[step], time.perf_counter()
+            trainer.training_step(student, batch)
+            optimizer.step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            speeds.append(settings.batch_size * settings.seq_len / (time.perf_counter() - begun))
+    return speeds
+
+
+def sharded_speeds(model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings, run: Path) -> list[float]:
+    """Tokens per second of each step of a whole run on the devices of a `torchrun`."""
+    from nha.distill.run import distill
+
+    found = distill(model, tokenizer, corpus, run, settings)
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(run)
+    return [entry["tokens_per_s"] for entry in found.log]
 
 
 def measure(name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace, world: int) -> dict[str, Any]:
@@ -102,25 +142,22 @@ def measure(name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace,
 
     from experiments.distill import versions
     from nha.distill.estimate import estimate
-    from nha.distill.run import distill
 
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
     torch.manual_seed(0)
-    settings = settings_of(name, options.steps, options.seq_len, world)
+    settings = settings_of(name, options, world)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape_config(name), dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        run = Path(place) / "run" if world == 1 else options.work / f"run-{name}-{world}"
-        found = distill(model.eval(), tokenizer, corpus, run, settings)
-        if os.environ.get("RANK", "0") == "0":
-            shutil.rmtree(run)
-    speeds = [entry["tokens_per_s"] for entry in found.log[len(found.log) // 2 :]]
+    if world == 1:
+        speeds = time_steps(model.eval(), tokenizer, corpus, settings)
+    else:
+        speeds = sharded_speeds(model.eval(), tokenizer, corpus, settings, options.work / f"run-{name}-{world}")
     about = estimate(shape_config(name), dataclasses.replace(settings, tokens=BASE_TOKENS), world=world)
-    speed = statistics.median(speeds)
+    speed = statistics.median(speeds[len(speeds) // 2 :])
     return {
         "shape": name,
         "gpus": world if cuda else 0,
@@ -130,8 +167,9 @@ def measure(name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace,
         "batch_size": settings.batch_size,
         "seq_len": settings.seq_len,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "compile": settings.compile,
         "full_layers": list(settings.full_layers),
-        "steps": found.steps,
+        "steps": len(speeds),
         "tokens_per_s": speed,
         "flops_per_s": speed * about.flops_per_token,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
@@ -171,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", type=lambda s: s.split(","), default=["1B", "3B", "8B"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--compile", default="auto", choices=COMPILED, help="as of nha distill; nothing starts sooner")
     parser.add_argument("--budget-s", type=float, default=1e9)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.shapes if name not in SHAPES]
