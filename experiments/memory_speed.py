@@ -10,16 +10,14 @@ a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m with 4,000; --sh
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.shapes import build, synchronize
+from experiments.shapes import build, model_options, synchronize
 from nha.io import write_atomically
 from nha.memory import MemoryStore
 from nha.models.conversation import cache_keyword
@@ -63,11 +61,7 @@ def ask(model: Any, store: MemoryStore, ids: Tensor, marks: list[int], new: int)
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", default="llama-8b" if device == "cuda" else "smollm2-135m")
-    parser.add_argument("--full-layers", type=int, default=4)
+    parser, device = model_options(__doc__)
     parser.add_argument("--tokens", type=int, default=100_000 if device == "cuda" else 4000)
     parser.add_argument("--block-size", type=int, default=4096 if device == "cuda" else 1024)
     parser.add_argument("--new", type=int, default=16)

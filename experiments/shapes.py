@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +36,20 @@ def build(shape: str, full_layers: int, device: str, window: int = 64, slots: in
     return model.requires_grad_(False)
 
 
+def model_options(description: str | None) -> tuple[argparse.ArgumentParser, str]:
+    """A parser with --out, --shape and --full-layers, for which the device, the second value, has defaults."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", default="llama-8b" if device == "cuda" else "smollm2-135m")
+    parser.add_argument("--full-layers", type=int, default=4)
+    return parser, device
+
+
 def synchronize(device: str) -> None:
     """Wait until a GPU has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-__all__ = ["SHAPES", "build", "synchronize"]
+__all__ = ["SHAPES", "build", "model_options", "synchronize"]

@@ -11,18 +11,16 @@ speculation.json. Without --shape a GPU takes llama-8b and a CPU smollm2-135m; -
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from experiments.prefill_profile import kernels
-from experiments.shapes import build, synchronize
+from experiments.shapes import build, model_options, synchronize
 from nha.io import write_atomically
 from nha.models.cache import allow_rollback
 from nha.models.conversation import cache_keyword
@@ -122,11 +120,7 @@ def operator_steps(model: Any, context: int, drafts: int) -> dict[str, Callable[
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", default="llama-8b" if device == "cuda" else "smollm2-135m")
-    parser.add_argument("--full-layers", type=int, default=4)
+    parser, device = model_options(__doc__)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--drafts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40)

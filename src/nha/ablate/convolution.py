@@ -5,21 +5,17 @@ For tables alone: these layers train and are measured, but keep no cache.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nha.ablate.fusion import check_plain
+from nha.ablate.fusion import UncachedAttention
 from nha.models.config import NHAConfig
-from nha.models.masks import HybridMask
-from nha.models.nha import NHAAttention
 from nha.models.windows import decoder
 
 
-class ConvolvedAttention(NHAAttention):
+class ConvolvedAttention(UncachedAttention):
     """As `NHAAttention`; queries, keys and values are mixed over the last `taps` tokens, each channel by itself.
 
     Begins as the layer without convolutions.
@@ -40,17 +36,6 @@ class ConvolvedAttention(NHAAttention):
         kept = super().to_heads(projected)
         q, k, v = (mix(y, taps) for y, taps in zip(kept, (self.q_taps, self.k_taps, self.v_taps), strict=True))
         return q, k, v
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: HybridMask | Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """As in `NHAAttention`. Raises ValueError for a cache, padding and packed sequences."""
-        check_plain(self, hidden_states, attention_mask, kwargs)
-        return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
 
 
 def identity_taps(channels: int, taps: int) -> nn.Parameter:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nha.layer import write_order
 from nha.models.config import NHAConfig
-from nha.models.masks import HybridMask, cache_argument, read_mask
+from nha.models.masks import cache_argument, read_mask
 from nha.models.nha import FEATURES, NHAAttention
 from nha.models.segment import Reading, Segment, attend
 from nha.models.windows import decoder
@@ -22,26 +22,31 @@ from nha.ops import nha_attention
 from nha.ops.rotary import rotate
 
 
-class AveragedAttention(NHAAttention):
+class UncachedAttention(NHAAttention):
+    """`NHAAttention` that refuses a cache, padding and packed sequences; ablations change `read`."""
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """As in `NHAAttention`. Raises ValueError for a cache, padding and packed sequences."""
+        check_plain(self, hidden_states, attention_mask, kwargs)
+        return self.read(hidden_states, position_embeddings), None
+
+    def read(self, hidden_states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's output [B, T, hidden] for hidden states [B, T, hidden] and rotary tables [B, T, D]."""
+        return super().forward(hidden_states, tables)[0]
+
+
+class AveragedAttention(UncachedAttention):
     """Slots and window are read by a softmax each; from the first written token on, the output is their mean.
 
     Slots hold the same tokens as in `NHAAttention`: those that have left the window.
     """
 
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: HybridMask | Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend from hidden_states [B, T, hidden] without a cache, padding or packed sequences.
-
-        Raises ValueError for any of these.
-        """
-        check_plain(self, hidden_states, attention_mask, kwargs)
+    def read(self, hidden_states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """As in `UncachedAttention`."""
         q_slot, k_slot, v = self.project(hidden_states)
-        q, k = rotate(q_slot, *position_embeddings), rotate(k_slot, *position_embeddings)
+        q, k = rotate(q_slot, *tables), rotate(k_slot, *tables)
         features = FEATURES[self.config.slot_features]
         q_slot, k_slot = features(q_slot), features(k_slot)
         order = write_order(hidden_states, None, None, None)
@@ -52,7 +57,7 @@ class AveragedAttention(NHAAttention):
         far = nha_attention(q_slot, delayed[0], delayed[1], delayed[2], window_size=0).out
         written = torch.arange(q.shape[1], device=q.device) >= window
         share = torch.where(written[:, None], self.slot_share(hidden_states), 0.0)[..., None].to(near.dtype)
-        return self.output(near + share * (far - near), hidden_states), None
+        return self.output(near + share * (far - near), hidden_states)
 
     def slot_share(self, hidden_states: Tensor) -> Tensor:
         """The weight of the slots' output, [B, T, HQ] or broadcast to it."""

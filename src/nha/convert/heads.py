@@ -93,35 +93,22 @@ def copy_rows(
     min_distance: int,
     max_distance: int,
     seed: int = 0,
+    fewer: bool = False,
 ) -> list[CopyRow]:
     """Clozes whose source lies `min_distance` to `max_distance` tokens before the answer.
 
-    Raises ValueError for documents that give fewer than `count`.
+    Raises ValueError for documents that give less than `count` of them, or, if `fewer` are enough, that give none.
     """
-    found = find_copy_rows(tokenizer, documents, count, min_distance=min_distance, max_distance=max_distance, seed=seed)
-    if len(found) < count:
-        raise ValueError(
-            f"expected text for {count} clozes, got enough for {len(found)}: give more or longer documents"
-        )
-    return found
-
-
-def find_copy_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
-    count: int,
-    *,
-    min_distance: int,
-    max_distance: int,
-    seed: int = 0,
-) -> list[CopyRow]:
-    """As `copy_rows`, but fewer than `count` where documents give no more. Raises ValueError where they give none."""
     found: list[CopyRow] = []
     for cloze in make_clozes(tokenizer, documents, 2 * count, (min_distance, max_distance), seed):
         prompt = tokenizer(cloze.prompt, verbose=False).input_ids
         ids = tokenizer(f"{cloze.prompt} {cloze.answer}", verbose=False).input_ids
         if ids[: len(prompt)] == prompt and len(ids) > len(prompt):
             found.append(CopyRow(torch.tensor(ids), len(ids) - len(prompt)))
+    if len(found) < count and not fewer:
+        raise ValueError(
+            f"expected text for {count} clozes, got enough for {len(found)}: give more or longer documents"
+        )
     return found[:count]
 
 

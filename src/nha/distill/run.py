@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from nha.convert.align import align
 from nha.convert.calibrate import SINK_TOKENS
-from nha.convert.heads import SPARE, find_copy_rows
+from nha.convert.heads import SPARE, copy_rows
 from nha.convert.hybridize import hybridize
 from nha.convert.write_scores import fit_write_scores, set_write_scores
 from nha.data.corpus import Corpus
@@ -524,7 +524,7 @@ def copy_texts(stream: Stream, settings: DistillSettings, windows: Sequence[Wind
     texts = [str(stream.tokenizer.decode(corpus.document(int(index))[:COPY_TOKENS])) for index in drawn]
     spans = {"min_distance": least, "max_distance": max(settings.write_reach, 2 * least)}
     try:
-        rows = find_copy_rows(stream.tokenizer, texts, COPY_ROWS, **spans, seed=settings.seed)
+        rows = copy_rows(stream.tokenizer, texts, COPY_ROWS, **spans, seed=settings.seed, fewer=True)
     except ValueError:
         return []
     return [row.ids[None] for row in rows]
