@@ -30,7 +30,7 @@ def measured(tmp_path_factory):
 def test_originals_and_hybrids_stand_in_one_table(measured):
     _, rows = measured
     assert {row["variant"] for row in rows} == {"original", "original-kernels", "hybrid-1", "hybrid-0"}
-    assert {row["task"] for row in rows} == {"prefill", "decode", "throughput"}
+    assert {row["task"] for row in rows} == {"prefill", "decode", "throughput", model.LIMITED}
     assert all(row["status"] == "ok" and row["ms"] > 0 and row["nha"] and row["date"] for row in rows)
     assert {"eager", "graph", "generate"} <= {row["how"] for row in rows if row["task"] == "decode"}
 
@@ -60,7 +60,7 @@ def test_memory_that_is_too_small_is_a_row(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model.model_measure, "prefill", refuse)
-    failed, _ = tiny_run(tmp_path, "^original prefill.*T20")
+    failed, _ = tiny_run(tmp_path, "^original prefill one call T20")
     rows = read_table(tmp_path / "llama-3-8b.csv")
     assert failed == 0 and [row["status"] for row in rows] == [model.OUT_OF_MEMORY] and rows[0]["ms"] is None
     assert "out of memory" in model_page.page(rows, "x", None)
@@ -72,9 +72,9 @@ def test_what_fails_is_tried_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(model.model_measure, "prefill", fail)
-        assert tiny_run(tmp_path, "^original prefill.*T20")[0] == 1
+        assert tiny_run(tmp_path, "^original prefill one call T20")[0] == 1
     assert read_table(tmp_path / "llama-3-8b.csv")[0]["status"] == "RuntimeError: no such kernel"
-    assert tiny_run(tmp_path, "^original prefill.*T20")[0] == 0
+    assert tiny_run(tmp_path, "^original prefill one call T20")[0] == 0
     assert [row["status"] for row in read_table(tmp_path / "llama-3-8b.csv")] == ["ok"]
 
 

@@ -2,11 +2,12 @@
 
 A row is one cell: a variant of the model (see `nha.bench.shapes`), a task, how it is done, and a length T in tokens.
 
-prefill     reading a prompt of T tokens into a cache, in one call or in segments of 16,384 tokens; ms, and the peak of
-            memory with the weights
+prefill     reading a prompt of T tokens into a cache, in "one call" or by "generate" until its first token; ms, and the
+            peak of memory with the weights
 decode      one more token of one sequence after T: "eager" is a call with a cache that grows, "graph" a CUDA graph of a
             call with a static cache, "compiled" a CUDA graph of the compiled call, "generate" plain `generate()`
 throughput  one more token of as many sequences of T tokens as fit into the memory; B is their number
+throughput-80gb  the same in the memory of an 80 GB GPU, of which 78 GiB can be had
 
 Hybrids have random gates: times do not depend on them. `status` is "ok", "out of memory" or what failed.
 """
@@ -31,7 +32,7 @@ from nha.io import atomic_write
 ABOUT = ("gpu", "torch", "transformers", "triton", "nha", "date")
 COLUMNS: tuple[str, ...] = ("model", "variant", "task", "how", "B", "T", "ms", "tokens_s", "peak_gib", "status", *ABOUT)
 FULL_LAYERS = 4
-SEGMENT = 16384
+LIMITED, LIMIT_GIB = "throughput-80gb", 78
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 Row = dict[str, Any]
 
@@ -60,7 +61,8 @@ class Cell:
             call = self.length / 30e3 + (self.length / 131072) ** 2 * quadratic
             return 2 + max(2 * call, min(4 * call, 3))
         compiles = 40 if self.how == "compiled" else 0
-        return compiles + (10 if self.task == "throughput" else 4) + self.length / 131072
+        grows = 0 if self.variant == "hybrid-0" else self.length / 131072
+        return compiles + (6 if self.task in ("throughput", LIMITED) else 4) + grows
 
 
 def cells(tiny: bool = False, full: int = FULL_LAYERS) -> list[Cell]:
@@ -84,9 +86,11 @@ def cells(tiny: bool = False, full: int = FULL_LAYERS) -> list[Cell]:
     found += each(["original"], "throughput", ["eager"], [middle])
     found += each((*ORIGINALS[1:], some), "decode", ["compiled"], [middle])
     found += each(["original", *hybrids], "decode", ["generate"], [near])
-    found += each(hybrids, "prefill", ["segments"], [long]) + each([none], "prefill", ["segments"], [far])
+    found += each((*ORIGINALS[1:], *hybrids), LIMITED, ["graph"], [middle]) + each([none], LIMITED, ["graph"], [far])
+    found += each(["original", *hybrids], "prefill", ["generate"], first) + each([none], "prefill", ["generate"], [far])
     found += each([none], "decode", ["graph"], [far]) + each([none], "throughput", ["graph"], [far])
     found += each(["original", *hybrids], "prefill", ["one call"], lengths)
+    found += each(["original", *hybrids], "prefill", ["generate"], lengths)
     found += each((*ORIGINALS[1:], some, none), "decode", ["compiled"], (long, near))
     found += each((*ORIGINALS[1:], *hybrids), "throughput", ["compiled"], [middle])
     found += each(["original", *hybrids], "decode", ["eager"], (near, middle))
@@ -113,24 +117,25 @@ def shard_of(wanted: list[Cell], shard: tuple[int, int]) -> list[Cell]:
     return [cell for cell in wanted if cell in own]
 
 
-def measure(variants: Variants, cell: Cell, segment: int = SEGMENT) -> Row:
+def measure(variants: Variants, cell: Cell) -> Row:
     """The columns of a cell. Raises torch.OutOfMemoryError where the memory is too small even for one sequence."""
     model = variants.get(cell.variant)
     with torch.no_grad():
         if cell.task == "prefill":
-            size = segment if cell.how == "segments" else cell.length
-            found = model_measure.prefill(model, cell.length, size)
+            found = model_measure.prefill(model, cell.how, cell.length)
         elif cell.task == "decode":
             found = model_measure.decode(model, cell.how, cell.length, variants.window)
         else:
-            found = model_measure.throughput(model, cell.how, cell.length, variants.window, variants.slots)
+            limit = LIMIT_GIB if cell.task == LIMITED else None
+            with model_measure.memory_limit(limit):
+                found = model_measure.throughput(model, cell.how, cell.length, variants.window, variants.slots, limit)
     return found | {"ms": round(found["ms"], 3), "tokens_s": round(found["tokens_s"], 1)}
 
 
-def attempt(variants: Variants, cell: Cell, segment: int) -> Row:
+def attempt(variants: Variants, cell: Cell) -> Row:
     """The columns of a cell with a status; what fails is a row without numbers."""
     try:
-        return measure(variants, cell, segment) | {"status": OK}
+        return measure(variants, cell) | {"status": OK}
     except Exception as error:
         if is_out_of_memory(error):
             return {"status": OUT_OF_MEMORY}
@@ -218,7 +223,7 @@ def run(
             synchronize()
             log(f"model made in {time.perf_counter() - start:.0f} s")
         start = time.perf_counter()
-        found = attempt(variants, cell, 12 if tiny else SEGMENT)
+        found = attempt(variants, cell)
         failed += found["status"] not in (OK, OUT_OF_MEMORY)
         table.add(
             {"model": name, "variant": cell.variant, "task": cell.task, "how": cell.how, "T": cell.length} | found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ SPARE = 4  # GiB that throughput leaves free for activations
 ROOM = 64  # tokens that a static cache has room for after the prompt
 SLOW_MS = 2000  # a call that takes longer is timed once more only
 TOKENS = 64  # that `generate` writes for one measurement
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def random_ids(model: Any, batch: int, length: int) -> Tensor:
@@ -40,16 +42,18 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
-def prefill(model: Any, length: int, segment: int) -> dict[str, Any]:
-    """Time and peak of reading a prompt into an empty cache, `segment` tokens at a time."""
+def prefill(model: Any, how: str, length: int) -> dict[str, Any]:
+    """Time and peak of reading a prompt into an empty cache: in "one call", or by "generate" until its first token."""
     from transformers import DynamicCache
 
     prompt = random_ids(model, 1, length)
 
     def read() -> None:
-        cache = DynamicCache(config=model.config)
-        for start in range(0, length, segment):
-            model(prompt[:, start : start + segment], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if how == "generate":
+            model.generate(prompt, max_new_tokens=1, **GREEDY)
+        else:
+            cache = DynamicCache(config=model.config)
+            model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     start = time.perf_counter()
     read()
@@ -144,10 +148,24 @@ def cache_bytes(model: Any, length: int, slots: int) -> int:
     )
 
 
-def free_bytes() -> int:
+def free_bytes(limit_gib: float | None = None) -> int:
     """Bytes of the GPU's memory that a new tensor could take, what the allocator keeps included."""
-    free = torch.cuda.mem_get_info()[0]
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return int(min(free, free if limit_gib is None else limit_gib * GIB)) - torch.cuda.memory_allocated()
+
+
+@contextmanager
+def memory_limit(limit_gib: float | None) -> Iterator[None]:
+    """Let this process take no more of the GPU's memory within the block, as on a smaller one."""
+    if limit_gib is None or not CUDA:
+        yield
+        return
+    clear()
+    torch.cuda.set_per_process_memory_fraction(min(limit_gib * GIB / torch.cuda.mem_get_info()[1], 1.0))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def decode(model: Any, how: str, length: int, window: int) -> dict[str, Any]:
@@ -157,13 +175,15 @@ def decode(model: Any, how: str, length: int, window: int) -> dict[str, Any]:
     return _time_step(model, how, 1, length, window)
 
 
-def throughput(model: Any, how: str, length: int, window: int, slots: int) -> dict[str, Any]:
+def throughput(
+    model: Any, how: str, length: int, window: int, slots: int, limit_gib: float | None = None
+) -> dict[str, Any]:
     """Time and peak of one more token of as many sequences of `length` tokens as fit into the memory."""
     batch = 2
     if CUDA:
         # The largest temporary tensors beside the cache are the logits in float32.
         of_logits = 6 * model.config.get_text_config().vocab_size
-        batch = max(int((free_bytes() - SPARE * GIB) / (cache_bytes(model, length, slots) + of_logits)), 1)
+        batch = max(int((free_bytes(limit_gib) - SPARE * GIB) / (cache_bytes(model, length, slots) + of_logits)), 1)
         if how == "eager":  # a growing cache is copied layer by layer, and grows only as tokens come
             batch = max(int(batch * 0.9), 1)
     while True:
@@ -186,11 +206,10 @@ def _time_step(model: Any, how: str, batch: int, length: int, window: int) -> di
 def generate(model: Any, length: int) -> dict[str, Any]:
     """Time of a token by plain `generate()`: that of TOKENS more tokens over their number, after a first call."""
     prompt = random_ids(model, 1, length)
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def seconds(tokens: int) -> float:
         start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **GREEDY)
         synchronize()
         return time.perf_counter() - start
 

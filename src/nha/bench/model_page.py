@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-TASKS = {"prefill": "Prompt", "decode": "One more token", "throughput": "Tokens a second of as many sequences as fit"}
+TASKS = {
+    "prefill": "Prompt",
+    "decode": "One more token",
+    "throughput": "Tokens a second of as many sequences as fit",
+    "throughput-80gb": "Tokens a second of as many sequences as fit into an 80 GB GPU",
+}
 IN_SEGMENTS = "read in segments"
 DRAWN = {"prefill": ("reading a prompt, s", 1e-3), "decode": ("one more token, ms", 1.0)}
 
@@ -129,7 +134,7 @@ def summary(rows: list[Row]) -> list[str]:
             known = {n: x for n, x in ratios.items() if x is not None}
             if not known:
                 continue
-            first = crossover_text(rows, task, variant)[0] + "; " if task != "throughput" else ""
+            first = crossover_text(rows, task, variant)[0] + "; " if task in DRAWN else ""
             factors = ", ".join(f"{x:.2f} at {tokens(n)}" for n, x in known.items())
             strong = fastest(comparable(rows), task, ORIGINALS, max(known))
             assert strong is not None
@@ -247,7 +252,7 @@ def _cell(rows: list[Row], task: str, variant: str, length: int) -> str:
         same = [r for r in rows if (r["task"], r["variant"], r["T"]) == (task, variant, length)]
         return html.escape(same[0]["status"][:40]) if same else ""
     memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
-    number = f"{row['tokens_s']:,.0f}/s, B {row['B']}" if task == "throughput" else f"{row['ms']:,.2f} ms"
+    number = f"{row['tokens_s']:,.0f}/s, B {row['B']}" if task not in DRAWN else f"{row['ms']:,.2f} ms"
     return f"{number}<br><small>{html.escape(row['how'])}{memory}</small>"
 
 
@@ -261,6 +266,7 @@ SHOWN = (
     *(("prefill", n, "read {} tokens") for n in (512, 2048, 131072)),
     *(("decode", n, "a token after {}") for n in (32768, 131072)),
     ("throughput", 32768, "tokens/s after {}, as many sequences as fit"),
+    ("throughput-80gb", 32768, "tokens/s after {}, as many as fit into 80 GB"),
 )
 
 
@@ -283,7 +289,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _number(row: Row) -> str:
-    if row["task"] == "throughput":
+    if row["task"] not in DRAWN:
         return f"{row['tokens_s']:,.0f} (B {row['B']:,})"
     ms = row["ms"]
     shown = f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"

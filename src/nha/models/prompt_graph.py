@@ -33,7 +33,7 @@ from nha.ops.heads import all_windows
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
 MAX_TOKENS = 16384
 MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
-MAX_GRAPHS = 8  # of a model, the most recently used
+MAX_GRAPHS = 24  # of a model, the most recently used
 
 
 def padded_length(length: int) -> int:
@@ -130,6 +130,7 @@ class PromptGraphs:
 
 
 _graphs: WeakKeyDictionary[nn.Module, PromptGraphs] = WeakKeyDictionary()
+_counts: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def parts_of(model: nn.Module) -> tuple[Any, ...]:
@@ -149,11 +150,18 @@ def prompt_bytes(model: Any, length: int) -> int:
     return length * (3 * widest(model) + 16 * decoder(model).config.hidden_size) * model.dtype.itemsize
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the weights of a model; counted once, since a prompt would wait for it."""
+    if model not in _counts:
+        _counts[model] = sum(x.numel() for x in model.parameters())
+    return _counts[model]
+
+
 def can_pad(model: Any, length: int) -> bool:
     """Whether a prompt of `length` tokens may be padded: longer than windows, and so short that the GPU waits."""
     padded, windows = padded_length(length), all_windows(decoder(model).config.window_sizes)
     hybrid = [window for window in windows if window != FULL]
-    if not hybrid or length <= max(hybrid) or padded > MAX_TOKENS or padded * model.num_parameters() > MAX_WORK:
+    if not hybrid or length <= max(hybrid) or padded > MAX_TOKENS or padded * count_parameters(model) > MAX_WORK:
         return False
     return 4 * prompt_bytes(model, padded) < decode_graph.free_bytes(model.device)
 
