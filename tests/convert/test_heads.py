@@ -16,6 +16,7 @@ from nha.convert.heads import (
     copy_rows,
     fit_weights,
     load_plan,
+    make_plan,
     mixing,
     plan_heads,
     save_plan,
@@ -26,6 +27,7 @@ from nha.convert.heads import (
 )
 from nha.convert.search import cache_bytes
 from nha.convert.settings import HeadSearchSettings
+from nha.ops.heads import per_head
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.models.families import hybrid, sliding, teacher, tokens
 
@@ -97,6 +99,17 @@ def test_what_a_model_copies_is_kept_with_the_head_that_copies_alone():
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="copies none"):
         count_heads(model, [CopyRow(torch.tensor([0, 5, 9]), 1)], weights, 8, 0.9)
+
+
+@pytest.mark.parametrize("layers, heads, wide", [(30, 3, 15), (32, 8, 43), (8, 2, 3), (2, 1, 1)])
+def test_a_sixth_of_the_heads_has_the_wide_window_unless_a_number_is_given(layers, heads, wide):
+    weights: list[list[float] | None] = [
+        [0.1 + 0.01 * head + 0.001 * layer for head in range(heads)] for layer in range(layers)
+    ]
+    windows = [window for layer in plan_heads(weights, wide_window=-1) for window in per_head(layer, heads)]
+    assert windows.count(-1) == wide
+    plan = make_plan({}, weights, [], HeadSearchSettings(wide_window=-1))
+    assert (plan.heads, len(plan.chosen)) == (wide, wide)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from nha.distill import run
 from nha.distill.estimate import empty_model, estimate, trained_parameters
 from nha.distill.recipes import RECIPES, choose_full_layers, recipe_settings, recipes_table
 from nha.distill.settings import DistillSettings
@@ -89,3 +93,17 @@ def test_long_sequences_full_layers_and_more_devices_change_an_estimate():
     assert two.steps == pytest.approx(base.steps / 2, abs=1) and two.device == "2 x H100"
     small = estimate(SHAPE, DistillSettings(gradient_checkpointing=True), device="H100")
     assert small.memory_bytes < base.memory_bytes
+
+
+def test_rates_of_wide_models_shrink_in_both_stages(monkeypatch):
+    """Gates read hidden states: a step of Adam moves their logits in proportion to the width."""
+    seen: list[float] = []
+    monkeypatch.setattr(run, "align", lambda *_, gate_lr, **__: seen.append(gate_lr))
+    settings = DistillSettings()
+    for width in (256, 576, 2304):
+        config = SimpleNamespace(get_text_config=lambda width=width: SimpleNamespace(hidden_size=width))
+        student: Any = SimpleNamespace(windows=[64], config=config, causal=None)
+        stream: Any = None
+        run.align_student(student, torch.zeros(4, 8), stream, settings, run.Reports(), run.Stop())
+    rates = [settings.learning_rates(width)[1] for width in (256, 576, 2304)]
+    assert [rate / seen[0] for rate in seen] == [rate / rates[0] for rate in rates] == [1.0, 1.0, 0.25]

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, human_bytes, out, print_json
+from nha.cli.distill import layers_of
 from nha.cli.options import with_settings
 from nha.cli.search_heads import search_heads
-from nha.convert.settings import SearchSettings
+from nha.convert.settings import FULL_FRACTION, SearchSettings, fraction_of
 from nha.io import write_atomically
 from nha.models import loading
 
@@ -51,7 +52,9 @@ def search(
     texts = None if text is None else [common.read_text(path) for path in text]
     source = loading.find_to_convert(model)
     hybrid = source.config is not None and loading.is_hybrid(source.config)
-    count = 4 if settings.num_full is None and settings.max_bytes is None else settings.num_full
+    count = settings.num_full
+    if count is None and settings.max_bytes is None:
+        count = fraction_of(layers_of(source), FULL_FRACTION)
     check_count(source, count)
 
     from nha.convert.search import Evaluator, count_for_bytes, load_search, save_search, search_data
@@ -145,9 +148,8 @@ def check_paths(output: Path) -> Path | None:
 def check_count(source: loading.Source, count: int | None) -> None:
     """Raise BadInput, before any weight is read, for more layers than the model has."""
     from nha.models.families import check_family
-    from nha.models.smollm2 import LAYERS
 
-    layers = LAYERS if source.config is None else loading.layers_of(source.config)
+    layers = layers_of(source)
     if count is not None and not 0 <= count <= layers:
         raise BadInput(f"expected --full from 0 to {layers}, got {count}")
     if source.config is not None and not loading.is_hybrid(source.config):

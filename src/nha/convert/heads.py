@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from nha.convert.check import in_eval_mode
 from nha.convert.search import candidate_layers, load_search
-from nha.convert.settings import HeadSearchSettings
+from nha.convert.settings import WIDE_FRACTION, HeadSearchSettings, fraction_of
 from nha.data.cloze import make_clozes
 from nha.data.text import calibration_text
 from nha.io import write_atomically
@@ -275,9 +275,13 @@ def top_heads(weights: Sequence[Sequence[float] | None], count: int) -> list[tup
 
 
 def plan_heads(
-    weights: Sequence[Sequence[float] | None], *, heads: int = 15, wide_window: int = 256, window_size: int = 64
+    weights: Sequence[Sequence[float] | None],
+    *,
+    heads: int | None = None,
+    wide_window: int = 256,
+    window_size: int = 64,
 ) -> list[LayerWindow]:
-    """Windows per KV head: `wide_window` for the `heads` of the largest weights, less for all others.
+    """Windows per KV head: `wide_window` for the `heads` of the largest weights (None: a sixth), less for all others.
 
     A wide window of -1 keeps full attention in these heads, and the others have `window_size`. Otherwise all windows
     together hold at most as many tokens as `window_size` in every head: the cache takes no more bytes.
@@ -289,8 +293,9 @@ def plan_heads(
     >>> plan_heads([[0.1, 0.9], [0.5, 0.2]], heads=1, wide_window=-1, window_size=64)
     [[64, -1], 64]
     """
-    chosen = set(top_heads(weights, heads))
     total = sum(len(row) for row in weights if row is not None)
+    heads = fraction_of(total, WIDE_FRACTION) if heads is None else heads
+    chosen = set(top_heads(weights, heads))
     narrow = window_size
     if wide_window != FULL and heads:
         left = window_size * total - wide_window * heads
@@ -346,9 +351,10 @@ def search_heads(
 
 def make_plan(about: dict[str, Any], weights: Weights, losses: list[float], settings: HeadSearchSettings) -> HeadPlan:
     """The plan of `settings` for weights that were learned."""
-    sizes = {"heads": settings.heads, "wide_window": settings.wide_window}
-    windows = plan_heads(weights, **sizes, window_size=settings.window_size)
-    return HeadPlan(about, weights, settings.heads, settings.wide_window, windows, [round(x, 4) for x in losses])
+    total = sum(len(row) for row in weights if row is not None)
+    heads = fraction_of(total, WIDE_FRACTION) if settings.heads is None else settings.heads
+    windows = plan_heads(weights, heads=heads, wide_window=settings.wide_window, window_size=settings.window_size)
+    return HeadPlan(about, weights, heads, settings.wide_window, windows, [round(x, 4) for x in losses])
 
 
 def save_plan(plan: HeadPlan, path: str | Path) -> None:

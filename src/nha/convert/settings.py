@@ -20,6 +20,8 @@ from nha.settings import (
 )
 
 SEARCHED_LAYERS = {"HuggingFaceTB/SmolLM2-135M-Instruct": (8, 18, 20, 23)}  # see docs/searching.md
+FULL_FRACTION = 4 / 30  # of layers that keep full attention; searches and recipes were tuned at 4 of 30
+WIDE_FRACTION = 15 / 90  # of KV heads with a wide window: some 15 of 90 copy from far
 MAX_SEED = (1 << 32) - 1
 
 
@@ -82,7 +84,7 @@ class SearchSettings:
         at_least=0,
         at_most=1 << 16,
         option="full",
-        shown="4, or what --bytes allows",
+        shown="2 in 15 of the layers, or what --bytes allows",
     )
     heads: int | None = setting(
         None,
@@ -154,7 +156,9 @@ class HeadSearchSettings:
     ValueError: expected penalty of at least 0 and at most 1e+06, got -1
     """
 
-    heads: int = count(15, "KV heads that get the wide window.", at_least=0, at_most=1 << 20)
+    heads: int | None = setting(
+        None, "KV heads that get the wide window.", at_least=0, at_most=1 << 20, shown="a sixth of all"
+    )
     wide_window: int = setting(256, "Their window; -1 is full attention.", at_least=-1, at_most=MAX_WINDOW)
     window_size: int = count(
         64, "Tokens a head whose bytes all windows together may take; beside full heads, the window of the others."
@@ -174,6 +178,17 @@ class HeadSearchSettings:
         """The settings that the mixing weights depend on: all but what is made of them."""
         made = ("heads", "wide_window", "window_size")
         return {name: value for name, value in vars(self).items() if name not in made}
+
+
+def fraction_of(total: int, fraction: float) -> int:
+    """A fraction of the layers or heads of a model, at least one unless the fraction is 0.
+
+    >>> fraction_of(30, FULL_FRACTION), fraction_of(32, FULL_FRACTION), fraction_of(4, FULL_FRACTION)
+    (4, 4, 1)
+    >>> fraction_of(90, WIDE_FRACTION), fraction_of(256, WIDE_FRACTION)
+    (15, 43)
+    """
+    return min(total, max(1, round(fraction * total))) if fraction else 0
 
 
 def searched_layers(base: str) -> tuple[int, ...]:

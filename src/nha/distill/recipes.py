@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nha.convert.settings import searched_layers
+from nha.convert.settings import FULL_FRACTION, fraction_of, searched_layers
 from nha.distill.settings import DistillSettings
 from nha.settings import option_name
 
@@ -34,7 +34,7 @@ class Recipe:
 
 LONG_RANGE = {"long_range_fraction": 0.5, "recall_fraction": 0.25}
 RECIPES = {
-    "quality": Recipe("some full layers, 4 of 30: keeps verbatim recall", 4 / 30, 0.0, {"tokens": 12e6}),
+    "quality": Recipe("some full layers, 4 of 30: keeps verbatim recall", FULL_FRACTION, 0.0, {"tokens": 12e6}),
     "balanced": Recipe(
         "few full layers, 1 of 30: under a third of the memory of quality", 1 / 30, 0.0, {"tokens": 12e6}
     ),
@@ -53,7 +53,7 @@ def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ..
     >>> choose_full_layers("some/model", 32, 4 / 30), choose_full_layers("some/model", 32, 0.0)
     ((4, 12, 20, 28), ())
     """
-    count = max(1, round(fraction * layers)) if fraction else 0
+    count = fraction_of(layers, fraction)
     found = searched_layers(base)
     for known in (found, SEARCHED_SINGLE.get(found, ())):
         if known and len(known) == count and max(known) < layers:

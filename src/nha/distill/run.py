@@ -42,7 +42,7 @@ from nha.distill.checkpoint import (
 )
 from nha.distill.loss import Head
 from nha.distill.resumable import fsdp2_options
-from nha.distill.settings import TEACHER, DistillSettings
+from nha.distill.settings import TEACHER, DistillSettings, width_scale
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.student import Distillation, linear_layers
 from nha.distill.timeline import start_compiler
@@ -551,12 +551,13 @@ def align_student(
         if reports.progress is not None:
             reports.progress("align", done, total)
 
+    gate_lr = SHARP_ALIGN_LR if settings.init == "kmeans" else SOFT_ALIGN_LR
     return align(
         student.causal,
         ids,
         steps=settings.align_steps,
         batch_size=max(1, len(ids) // 4),
-        gate_lr=SHARP_ALIGN_LR if settings.init == "kmeans" else SOFT_ALIGN_LR,
+        gate_lr=gate_lr * width_scale(student.config.get_text_config().hidden_size),
         seed=settings.seed,
         progress=progress,
     )

@@ -28,6 +28,15 @@ CONTROL = "control"  # the folder of a run in which its control is trained
 TEACHER = "teacher"  # the folder of a run in which its teacher is trained
 
 
+def width_scale(hidden_size: int) -> float:
+    """Factor of the learning rates of matrices that read hidden states: 1 up to the width that they were tuned at.
+
+    >>> width_scale(256), width_scale(1152)
+    (1.0, 0.5)
+    """
+    return min(1.0, TUNED_WIDTH / hidden_size)
+
+
 @dataclass(frozen=True)
 class DistillSettings:
     """All that a run depends on besides the model and the corpus. A run is resumed with the same settings only.
@@ -177,7 +186,7 @@ class DistillSettings:
         >>> DistillSettings().learning_rates(576), DistillSettings(lr=1e-4).learning_rates(4608)
         ((0.002, 0.008, 0.001), (0.0001, 0.001, 0.001))
         """
-        scale = min(1.0, TUNED_WIDTH / hidden_size)
+        scale = width_scale(hidden_size)
         lr = LR * scale if self.lr is None else self.lr
         return lr, GATE_LR * scale if self.gate_lr is None else self.gate_lr, self.sink_lr
 
