@@ -48,7 +48,6 @@ def test_a_model_that_is_no_hybrid_is_refused():
         {"output_gate": True},
         {"slot_features": "silu"},
         {"output_norm": "rms"},
-        {"state_dtype": "int8"},
     ],
 )
 def test_layers_that_vllm_does_not_know_are_refused(changes):

@@ -78,17 +78,18 @@ def test_a_text_is_as_long_as_the_config_says(source):
     assert text_length(source) == 1 << 16
 
 
-def test_a_memory_on_disk_and_packed_states_are_for_transformers(source, monkeypatch):
+def test_a_memory_on_disk_is_for_transformers(source, monkeypatch):
     monkeypatch.setattr(launch, "vllm_refusal", lambda source: None)
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
-    for settings, named in (
-        (ServeSettings(memory="m"), "--enable-prefix-caching"),
-        (ServeSettings(state_dtype="int8"), "int8"),
-    ):
-        choice = choose("auto", source, settings)
-        assert choice.backend == "transformers"
-        assert named in choice.why
-        with pytest.raises(BadInput, match=named):
-            choose("vllm", source, settings)
+    choice = choose("auto", source, ServeSettings(memory="m"))
+    assert choice.backend == "transformers"
+    assert "--enable-prefix-caching" in choice.why
+    with pytest.raises(BadInput, match="--enable-prefix-caching"):
+        choose("vllm", source, ServeSettings(memory="m"))
+
+
+def test_packed_states_are_for_hybrids_and_vllm_learns_of_them(source):
+    pairs = dict(itertools.pairwise(vllm_command(source, "127.0.0.1", ServeSettings(state_dtype="int8"), [])))
+    assert pairs["--hf-overrides"] == '{"state_dtype": "int8"}'
     with pytest.raises(BadInput, match="hybrid for --state-dtype"):
         choose("auto", Source("plain", LlamaConfig(), source.directory), ServeSettings(state_dtype="int8"))

@@ -82,9 +82,9 @@ def make_prompts(lengths: list[int], seed: int = 1) -> list[list[int]]:
 
 
 @torch.no_grad()
-def greedy(path: Path, prompts: list[list[int]], new: int) -> list[list[int]]:
+def greedy(path: Path, prompts: list[list[int]], new: int, state_dtype: str = "float32") -> list[list[int]]:
     """The tokens that transformers writes after each prompt, one at a time."""
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, state_dtype=state_dtype).eval()
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

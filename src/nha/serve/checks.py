@@ -6,10 +6,11 @@ from typing import Any
 
 from nha.models.config import check_windows
 from nha.models.families import EXPERTS, TABLE
+from nha.ops.packed_state import check_state_dtype
 from nha.serve.experts import EXPERT_NAMES
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
-# vLLM's Llama knows no others, and its blocks hold states as they are computed.
+# vLLM's Llama knows no others.
 PLAIN = {
     "qk_norm": False,
     "output_gate": False,
@@ -17,7 +18,6 @@ PLAIN = {
     "slot_write": "soft",
     "value_activation": "none",
     "output_norm": "none",
-    "state_dtype": "float32",
 }
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number
 
@@ -64,6 +64,7 @@ def check_model(config: Any) -> None:
                 f"expected {name}={plain!r} in vLLM, got {getattr(config, name)!r}; transformers can serve it"
             )
     check_windows(config, windows)
+    check_state_dtype(config.state_dtype)
 
 
 def check_run(vllm_config: Any) -> None:

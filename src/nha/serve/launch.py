@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -49,8 +50,6 @@ def settings_refusal(settings: ServeSettings) -> str | None:
     """Why vLLM cannot serve with these settings, in one line; None if it can."""
     if settings.memory is not None:
         return "vLLM keeps no memory on disk; options after '--' such as --enable-prefix-caching keep it while it runs"
-    if settings.state_dtype not in (None, "float32"):
-        return f"vLLM's blocks hold states as they are computed, got state_dtype {settings.state_dtype!r}"
     return None
 
 
@@ -88,12 +87,15 @@ def vllm_command(source: Source, host: str, settings: ServeSettings, options: li
     model = str(source.directory or source.name)
     name = ["--served-model-name", source.name] if source.embedded else []
     length = [] if settings.max_length is None else ["--max-model-len", str(settings.max_length)]
+    packed = settings.state_dtype
+    changes = [] if packed is None else ["--hf-overrides", json.dumps({"state_dtype": packed})]
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
         *name,
         *("--host", host, "--port", str(settings.port), "--dtype", settings.dtype),
         *("--max-num-seqs", str(settings.max_requests), *length),
         *("--shutdown-timeout", str(settings.drain_s), "--middleware", "nha.serve.limits.Limits"),
+        *changes,
         *options,
     ]
 

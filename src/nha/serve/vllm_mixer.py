@@ -19,25 +19,15 @@ from nha.layer import log_gate
 from nha.models.segment import mask_first_token_write
 from nha.ops import NHAState, nha_attention
 from nha.ops.heads import take_heads
+from nha.ops.packed_state import PackedState
 from nha.ops.rotary import unrotate_for_slots
+from nha.serve.layout import lay_out, nbytes
 from nha.serve.parts import NHAMetadata, Part
 from nha.serve.plugin import OPERATOR
 from nha.serve.rooms import HeadPlan, Room, own_heads
 from nha.serve.vllm_metadata import NHABackend
 
 MIXER = "_slots"  # ends the name of a mixer beside the attention of full heads
-STATES = ("slot_key", "slot_value", "key", "value", "window_slot_key", "window_log_gate")
-
-
-def state_shapes(heads: int, dim: int, slots: int, places: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a sequence's states in a layer, by `STATES`: `places` tokens in the windows of all heads together."""
-    of_slots, of_window = (heads, slots, dim), (places, dim)
-    return of_slots, of_slots, of_window, of_window, of_window, (places, slots)
-
-
-def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Dtypes of a sequence's states, by `STATES`, in a model of this dtype."""
-    return torch.float32, torch.float32, dtype, dtype, dtype, dtype
 
 
 class SlotWeights(nn.Module):
@@ -131,15 +121,17 @@ class NHAMixer(nn.Module, MambaBase):
         if heads.has_full:
             self.layer_name += MIXER
         vllm_config = get_current_vllm_config()
-        self.dtype = vllm_config.model_config.dtype
+        self.dtype, self.state_dtype = vllm_config.model_config.dtype, config.state_dtype
+        sizes = self.num_kv_heads, self.head_dim, self.num_slots, heads.places
+        self.pieces = lay_out(*sizes, self.dtype, self.state_dtype)
         self.kv_cache = (torch.tensor([]),)
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return state_shapes(self.num_kv_heads, self.head_dim, self.num_slots, self.heads.places)
+        return ((nbytes(self.pieces),),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return state_dtypes(self.dtype)
+        return (torch.uint8,)
 
     def get_attn_backend(self) -> type[NHABackend]:
         return NHABackend
@@ -234,22 +226,25 @@ class NHAMixer(nn.Module, MambaBase):
     def load_state(self, room: Room, part: Part) -> NHAState:
         """The states of sequences before this step. Blocks come as others left them, so a new sequence gets zeros."""
         fresh, heads = (part.num_tokens == 0)[:, None, None, None], len(room.group.heads)
-        state = {}
-        for name, x in zip(STATES, self.kv_cache, strict=True):
-            found = x[part.source, room.slots if name in STATES[:2] else room.places]
-            if name not in STATES[:2]:
-                found = found.unflatten(1, (room.group.window_size, heads))
-            state[name] = found.masked_fill_(fresh, 0)
-        return NHAState(
-            window_size=room.group.window_size, num_tokens=part.num_tokens, slots_active=self.slots_active, **state
-        )
+        found: dict[str, Any] = {"window_size": room.group.window_size, "num_tokens": part.num_tokens}
+        for piece in self.pieces:
+            x = piece.view(self.kv_cache[0])[part.source, room.slots if piece.is_slot else room.places]
+            x = x if piece.is_slot else x.unflatten(1, (room.group.window_size, heads))
+            found[piece.name] = x.masked_fill_(fresh, 0)
+        found["slots_active"] = self.slots_active
+        if self.state_dtype == "float32":
+            return NHAState(**found)
+        formats = {"state_dtype": self.state_dtype, "dtype": self.dtype, "gate_dtype": torch.float32}
+        return PackedState(**found, **formats).unpack()
 
     def store_state(self, room: Room, part: Part, state: NHAState) -> None:
         """Write the states of sequences after this step into their blocks."""
         state = state.padded()
-        for name, x in zip(STATES, self.kv_cache, strict=True):
-            new = getattr(state, name).to(x.dtype)
-            if name in STATES[:2]:
+        if self.state_dtype != "float32":
+            state = PackedState.of(state, self.state_dtype)
+        for piece in self.pieces:
+            x, new = piece.view(self.kv_cache[0]), getattr(state, piece.name).to(piece.dtype)
+            if piece.is_slot:
                 x[part.target, room.slots] = new
             elif room.group.window_size:
                 x[part.target, room.places] = new.flatten(1, 2)

@@ -26,10 +26,11 @@ from vllm.platforms import current_platform
 
 from nha.models.config import FULL
 from nha.serve.experts import EXPERT_NAMES, split_experts
+from nha.serve.layout import lay_out, nbytes
 from nha.serve.plugin import SCRATCH, base_architecture
 from nha.serve.rooms import max_places, plan_heads
 from nha.serve.vllm_cpu import register_copies
-from nha.serve.vllm_mixer import STATES, NHAMixer, SlotWeights, state_dtypes, state_shapes
+from nha.serve.vllm_mixer import NHAMixer, SlotWeights
 
 SAVED = re.compile(
     r"layers\.(\d+)\.self_attn\.(?:nha\.)?(?:g_proj\.(weight|bias)|(sink_key|sink_value|slot_cos|slot_sin))"
@@ -105,21 +106,22 @@ class HybridModelMixin:
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the states of a layer, the same for all, to which vLLM fits its blocks."""
+        """Bytes of a layer's states, the same for all, to which vLLM fits its blocks."""
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
         processes = vllm_config.parallel_config.tensor_parallel_size
         places = max_places(config.window_sizes, config.num_key_value_heads, processes)
         heads = model.get_num_kv_heads(vllm_config.parallel_config)
-        return state_shapes(heads, model.get_head_size(), config.num_slots, places)
+        sizes = heads, model.get_head_size(), config.num_slots, places
+        return ((nbytes(lay_out(*sizes, model.dtype, config.state_dtype)),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        return state_dtypes(vllm_config.model_config.dtype)
+        return (torch.uint8,)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
-        """How prefix caching copies each state: whole."""
-        return (get_temporal_copy_spec,) * len(STATES)
+        """How prefix caching copies states: whole."""
+        return (get_temporal_copy_spec,)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load gates and sinks, and let the family load all else. Raises ValueError where some are missing."""
