@@ -125,6 +125,15 @@ def engine(path: Path, *, apart: bool = False, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def add(llm: Any, prompts: list[list[int]]) -> None:
+    """Ask for answers to all prompts, without waiting for any."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+
+
 def write(llm: Any, prompts: list[list[int]], new: int) -> list[Any]:
     """vLLM's greedy answers to all prompts at once."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
