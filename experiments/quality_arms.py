@@ -95,6 +95,7 @@ class Arm:
 
 
 LONG_TAIL = {"long_range_fraction": 0.5}
+RECALL = {"answer_weight": 0.75}  # of the hybrid alone: slots learn recall more slowly than perplexity
 LORA = {"trainable": "lora", "lora_rank": 16}
 LONG = (32768, 65536, 131072)
 FULL_LAYERS = (8, 18, 20, 23)
@@ -122,6 +123,7 @@ ARMS = {
         Arm("constant_heads", "constant", "constant", {}, NARROW, LONG),
         Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, NARROW, LONG),
         Arm("constant_teacher", "constant", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
+        Arm("constant_recall", "constant", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
         Arm("constant64_teacher", "constant", "constant", {}, None, LONG, teacher_fraction=TEACHER),
         Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),
         Arm("ship_svd", "constant", "constant", {}, None, LONG, shipped="svd", source="constant"),
@@ -191,7 +193,8 @@ def batches_digest(settings: DistillSettings) -> str:
     >>> batches_digest(one) == batches_digest(other) != batches_digest(DistillSettings(recall_fraction=0.5))
     True
     """
-    return _digest(settings, ("tokens", "seed", *HYBRID_ALONE))
+    same = dataclasses.replace(settings, answer_weight=DistillSettings.answer_weight)
+    return _digest(same, ("tokens", "seed", *HYBRID_ALONE))
 
 
 def _digest(settings: DistillSettings, without: Sequence[str]) -> str:
@@ -200,9 +203,12 @@ def _digest(settings: DistillSettings, without: Sequence[str]) -> str:
 
 
 def control_of(run: Run) -> Run:
-    """The fair control of a run: the original, trained in all its attention layers on the same batches."""
+    """The fair control of a run: the original, trained in all its attention layers on the same batches.
+
+    Answers have the usual weight in it, which recalls all of them anyway.
+    """
     plain = DistillSettings()
-    same = {name: getattr(plain, name) for name in HYBRID_ALONE}
+    same = {name: getattr(plain, name) for name in (*HYBRID_ALONE, "answer_weight")}
     return Run(None, run.budget, dataclasses.replace(run.settings, **same), run.beside)
 
 

@@ -9,6 +9,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nha.evaluate.bootstrap import LEVEL, RESAMPLES
 from nha.evaluate.public.run import KNOWLEDGE, relative
 from nha.io import write_atomically
 from nha.report.results import to_json
@@ -19,10 +22,12 @@ SHOWN = {
     "ppl_2k": "perplexity 2K",
     "ppl_8k": "perplexity 8K",
     "average": "average of 6 sets",
+    "without_boolq": "the same without BoolQ",
     "squad": "SQuAD, written",
     "cloze_near": "near cloze, written",
     "cloze_far": "far cloze, written",
 }
+AVERAGES = {"average": KNOWLEDGE, "without_boolq": tuple(name for name in KNOWLEDGE if name != "boolq")}
 PARTS = {"ppl_2k": "perplexity 2,048", "ppl_8k": "perplexity 8,192", "squad": "squad_qa"}
 DPI = 160
 
@@ -77,18 +82,40 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def shares(run: Run, control: Run | None) -> dict[str, Any]:
-    """{name: {ratio, interval}} of a run's shown numbers relative to its control's; no interval for the average."""
+    """{name: {ratio, interval}} of a run's shown numbers relative to its control's."""
     if control is None:
         return {}
     ratios = relative(run["eval"], control["eval"])
     found = {name: ratios[PARTS.get(name, name)] for name in SHOWN if PARTS.get(name, name) in ratios}
-    pair = [value_of(one["row"], "average") for one in (run, control)]
-    if pair[0] is not None and pair[1]:
-        found["average"] = {"ratio": pair[0] / pair[1], "interval": None}
+    for name, sets in AVERAGES.items():
+        ratio = average_ratio(run, control, sets)
+        found |= {name: ratio} if ratio else {}
     return found
 
 
+def average_ratio(run: Run, control: Run, sets: Sequence[str], seed: int = 0) -> dict[str, Any] | None:
+    """The ratio of the mean accuracies over sets, with a paired bootstrap over the items of each; None without all."""
+    own, other = (one["eval"]["sets"] for one in (run, control))
+    if any(name not in own or name not in other for name in sets):
+        return None
+    drawn, means, ratio = np.random.default_rng(seed), np.zeros((2, RESAMPLES)), np.zeros(2)
+    for name in sets:
+        pair = np.array([[int(c) for c in one[name]["correct"]] for one in (own, other)])
+        kinds = np.bincount(2 * pair[0] + pair[1], minlength=4)  # of items: none right, control's, own, both
+        counts = drawn.multinomial(pair.shape[1], kinds / pair.shape[1], RESAMPLES)
+        means += np.stack([counts[:, 2] + counts[:, 3], counts[:, 1] + counts[:, 3]]) / pair.shape[1]
+        ratio += pair.mean(1)
+    if not ratio[1]:
+        return None
+    ratios = means[0] / np.maximum(means[1], 1e-9)
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"ratio": float(ratio[0] / ratio[1]), "interval": [float(low), float(high)]}
+
+
 def number(row: Mapping[str, Any], name: str) -> str:
+    sets = row["sets"] or {}
+    if name == "without_boolq":
+        row = {name: _mean([sets[n][0] for n in AVERAGES[name]]) if all(n in sets for n in AVERAGES[name]) else None}
     value = value_of(row, name)
     if value is None:
         return ""
@@ -138,14 +165,25 @@ def table(runs: Sequence[Run]) -> str:
         cells += [f"{100 * clozes[edge][0]:.0f}" if edge in clozes else "" for edge in edges]
         lines.append(_line([name_of(run["row"]), *cells]))
     head = ["run, tokens", *KNOWLEDGE, "tokens/s", "training, s", "measuring, s"]
-    lines += ["", "The sets in %, and the time on one GPU, unless several runs shared it."]
+    lines += [
+        "",
+        "The sets in %, and the time on one GPU, unless several runs shared it. In brackets: BoolQ's mean over",
+    ]
+    lines[-1] += " its two answers, 50 for who always gives the same."
     lines += ["", _line(head), _rule(head)]
     for run in runs:
         row = run["row"]
-        cells = [f"{100 * row['sets'][n][0]:.1f}" if n in (row["sets"] or {}) else "" for n in KNOWLEDGE]
+        cells = [set_cell(run, n) if n in (row["sets"] or {}) else "" for n in KNOWLEDGE]
         times = [f"{row['tokens_per_s'] or 0:,.0f}", f"{row['train_seconds']:.0f}", f"{row['eval_seconds']:.0f}"]
         lines.append(_line([name_of(row), *cells, *(times if row.get("processes", 1) == 1 else [""] * 3)]))
     return "\n".join(lines) + "\n"
+
+
+def set_cell(run: Run, name: str) -> str:
+    """The accuracy on a set in %, and in brackets the mean over its answers where that is known."""
+    found = run["eval"]["sets"][name]
+    balanced = f" ({100 * found['balanced']:.1f})" if "balanced" in found else ""
+    return f"{100 * found['accuracy']:.1f}{balanced}"
 
 
 def needle_cell(run: Run, length: int) -> str:
@@ -172,6 +210,10 @@ def distances(run: Run) -> list[dict[str, Any]]:
     """Accuracy of near and far clozes by distance."""
     sets = run["eval"]["sets"]
     return [sets[name]["by_distance"] for name in ("cloze_near", "cloze_far") if name in sets]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -210,8 +252,82 @@ def shares_png(runs: Sequence[Run]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color=LIGHT.line, linewidth=0.8)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def distances_png(runs: Sequence[Run]) -> bytes:
+    """Verbatim clozes and needles by distance, a line for every run; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    from nha.report.curves import line_styles
+    from nha.report.plots import LIGHT
+
+    figure = Figure(figsize=(4.9, 6.4), layout="constrained", facecolor=LIGHT.background)
+    clozes, needles = figure.subplots(2, 1)
+    for run, (label, (colour, dash)) in zip(runs, line_styles([name_of(r["row"]) for r in runs]).items(), strict=True):
+        places, values = [], []
+        for part in distances(run):
+            for edges, (accuracy, _) in part.items():
+                low, high = (float(edge.replace(",", "")) for edge in edges.split(" to "))
+                places.append((low * high) ** 0.5)
+                values.append(100 * accuracy)
+        clozes.plot(places, values, color=colour, linestyle=dash, marker="o", markersize=4, label=label)
+        found = {int(n): value for n, value in (run["row"]["needle"] or {}).items()}
+        needles.plot(
+            sorted(found), [100 * found[n][0] for n in sorted(found)], color=colour, linestyle=dash, marker="o"
+        )
+    for axes, title in ((clozes, "Clozes of books, written, %"), (needles, "Needles, written, %")):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xscale("log", base=2)
+        ticks = [2**n for n in range(6 if axes is clozes else 11, 13 if axes is clozes else 18)]
+        axes.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks])
+        axes.set_ylim(-3, 103)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    needles.set_xlabel("tokens from source to answer; of the prompt, for needles")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def learning_png(runs: Sequence[Run]) -> bytes:
+    """KL divergence of text and answers to recall text by tokens read, means over 9 entries of each hybrid's log."""
+    from matplotlib.figure import Figure
+
+    from nha.report.curves import line_styles
+    from nha.report.plots import LIGHT
+
+    figure = Figure(figsize=(4.9, 5.6), layout="constrained", facecolor=LIGHT.background)
+    panels = figure.subplots(2, 1, sharex=True)
+    for run, (label, (colour, dash)) in zip(runs, line_styles([name_of(r["row"]) for r in runs]).items(), strict=True):
+        x = [entry["tokens"] / 1e6 for entry in run["log"]]
+        for axes, name, factor in zip(panels, ("kl", "answer_accuracy"), (1.0, 100.0), strict=True):
+            values = smooth([factor * entry[name] for entry in run["log"]])
+            axes.plot(x, values, color=colour, linestyle=dash, label=label if name == "kl" else None)
+    for axes, title in zip(
+        panels, ("KL divergence from the teacher, nats", "Answers to recall text, % of tokens"), strict=True
+    ):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylim(0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    panels[1].set_xlabel("million tokens, the teacher's among them")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def smooth(values: Sequence[float], width: int = 9) -> list[float]:
+    """Means over up to `width` neighbours, fewer at the ends.
+
+    >>> smooth([1.0, 2.0, 6.0], 3)
+    [1.5, 3.0, 4.0]
+    """
+    half = width // 2
+    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _png(figure: Any) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT.background)
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
     return buffer.getvalue()
 
 
@@ -234,6 +350,10 @@ def write_report(folder: Path) -> str:
         if any(shares(run, find_control(run, runs)) for run in runs):
             write_atomically(folder / "shares.png", shares_png(runs))
         if first:
+            write_atomically(folder / "distances.png", distances_png(first))
+            hybrids = [run for run in first if run["row"]["arm"] != "control" and run["log"]]
+            if hybrids:
+                write_atomically(folder / "learning.png", learning_png(hybrids))
             models = {name_of(run["row"]): run["eval"] for run in first}
             write_atomically(folder / "public.png", public_png(models))
     return text

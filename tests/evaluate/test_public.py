@@ -15,7 +15,16 @@ from nha.data.cloze import RANGES, cut_sentences, make_clozes
 from nha.data.text import calibration_text, evaluation_documents
 from nha.evaluate.partial import PartialResults
 from nha.evaluate.public.needle import DEPTHS, make_needles
-from nha.evaluate.public.run import PublicSettings, counted, measure_public, read_public, relative, summary
+from nha.evaluate.public.run import (
+    PublicData,
+    PublicSettings,
+    balanced,
+    counted,
+    measure_public,
+    read_public,
+    relative,
+    summary,
+)
 from nha.evaluate.public.scoring import ContinuationScorer, choice_requests, encode, is_correct
 from nha.evaluate.public.sets import FORMATS, Item, find_set, read_documents, read_set, spaced
 from nha.evaluate.public.written import begins_with, has_answer, write
@@ -336,3 +345,14 @@ def test_an_item_is_as_the_set_says(data):
     assert other.prompt == first.prompt.removesuffix("\nAnswer: ") + " "
     (word,) = read_set(find_set(data, "lambada_openai"), FORMATS["lambada_openai"])[0].choices
     assert word == "the" and isinstance(first, Item)
+
+
+def test_who_always_gives_one_answer_gets_chance_in_the_mean_over_answers():
+    items = [Item(f"question {i}", ("no", "yes"), gold=int(i < 6)) for i in range(8)]
+    data = PublicData(PublicSettings(parts=("boolq",)), {"boolq": items}, [], {})
+    always_yes = [int(i < 6) for i in range(8)]
+    found = balanced(data, "boolq", always_yes)
+    assert found == {"balanced": 0.5, "by_answer": {"no": [0.0, 2], "yes": [1.0, 6]}}
+    other = [Item("2 + 2 =", ("four", "5"), gold=0), Item("2 + 3 =", ("four", "5 "), gold=1)]
+    assert balanced(PublicData(data.settings, {"piqa": other}, [], {}), "piqa", [1, 1]) == {}
+    assert balanced(data, "cloze_near", [1]) == {}

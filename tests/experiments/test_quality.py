@@ -11,7 +11,8 @@ import pytest
 
 from experiments import quality
 from experiments.quality_arms import ARMS, DEFAULT_ARMS, batches_digest, deal, make_runs
-from experiments.quality_report import find_control, shares, summary_rows, table
+from experiments.quality_report import AVERAGES, average_ratio, find_control, shares, summary_rows, table
+from nha.evaluate.public.run import KNOWLEDGE
 from nha.models.config import FULL
 from nha.models.delta import read_delta
 from tests.data.tokenizers import small_tokenizer
@@ -70,6 +71,13 @@ def test_runs_that_train_a_teacher_on_the_same_batches_share_it_and_the_control(
     assert (Path(quality.__file__).parents[1] / "results/quality/runs" / f"{control.name}.json").is_file()
     first, second = (make_runs(["4full"], [seed], {"4full": tokens})[1] for seed, tokens in ((1, 25e6), (0, 50e6)))
     assert len({first.teacher, second.teacher} | teachers) == 3
+
+
+def test_a_hybrid_whose_answers_weigh_more_is_compared_with_the_same_control():
+    control, hybrid = make_runs(["constant_recall"], [0], {})
+    assert hybrid.settings.answer_weight == 0.75 and hybrid.settings.teacher_tokens == 5e6
+    assert control.settings.answer_weight == 0.5
+    assert control.name == make_runs(["constant_teacher"], [0], {})[0].name == "control-4b2ddc-25M-0"
 
 
 def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
@@ -135,6 +143,7 @@ def test_runs_are_made_measured_and_kept(place, data, tmp_path, capsys):  # noqa
             ratio = shares(one, find_control(one, ordered))["cloze_near"]["ratio"]
             assert ratio is None or ratio >= 0
     assert (out / "table.md").read_text() == table(quality_runs(out))
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("distances.png", "learning.png", "shares.png"))
     (shipped,) = (out / "ship").iterdir()
     tensors, metadata = read_delta(shipped)
     assert metadata["license"] == "apache-2.0" and "--arms ship" in metadata["command"]
@@ -215,6 +224,16 @@ def test_a_control_has_a_row_for_every_budget_that_it_serves():
         ("4full", "4full"),
         ("1full", "1full"),
     ]
+
+
+def test_averages_are_compared_with_and_without_boolq_on_the_same_items():
+    sets = {name: {"correct": "1100"} for name in KNOWLEDGE}
+    control = {"eval": {"sets": sets}}
+    worse = {"eval": {"sets": sets | {"boolq": {"correct": "0000"}}}}
+    found = average_ratio(worse, control, AVERAGES["average"])
+    assert found["ratio"] == pytest.approx(5 / 6) and found["interval"][0] < 5 / 6 < found["interval"][1]
+    assert average_ratio(worse, control, AVERAGES["without_boolq"]) == {"ratio": 1.0, "interval": [1.0, 1.0]}
+    assert average_ratio({"eval": {"sets": {}}}, control, AVERAGES["average"]) is None
 
 
 def test_unknown_arms_and_shards_are_refused():

@@ -181,9 +181,10 @@ def measure_public(
     """All parts of a model as plain data: {"sets", "needle", "perplexity", "notes", "seconds"}.
 
     `sets` maps a part to {accuracy, interval (95 %, Wilson), count, correct (one digit an item)}, clozes with
-    `by_distance`; `needle` does so by length, with `by_depth`, and with `contained` by the rule of RULER: the number is
-    somewhere in what is written, and other digits may follow it. `perplexity` is the data of `measure_texts`; `notes`
-    say what did not fit the model's context. Each part is kept in `partial` under `name` as soon as it is known.
+    `by_distance`, BoolQ with `balanced` (see `balanced`); `needle` does so by length, with `by_depth`, and with
+    `contained` by the rule of RULER: the number is somewhere in what is written, and other digits may follow it.
+    `perplexity` is the data of `measure_texts`; `notes` say what did not fit the model's context. Each part is kept in
+    `partial` under `name` as soon as it is known.
     """
     session = _Session(model, tokenizer, data, name, partial or PartialResults(), progress, max_batch_tokens)
     found: dict[str, Any] = {"sets": {}, NEEDLE: {}, PERPLEXITY: {}, "notes": session.notes, "seconds": {}}
@@ -194,7 +195,7 @@ def measure_public(
         elif part == PERPLEXITY:
             found[PERPLEXITY] = session.perplexity()
         elif (correct := session.correct(part)) is not None:
-            found["sets"][part] = counted(correct) | session.by_distance(part, correct)
+            found["sets"][part] = counted(correct) | session.by_distance(part, correct) | balanced(data, part, correct)
         found["seconds"][part] = round(time.perf_counter() - started, 2)
     return found
 
@@ -212,6 +213,25 @@ def counted(correct: Sequence[int]) -> dict[str, Any]:
         "count": total,
         "correct": "".join(str(int(c)) for c in correct),
     }
+
+
+def balanced(data: PublicData, part: str, correct: Sequence[int]) -> dict[str, Any]:
+    """{"balanced": accuracy, "by_answer": {choice: [accuracy, count]}} of a set whose items share their choices.
+
+    `balanced` is the mean over the correct choices, so that who always gives one answer gets chance. Of any other set,
+    and where a choice is never correct: nothing.
+    """
+    items = data.items.get(part, [])
+    choices = {item.choices for item in items}
+    if len(choices) != 1 or len(items[0].choices) < 2:
+        return {}
+    found: dict[str, list[float]] = {}
+    for index, choice in enumerate(items[0].choices):
+        own = [c for item, c in zip(items, correct, strict=True) if item.gold == index]
+        if not own:
+            return {}
+        found[choice.strip()] = [sum(own) / len(own), len(own)]
+    return {"balanced": sum(value for value, _ in found.values()) / len(found), "by_answer": found}
 
 
 class _Session:
