@@ -82,9 +82,10 @@ def test_a_hybrid_whose_answers_weigh_more_is_compared_with_the_same_control():
 
 def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
     def tokens(name, length=16384):
-        own = ARMS[name].heads.windows() if ARMS[name].heads else (64,) * (30 - 4) + (-1,) * 4
-        heads = [w for window in own for w in ([window] * 3 if isinstance(window, int) else window)]
-        return sum(length if w == FULL else w for w in heads)
+        heads = ARMS[name].heads
+        own = heads.windows() if heads else (64,) * (30 - 4) + (-1,) * 4
+        each = [w for window in own for w in ([window] * 3 if isinstance(window, int) else window)]
+        return sum(length if w == FULL else w for w in each)
 
     assert abs(tokens("4full_mixed") - tokens("4full")) <= 1024
     assert abs(tokens("4full_mixed") - tokens("4full_heads")) <= 1024
@@ -231,7 +232,11 @@ def test_averages_are_compared_with_and_without_boolq_on_the_same_items():
     control = {"eval": {"sets": sets}}
     worse = {"eval": {"sets": sets | {"boolq": {"correct": "0000"}}}}
     found = average_ratio(worse, control, AVERAGES["average"])
-    assert found["ratio"] == pytest.approx(5 / 6) and found["interval"][0] < 5 / 6 < found["interval"][1]
+    assert (
+        found is not None
+        and found["ratio"] == pytest.approx(5 / 6)
+        and found["interval"][0] < 5 / 6 < found["interval"][1]
+    )
     assert average_ratio(worse, control, AVERAGES["without_boolq"]) == {"ratio": 1.0, "interval": [1.0, 1.0]}
     assert average_ratio({"eval": {"sets": {}}}, control, AVERAGES["average"]) is None
 
