@@ -12,7 +12,7 @@ import pytest
 from nha.report import Cost, Results, plots
 from nha.report.page import RENDERINGS, render, write_report
 from nha.report.results import TABLE, VARIANTS
-from tests.report.fixtures import results
+from tests.report.fixtures import distilled_results, results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "img", "source", "br", "link"}
@@ -131,6 +131,13 @@ def test_next_steps_name_the_commands(page):
     text = Page(page).text
     for command in ("nha chat report/hybrid", "nha distill smollm2", "nha search smollm2", "nha doctor"):
         assert command in text
+
+
+def test_the_page_of_a_distilled_hybrid_shows_recall_by_distance():
+    page = page_of(distilled_results())
+    Page(page)
+    assert page.count("data:image/png;base64,") == 20 and "Recall by distance" in page
+    assert "<td>6 of 12</td><td>0 of 2</td>" in page
 
 
 def test_figures_without_data_are_left_out():

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from nha.report import plots
-from tests.report.fixtures import results
+from tests.report.fixtures import distilled_results
 
 
 @pytest.mark.parametrize("values", [[5.0, 5.0], [5.0] * 4, [9.8, 9.9, 8.6], [0.1, 0.0, 1.2], [1.0, 5.0, 9.0]])
@@ -21,7 +21,7 @@ def test_labels_never_overlap(values):
 @pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", list(plots.FIGURES))
 def test_no_text_is_cut_off_and_none_covers_another(name, size):
-    figure = plots.FIGURES[name](results(), plots.LIGHT, size)
+    figure = plots.FIGURES[name](distilled_results(), plots.LIGHT, size)
     figure.canvas.draw()
     width, height = figure.canvas.get_width_height(physical=True)
     axes = figure.axes[0]
@@ -36,9 +36,9 @@ def test_no_text_is_cut_off_and_none_covers_another(name, size):
 
 
 @pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW], ids=["wide", "narrow"])
-@pytest.mark.parametrize("name", ["perplexity", "cache", "speed"])
+@pytest.mark.parametrize("name", ["perplexity", "cache", "speed", "recall"])
 def test_no_text_covers_a_point(name, size):
-    figure = plots.FIGURES[name](results(), plots.LIGHT, size)
+    figure = plots.FIGURES[name](distilled_results(), plots.LIGHT, size)
     figure.canvas.draw()
     axes = figure.axes[0]
     points = [axes.transData.transform(xy) for line in axes.lines for xy in line.get_xydata()]

@@ -19,13 +19,14 @@ from nha.report.sentences import (
     memory_text,
     next_steps,
     quality_text,
+    recall_text,
     slots_text,
     speed_text,
     trend,
     verdict,
     window_text,
 )
-from tests.report.fixtures import results
+from tests.report.fixtures import distilled_results, results
 
 
 def with_perplexity(**values: float) -> Results:
@@ -210,10 +211,12 @@ def test_next_steps_quote_names_for_the_shell():
 
 
 def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_it_recalled():
-    found = replace(results(), tuning=None, distilled=Distilled(10_300_000, {"ppl_2k": 1.08}, 8192, 2, 1, 1))
-    text = verdict(found).text
-    assert "1 more began right" in text
-    assert "after distillation" in text and "8 % higher" in text and "1 of 2 numbers" in text and "8,192" in text
+    found = distilled_results()
+    text, recall = verdict(found).text, " ".join(recall_text(found))
+    assert "after distillation" in text and "8 % higher" in text
+    assert "8,192 tokens" in text and "50.0 % of the digits" in text and "0 of 2 numbers exactly" in text
+    assert "100 % of them after 256 tokens, 50.0 % after 8,192" in recall and "2 of all answers" in recall
+    assert not recall_text(results())
     noted = replace(found, notes=["2 KV heads have longer windows."])
     assert "10.3 MB" in " ".join(conversion_text(found))
     assert "exactly. 2 KV heads have longer windows. The slots" in " ".join(conversion_text(noted))

@@ -18,6 +18,7 @@ ALT = {
     "perplexity": "Perplexity by position in the document for the original, the hybrid and its variants.",
     "cache": "Memory of one conversation against context length, for the original and the hybrid.",
     "speed": "Time to write one token against context length, for the original and the hybrid.",
+    "recall": "Share of the digits of a number that the hybrid writes back, against the distance to it.",
 }
 CAPTIONS = {
     "memories": "Both kinds of memory are read in one step, by one softmax.",
@@ -25,6 +26,7 @@ CAPTIONS = {
     "the next one; lower is better. Each point is one stretch of the documents.",
     "cache": "The memory of one conversation: keys and values of every token, or slots and window.",
     "speed": "Median over several tokens on this machine.",
+    "recall": "Greedy answers from a memory of one size. Of two numbers a digit is 8 % of a point.",
 }
 RENDERINGS = {
     "wide_light": (plots.LIGHT, plots.WIDE),
@@ -76,6 +78,7 @@ def render(results: Results, figures: Mapping[str, Mapping[str, bytes]]) -> str:
         memory=sentences.memory_text(results),
         speed=sentences.speed_text(results),
         quality=sentences.quality_text(results),
+        recall=sentences.recall_text(results),
         limits=sentences.limits_text(results),
         next_steps=sentences.next_steps(results),
         settings=sentences.settings_text(results),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = (7.7, 3.85), (4.0, 4.2)  # inches
 DPI = 200  # twice an ordinary screen's
+GUESSING = 100 * sum(0.1**n for n in range(1, 7)) / 6  # per cent of six digits, right from the first on
 
 
 @dataclass(frozen=True)
@@ -291,6 +292,28 @@ def speed(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     return _two_lines(results, theme, size, values, lambda ms: f"{ms:,.0f} ms", title, log=False)
 
 
+def recall(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
+    """Share of the digits of a number that come back, against the distance to it."""
+    narrow = size[0] < 6
+    figure, axes = _figure(theme, size)
+    assert results.distilled is not None
+    points = [(one.tokens, 100 * one.digits / one.of_digits) for one in results.distilled.recall]
+    colour, dash = theme.variants["hybrid"]
+    axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=2.4, marker="o", markersize=4.5)
+    axes.axhline(GUESSING, color=theme.muted, linewidth=1.2, linestyle=(0, (2, 2)))
+    axes.set_ylim(0, 108)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    distances = [distance for distance, _ in points]
+    _context_axis(axes, distances, "tokens between the number and the question", 5 if narrow else 9)
+    axes.set_xlim(distances[0] / 1.12, distances[-1] * 1.06)
+    _style(figure, axes, theme, right=0.98)
+    _title(axes, theme, "Digits that are right from the first on (%)")
+    last = points[-1]
+    labels = [(*last, f"{VARIANTS['hybrid'][0]}\n{last[1]:.0f} %", colour)]
+    _end_labels(axes, theme, [*labels, (last[0], GUESSING, f"guessing\n{GUESSING:.0f} %", theme.muted)])
+    return figure
+
+
 def _cell(axes: Axes, x: float, y: float, size: tuple[float, float], face: str, edge: str, alpha: float = 1.0) -> None:
     """A box with round corners; x, y and size in inches."""
     from matplotlib.patches import FancyBboxPatch
@@ -398,12 +421,14 @@ FIGURES: dict[str, Callable[[Results, Theme, tuple[float, float]], Figure]] = {
     "perplexity": perplexity,
     "cache": cache,
     "speed": speed,
+    "recall": recall,
 }
 
 
 def figure_names(results: Results) -> list[str]:
     """The figures there is data for."""
     there = {"memories": True, "perplexity": True, "cache": len(results.costs) >= 2, "speed": len(results.timed) >= 2}
+    there["recall"] = results.distilled is not None and len(results.distilled.recall) >= 2
     return [name for name in FIGURES if there[name]]
 
 

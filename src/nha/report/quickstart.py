@@ -24,9 +24,6 @@ from nha.convert.settings import searched_layers
 from nha.data.text import blocks, calibration_text, evaluation_documents
 from nha.evaluate.measure import bucket_edges, plain_ids, tokenized
 from nha.evaluate.perplexity import Perplexity, perplexity
-from nha.evaluate.public.needle import make_needles
-from nha.evaluate.public.written import begins_with, first_line
-from nha.evaluate.public.written import write as generate_text
 from nha.evaluate.variants import longer_window
 from nha.models import loading
 from nha.models.cache import cache_nbytes, nha_layers
@@ -38,6 +35,7 @@ from nha.models.smollm2 import DELTA
 from nha.models.windows import set_windows, temporary_windows
 from nha.ops.heads import all_windows
 from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
+from nha.report.facts import ask, recall_by_distance, sample_of
 from nha.report.results import VARIANTS, Check, Cost, Distilled, Results, Sample, Tuning, Variant
 
 # Layers that keep full attention, found by `nha search --full 4`, by the model's label.
@@ -45,7 +43,7 @@ DOCUMENT = "the Python language reference"
 QUESTION = "Explain in two sentences what a function is in Python."
 DOCUMENTS = 2
 TRAINING_LENGTH = min(CONTEXTS)  # tokens of a text to train on; caches are filled from as many
-FACTS, FACT_TOKENS, QUICK_FACT_TOKENS = 2, 8192, 2048
+FACTS, FACT_DISTANCES = 2, (256, 1024, 2048, 4096, 8192)
 MAX_SLOTS = 4096  # half of the tokens that gates are calibrated on
 Report = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -379,23 +377,22 @@ def recall_facts(
     samples: list[Sample],
     advance: Callable[[int, int], None],
 ) -> None:
-    """Ask for numbers at the start of long prompts; counts go to `distilled`, the first answer to `samples`."""
-    length, count = (QUICK_FACT_TOKENS, 1) if settings.quick else (FACT_TOKENS, FACTS)
+    """Ask for numbers at growing distances; counts go to `distilled`, the furthest answer to `samples`."""
+    count, distances = (1, FACT_DISTANCES[:3]) if settings.quick else (FACTS, FACT_DISTANCES)
     haystack = np.concatenate(plain_ids(tokenizer, tokenized(tokenizer)))
-    needles = make_needles(tokenizer, haystack, length, count, depths=(0.0,), seed=settings.seed)
-    new = 2 + max(len(needle.answer) for needle in needles)
-    for number, needle in enumerate(needles):
-        text = generate_text(model, tokenizer, [needle.prompt], new)[0]
-        distilled.fact_tokens, distilled.facts = length, number + 1
-        right = begins_with(text, needle.answer)
-        distilled.recalled += right
-        distilled.continued += not right and text.lstrip().startswith(needle.answer)
-        if not number:
-            ends = [str(tokenizer.decode(part)).strip() for part in (needle.prompt[:40], needle.prompt[-24:])]
-            teacher = "(not asked here: with full attention it reads this long)"
-            shown = " ... ".join(ends)
-            samples.append(Sample(f"A fact {length:,} tokens back", shown, length, teacher, first_line(text)))
-        advance(number + 1, count)
+    asked = []
+    for number in range(count):
+        done = number * distances[-1]
+        asked += ask(
+            model,
+            tokenizer,
+            haystack,
+            distances,
+            seed=settings.seed + number,
+            progress=lambda part, _, done=done: advance(done + part, count * distances[-1]),
+        )
+        distilled.recall = recall_by_distance(asked)
+    samples.append(sample_of(asked[len(distances) - 1]))
 
 
 def write(model: Any, tokenizer: Any, ids: Tensor, count: int) -> str:

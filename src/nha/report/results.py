@@ -114,24 +114,38 @@ class Tuning:
 
 
 @dataclass
+class RecallAt:
+    """Numbers that a distilled hybrid was asked for some distance after it had read them.
+
+    Attributes:
+        tokens: the distance.
+        facts: how many were asked for.
+        recalled: how many were written exactly.
+        continued: how many were written exactly but for further digits after the last one.
+        digits, of_digits: digits that were right from the first on, and all digits.
+    """
+
+    tokens: int
+    facts: int
+    recalled: int
+    continued: int
+    digits: int
+    of_digits: int
+
+
+@dataclass
 class Distilled:
     """The distilled hybrid that this package ships for the embedded model.
 
     Attributes:
         bytes: of its file.
         relative: its numbers relative to those of the original trained on the same tokens, as ratios by name.
-        fact_tokens: length of the prompts that begin with a fact and end with its question.
-        facts: how many were asked for.
-        recalled: how many were written correctly.
-        continued: how many were written correctly but for further digits after the last one.
+        recall: numbers recalled by distance, the nearest first.
     """
 
     bytes: int
     relative: dict[str, float] = field(default_factory=dict)
-    fact_tokens: int = 0
-    facts: int = 0
-    recalled: int = 0
-    continued: int = 0
+    recall: list[RecallAt] = field(default_factory=list)
 
 
 @dataclass
@@ -247,10 +261,14 @@ class Results:
             data["samples"] = [Sample(**sample) for sample in data["samples"]]
             data["checks"] = [Check(**check) for check in data["checks"]]
             data["tuning"] = Tuning(**data["tuning"]) if data["tuning"] else None
-            data["distilled"] = Distilled(**data["distilled"]) if data.get("distilled") else None
+            data["distilled"] = _distilled(data["distilled"]) if data.get("distilled") else None
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"expected results of format {FORMAT!r} with all their fields, got {error}") from None
+
+
+def _distilled(data: dict[str, Any]) -> Distilled:
+    return Distilled(**data | {"recall": [RecallAt(**one) for one in data["recall"]]})
 
 
 def _variant(data: dict[str, Any]) -> Variant:

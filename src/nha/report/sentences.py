@@ -140,12 +140,31 @@ def distilled_text(results: Results) -> list[str]:
         lines.append(
             f"Relative to the original trained on the same tokens, perplexity on held-out books is {change(ratio)}."
         )
-    if found.facts:
-        numbers = f"{found.recalled} of {found.facts} numbers"
-        lines.append(f"It recalled {numbers} that it read about {found.fact_tokens:,} tokens before.")
-        if found.continued:
-            lines.append(f"{found.continued} more began right and went on with further digits.")
+    if found.recall:
+        last = found.recall[-1]
+        share = number(100 * last.digits / last.of_digits)
+        lines.append(
+            f"Of numbers that it read {last.tokens:,} tokens before, it wrote {share} % of the digits right from the "
+            f"first on, and {last.recalled} of {last.facts} numbers exactly."
+        )
     return lines
+
+
+def recall_text(results: Results) -> list[str]:
+    """How many digits come back at every distance, for a distilled hybrid that was asked; nothing for others."""
+    found = results.distilled
+    if found is None or not found.recall:
+        return []
+    first, last = found.recall[0], found.recall[-1]
+    shares = [f"{number(100 * one.digits / one.of_digits)} %" for one in (first, last)]
+    continued = sum(one.continued for one in found.recall)
+    more = f" {continued} of all answers had every digit and went on with further ones." if continued else ""
+    return [
+        f"A text begins with a number and goes on with {results.document}. As it goes on, the hybrid is asked for the "
+        f"number and writes the likeliest tokens. Counted are digits that are right from the first on: {shares[0]} of "
+        f"them after {first.tokens:,} tokens, {shares[1]} after {last.tokens:,}. Guessing gives 2 %.{more}",
+        "The text holds one number. Of several that are alike, a hybrid may write the wrong one.",
+    ]
 
 
 def memory_text(results: Results) -> list[str]:
