@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
 
 import pytest
 from typer.testing import CliRunner
 
 from nha.cli import app
 from nha.convert.search import SearchResult, save_search
+from nha.distill.timeline import Timeline
+from nha.errors import BadInput
+from nha.models import loading
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.data.test_corpus import texts
 from tests.models.families import teacher
 
+cli_distill = sys.modules["nha.cli.distill"]  # the package has the command by that name
 runner = CliRunner()
 SHORT = [
     "--window",
@@ -227,3 +233,32 @@ def test_a_teacher_is_trained_first_and_the_summary_says_so(place, corpus, tmp_p
     assert "trained the original with full attention" in (run / "hybrid" / "README.md").read_text()
     wrong = runner.invoke(app, [*arguments, "--trainable", "lora"])
     assert wrong.exit_code == 2 and "--teacher-tokens" in wrong.stderr and "'lora'" in wrong.stderr
+
+
+def test_the_original_is_loaded_while_text_is_read(monkeypatch):
+    begun, timeline = threading.Event(), Timeline()
+
+    def load(source, dtype):
+        begun.set()
+        return "model", dtype
+
+    def read():
+        assert begun.wait(60)
+        return "corpus"
+
+    monkeypatch.setattr(cli_distill.loading, "load", load)
+    source = loading.Source("name", None, None)
+    assert cli_distill.load_beside(source, "auto", timeline, read) == ("corpus", ("model", "float32"))
+    assert list(timeline.stages) == ["text read", "model loaded"]
+
+
+def test_text_that_cannot_be_read_and_a_model_that_cannot_be_loaded_are_errors(monkeypatch):
+    def refuse(*_, **__):
+        raise BadInput("no model")
+
+    monkeypatch.setattr(cli_distill.loading, "load", refuse)
+    source = loading.Source("name", None, None)
+    with pytest.raises(BadInput, match="no model"):
+        cli_distill.load_beside(source, "float32", Timeline(), lambda: "corpus")
+    with pytest.raises(ZeroDivisionError):
+        cli_distill.load_beside(source, "float32", Timeline(), lambda: 1 / 0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,12 +142,12 @@ def distill(
                 return
             timeline = Timeline()
             timeline.mark("options checked")
-            opened = read_text(source, text, text.corpus or output.with_name(output.name + ".corpus"))
-            timeline.mark("text read")
+            cache = text.corpus or output.with_name(output.name + ".corpus")
             if text.prepare_only:
-                report_corpus(opened, as_json)
+                report_corpus(read_text(source, text, cache), as_json)
                 return
-            run(Job(source, opened, output, settings, dtype, control, as_json, timeline), stop)
+            opened, loaded = load_beside(source, dtype, timeline, lambda: read_text(source, text, cache))
+            run(Job(source, opened, output, settings, dtype, control, as_json, timeline), loaded, stop)
     except KeyboardInterrupt:
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
@@ -158,6 +161,33 @@ def exit_code(reason: str) -> int:
     (3, 130, 143)
     """
     return UNFINISHED if reason == "budget" else 128 + signal.Signals[reason]
+
+
+def load_beside(
+    source: loading.Source, dtype: str, timeline: Timeline, read: Callable[[], Corpus]
+) -> tuple[Corpus, tuple[Any, Any]]:
+    """The corpus that `read` gives, and the original and its tokenizer, which another thread loads meanwhile.
+
+    An error of `read` is raised once the model is loaded.
+    """
+    import_module("nha.distill.run")  # before there are two threads that would import its parts at the same time
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(load_original, source, dtype)
+        corpus = read()
+        timeline.mark("text read")
+        with common.status(f"loading {source.label}"):
+            found = loaded.result()
+    timeline.mark("model loaded")
+    return corpus, found
+
+
+def load_original(source: loading.Source, dtype: str) -> tuple[Any, Any]:
+    """The original in the dtype to compute in, on the fastest device, and its tokenizer."""
+    import torch
+
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return loading.load(source, dtype=dtype)
 
 
 def read_text(source: loading.Source, given: TextOptions, cache: Path) -> Corpus:
@@ -266,23 +296,13 @@ class Job:
     as_json: bool
     timeline: Timeline
 
-    def load(self) -> tuple[Any, Any]:
-        """The original and its tokenizer."""
-        import torch
 
-        cuda = torch.cuda.is_available()
-        dtype = ("bfloat16" if cuda else "float32") if self.dtype == "auto" else self.dtype
-        with common.status(f"loading {self.source.label}"):
-            return loading.load(self.source, dtype=dtype)
-
-
-def run(job: Job, stop: Stop) -> None:
-    """Train the control and the hybrid, show the progress, and save both."""
+def run(job: Job, original: tuple[Any, Any], stop: Stop) -> None:
+    """Train the control and the hybrid from the original and its tokenizer, show the progress, and save both."""
     from nha.distill.results import read_control
     from nha.distill.run import control_identity
 
-    loaded, tokenizer = job.load()
-    job.timeline.mark("model loaded")
+    loaded, tokenizer = original
     stop.check()
     identity, control = None, None
     if job.control is not None:
@@ -292,7 +312,8 @@ def run(job: Job, stop: Stop) -> None:
         if job.control == ONLY or control is None:
             return
         free(loaded)
-        loaded, tokenizer = job.load()
+        with common.status(f"loading {job.source.label}"):
+            loaded, tokenizer = load_original(job.source, job.dtype)
     elif job.control is not None:
         control = read_control(Path(job.control), identity or {})
     train_and_save(job, loaded, tokenizer, stop, relative_to=control)
