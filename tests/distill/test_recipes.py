@@ -53,12 +53,22 @@ def test_what_is_given_overrides_a_recipe():
         recipe_settings("best", 30)
 
 
+def test_recipes_train_the_teacher_first_where_whole_matrices_are_trained():
+    for name in RECIPES:
+        settings = recipe_settings(name, 30, SMOLLM2)
+        assert settings.teacher_tokens == 0.4 * settings.tokens and settings.long_tokens == 0.5 * settings.tokens
+        for trainable in ("lora", "slots"):
+            assert recipe_settings(name, 30, given={"trainable": trainable}).teacher_tokens == 0
+        assert recipe_settings(name, 30, given={"teacher_tokens": 0.0}).teacher_tokens == 0
+    assert recipe_settings("constant", 30, given={"tokens": 1e6, "long_tokens": 9e5}).teacher_tokens == 1e5
+
+
 @pytest.mark.parametrize("context, lengths", [(8192, (2048, 8192)), (4096, (2048, 4096)), (1024, (1024, 1024))])
 def test_no_sequence_of_a_recipe_is_longer_than_the_context_of_the_model(context, lengths):
     for name in RECIPES:
         settings = recipe_settings(name, 30, context=context)
         assert (settings.seq_len, settings.long_seq_len) == lengths
-        assert (settings.long_tokens > 0) == (name == "constant" and lengths[1] > lengths[0])
+        assert (settings.long_tokens > 0) == (lengths[1] > lengths[0])
     assert recipe_settings("constant", 30, given={"seq_len": 4096}, context=1024).seq_len == 4096
     assert recipe_settings("constant", 30) == recipe_settings("constant", 30, context=1 << 17)
 
