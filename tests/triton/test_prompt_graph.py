@@ -96,7 +96,20 @@ def test_other_windows_are_recorded_anew(reads):
     model, ids = build(), tokens(1, 20)
     for windows in ((8, -1, 0), (4, 4, 0)):
         set_windows(model, list(windows))
-        for _ in range(2):
-            found = model.generate(ids, **OPTIONS | {"max_new_tokens": 1})
+        with torch.inference_mode():
+            model.generate(ids, **OPTIONS | {"max_new_tokens": 1})
+        found = model.generate(ids, **OPTIONS | {"max_new_tokens": 1})
         assert torch.equal(found, plain(model, ids, max_new_tokens=1))
     assert reads.count("replayed") == 2
+
+
+class Adapted(torch.nn.Linear):
+    """A module of another library."""
+
+
+def test_modules_of_other_libraries_are_called(reads):
+    model, ids = build(), tokens(1, 20)
+    model.model.layers[0].mlp.up_proj.__class__ = Adapted
+    for _ in range(2):
+        model.generate(ids, **OPTIONS | {"max_new_tokens": 1})
+    assert not reads

@@ -41,7 +41,7 @@ TASKS = {
     "throughput": "Tokens a second of as many sequences as fit",
     "throughput-80gb": "Tokens a second of as many sequences as fit into an 80 GB GPU",
 }
-IN_SEGMENTS = "read in segments"
+IN_SEGMENTS = "read in segments, or by generate"
 DRAWN = {"prefill": ("reading a prompt, s", 1e-3), "decode": ("one more token, ms", 1.0)}
 
 
@@ -165,15 +165,17 @@ def draw(rows: list[Row], name: str) -> Figure | None:
     for variant in variants_of(rows):
         how = style(variant)
         _plot(axes[2], _peaks(rows, variant, "one call"), how)
-        _plot(axes[2], _peaks(rows, variant, "segments"), how._replace(label=IN_SEGMENTS, marker="*", dash="none"))
+        parts = _peaks(rows, variant, "segments", "generate")
+        _plot(axes[2], parts, how._replace(label=IN_SEGMENTS, marker="*", dash="none"))
     _finish(axes[2], lengths_of(rows, "prefill"), "peak of memory, GiB")
     add_legend(figure, axes)
     return figure
 
 
-def _peaks(rows: list[Row], variant: str, how: str) -> Points:
-    """(T, GiB) of a variant's prompts, read in this way."""
-    found = [r for r in rows if (r["task"], r["variant"], r["how"]) == ("prefill", variant, how) and r["peak_gib"]]
+def _peaks(rows: list[Row], variant: str, *hows: str) -> Points:
+    """(T, GiB) of a variant's prompts, read in one of these ways."""
+    found = [r for r in rows if (r["task"], r["variant"]) == ("prefill", variant) and r["how"] in hows]
+    found = [r for r in found if r["peak_gib"]]
     return sorted((float(row["T"]), row["peak_gib"]) for row in found)
 
 

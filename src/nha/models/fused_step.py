@@ -145,6 +145,11 @@ def fusing(enabled: bool) -> Iterator[None]:
         _fusing.reset(token)
 
 
+def is_fusing() -> bool:
+    """Whether layers are computed in few launches where they can be."""
+    return _fusing.get()
+
+
 def before_layers(stack: Any) -> None:
     """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:

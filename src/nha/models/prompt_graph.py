@@ -25,6 +25,7 @@ from nha.models import decode_graph
 from nha.models.cache import NHACacheLayer
 from nha.models.config import FULL
 from nha.models.decode_graph import is_plain
+from nha.models.fused_step import is_fusing
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.prompt import has_padding, reads_text, widest
 from nha.models.windows import attention_layers, decoder
@@ -33,6 +34,7 @@ from nha.ops.heads import all_windows
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
 MAX_TOKENS = 16384
 MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
+KNOWN = ("torch", "transformers", "nha")  # libraries whose modules compute the same as long as their parts are
 MAX_GRAPHS = 24  # of a model, the most recently used
 
 
@@ -59,8 +61,9 @@ class PromptGraph:
     @classmethod
     def of(cls, length: int, device: torch.device) -> PromptGraph:
         """A graph without a recording."""
-        ids = torch.zeros(1, length, dtype=torch.int64, device=device)
-        return cls(ids, torch.zeros(1, dtype=torch.int64, device=device))
+        with torch.inference_mode(False):  # tensors of inference could not be filled outside it
+            ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+            return cls(ids, torch.zeros(1, dtype=torch.int64, device=device))
 
     def fill(self, ids: Tensor) -> None:
         """Let `ids` [1, T] be the inputs."""
@@ -92,7 +95,7 @@ class PromptGraphs:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def renew(self, parts: tuple[Any, ...]) -> None:
-        """Forget what was recorded with other parts."""
+        """Forget what was recorded with other parts of the model."""
         if parts != self.parts:
             self.parts, self.refused, self.pool = parts, False, None
             self.graphs.clear()
@@ -133,12 +136,19 @@ _graphs: WeakKeyDictionary[nn.Module, PromptGraphs] = WeakKeyDictionary()
 _counts: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def parts_of(model: nn.Module) -> tuple[Any, ...]:
-    """The parts of a model that a recording depends on, besides its inputs: classes, addresses of weights, windows."""
-    found: list[Any] = []
+def parts_of(model: Any) -> tuple[Any, ...] | None:
+    """The parts of a model that a recording depends on, besides its inputs: classes, addresses of weights, windows.
+
+    None where a module is from another library or its forward pass is replaced, which may depend on more: PEFT switches
+    adapters off, and accelerate moves weights.
+    """
+    config = decoder(model).config
+    found: list[Any] = [is_fusing(), config.slots_from_start, config._attn_implementation]
+    found += [(x.window_size, x.ablation, x.nha.initial is None) for x in attention_layers(model)]
     for module in model.modules():
-        own = vars(module)
-        found += (type(module), own.get("forward"), own.get("window_size"), own.get("ablation"))
+        if type(module).__module__.partition(".")[0] not in KNOWN or "forward" in vars(module):
+            return None
+        found.append(type(module))
         for x in (*module._parameters.values(), *module._buffers.values()):
             if x is not None:
                 found += (x.data_ptr(), x.dtype)
@@ -201,7 +211,10 @@ def replay_prompt(
     if not graphs.lock.acquire(blocking=False):  # another thread reads a prompt with this model
         return None
     try:
-        graphs.renew(parts_of(model))
+        parts = parts_of(model)
+        if parts is None:
+            return None
+        graphs.renew(parts)
         name = "past_key_values" if kwargs.get("cache") is None else "cache"
         found = None if graphs.refused else graphs.read(model, ids, name)
         if found is None:
