@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from itertools import product
+
 from nha.bench import cpu, cpu_model
+from nha.bench.resumable import complete
 from nha.bench.timing import read_table
 
 
@@ -18,5 +22,20 @@ def test_the_tiny_benchmark_of_a_model_runs(tmp_path):
     cpu_model.run(tmp_path / "cpu-model.csv", rounds=1, tiny=True, log=lambda line: None)
     found = read_table(tmp_path / "cpu-model.csv")
     assert tuple(found[0]) == cpu_model.COLUMNS
-    names = {(r["model"], r["task"], r["T"]) for r in found}
-    assert names == {(m, t, n) for m in ("hybrid", "full") for t in ("prefill", "decode") for n in (20, 30)}
+    names = {(r["model"], r["task"], r["T"], r["dtype"]) for r in found}
+    assert names == set(product(("full", *cpu_model.HYBRIDS), ("prefill", "decode"), (20, 30), cpu_model.DTYPES))
+
+
+def test_a_table_goes_on_where_it_stopped_and_not_with_other_versions(tmp_path):
+    path, calls = tmp_path / "times.csv", []
+    cases = {name: (lambda name=name: calls.append(name) or [{"ms": len(calls)}]) for name in ("a", "b", "c")}
+
+    def go(about, budget_s):
+        return complete(path, ["ms"], cases, about, budget_s, log=lambda line: None)
+
+    assert not go({"torch": "1"}, 0) and not calls
+    kept = tmp_path / "times.csv.cases"
+    kept.write_text(json.dumps({"case": "b", "about": {"torch": "1"}, "rows": [{"ms": 7}]}) + '\n{"case": "c", "ab')
+    assert not go({"torch": "2"}, 0)
+    assert go({"torch": "1"}, 60) and calls == ["a", "c"] and not kept.exists()
+    assert [row["ms"] for row in read_table(path)] == [1, 7, 2]

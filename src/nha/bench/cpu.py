@@ -1,7 +1,12 @@
-"""Time the PyTorch implementation on the CPU beside full causal attention (SDPA), in one run."""
+"""Time the PyTorch implementation on the CPU beside full causal attention (SDPA), in turn.
+
+Of each call both the milliseconds that it took and those of the processor are kept: on a machine that others use the
+latter, of all threads together, says more.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -9,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nha import nha_attention
-from nha.bench.timing import Table
+from nha.bench.resumable import complete
 
 COLUMNS = (
     "impl",
@@ -31,6 +37,7 @@ COLUMNS = (
     "W",
     "dtype",
     "ms",
+    "cpu_ms",
     "ns_per_token",
     "threads",
     "machine",
@@ -73,27 +80,26 @@ def inputs(length: int, heads: int, kv_heads: int) -> list[Tensor]:
     return [q, k, v, gate]
 
 
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of `repeats` calls after a warm-up call."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds of a call, and those of the processor, all threads together."""
+    started, used = time.perf_counter(), time.process_time()
+    function()
+    return 1e3 * (time.perf_counter() - started), 1e3 * (time.process_time() - used)
 
 
-def time_both(call: Callable[..., Tensor], tensors: list[Tensor], repeats: int) -> tuple[float, float]:
-    """(forward, forward and backward) in milliseconds."""
-    with torch.no_grad():
-        forward = median_ms(lambda: call(*tensors), repeats)
+def calls(call: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """What is timed, by the name of the pass."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     gradient = torch.randn_like(call(*tensors))
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(*tensors)
 
     def both() -> None:
         torch.autograd.grad(call(*leaves), leaves, gradient, allow_unused=True)
 
-    return forward, median_ms(both, repeats)
+    return {"fwd": forward, "fwd+bwd": both}
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -102,29 +108,48 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def measure(row: Row, repeats: int) -> tuple[float, float]:
-    """Milliseconds (forward, forward and backward) of a row."""
-    tensors = inputs(row.length, row.query_heads, row.heads)
+def function_of(row: Row) -> Callable[..., Tensor]:
+    """The attention that a row times."""
     if row.impl == "sdpa":
-        return time_both(sdpa, tensors, min(repeats, 2))
-    return time_both(lambda *x: nha_attention(*x, window_size=row.window, impl="chunked").out, tensors, repeats)
+        return sdpa
+    return lambda *x: nha_attention(*x, window_size=row.window, impl="chunked").out
 
 
-def run(wanted: list[Row], path: Path, repeats: int = 5, log: Callable[[str], None] = print) -> None:
-    """Measure rows into the table at `path`."""
-    about: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Table(path, COLUMNS) as table:
-        for row in wanted:
-            times = measure(row, repeats)
-            log(f"{times[0]:>9.1f} ms forward {times[1]:>9.1f} ms forward and backward  {row}")
-            for kind, ms in zip(("fwd", "fwd+bwd"), times, strict=True):
-                shape = {"B": 1, "T": row.length, "HQ": row.query_heads, "H": row.heads, "D": D, "M": M}
-                found = {"impl": row.impl, "pass": kind, **shape, "W": row.window, "dtype": "fp32"}
-                table.add(found | {"ms": round(ms, 2), "ns_per_token": round(1e6 * ms / row.length)} | about)
-    log(f"{len(table.rows)} rows in {path}")
+def measure(group: list[Row], repeats: int, about: dict[str, Any], log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Time rows that share their tensors, in turn, after a warm-up."""
+    tensors = inputs(group[0].length, group[0].query_heads, group[0].heads)
+    timings = {row: calls(function_of(row), tensors) for row in group}
+    times: dict[tuple[Row, str], list[tuple[float, float]]] = {}
+    for turn in range(repeats + 1):
+        for row, own in timings.items():
+            for kind, call in own.items():
+                one = timed(call)
+                if turn:
+                    times.setdefault((row, kind), []).append(one)
+    found = []
+    for (row, kind), both in times.items():
+        ms, cpu_ms = (round(statistics.median(values), 2) for values in zip(*both, strict=True))
+        log(f"{ms:>9.1f} ms, {cpu_ms:>9.1f} of the processor, {kind:<7} {row}")
+        shape = {"B": 1, "T": row.length, "HQ": row.query_heads, "H": row.heads, "D": D, "M": M, "W": row.window}
+        numbers = {"dtype": "fp32", "ms": ms, "cpu_ms": cpu_ms, "ns_per_token": round(1e6 * ms / row.length)}
+        found.append({"impl": row.impl, "pass": kind, **shape, **numbers, **about})
+    return found
+
+
+def about_machine() -> dict[str, Any]:
+    """Threads, machine and versions, for every row."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"threads": torch.get_num_threads(), "machine": machine, "torch": torch.__version__}
+
+
+def run(
+    wanted: list[Row], path: Path, repeats: int = 5, budget_s: float = math.inf, log: Callable[[str], None] = print
+) -> bool:
+    """Measure rows into the table at `path`; whether all are measured (`nha.bench.resumable`)."""
+    about = about_machine()
+    dated = about | {"date": date.today().isoformat()}
+    groups: dict[str, list[Row]] = {}
+    for row in wanted:
+        groups.setdefault(f"T{row.length} HQ{row.query_heads} H{row.heads}", []).append(row)
+    cases = {name: partial(measure, group, repeats, dated, log) for name, group in groups.items()}
+    return complete(path, COLUMNS, cases, about, budget_s, log)

@@ -1,39 +1,45 @@
-"""Time a model of SmolLM2-135M's shape on the CPU, as a hybrid and with full attention, in turn.
+"""Time a model of SmolLM2-135M's shape on the CPU, as hybrids and with full attention, in turn.
 
-Random weights in float32. The hybrid keeps full attention in 4 of 30 layers; the other layers have a window of 64 and
-64 slots. Columns: `task` prefill is the time of a prompt of T tokens, decode that of one more token after them.
+Random weights. One hybrid keeps full attention in 4 of 30 layers, the other layers have a window of 64; one has windows
+per KV head as the distilled hybrid that ships, none full. Both have 64 slots. Columns: `task` prefill is the time of a
+prompt of T tokens, decode that of one more token after them; `cpu_ms` is the processor's time, all threads together.
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nha.bench.timing import Table
+from nha.bench.cpu import about_machine, timed
+from nha.bench.resumable import complete
+from nha.ops.heads import Window
 
-COLUMNS = ("model", "task", "T", "ms", "threads", "machine", "torch", "transformers", "date")
+COLUMNS = ("model", "task", "T", "dtype", "ms", "cpu_ms", "threads", "machine", "torch", "transformers", "date")
+DTYPES = ("float32", "bfloat16")
 FULL_LAYERS = (8, 18, 20, 23)
 LENGTHS = (256, 512, 1024, 2048, 4096)
+HYBRIDS = ("hybrid", "hybrid, heads")
 TOKENS = 8  # decoded in each round
+LONG_LAYERS = (7, 8, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 29)  # where the shipped hybrid has longer windows
 
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of the model, and where the hybrid keeps full attention."""
+    """The shape of the model and of its hybrids, `head_windows` that of the one with windows per KV head."""
 
     config: dict[str, int]
     full_layers: tuple[int, ...]
     window: int
     slots: int
+    head_windows: tuple[Window, ...]
 
 
 SMOLLM2 = Size(
@@ -49,6 +55,7 @@ SMOLLM2 = Size(
     FULL_LAYERS,
     64,
     64,
+    tuple((25, 256, 25) if layer in LONG_LAYERS else 25 for layer in range(30)),
 )
 TINY = Size(
     {
@@ -63,11 +70,12 @@ TINY = Size(
     (1,),
     8,
     6,
+    ((4, 8), 4),
 )
 
 
-def build(size: Size, hybrid: bool) -> Any:
-    """The model with random weights."""
+def build(size: Size, name: str, dtype: str = "float32") -> Any:
+    """A model with random weights: "full" or one of `HYBRIDS`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from nha.models.adapter import to_hybrid
@@ -75,58 +83,66 @@ def build(size: Size, hybrid: bool) -> Any:
     torch.manual_seed(0)
     options: dict[str, Any] = {**size.config, "tie_word_embeddings": True}
     model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**options), dtype=torch.float32).eval()
-    if hybrid:
+    if name == "hybrid":
         layers = range(model.config.num_hidden_layers)
         to_hybrid(model, [-1 if i in size.full_layers else size.window for i in layers], num_slots=size.slots)
-    return model.requires_grad_(False)
+    elif name != "full":
+        to_hybrid(model, size.head_windows, num_slots=size.slots)
+    return model.requires_grad_(False).to(getattr(torch, dtype))
+
+
+Times = tuple[float, float]  # milliseconds, and those of the processor
 
 
 @torch.no_grad()
-def once(model: Any, length: int) -> tuple[float, list[float]]:
-    """Milliseconds of a prompt of `length` tokens, and of each of TOKENS tokens after it."""
+def once(model: Any, length: int) -> tuple[Times, list[Times]]:
+    """The times of a prompt of `length` tokens, and of each of TOKENS tokens after it."""
     from transformers import DynamicCache
 
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
     cache = DynamicCache(config=model.config)
-    start = time.perf_counter()
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prompt = 1e3 * (time.perf_counter() - start)
-    times = []
-    for _ in range(TOKENS):
-        start = time.perf_counter()
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
-        times.append(1e3 * (time.perf_counter() - start))
-    return prompt, times
+    prompt = timed(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
+    return prompt, [timed(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True)) for _ in range(TOKENS)]
 
 
-def run(path: Path, rounds: int = 3, tiny: bool = False, log: Callable[[str], None] = print) -> None:
-    """Time both models in turn, `rounds` times at each length, into the table at `path`."""
+def measure(
+    models: dict[str, Any], dtype: str, length: int, rounds: int, about: dict[str, Any], log: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Time models in turn, `rounds` times after a warm-up."""
+    found: dict[tuple[str, str], list[Times]] = {}
+    for turn in range(rounds + 1):
+        for name in sorted(models, reverse=turn % 2 == 0):
+            prompt, tokens = once(models[name], length)
+            if turn:
+                found.setdefault((name, "prefill"), []).append(prompt)
+                found.setdefault((name, "decode"), []).extend(tokens)
+    rows = []
+    for (name, task), times in sorted(found.items()):
+        ms, cpu_ms = (round(statistics.median(values), 2) for values in zip(*times, strict=True))
+        rows.append({"model": name, "task": task, "T": length, "dtype": dtype, "ms": ms, "cpu_ms": cpu_ms} | about)
+    cpu = {(row["model"], row["task"]): row["cpu_ms"] for row in rows}
+    for name in models:
+        ratios = (f"{task} {cpu[name, task] / cpu['full', task]:.3f}" for task in ("prefill", "decode"))
+        log(f"{dtype} T {length}: {name}, processor's time relative to full: {', '.join(ratios)}")
+    return rows
+
+
+def run(
+    path: Path, rounds: int = 3, tiny: bool = False, budget_s: float = math.inf, log: Callable[[str], None] = print
+) -> bool:
+    """Time all models at each length into the table at `path`; whether all are timed (`nha.bench.resumable`)."""
     import transformers
 
     size, lengths = (SMOLLM2, LENGTHS) if not tiny else (TINY, (20, 30))
-    about: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-    }
-    models = {"hybrid": build(size, True), "full": build(size, False)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Table(path, COLUMNS) as table:
-        for length in lengths:
-            found: dict[tuple[str, str], list[float]] = {}
-            for turn in range(rounds + 1):
-                for name in sorted(models, reverse=turn % 2 == 0):
-                    prompt, tokens = once(models[name], length)
-                    if turn:  # the first round is the warm-up
-                        found.setdefault((name, "prefill"), []).append(prompt)
-                        found.setdefault((name, "decode"), []).extend(tokens)
-            ms = {key: round(statistics.median(times), 2) for key, times in found.items()}
-            for (name, task), value in sorted(ms.items()):
-                table.add({"model": name, "task": task, "T": length, "ms": value} | about)
-            log(
-                f"T {length}: prompt {ms['hybrid', 'prefill']:.0f} ms, full {ms['full', 'prefill']:.0f}; "
-                f"token {ms['hybrid', 'decode']:.1f} ms, full {ms['full', 'decode']:.1f}"
-            )
-    log(f"{len(table.rows)} rows in {path}")
+    about = about_machine() | {"transformers": transformers.__version__}
+    dated = about | {"date": date.today().isoformat()}
+
+    @cache
+    def models(dtype: str) -> dict[str, Any]:
+        return {name: build(size, name, dtype) for name in ("full", *HYBRIDS)}
+
+    def case(dtype: str, length: int) -> list[dict[str, Any]]:
+        return measure(models(dtype), dtype, length, rounds, dated, log)
+
+    cases = {f"{dtype} T{length}": partial(case, dtype, length) for dtype in DTYPES for length in lengths}
+    return complete(path, COLUMNS, cases, about, budget_s, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -109,7 +110,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-@bench_app.command("cpu", epilog="Example: [cyan]nha bench cpu --lengths[/]")
+@bench_app.command("cpu", epilog="Example: [cyan]nha bench cpu --everything --budget-s 600[/]")
 @command
 def cpu(
     out: Out = RESULTS,
@@ -119,19 +120,25 @@ def cpu(
     model: Annotated[
         bool, typer.Option("--model", help="Time a model of SmolLM2-135M's shape instead: cpu-model.csv.")
     ] = False,
+    everything: Annotated[bool, typer.Option("--everything", help="Time all three.")] = False,
     repeats: Annotated[int, typer.Option(help="Calls of each row; the median counts.")] = 5,
+    budget: Budget = 3600,
     tiny: Tiny = False,
 ) -> None:
-    """Time the PyTorch implementation on the CPU beside full attention: cpu.csv."""
+    """Time the PyTorch implementation on the CPU beside full attention: cpu.csv. Run it again to resume."""
     from nha.bench import cpu_model
     from nha.bench.cpu import rows, run
 
     check_at_least("--repeats", repeats, 1)
-    if model:
-        warnings.simplefilter("ignore")
-        cpu_model.run(out / "cpu-model.csv", repeats, tiny, log)
-        return
-    run(rows(lengths, tiny), out / ("cpu-lengths.csv" if lengths else "cpu.csv"), repeats, log)
+    check_at_least("--budget-s", budget, 0)
+    warnings.simplefilter("ignore")
+    ends = time.perf_counter() + budget
+    if everything or not (lengths or model):
+        run(rows(False, tiny), out / "cpu.csv", repeats, ends - time.perf_counter(), log)
+    if everything or model:
+        cpu_model.run(out / "cpu-model.csv", repeats, tiny, ends - time.perf_counter(), log)
+    if everything or lengths:
+        run(rows(True, tiny), out / "cpu-lengths.csv", repeats, ends - time.perf_counter(), log)
 
 
 @bench_app.command("serve", epilog="Example: [cyan]nha bench serve my-hybrid --lengths 4096,32768,131072[/]")

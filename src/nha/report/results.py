@@ -268,7 +268,9 @@ class Results:
 
 
 def _distilled(data: dict[str, Any]) -> Distilled:
-    return Distilled(**data | {"recall": [RecallAt(**one) for one in data["recall"]]})
+    found = Distilled(**data)
+    found.recall = [RecallAt(**one) for one in data["recall"]]
+    return found
 
 
 def _variant(data: dict[str, Any]) -> Variant:
