@@ -73,6 +73,10 @@ class Plan:
     documents: int = count(32, "Held-out documents for perplexity and for texts that are read twice.")
     clozes: int = count(500, "Near clozes.")
     items: int = count(1000, "Items of LAMBADA and PIQA.")
+    vocabulary: int = count(
+        0, "Tokens of a tokenizer that is trained on a part of the text, for a CPU; 0: the one given.", at_least=0
+    )
+    text_documents: int = count(400, "Documents of the text that are read then.")
     seed: int = count(0, "Seed of everything.", at_least=0)
 
 
@@ -151,11 +155,11 @@ class Campaign:
     def prepare(self) -> None:
         """Tokenizer, corpus and what is measured on."""
         options, plan = self.options, self.plan
-        self.tokenizer = load_tokenizer(options.tokenizer)
-        if options.corpus is not None and (options.corpus / "meta.json").is_file():
-            self.corpus: Corpus = open_corpus(options.corpus, self.tokenizer)
+        if plan.vocabulary:
+            self.tokenizer, self.corpus = small_corpus(options.data, options.work, plan)
         else:
-            self.corpus = prepare_corpus(options.data, options.work, self.tokenizer)
+            self.tokenizer = load_tokenizer(options.tokenizer)
+            self.corpus = find_corpus(options.corpus, options.data, options.work, self.tokenizer)
         self.print(f"{self.corpus.meta['tokens']:,} tokens ready")
         settings = PublicSettings(
             parts=options.parts,
@@ -344,6 +348,36 @@ def run_name(name: str, recipe: str | None, control: bool, plan: Plan) -> str:
     if recipe is None:
         return f"{name}-original-{plan.seed}"
     return f"{name}-{recipe.replace(':', 'x')}-{kind_of(recipe, control)}-{plan.distill_tokens / 1e6:g}M-{plan.seed}"
+
+
+def find_corpus(given: Path | None, data: Path, work: Path, tokenizer: Any) -> Corpus:
+    """The corpus in a folder if there is one; else that of the training text, made in `work`."""
+    if given is not None and (given / "meta.json").is_file():
+        return open_corpus(given, tokenizer)
+    return prepare_corpus(data, work, tokenizer)
+
+
+def small_corpus(data: Path, work: Path, plan: Plan) -> tuple[Any, Corpus]:
+    """A byte tokenizer with a small vocabulary and the corpus that it reads, of documents spread over the text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from nha.data.prepare import prepare
+    from nha.data.sources import json_rows
+    from nha.evaluate.public.sets import find_set, spaced
+
+    place = work / f"small-{plan.vocabulary}-{plan.text_documents}"
+    if not (place / "corpus" / "meta.json").is_file():
+        rows = spaced([row["text"] for _, row in json_rows(find_set(data, "train"))], plan.text_documents)
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(rows, vocab_size=plan.vocabulary, show_progress=False)
+        place.mkdir(parents=True, exist_ok=True)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
+        tokenizer.save_pretrained(place / "tokenizer")
+        (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        prepare([str(place / "text.jsonl")], place / "corpus", tokenizer, held_out_fraction=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+    return tokenizer, open_corpus(place / "corpus", tokenizer)
 
 
 def load_tokenizer(given: str) -> Any:

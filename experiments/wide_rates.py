@@ -32,9 +32,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from experiments.distill import versions
-from experiments.quality import prepare_corpus
-from experiments.second_model import load_tokenizer
-from nha.data.corpus import Corpus, open_corpus
+from experiments.second_model import find_corpus, load_tokenizer
+from nha.data.corpus import Corpus
 from nha.distill.recipes import recipe_settings
 from nha.distill.run import distill
 from nha.distill.settings import GATE_LR, LR, DistillSettings
@@ -241,10 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     (options.out / "rates").mkdir(parents=True, exist_ok=True)
     tokenizer, status = load_tokenizer(options.tokenizer), 0
-    if options.corpus is not None and (options.corpus / "meta.json").is_file():
-        corpus = open_corpus(options.corpus, tokenizer)
-    else:
-        corpus = prepare_corpus(options.data, options.work, tokenizer)
+    corpus = find_corpus(options.corpus, options.data, options.work, tokenizer)
     stop = Stop(max(1.0, options.budget_s - RESERVE_S - (time.monotonic() - begun)))
     for case in options.cases:
         if any((folder / "rates" / f"{case}.json").is_file() for folder in (options.out, options.known)):

@@ -52,10 +52,7 @@ def search(
     texts = None if text is None else [common.read_text(path) for path in text]
     source = loading.find_to_convert(model)
     hybrid = source.config is not None and loading.is_hybrid(source.config)
-    count = settings.num_full
-    if count is None and settings.max_bytes is None:
-        count = fraction_of(layers_of(source), FULL_FRACTION)
-    check_count(source, count)
+    count = count_full(source, settings)
 
     from nha.convert.search import Evaluator, count_for_bytes, load_search, save_search, search_data
     from nha.convert.search import search as find
@@ -145,15 +142,19 @@ def check_paths(output: Path) -> Path | None:
     return output.with_suffix(".png") if find_spec("matplotlib") else None
 
 
-def check_count(source: loading.Source, count: int | None) -> None:
-    """Raise BadInput, before any weight is read, for more layers than the model has."""
+def count_full(source: loading.Source, settings: SearchSettings) -> int | None:
+    """How many layers to find, None for as many as --bytes allows.
+
+    Raises BadInput, before any weight is read, for more layers than the model has and for what cannot be converted.
+    """
     from nha.models.families import check_family
 
-    layers = layers_of(source)
+    layers, count = layers_of(source), settings.num_full
     if count is not None and not 0 <= count <= layers:
         raise BadInput(f"expected --full from 0 to {layers}, got {count}")
     if source.config is not None and not loading.is_hybrid(source.config):
         check_family(source.config.get_text_config())
+    return fraction_of(layers, FULL_FRACTION) if count is None and settings.max_bytes is None else count
 
 
 def base_window(model: Any, window: int | None) -> int:
