@@ -74,6 +74,16 @@ def test_the_error_is_at_most_twice_that_of_the_reference(name):
     assert_within(results(flat, case.window, "triton"), exact, bound)
 
 
+@pytest.mark.parametrize("name", ["q_slot", "k_slot"])
+def test_slots_may_see_only_queries_or_only_keys_of_their_own(name):
+    case = Case(batch=1, length=37, window=20)
+    flat = inputs(case)
+    del flat[name]
+    exact = results(double(flat), case.window, "reference")
+    bound = bounds(flat, case, exact, results(flat, case.window, "reference"))
+    assert_within(results(flat, case.window, "triton"), exact, bound)
+
+
 def test_scores_of_a_few_blocks_at_a_time_give_the_same_gradients(monkeypatch):
     from nha.ops.triton.chunk import host
 

@@ -73,6 +73,12 @@ def of_shape(records: Iterable[Record], shape: tuple[int, int, int], dtype: str 
     return select(records, HQ=shape[0], H=shape[1], D=shape[2], dtype=dtype)
 
 
+def of_one_gpu(records: list[Record]) -> list[Record]:
+    """The records of the GPU that most of them are from: times of two kinds do not belong into one curve."""
+    gpus = [r.get("gpu") for r in records]
+    return [r for r in records if r.get("gpu") == max(gpus, key=gpus.count)]
+
+
 def constant_tokens(records: list[Record]) -> list[Record]:
     """The records with the most common number of tokens, and single sequences that are longer."""
     counts = [r["B"] * r["T"] for r in records if r["B"] > 1]
@@ -272,7 +278,7 @@ def pictures(results: Path) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     table = results / "ops.csv"
     if table.exists():
-        records = read_table(table)
+        records = of_one_gpu(read_table(table))
         for shape, (short, name) in SHAPES.items():
             own = of_shape(records, shape)
             found[f"length-{short}.png"] = lambda own=own, name=name: length(

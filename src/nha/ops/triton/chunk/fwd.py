@@ -33,20 +33,22 @@ from nha.ops.triton.primitives import (
 
 
 @triton.jit
-def attend_slots(
+def attend_chunk(
     b_q,
     b_k,
     b_v,
+    o_seen,
     b_slot_k,
     b_slot_v,
     b_q_decay,
     b_k_decay,
     p_sink_k,
     p_sink_v,
-    m_causal,
     m_chunk,
     u,
+    u_start,
     first_active,
+    window,
     scale,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -56,45 +58,64 @@ def attend_slots(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
     GATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_PREFIX_MASK: tl.constexpr,
+    SHARED_QK: tl.constexpr,
+    COVERS_CHUNK: tl.constexpr,
 ):
-    """(m_i, l_i, b_acc) of the softmax over slots and sink.
+    """(m_i, l_i, l_slots, b_acc) of the softmax over sink, slots and, with SHARED_QK, window keys of the chunk.
 
     The slots are read in two parts, without materialising one per query: those before the chunk, and the chunk's own
-    tokens up to the query's.
+    tokens up to the query's. SHARED_QK: the window sees the chunk's other tokens by the same products.
     """
-    b_qk = tl.where(m_causal, matmul(b_q, tl.trans(b_k), DTYPE, PRECISION), 0.0)
-    b_s = matmul(b_q, tl.trans(b_slot_k), GATE_DTYPE, PRECISION) + matmul(b_qk, b_k_decay, GATE_DTYPE, PRECISION)
-    b_s *= b_q_decay * scale
+    m_causal = (u_start + tl.arange(0, CHUNK))[None, :] <= u[:, None]
+    b_qk = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION)
+    b_s = matmul(b_q, tl.trans(b_slot_k), GATE_DTYPE, PRECISION)
+    b_s += matmul(tl.where(m_causal, b_qk, 0.0), b_k_decay, GATE_DTYPE, PRECISION)
+    b_s *= b_q_decay
     if M < BLOCK_M:
         b_s = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], b_s, float("-inf"))
     if HAS_PREFIX_MASK:
         b_s = tl.where((u >= first_active)[:, None], b_s, float("-inf"))
     m_i = tl.max(b_s, 1)
+    if SHARED_QK:
+        if COVERS_CHUNK and not HAS_PREFIX_MASK:
+            b_qk = tl.where(m_causal, float("-inf"), b_qk)
+        else:
+            m_window = (o_seen[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+            b_qk = tl.where(m_window, b_qk, float("-inf"))
+        m_i = tl.maximum(m_i, tl.max(b_qk, 1))
     if S > 0:
         b_sink = load_slots(p_sink_k, m_chunk, S, BLOCK_S, D, BLOCK_D)
-        b_sink_s = matmul(b_q, tl.trans(b_sink), DTYPE, PRECISION) * scale
+        b_sink_s = matmul(b_q, tl.trans(b_sink), DTYPE, PRECISION)
         b_sink_s = tl.where((tl.arange(0, BLOCK_S) < S)[None, :], b_sink_s, float("-inf"))
         if HAS_PREFIX_MASK:
             b_sink_s = tl.where((u >= first_active)[:, None], b_sink_s, float("-inf"))
         m_i = tl.maximum(m_i, tl.max(b_sink_s, 1))
-    m_safe = tl.where(u >= first_active, m_i, 0.0) if HAS_PREFIX_MASK else m_i
-    b_p = tl.exp2(b_s - m_safe[:, None])
-    l_i = tl.sum(b_p, 1)
+    m_scaled = (tl.where(m_i == float("-inf"), 0.0, m_i) if HAS_PREFIX_MASK else m_i) * scale
+    b_p = tl.exp2(b_s * scale - m_scaled[:, None])
+    l_slots = tl.sum(b_p, 1)
     b_acc = tl.zeros([b_q.shape[0], BLOCK_DV], tl.float32)
     if S > 0:
-        b_sink_p = tl.exp2(b_sink_s - m_safe[:, None])
-        l_i += tl.sum(b_sink_p, 1)
+        b_sink_p = tl.exp2(b_sink_s * scale - m_scaled[:, None])
+        l_slots += tl.sum(b_sink_p, 1)
         b_sink = load_slots(p_sink_v, m_chunk, S, BLOCK_S, DV, BLOCK_DV)
         b_acc = matmul(b_sink_p, b_sink, DTYPE, PRECISION)
     b_p_decayed = (b_p * b_q_decay).to(GATE_DTYPE)
     b_acc += matmul(b_p_decayed, b_slot_v, GATE_DTYPE, PRECISION)
-    b_p_token = tl.where(m_causal, matmul(b_p_decayed, tl.trans(b_k_decay), GATE_DTYPE, PRECISION), 0.0)
+    b_p_token = matmul(b_p_decayed, tl.trans(b_k_decay), GATE_DTYPE, PRECISION)
+    l_i = l_slots
+    if SHARED_QK:
+        b_p = tl.exp2(b_qk * scale - m_scaled[:, None])
+        l_i += tl.sum(b_p, 1)
+        b_p_token = tl.where(m_causal, b_p_token, b_p)
+    else:
+        b_p_token = tl.where(m_causal, b_p_token, 0.0)
     b_acc += matmul(b_p_token, b_v, DTYPE, PRECISION)
-    return m_i, l_i, b_acc
+    return m_i, l_i, l_slots, b_acc
 
 
 @triton.jit
@@ -121,27 +142,31 @@ def attend_keys(
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHARED_QK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(m_i, l_i, l_slots, b_acc) after the BLOCK_N window keys from token `i_token` on.
 
-    MASKED: keys from `stop` on do not exist, and each query sees only the keys of its own window.
+    MASKED: keys from `stop` on do not exist, and each query sees only the keys of its own window. SHARED_QK: none of
+    the keys comes before a query's window.
     """
     o_n = tl.arange(0, BLOCK_N)
     m_n = i_token + o_n < stop if MASKED else None
     b_k = load_rows(p_k + (k_start + i_token) * k_t, o_n * k_t, m_n, D, BLOCK_D)
-    b_s = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION) * scale
+    b_v = load_rows(p_v + (k_start + i_token) * v_t, o_n * v_t, m_n, DV, BLOCK_DV)
+    b_s = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION)
     if MASKED:
-        # One unsigned comparison for 0 < i_token + o_n - u <= window.
-        m_window = ((i_token + o_n)[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+        # A window's last key is that of a token which exists: keys from `stop` on need no mask of their own.
+        m_window = (i_token + o_n)[None, :] <= (u + window)[:, None]
+        if not SHARED_QK:
+            m_window &= (i_token + o_n)[None, :] > u[:, None]
         b_s = tl.where(m_window, b_s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(b_s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    alpha = tl.exp2(m_i - m_safe)
-    b_p = tl.exp2(b_s - m_safe[:, None])
+    m_scaled = (tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new) * scale
+    alpha = tl.exp2(m_i * scale - m_scaled)
+    b_p = tl.exp2(b_s * scale - m_scaled[:, None])
     l_i = l_i * alpha + tl.sum(b_p, 1)
     l_slots *= alpha
-    b_v = load_rows(p_v + (k_start + i_token) * v_t, o_n * v_t, m_n, DV, BLOCK_DV)
     b_acc = b_acc * alpha[:, None] + matmul(b_p, b_v, DTYPE, PRECISION)
     return m_new, l_i, l_slots, b_acc
 
@@ -173,16 +198,19 @@ def attend_window(
     STAGES: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHARED_QK: tl.constexpr,
     SPLIT_INNER_LOOP: tl.constexpr,
 ):
-    """(m_i, l_i, l_slots, b_acc) after all window keys of a block of queries."""
+    """(m_i, l_i, l_slots, b_acc) after all window keys of a block of queries; SHARED_QK: all but those of its chunk."""
+    # The first keys that no query has behind its window.
+    LEAD: tl.constexpr = 0 if SHARED_QK else CHUNK
+    start = tl.maximum(u_start + 1 if LEAD else u_start + CHUNK, first_key)
     stop = tl.minimum(u_start + CHUNK + window, seq_keys)
-    start = tl.maximum(u_start + 1, first_key)
     inner = 0
     if SPLIT_INNER_LOOP:
-        # Between the first CHUNK keys and those beyond the first query's window all queries see all.
-        inner = round_down(start + CHUNK, u_start + 1 + window, BLOCK_N)
-        for i_token in tl.range(start + CHUNK, start + CHUNK + inner, BLOCK_N, num_stages=STAGES):
+        # Up to the first query's last key all queries see all.
+        inner = round_down(start + LEAD, u_start + 1 + window, BLOCK_N)
+        for i_token in tl.range(start + LEAD, start + LEAD + inner, BLOCK_N, num_stages=STAGES):
             m_i, l_i, l_slots, b_acc = attend_keys(
                 b_q,
                 p_k,
@@ -206,10 +234,11 @@ def attend_window(
                 BLOCK_N,
                 DTYPE,
                 PRECISION,
+                SHARED_QK,
                 MASKED=False,
             )
     for i_outer in tl.range(start, stop - inner, BLOCK_N, num_stages=STAGES):
-        i_token = skip_inner(i_outer, start + CHUNK, inner) if SPLIT_INNER_LOOP else i_outer
+        i_token = skip_inner(i_outer, start + LEAD, inner) if SPLIT_INNER_LOOP else i_outer
         m_i, l_i, l_slots, b_acc = attend_keys(
             b_q,
             p_k,
@@ -233,6 +262,7 @@ def attend_window(
             BLOCK_N,
             DTYPE,
             PRECISION,
+            SHARED_QK,
             MASKED=True,
         )
     return m_i, l_i, l_slots, b_acc
@@ -303,14 +333,18 @@ def nha_chunk_fwd_kernel(
     HAS_PREFIX_MASK: tl.constexpr,
     SLOTS_ACTIVE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    SHARED_QK: tl.constexpr,
+    COVERS_CHUNK: tl.constexpr,
     HAS_SLOT_QK: tl.constexpr,
     SPLIT_INNER_LOOP: tl.constexpr,
 ):
     """out [T, HQ, DV], mass [T, HQ], lse [T, HQ] (base 2) of one block; programs (block, KV head).
 
     `scale` includes log2(e). HAS_PREFIX_MASK: keys before `first` are empty, and queries before it see no slots unless
-    SLOTS_ACTIVE. HAS_SLOT_QK: q_slot is not q. SPLIT_INNER_LOOP: window keys that all queries of the block see have a
-    loop without masks. STAGES: loads of window keys in flight.
+    SLOTS_ACTIVE. SHARED_QK: there is a window, and slots see its queries and keys. COVERS_CHUNK: a query's window holds
+    all later tokens of its chunk. HAS_SLOT_QK: q_slot is not q.
+    SPLIT_INNER_LOOP: window keys that all queries of the block see have a loop without masks. STAGES: loads of window
+    keys in flight.
     """
     ROWS: tl.constexpr = BLOCK_H * CHUNK
     i_n, i_block = locate_program(tl.program_id(0), p_table, blocks, PACKED)
@@ -337,9 +371,11 @@ def nha_chunk_fwd_kernel(
     p_k, p_v = p_k + i_b * k_b + offset_i64(i_h, k_h), p_v + i_b * v_b + offset_i64(i_h, v_h)
     b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
     p_k_slot = p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h)
-    b_k = load_rows(p_k_slot, o_t * ks_t, m_t, D, BLOCK_D)
-    b_v = load_rows(p_v + token0 * v_t, o_t * v_t, m_t, DV, BLOCK_DV)
-    m_causal = o_t[None, :] <= o_row[:, None]
+    # The window's tokens reach beyond those written. Those that nobody sees are moved below every window.
+    m_seen = m_chunk & (u_start + o_t < past + seqlen)
+    o_seen = tl.where(m_seen & (u_start + o_t >= first_key), u_start + o_t, -window - CHUNK)
+    b_k = load_rows(p_k_slot, o_t * ks_t, m_seen, D, BLOCK_D)
+    b_v = load_rows(p_v + token0 * v_t, o_t * v_t, m_seen, DV, BLOCK_DV)
     needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, m_chunk, M, BLOCK_M)
     for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
         m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
@@ -361,20 +397,22 @@ def nha_chunk_fwd_kernel(
             l_slots = tl.zeros([ROWS], tl.float32)
             b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
             if m_chunk:
-                m_i, l_i, b_acc = attend_slots(
+                m_i, l_i, l_slots, b_acc = attend_chunk(
                     b_q,
                     b_k,
                     b_v,
+                    o_seen,
                     b_slot_k,
                     b_slot_v,
                     b_q_decay,
                     b_k_decay,
                     p_sink_k + i_h * S * D if S > 0 else None,
                     p_sink_v + i_h * S * DV if S > 0 else None,
-                    m_causal,
                     m_chunk,
                     u,
+                    u_start,
                     first_active,
+                    window,
                     scale,
                     M,
                     D,
@@ -384,12 +422,14 @@ def nha_chunk_fwd_kernel(
                     BLOCK_D,
                     BLOCK_DV,
                     BLOCK_S,
+                    CHUNK,
                     DTYPE,
                     GATE_DTYPE,
                     PRECISION,
                     HAS_PREFIX_MASK,
+                    SHARED_QK,
+                    COVERS_CHUNK,
                 )
-                l_slots = l_i
             if HAS_WINDOW:
                 if HAS_SLOT_QK:
                     p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
@@ -420,11 +460,12 @@ def nha_chunk_fwd_kernel(
                     STAGES,
                     DTYPE,
                     PRECISION,
+                    SHARED_QK,
                     SPLIT_INNER_LOOP,
                 )
             o_out = (i_b * length + query0) * q_heads + i_hq
             o_out_row = o_row * q_heads + o_h
             l_i = tl.where(l_i > 0, l_i, 1.0)
             store_rows(p_out + o_out * DV, o_out_row * DV, m_row, b_acc * (1 / l_i)[:, None], DV, BLOCK_DV)
-            tl.store(p_lse + o_out + o_out_row, m_i + tl.log2(l_i), mask=m_row)
+            tl.store(p_lse + o_out + o_out_row, m_i * scale + tl.log2(l_i), mask=m_row)
             tl.store(p_mass + o_out + o_out_row, l_slots / l_i, mask=m_row)
