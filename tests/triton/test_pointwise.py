@@ -54,5 +54,6 @@ def test_inputs_of_attention(dtype, length):
 
 def test_the_kernels_compile_without_spills():
     shapes: list[dict] = [{}, {"hidden": 576, "inner": 1536, "dim": 64, "heads": [9, 3], "capability": 120}]
+    shapes += [{"capability": capability} for capability in (80, 89, 100)]
     for row in compiled("compile_pointwise", *shapes):
         assert row["stack"] == 0 and row["shared"] <= 99 << 10, row

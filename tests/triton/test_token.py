@@ -104,5 +104,6 @@ def test_products(dtype):
 def test_the_kernels_compile_without_spills():
     small = {"hidden": 576, "inner": 1536, "dim": 64, "heads": [9, 3]}
     shapes: list[dict] = [small | {"bias": True}, small | {"capability": 120, "dtype": "float32"}]
+    shapes += [small | {"capability": capability} for capability in (80, 89, 100)]
     for row in compiled("compile_token", *shapes):
         assert row["stack"] == 0 and row["shared"] <= 99 << 10, row
