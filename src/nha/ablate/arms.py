@@ -139,7 +139,7 @@ class Arm:
         return model
 
     def _missing_width(self, config: NHAConfig, match: Arm, shape: NHAConfig) -> int:
-        """How much wider feed-forward layers must be for as many parameters as `match` has."""
+        """The width that feed-forward layers must gain for as many parameters as `match` has."""
         with torch.device("meta"):
             wanted = used_parameters(match._make(match.settings(shape), 0))
             missing = wanted - used_parameters(self._make(config, 0))

@@ -70,7 +70,7 @@ def median_ms(
 
 
 def flushes_for(host_s: float) -> int:
-    """How many flushes of the cache take longer than the host, with half as much to spare; 400 at most.
+    """The number of flushes of the cache that take longer than the host, with half as much to spare; 400 at most.
 
     >>> flushes_for(0.001)  # each takes 50 microseconds or more
     31

@@ -428,7 +428,7 @@ def front(evaluate: Evaluator, evaluated: dict[str, dict[str, float]], context: 
 def count_for_bytes(
     model: PreTrainedModel, windows: Sequence[Window], wide_window: int, max_bytes: int, context: int
 ) -> int:
-    """How many layers may be wide if the cache takes at most `max_bytes` bytes after `context` tokens.
+    """The number of layers that may be wide if the cache takes at most `max_bytes` bytes after `context` tokens.
 
     Raises ValueError if not even none may.
     """

@@ -215,7 +215,7 @@ def shared_distance(distance: Tables) -> Tables:
 
 
 def _versions(tables: Tables) -> tuple[int, ...]:
-    """How often tables were written; those of inference mode do not count that, and are never written again."""
+    """The numbers of writes to tables; those of inference mode are not counted, and never written again."""
     cos, sin = tables
     return 0 if cos.is_inference() else cos._version, 0 if sin.is_inference() else sin._version
 

@@ -268,7 +268,7 @@ def _same(state: NHAState) -> NHAState:
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor was written; -1 where PyTorch does not count that."""
+    """The number of writes to a tensor; -1 where PyTorch does not count them."""
     return -1 if x.is_inference() else x._version
 
 

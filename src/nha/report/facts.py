@@ -35,7 +35,7 @@ class Asked:
 
 
 def leading_digits(text: str, answer: str) -> int:
-    """How many characters of an answer a text begins with.
+    """The number of characters of an answer that a text begins with.
 
     >>> leading_digits(" 6520", "652300"), leading_digits("x", "12")
     (3, 0)

@@ -276,7 +276,7 @@ def kept(checks: list[Check], name: str) -> Iterator[None]:
 
 
 def kept_sliding(config: Any) -> int:
-    """How many layers keep the sliding window that they were trained with."""
+    """The number of layers that keep the sliding window that they were trained with."""
     return sum(w == FULL and slides for w, slides in zip(config.window_sizes, sliding_layers(config), strict=True))
 
 

@@ -222,12 +222,12 @@ class Results:
 
     @property
     def converted(self) -> int:
-        """How many layers are hybrid."""
+        """The number of hybrid layers."""
         return sum(w >= 0 for w in self.window_sizes)
 
     @property
     def full(self) -> int:
-        """How many layers keep full attention."""
+        """The number of layers that keep full attention."""
         return self.layers - self.converted - self.sliding_layers
 
     @property

@@ -119,5 +119,5 @@ def draw_window(windows: tuple[int, ...], seed: int, step: int) -> int:
 
 
 def count_targets(targets: Tensor) -> Tensor:
-    """How many targets count, [] int64."""
+    """The number of targets that count, [] int64."""
     return (targets != IGNORED).sum()

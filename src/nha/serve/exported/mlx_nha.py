@@ -105,7 +105,7 @@ class SlotCache:
         return self.groups[0] is None
 
     def size(self) -> int:
-        """How many tokens it has read."""
+        """The number of tokens read."""
         return int(self.offset.item())
 
 
