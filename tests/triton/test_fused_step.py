@@ -9,11 +9,12 @@ from transformers import DynamicCache, StaticCache
 
 import nha.models.fused_step
 import nha.ops.backends
+from nha import hybridize, set_windows
 from nha.models import decode_graph
 from nha.models.fused_step import fusing, is_fused, is_fused_now
 from nha.models.windows import decoder
 from tests.inputs import error, rounding
-from tests.models.families import hybrid, tokens
+from tests.models.families import hybrid, teacher, tokens
 
 WINDOWS = [8, -1, 0]
 
@@ -81,13 +82,26 @@ def test_logits_of_segments(monkeypatch):
         assert error(got, wanted) <= 2 * (error(same, wanted) + rounding(wanted, torch.float32))
 
 
-def test_prompts_are_the_family_s_unless_asked_for(monkeypatch):
+@torch.no_grad()
+def test_sequences_that_windows_hold_have_the_bits_of_their_original(monkeypatch):
     monkeypatch.setattr("nha.models.fused_step.resolve_impl", lambda impl, device="cpu": "triton")
-    for name in ("fused_segment", "replace_forward"):
-        monkeypatch.setattr(nha.models.fused_step, name, lambda *a, **k: pytest.fail("not asked for"))
-    model, ids = build(), tokens(2, 9)
-    with torch.no_grad():
-        model(ids)
+    calls, compute = [], nha.models.fused_step.fused_segment
+    monkeypatch.setattr(nha.models.fused_step, "fused_segment", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    original: Any = teacher("llama")
+    model: Any = hybridize(teacher("llama"), 8, [12, -1, 9], calibration=tokens(2, 40))  # which compares their bits
+    calls.clear()
+    for length in (1, 9):
+        ids = tokens(2, length)
+        for cache in (None, DynamicCache(config=model.config)):
+            assert torch.equal(model(ids, past_key_values=cache).logits, original(ids).logits)
+    assert not calls
+    model(tokens(2, 10))
+    assert len(calls) == 3
+    set_windows(model, [-1, -1, -1])
+    assert torch.equal(model(tokens(2, 30)).logits, original(tokens(2, 30)).logits)
+    set_windows(model, [12, -1, 9])
+    model(tokens(2, 30), output_attentions=True)
+    assert len(calls) == 3
 
 
 def test_gradients_and_observers_are_the_family_s(monkeypatch):

@@ -303,7 +303,7 @@ def watch_decoder(stack: nn.Module) -> None:
 def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a decoder's forward pass with the boundaries of packed sequences among them."""
     follow_config(stack)
-    before_layers(stack)
+    before_layers(stack, args, kwargs)
     if len(args) > 1:  # a mask or positions that came without a name
         names = list(inspect.signature(type(stack).forward).parameters)[1:]
         args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs

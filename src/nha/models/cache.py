@@ -532,6 +532,12 @@ def allow_rollback(cache: Cache, max_rollback: int) -> None:
         layer._removable = min(layer._removable, max_rollback)
 
 
+def is_empty(cache: Cache | None) -> bool:
+    """Whether no layer of a cache, if there is one, has ever held a token."""
+    layers = () if cache is None else cache.layers
+    return not any(part.is_initialized for layer in layers for part in getattr(layer, "parts", [layer]))
+
+
 def nha_layers(cache: Cache) -> list[NHACacheLayer]:
     """The NHA layers of a cache, in order, and in their place those of layers with windows per head."""
     parts = [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]

@@ -3,7 +3,8 @@
 A token of a model of 8B parameters waits for its weights half of the time, and for some fifty small kernels a layer in
 the other half; a short prompt waits for the host that launches them. For one token of one sequence in a static cache,
 layers that compute as Llama's do, whatever their family calls them, are four launches and attention here; in prompts
-and batches one kernel stands between two matrix products. All other layers keep their family's code.
+and batches one kernel stands between two matrix products. All other layers keep their family's code, and so do
+sequences that the windows hold, in which a hybrid has the bits of its original.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.nn import Parameter
 from transformers.models.llama import modeling_llama as llama
 
 from nha.models.attention import LayerInputs, check_implementation, hybrid_attention, layer_cache
-from nha.models.cache import NHACacheLayer
-from nha.models.config import FULL
+from nha.models.cache import NHACacheLayer, is_empty
+from nha.models.config import FULL, smallest_window
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.rotary import RotaryStyle
 from nha.models.same_code import ATTENTIONS, computes_as
@@ -150,11 +151,25 @@ def is_fusing() -> bool:
     return _fusing.get()
 
 
-def before_layers(stack: Any) -> None:
+def has_bits_of_original(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a decoder's forward pass begin sequences that every window holds.
+
+    There a hybrid has the bits of its original, which the family's code alone computes; so has a model in which every
+    layer is full.
+    """
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if given is None:
+        return True
+    window, length = smallest_window(stack.config.window_sizes), given.shape[1]
+    return length > 1 if window == FULL else length <= window and is_empty(cache_argument(kwargs))
+
+
+def before_layers(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a forward pass of a decoder without gradients on a GPU: let its layers take fewer launches."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not HAS_TRITON:
         return
-    if not _fusing.get():
+    if not _fusing.get() or kwargs.get("output_attentions") or has_bits_of_original(stack, args, kwargs):
         return
     device = stack.norm.weight.device if hasattr(stack, "norm") else None
     if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
