@@ -34,12 +34,10 @@ class TestPrefixCaching:
         (answer,) = write(caching, [first], LONG)
         second = first + tokens([answer])[0] + question
         (again,) = write(caching, [second], NEW)
-        config, read = caching.llm_engine.vllm_config, len(second) - again.num_cached_tokens
-        block = config.cache_config.block_size
+        block = caching.llm_engine.vllm_config.cache_config.block_size
         assert block < LONG
-        # vLLM loses the state at a block's end where drafts go past it: some of the answer may be read again.
-        known = len(first) if config.speculative_config else len(second)
-        assert read < 2 * 16 + block + len(second) - known, f"{read} tokens were read, blocks of {block}"
+        read = len(second) - again.num_cached_tokens
+        assert read < 2 * 16 + block, f"{read} tokens were read, blocks of {block}"
         assert tokens([answer, again]) == greedy(hybrid, [first], LONG) + greedy(hybrid, [second], NEW)
 
     def test_branches_share_their_prefix(self, hybrid, caching):
@@ -58,7 +56,7 @@ class TestPrefixCaching:
         assert tokens(write(caching, prompts, 48)) == firsts
         seconds = [a + b + c for a, b, c in zip(prompts, firsts, questions, strict=True)]
         answers = write(caching, seconds, 48)
-        assert sum(answer.num_cached_tokens for answer in answers) >= 256
+        assert [answer.num_cached_tokens for answer in answers] == [128, 256, 128]
         assert tokens(answers) == greedy(hybrid, seconds, 48)
 
 

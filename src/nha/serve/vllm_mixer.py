@@ -26,6 +26,7 @@ from nha.serve.parts import NHAMetadata, Part
 from nha.serve.plugin import OPERATOR
 from nha.serve.rooms import HeadPlan, Room, own_heads
 from nha.serve.vllm_metadata import NHABackend
+from nha.serve.vllm_spec import NHASpec
 
 MIXER = "_slots"  # ends the name of a mixer beside the attention of full heads
 
@@ -132,6 +133,10 @@ class NHAMixer(nn.Module, MambaBase):
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return (torch.uint8,)
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> NHASpec | None:
+        spec = super().get_kv_cache_spec(vllm_config)
+        return None if spec is None else NHASpec.of(spec)
 
     def get_attn_backend(self) -> type[NHABackend]:
         return NHABackend
