@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from nha.cli import app
 from nha.models.families import families_summary, families_table
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +23,40 @@ def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     exec(compile(code, str(page), "exec"), {})
+
+
+def command_lines(page: Path) -> list[str]:
+    """The words after `nha` in every line of shell on a page, and in its text."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`(nha [^`\n]+)`", text)
+    found = [re.search(r"(?:^|[\s;&|])(?:-m )?nha ([a-z].*)", line) for line in lines]
+    return [re.split(r"\s[|&]\s|;", match[1])[0].rstrip(" &") for match in found if match]
+
+
+def unknown_words(line: str) -> list[str]:
+    """The command and the options of a line that `nha` does not have."""
+    command: Any = typer.main.get_command(app)
+    words = shlex.split(line, comments=True)
+    while words and getattr(command, "commands", None):
+        name = words.pop(0)
+        if name not in command.commands:
+            return [] if name.startswith("-") or not re.fullmatch(r"[a-z]+", name) else [name]
+        command = command.commands[name]
+    known = {"--help", *(name for option in command.params for name in (*option.opts, *option.secondary_opts))}
+    given = words[: words.index("--")] if "--" in words else words
+    return [word for word in given if word.startswith("--") and word.split("=")[0] not in known]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.stem)
+def test_commands_on_the_page_have_these_options(page):
+    assert {line: bad for line in command_lines(page) if (bad := unknown_words(line))} == {}
+
+
+def test_an_option_that_does_not_exist_is_found():
+    assert unknown_words("distill MODEL run --text books/ --tokns 3 # --not") == ["--tokns"]
+    assert unknown_words("hybridise MODEL run") == ["hybridise"]
+    assert sum(len(command_lines(page)) for page in (ROOT / "docs").rglob("*.md")) > 60
 
 
 def test_the_readme_names_only_what_exists():

@@ -21,7 +21,7 @@ from nha.settings import (
 
 SEARCHED_LAYERS = {"HuggingFaceTB/SmolLM2-135M-Instruct": (8, 18, 20, 23)}  # see docs/searching.md
 FULL_FRACTION = 4 / 30  # of layers that keep full attention; searches and recipes were tuned at 4 of 30
-WIDE_FRACTION = 15 / 90  # of KV heads with a wide window: some 15 of 90 copy from far
+WIDE_FRACTION = 15 / 90  # of KV heads with a wide window: some 15 of 90 copy from distant tokens
 MAX_SEED = (1 << 32) - 1
 
 
