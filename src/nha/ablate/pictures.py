@@ -134,7 +134,7 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
             )
         axes.set_xscale("log")
         axes.set_xlim(min(memory) / 1.5, max(memory) * 1.5)
-        _plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        _doubling_ticks(axes.xaxis, *axes.get_xlim())
         axes.set_ylim(0, 100)
         _style(figure, axes, LIGHT, right=0.2)
         bottom = 0.5 + (lines - 1 - row_number) * (PANEL + GAP[1])
@@ -145,6 +145,16 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
     _title(first, LIGHT, "Answers that are right (%), by tokens / pairs of an example")
     _legend_above(figure, named)
     return _png(figure)
+
+
+def _doubling_ticks(axis: Any, low: float, high: float) -> None:
+    """At most four powers of two on a logarithmic axis."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    axis.set_major_locator(FixedLocator([2**power for power in powers[:: math.ceil(len(powers) / 4)]]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def position_png(rows: Sequence[Data]) -> bytes:

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from nha.data.synthetic import IGNORED, TaskSize
 from nha.distill.cuda_graphs import CUDAGraphs
 from nha.distill.loss import Head
+from nha.models.config import FULL
 from nha.models.head import hidden_states
+from nha.ops.heads import all_windows
 from nha.train.loss import cross_entropy
 
 WEIGHT_DECAY, MAX_GRAD_NORM, BETAS = 0.1, 1.0, (0.9, 0.98)
@@ -101,6 +103,36 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         return cross_entropy(hidden.flatten(0, 1), Head.of(model), batch.wanted.flatten())
 
 
+def can_capture(model: PreTrainedModel) -> bool:
+    """Whether steps of a model may be captured: no layer or head has full attention.
+
+    With such a layer the capture failed on an H200 (torch 2.11). Worse, random numbers then stay in the state of a
+    capture that never ended, and compiling the next arm of the process fails.
+
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> [can_capture(NHAForCausalLM(NHAConfig.tiny(window_sizes=windows))) for windows in (16, [0, -1])]
+    [True, False]
+    """
+    return FULL not in all_windows(getattr(model.config, "window_sizes", []))
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error during whose handling others came up: ending a capture that has failed raises one of its own.
+
+    >>> try:
+    ...     try:
+    ...         raise RuntimeError("first")
+    ...     finally:
+    ...         raise RuntimeError("second")
+    ... except RuntimeError as error:
+    ...     print(first_error(error))
+    first
+    """
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 class Steps:
     """Takes optimizer steps (AdamW, clipped gradients) on a model.
 
@@ -111,7 +143,7 @@ class Steps:
     Args:
         model: trained in place.
         compiled: compile decoder layers; default: on a GPU, unless another library's.
-        captured: use CUDA graphs; default: on a GPU.
+        captured: use CUDA graphs; default: on a GPU, where `can_capture`.
 
     Attributes:
         prepared: whether the last step compiled or captured something.
@@ -122,7 +154,7 @@ class Steps:
         self.model, on_gpu = model.train(), model.device.type == "cuda"
         own = hasattr(model.config, "window_sizes")
         self.layers = self._compile() if (on_gpu and own if compiled is None else compiled) else []
-        self.graphs = CUDAGraphs() if (on_gpu if captured is None else captured) else None
+        self.graphs = CUDAGraphs() if (on_gpu and can_capture(model) if captured is None else captured) else None
         self.counts: Counter = Counter()
         self.captured: dict[tuple, tuple[Batch, Tensor, Callable[[], None]]] = {}
         self.prepared = False
@@ -192,7 +224,7 @@ class Steps:
         try:
             loss, replay = self.graphs("step", lambda: self._step(inputs))  # type: ignore[arg-type]
         except RuntimeError as error:  # a library may wait for the GPU, which no graph holds
-            warnings.warn(f"training without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=4)
+            warnings.warn(f"training without CUDA graphs: {str(first_error(error)).splitlines()[0]}", stacklevel=5)
             self.graphs = None
             return False
         self.captured[key] = inputs, loss, replay  # type: ignore[assignment]

@@ -218,7 +218,7 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
         if any(size["task"] == WINDOW for row in own for size in row["sizes"]):
             lines += [*window_lines(own), ""]
         for name in pictures:
-            if name.startswith(f"{table['name']}-"):
+            if name.rpartition("-")[0] == table["name"]:
                 lines += [f"![{table['title']}]({name})", ""]
     missing = [table for table in tables if table not in made]
     if missing:
