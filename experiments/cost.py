@@ -89,6 +89,8 @@ def settings_of(name: str, options: argparse.Namespace, world: int) -> DistillSe
         "micro_batch_size": micro,
         "gradient_checkpointing": recompute or world > 1,
         "seq_len": seq_len,
+        "long_tokens": 0.0,
+        "teacher_tokens": 0.0,
         "align_steps": 0,
         "align_sequences": 4,
         "compile": options.compile,
