@@ -88,7 +88,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def calls(call: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed, by the name of the pass."""
+    """The calls to time, by the name of their pass."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     gradient = torch.randn_like(call(*tensors))
 
