@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
 
-SPARE_BYTES = 4 << 30  # that a recording has to find free on the GPU
 MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
 UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
 ATTRIBUTE = "decode_graph"  # of a cache: the graph of the steps that go on from it
@@ -35,30 +33,14 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@memoize
-def capture_stream(device: int) -> torch.cuda.Stream:
-    """The stream on which calls are recorded: one of a GPU, whose workspace of cuBLAS is allocated once."""
-    return torch.cuda.Stream(device)
-
-
 def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Callable[[], None]]:
     """Where the output of a call will be, and a function that computes it; recording the call computes nothing.
 
-    Graphs that share a `pool` of memory overwrite each other's outputs. `torch.cuda.graph` gives all free memory back
-    to the GPU first, and what comes next waits until it has been taken again: here only where little is left.
+    Graphs that share a `pool` of memory overwrite each other's outputs.
     """
-    if torch.cuda.mem_get_info()[0] < SPARE_BYTES:
-        torch.cuda.empty_cache()
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    stream = capture_stream(torch.cuda.current_device())
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
-        try:
-            output = run()
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        output = run()
     return output, graph.replay
 
 
