@@ -188,10 +188,11 @@ def main() -> None:
     for start in range(0, len(rows), options.batch):
         read = []
         for name in names:
-            path = options.out / f"{name}-{start}.json"
+            stop = min(start + options.batch, len(rows))
+            path = options.out / f"{name}-{start}-{stop}-tokens-{options.tokens}-segment-{options.segment}.json"
             if not path.exists():
                 model.config.state_dtype = name
-                measured = measure(model, rows[start : start + options.batch], end, options.segment)
+                measured = measure(model, rows[start:stop], end, options.segment)
                 if measured is None:
                     break
                 write_atomically(path, to_json(measured))
