@@ -1,15 +1,20 @@
 """One token on a CPU: projections and rotations in its own order give the numbers of the family's code."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from nha.models import adapter
+from nha.models.cache import nha_layers
 from nha.models.windows import attention_layers
-from tests.inputs import assert_close_to
+from nha.ops.single_token import FusedRing
+from tests.inputs import assert_close_to, error
 from tests.models.families import hybrid, tokens
 
 WINDOWS: list[Any] = [5, [4, 16], [0, 8]]
@@ -87,3 +92,25 @@ def test_what_watches_a_projection_or_a_layer_is_called():
         module.observer = calls.append
     read(model, ids, 24)
     assert len([call for call in calls if not isinstance(call, str)]) == 3 * 7
+
+
+def test_a_device_that_has_neither_kernels_nor_a_step_reads_tokens_through_the_chunked_path(taken, monkeypatch):
+    """Apple's GPUs, as far as a CPU can tell: no number is read, and no operation asks for float64."""
+    for name in ("nha.ops.single_token", "nha.ops.rotary", "nha.ops.padding"):
+        monkeypatch.setattr(sys.modules[name], "readable", lambda x: False)
+    dtypes = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            dtypes.update(x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    model, ids = hybrid("llama", WINDOWS), tokens(1, 40)
+    with Recorder():
+        found, cache = read(model, ids, 24)
+    assert not taken[True] and torch.float64 not in dtypes
+    assert not any(isinstance(layer.state, FusedRing) for layer in nha_layers(cache))
+    with torch.no_grad():
+        wanted = model.double()(ids, use_cache=False).logits[:, 24:]
+    assert error(found, wanted) < 1e-4 * wanted.abs().max()

@@ -11,7 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from nha.ops import NHAState
 from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, Workspace, decays, make_plan
+from nha.ops.packed_state import PackedState
 from nha.ops.state import MAX_WINDOW
+from nha.settings import STATE_DTYPES
 from tests.inputs import Case, call, leaves, make
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,9 @@ def test_no_operation_needs_float64_or_a_number_from_the_device(monkeypatch):
         with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
             patch.setattr(chunked, name, getattr(chunked, name)._init_fn)  # seen inside, not as one operator
             with Recorder():
-                out = call(flat, **options).out
+                out, state, _ = call(flat, **options)
+                for state_dtype in STATE_DTYPES:
+                    PackedState.of(state, state_dtype).unpack()
                 if grad:
                     out.sum().backward()
     assert {"bmm", "addcmul", "_softmax_backward_data"} <= operators

@@ -19,7 +19,7 @@ from nha.ops.chunk_groups import GATE_FLOOR
 from nha.ops.state import WINDOW_CACHE, NHAState, RingState, check_state, forget_newest, slot_dtype
 from nha.settings import STATE_DTYPES, check_choice
 
-GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # their multiples, modulo 1, fill [0, 1) evenly
+GOLDEN, PLASTIC = 0x9E3779B9, 0xC13FA9A9  # in units of 2 ** -32; their multiples, modulo 1, fill [0, 1) evenly
 MAX_INT8, MAX_INT12 = 127, 2038  # 2,038 = 16 * 127 + 6: a value of 8 bits and an error of 4 bits
 GATE_SCALE = 1e-4  # log-gates below are stored in equal steps of 4e-6, those above within 2 % of themselves
 GATE_STEP = math.log1p(-GATE_FLOOR / GATE_SCALE) / 255
@@ -191,12 +191,13 @@ def power_of_two(size: Tensor) -> Tensor:
 def dither(num_tokens: Tensor, like: Tensor) -> Tensor:
     """Numbers in [0, 1) [B, 1, M, D] for slots [B, H, M, D], which run through it evenly as tokens are read.
 
-    They are multiples of 2 ** -12, so that float32 holds their sums with numbers of 12 bits exactly.
+    They are multiples of 2 ** -12, so that float32 holds their sums with numbers of 12 bits exactly. They come from
+    integers, which every device has; some have no float64.
     """
     slots, dim = like.shape[2:]
-    place = torch.arange(slots * dim, dtype=torch.float64, device=like.device).view(slots, dim) * PLASTIC
-    fraction = (num_tokens[:, None, None, None] * GOLDEN + place).frac()
-    return ((fraction * 2**12).floor() / 2**12).to(torch.float32)
+    place = torch.arange(slots * dim, device=like.device).view(slots, dim) * PLASTIC
+    fraction = (num_tokens[:, None, None, None] * GOLDEN + place) & 0xFFFFFFFF
+    return (fraction >> 20).to(torch.float32) / 2**12
 
 
 def pack_slots(name: str, x: Tensor, num_tokens: Tensor, state_dtype: str) -> dict[str, Tensor | None]:
