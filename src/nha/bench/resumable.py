@@ -1,4 +1,4 @@
-"""A table that is measured case by case: what was measured is kept, and the same command goes on with the rest."""
+"""A table that is measured case by case: measured cases are kept, and the same command measures the rest."""
 
 from __future__ import annotations
 

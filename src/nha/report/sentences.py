@@ -157,10 +157,10 @@ def recall_text(results: Results) -> list[str]:
         return []
     first, last = found.recall[0], found.recall[-1]
     shares = [f"{number(100 * one.digits / one.of_digits)} %" for one in (first, last)]
-    continued = sum(one.continued for one in found.recall)
-    more = f" {continued} of all answers had every digit and went on with further ones." if continued else ""
+    continued, facts = (sum(getattr(one, name) for one in found.recall) for name in ("continued", "facts"))
+    more = f" {continued} of {facts} answers had every digit and went on with further ones." if continued else ""
     return [
-        f"A text begins with a number and goes on with {results.document}. As it goes on, the hybrid is asked for the "
+        f"A text begins with a number, followed by {results.document}. As the text grows, the hybrid is asked for the "
         f"number and writes the likeliest tokens. Counted are digits that are right from the first on: {shares[0]} of "
         f"them after {first.tokens:,} tokens, {shares[1]} after {last.tokens:,}. Guessing gives 2 %.{more}",
         "The text holds one number. Of several that are alike, a hybrid may write the wrong one.",
