@@ -19,7 +19,7 @@ run() { # arm, folder, options
     mkdir -p "$OUT/$2"
     # shellcheck disable=SC2086
     timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --out "$OUT/$2" --known /none --work "$W" \
-        --no-controls --files --long-needle-count 4 --budget-s $((S - 12)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
+        --no-controls --files --long-needle-count 4 --budget-s $((S - 30)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
 }
 run "${FIRST:-constant_recall}" first "${LONG---long-needles}" &
 run "${OTHER:-1full_mixed}" other "" &

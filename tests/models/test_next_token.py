@@ -56,6 +56,17 @@ def test_tokens_equal_the_same_text_read_at_once(family, own, batch, taken):
     assert taken == {own: 3 * 36, not own: 0}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_that_share_a_window_are_read_together(family, batch):
+    windows: Any = [[4, 4, 16], 5, [8, 2, 8]]
+    shape = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+    model, ids = hybrid(family, windows, **shape).double(), tokens(batch, 60)
+    found, _ = read(model, ids, 24)
+    with torch.no_grad():
+        assert_close_to(found, model(ids, use_cache=False).logits[:, 24:])
+
+
 def test_a_scale_of_the_positions_stays(taken):
     model, ids = hybrid("llama", [4] * 3).double(), tokens(1, 40)
     rotary = model.model.rotary_emb

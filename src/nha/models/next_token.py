@@ -121,7 +121,7 @@ def next_token(
     q, k, v = inputs
     parts = prepare_parts(module, cache, hidden)
     ring, gates, _ = parts[0]
-    query = ring.rows(q).view(*k.shape[:2], -1, q.shape[3])
+    query = q.to(ring.memory.dtype).reshape(*k.shape[:2], -1, q.shape[3])  # of all heads, which parts may share out
     slot_query, slot_key = query, k
     if tables is not None:
         assert gates.distance is not None
