@@ -140,7 +140,8 @@ def summary(rows: list[Row]) -> list[str]:
             assert strong is not None
             name = f"{style(strong['variant']).label} ({strong['how']})"
             lines.append(
-                f"{style(variant).label}, {title[0].lower() + title[1:]}: {first}speed-up over the strongest original {factors}; "
+                f"{style(variant).label}, {title[0].lower() + title[1:]}: {first}"
+                f"speed-up over the strongest original {factors}; "
                 f"the strongest at {tokens(max(known))}: {name}"
             )
     return lines
