@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from experiments.distill import versions
 from experiments.quality import cache_bytes, prepare_corpus
+from experiments.quality_arms import batches_digest
 from experiments.second_model_report import write_report
 from nha.data.corpus import Corpus, open_corpus
 from nha.data.packing import PackedSequences
@@ -43,6 +44,7 @@ from nha.distill.run import distill
 from nha.distill.settings import DistillSettings
 from nha.distill.stopping import Stop
 from nha.distill.trainer import Reports
+from nha.evaluate.measure import cut
 from nha.evaluate.public.run import PublicData, PublicSettings, measure_public, read_public
 from nha.io import atomic_directory, write_atomically
 from nha.models import loading
@@ -113,15 +115,20 @@ def repeat_spans(ids: np.ndarray, generator: np.random.Generator) -> None:
         at += distance + length
 
 
-def make_original(name: str, vocab_size: int, seq_len: int) -> PreTrainedModel:
-    """An original with random weights: "llama-PRESET" with half as many KV heads, or "nha-PRESET" with q/k norm."""
+def make_config(name: str, vocab_size: int, seq_len: int) -> Any:
+    """The configuration of an original: "llama-PRESET" has half as many KV heads, "nha-PRESET" q/k norm."""
     kind, _, preset = name.partition("-")
     shared: dict[str, Any] = {"window_sizes": -1, "max_position_embeddings": seq_len, "tie_word_embeddings": True}
     if kind == "nha":
-        return NHAForCausalLM(preset_config(preset, vocab_size, qk_norm=True, **shared))
+        return preset_config(preset, vocab_size, qk_norm=True, **shared)
     heads = preset_config(preset, vocab_size).num_attention_heads
-    config: Any = plain_config(preset_config(preset, vocab_size, num_key_value_heads=heads // 2, **shared))
-    return LlamaForCausalLM(config)
+    return plain_config(preset_config(preset, vocab_size, num_key_value_heads=heads // 2, **shared))
+
+
+def make_original(name: str, vocab_size: int, seq_len: int) -> PreTrainedModel:
+    """An original with random weights."""
+    config = make_config(name, vocab_size, seq_len)
+    return NHAForCausalLM(config) if name.startswith("nha-") else LlamaForCausalLM(config)
 
 
 def second_reading(model: PreTrainedModel, ids: Tensor) -> tuple[list[float], list[float]]:
@@ -215,7 +222,7 @@ class Campaign:
 
     def make(self, name: str, recipe: str | None, control: bool) -> bool:
         """Train and measure a model; False where the time was up. Without a recipe: the original as it is."""
-        run = run_name(name, recipe, control, self.plan)
+        run = self.run_name(name, recipe, control)
         if any((folder / "runs" / f"{run}.json").is_file() for folder in (self.options.out, self.options.known)):
             self.print(run, "is there already")
             return True
@@ -228,13 +235,18 @@ class Campaign:
         row: dict[str, Any] = {"model": name, "recipe": recipe, "kind": kind_of(recipe, control)}
         log: list[dict[str, float]] = []
         if recipe is not None:
-            settings = self.recipe(recipe, model)
+            settings = self.recipe(recipe, model.config)
             folder = self.options.work / "runs" / run
             found = distill(model, self.tokenizer, self.corpus, folder, settings, control=control, stop=self.stop)
             if not found.finished:
                 return False
             model, log = found.model.eval(), found.log
-            row |= {"tokens": int(log[-1]["tokens"]), "learning_rates": settings.learning_rates(width(model))[:2]}
+            row |= {
+                "tokens": int(log[-1]["tokens"]),
+                "learning_rates": settings.learning_rates(model.config.hidden_size)[:2],
+            }
+            row |= {"control": self.batches(recipe, model.config)}
+            row |= {"teacher_tokens": 0.0 if control else settings.teacher_tokens}
             row |= {"seconds": round(time.monotonic() - begun, 1), "full_layers": list(settings.full_layers)}
         self.print(f"{run} trained")
         measured = self.measure(model)
@@ -248,7 +260,7 @@ class Campaign:
             "gpu": torch.cuda.get_device_name(0) if cuda else None,
             "versions": versions(),
             "date": str(date.today()),
-            "command": f"python -m experiments.second_model --data DATA --models {name}",
+            "command": f"python -m experiments.second_model --data DATA --models {name}{changed_options(self.plan)}",
         }
         data = {"row": row, "plan": dataclasses.asdict(self.plan), "log": log, "eval": measured}
         if recipe is None:
@@ -257,19 +269,31 @@ class Campaign:
         self.print(run, "measured")
         return True
 
-    def recipe(self, name: str, model: PreTrainedModel) -> DistillSettings:
-        """The settings of a recipe for this model: all its own but the tokens. "constant:2" doubles learning rates."""
+    def recipe(self, name: str, config: Any) -> DistillSettings:
+        """The settings of a recipe for a model: all its own but the tokens. "constant:2" doubles learning rates."""
         plan = self.plan
         given = {"tokens": plan.distill_tokens, "seed": plan.seed, "batch_size": plan.batch_size}
         given |= {"compile": "nothing", "save_every": 10**9, **self.options.changes}
-        config: Any = model.config
         name, _, factor = name.partition(":")
         context = config.max_position_embeddings
         plain = recipe_settings(name, config.num_hidden_layers, given=given, context=context)
         if not factor:
             return plain
-        lr, gate_lr, sink_lr = (float(factor) * rate for rate in plain.learning_rates(width(model)))
+        lr, gate_lr, sink_lr = (float(factor) * rate for rate in plain.learning_rates(config.hidden_size))
         return dataclasses.replace(plain, lr=lr, gate_lr=gate_lr, sink_lr=sink_lr)
+
+    def batches(self, recipe: str, config: Any) -> str:
+        """A digest of the batches of a recipe: recipes with the same one share a control, whatever its rates."""
+        return batches_digest(self.recipe(recipe.partition(":")[0], config))
+
+    def run_name(self, name: str, recipe: str | None, control: bool) -> str:
+        """A name for the file of a run."""
+        end = f"{self.plan.distill_tokens / 1e6:g}M-{self.plan.seed}"
+        if recipe is None:
+            return f"{name}-original-{self.plan.seed}"
+        if control:
+            return f"{name}-control-{self.batches(recipe, make_config(name, 64, self.plan.seq_len))}-{end}"
+        return f"{name}-{recipe.replace(':', 'x')}-{end}"
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """Public parts, and texts that are read twice: of 128 tokens, and of half the context."""
@@ -285,11 +309,7 @@ class Campaign:
         """Held-out texts [N, T] that are read twice, of 128 tokens and of half the context."""
         half = self.plan.seq_len // 2
         documents = [np.asarray(self.tokenizer(text, verbose=False).input_ids) for text in self.public.held_out]
-        found = []
-        for length in sorted({min(128, half), half}):
-            rows = [ids[:length] for ids in documents if len(ids) >= length][: self.plan.documents]
-            found.append(torch.from_numpy(np.stack(rows)))
-        return found
+        return [cut(documents, length, self.plan.documents) for length in sorted({min(128, half), half})]
 
     def run(self) -> int:
         """Make everything that is not there. Returns the exit status."""
@@ -298,10 +318,10 @@ class Campaign:
             for recipe, control in order(self.options.recipes):
                 try:
                     if not self.make(name, recipe, control):
-                        late.append(run_name(name, recipe, control, self.plan))
+                        late.append(self.run_name(name, recipe, control))
                 except Exception:
                     traceback.print_exc()
-                    failed.append(run_name(name, recipe, control, self.plan))
+                    failed.append(self.run_name(name, recipe, control))
                 gc.collect()  # a Trainer refers to itself
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -329,25 +349,19 @@ def kind_of(recipe: str | None, control: bool) -> str:
     return "original" if recipe is None else "control" if control else "hybrid"
 
 
-def width(model: PreTrainedModel) -> int:
-    """The hidden size of a model."""
-    return int(model.config.get_text_config().hidden_size)
-
-
 def plan_digest(plan: Plan) -> str:
     """A name for what an original depends on."""
     return f"{plan.train_tokens / 1e6:g}M-{plan.seq_len}-{plan.repeat_fraction:g}-{plan.train_lr:g}-{plan.seed}"
 
 
-def run_name(name: str, recipe: str | None, control: bool, plan: Plan) -> str:
-    """A name for the file of a run.
+def changed_options(plan: Plan) -> str:
+    """The options of a plan that are not the default.
 
-    >>> run_name("nha-20m", "constant", True, Plan())
-    'nha-20m-constant-control-4M-0'
+    >>> changed_options(Plan(seq_len=512))
+    ' --seq-len 512'
     """
-    if recipe is None:
-        return f"{name}-original-{plan.seed}"
-    return f"{name}-{recipe.replace(':', 'x')}-{kind_of(recipe, control)}-{plan.distill_tokens / 1e6:g}M-{plan.seed}"
+    found = [(entry, getattr(plan, entry.name)) for entry in dataclasses.fields(Plan)]
+    return "".join(f" {option_name(entry)} {value:g}" for entry, value in found if value != entry.default)
 
 
 def find_corpus(given: Path | None, data: Path, work: Path, tokenizer: Any) -> Corpus:

@@ -20,32 +20,23 @@ KINDS = ("original", "control", "hybrid")
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All runs of a folder: by model, recipe and kind."""
+    """All runs of a folder: by model, kind and recipe."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
 
     def key(run: Run) -> tuple[Any, ...]:
         row = run["row"]
-        return row["model"], row["seed"], row["recipe"] or "", KINDS.index(row["kind"])
+        hybrid = row["kind"] == "hybrid"
+        return row["model"], row["seed"], KINDS.index(row["kind"]), row["recipe"] if hybrid else row.get("control", "")
 
     return sorted(found, key=key)
 
 
-def base_recipe(recipe: str | None) -> str | None:
-    """The recipe whose control a run is compared with: "constant:0.5" has other learning rates than "constant".
-
-    >>> base_recipe("constant:0.5")
-    'constant'
-    """
-    return None if recipe is None else recipe.partition(":")[0]
-
-
 def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
     """The control of a hybrid: the same original, trained on the same batches."""
-    row = run["row"]
-    for other in (r["row"] for r in runs):
-        same = all(other.get(name) == row.get(name) for name in ("model", "seed", "tokens"))
-        if same and other["kind"] == "control" and other["recipe"] == base_recipe(row["recipe"]):
-            return next(r for r in runs if r["row"] is other)
+    same = ("model", "seed", "tokens", "control")
+    for other in runs:
+        if other["row"]["kind"] == "control" and all(other["row"].get(n) == run["row"].get(n) for n in same):
+            return other
     return None
 
 
@@ -132,7 +123,10 @@ def cell(row: Mapping[str, Any], name: str) -> str:
         share = row["relative"].get(name)
         if share is None or name not in row["above_chance"]:
             return "at chance"
-        return f"{share['ratio']:.3f} times" if name.startswith("perplexity") else percent(share)
+        if not name.startswith("perplexity"):
+            return percent(share)
+        low, high = share["interval"]
+        return f"{share['ratio']:.3f} times ({low:.3f} to {high:.3f})"
     value = row["measures"][name]["value"]
     return f"{value:.2f}" if name.startswith("perplexity") else f"{100 * value:.1f} %"
 
@@ -143,7 +137,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| model | recipe | | full layers | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for row in rows:
         full = ",".join(map(str, row.get("full_layers", []))) if row["kind"] == "hybrid" else "all"
-        cells = [row["model"], row["recipe"] or "", row["kind"], full or "none", *(cell(row, name) for name in names)]
+        recipe = row["recipe"] if row["kind"] == "hybrid" else ""
+        cells = [row["model"], recipe, row["kind"], full or "none", *(cell(row, name) for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from experiments import second_model
-from experiments.second_model import Plan, RepeatingText, make_original, order, repeat_spans, run_name
-from experiments.second_model_report import above_chance, cell, summary_rows, write_report
+from experiments.second_model import Plan, RepeatingText, make_config, make_original, order, repeat_spans
+from experiments.second_model_report import above_chance, cell, read_runs, summary_rows, table, write_report
 from nha.models.plain import is_plain
 from tests.train.material import material
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_originals_are_two_kinds_of_model():
@@ -47,39 +51,39 @@ def test_a_second_reading_is_right_where_a_model_copies():
     assert len(first) == len(second) == 2 and all(0 <= x <= 1 for x in (*first, *second))
 
 
-def run_of(kind: str, recipe: str | None, right: float) -> dict:
+def run_of(kind: str, recipe: str | None, right: float) -> dict[str, Any]:
     digits = "".join("1" if i < right * 100 else "0" for i in range(100))
     sets = {"piqa": {"accuracy": right, "interval": [right - 0.1, right + 0.1], "count": 100, "correct": digits}}
     losses = [3.0, 3.2, 3.1]
     measured = {"ppl": 20.0, "interval": [18.0, 22.0], "count": 3, "by_text": losses}
     repeats = {"128": {"first": [0.1, 0.2, 0.1], "second": [right] * 3}}
     data = {"sets": sets, "perplexity": {"2048": measured}, "needle": {}, "repeats": repeats}
-    row = {"model": "nha-tiny", "recipe": recipe, "kind": kind, "seed": 0, "tokens": 8, "full_layers": []}
+    row = {"model": "nha-tiny", "recipe": recipe, "kind": kind, "seed": 0, "full_layers": []}
+    row |= {} if recipe is None else {"tokens": 8, "control": "abc"}
     return {"row": row, "plan": {}, "log": [{"loss": 4.0}, {"loss": 3.0}], "eval": data}
 
 
-def test_a_hybrid_is_shown_relative_to_the_control_of_its_recipe(tmp_path):
+def test_a_hybrid_is_shown_relative_to_the_control_of_its_batches(tmp_path):
     runs = [
         run_of("original", None, 0.5),
         run_of("control", "constant", 0.8),
-        run_of("hybrid", "constant", 0.4),
+        run_of("hybrid", "balanced", 0.4),
         run_of("hybrid", "constant:2", 0.6),
     ]
     rows = summary_rows(runs)
-    assert [row.get("relative", {}).get("PIQA", {}).get("ratio") for row in rows] == [
-        None,
-        None,
-        0.5,
-        pytest.approx(0.75),
-    ]
+    shares = [row.get("relative", {}).get("PIQA", {}).get("ratio") for row in rows]
+    assert shares == [None, None, 0.5, pytest.approx(0.75)]
     assert rows[2]["relative"]["read twice, 128"]["ratio"] == pytest.approx(0.5)
     assert rows[2]["above_chance"] == ["perplexity 2,048", "read twice, 128", "PIQA"]
-    assert cell(rows[2], "perplexity 2,048") == "1.000 times"
+    assert cell(rows[2], "perplexity 2,048") == "1.000 times (1.000 to 1.000)"
     (tmp_path / "runs").mkdir()
     for number, run in enumerate(runs):
         (tmp_path / "runs" / f"{number}.json").write_text(json.dumps(run))
     assert write_report(tmp_path).count("\n") == 2 + len(runs)
     assert len(json.loads((tmp_path / "summary.json").read_text())) == len(runs)
+    other = run_of("hybrid", "balanced", 0.4)
+    other["row"]["control"] = "def"
+    assert "relative" not in summary_rows([runs[1], other])[1]
 
 
 def test_a_control_at_chance_measures_nothing():
@@ -88,8 +92,31 @@ def test_a_control_at_chance_measures_nothing():
     assert cell(summary_rows(low)[1], "PIQA") == "at chance"
 
 
+def test_the_page_shows_the_rows_of_the_record():
+    folder = ROOT / "results" / "generality"
+    page = (ROOT / "docs" / "generality.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- second models -->\n")[2].partition("<!-- /second models -->")[0]
+    rows = summary_rows(read_runs(folder))
+    assert shown == table(rows) == (folder / "table.md").read_text(encoding="utf-8")
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == rows
+
+
 def test_runs_have_names_and_an_order():
+    options = second_model.parse_options(["--data", ".", "--out", "unused"])
     assert order(["constant", "constant:2"])[1:] == [("constant", True), ("constant", False), ("constant:2", False)]
-    assert run_name("llama-20m", "constant:2", False, Plan()) == "llama-20m-constantx2-hybrid-4M-0"
+    names = Naming(options)
+    assert names.run_name("llama-20m", "constant:2", False) == "llama-20m-constantx2-4M-0"
+    controls = {names.run_name("nha-20m", recipe, True) for recipe in ("constant", "balanced")}
+    assert len(controls) == 1  # one mixture
+    config = make_config("nha-20m", 64, 2048)
+    lr = names.recipe("constant", config).learning_rates(256)[0]
+    assert names.recipe("constant:0.5", config).learning_rates(256)[0] == lr / 2
     with pytest.raises(SystemExit):
         second_model.parse_options(["--data", ".", "--models", "gpt-20m"])
+
+
+class Naming(second_model.Campaign):
+    """A campaign that makes no folder."""
+
+    def __init__(self, options: Any):
+        self.options, self.plan = options, options.plan

@@ -45,6 +45,13 @@ def test_parts_that_no_family_has_are_refused_by_name(name, value):
         plain_config(NHAConfig.tiny(window_sizes=-1, **{name: value}))
 
 
+def test_converting_it_directly_names_the_way():
+    with pytest.raises(ValueError, match="to_plain"):
+        hybridize(trained(), calibration=PROMPT)
+    with pytest.raises(ValueError, match="got nha$"):
+        hybridize(NHAForCausalLM(NHAConfig.tiny()), calibration=PROMPT)
+
+
 def test_a_model_with_windows_is_refused():
     with pytest.raises(ValueError, match="windows of -1.*16"):
         plain_config(NHAConfig.tiny())

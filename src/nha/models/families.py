@@ -14,6 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from nha.models.config import FULL
+from nha.ops.heads import all_windows
+
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
 RECURRENT = "its layers are not softmax attention"
 
@@ -204,7 +207,9 @@ def check_family(config: PreTrainedConfig) -> None:
     """
     family = config.model_type
     if hasattr(config, "window_sizes"):
-        raise ValueError(f"expected a model that is not a hybrid yet, got {family}")
+        full = family == "nha" and all(window == FULL for window in all_windows(config.window_sizes))
+        hint = ": take nha.models.plain.to_plain(model), since all its attention is full" if full else ""
+        raise ValueError(f"expected a model that is not a hybrid yet, got {family}{hint}")
     if family in REFUSED:
         raise ValueError(f"expected a family whose attention can be converted, got {family}: {REFUSED[family]}")
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
