@@ -73,10 +73,11 @@ def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it
     assert found["notes"] == ["1 KV heads have longer windows than the others of their layer: 256 tokens."]
     names = {variant["name"] for variant in found["variants"]}
     assert names == {"teacher", "untrained", "hybrid", "slots_off", "longer_window", "window_off"}
-    assert found["distilled"]["facts"] == 1 and found["distilled"]["bytes"] == path.stat().st_size
+    asked = [(one["tokens"], one["facts"]) for one in found["distilled"]["recall"]]
+    assert asked == [(256, 1), (1024, 1), (2048, 1)] and found["distilled"]["bytes"] == path.stat().st_size
     assert found["tuning"] is None and len(found["samples"]) == 3
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "Relative to the original trained on the same tokens" in page and "A fact 2,048 tokens back" in page
+    assert "Relative to the original trained on the same tokens" in page and "A number 2,048 tokens back" in page
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "report" / "hybrid")
     ids = torch.randint(97, (1, 40))
     assert (saved(ids).logits - model(ids).logits).abs().max() < 0.3  # the file's numbers are bfloat16

@@ -7,7 +7,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from nha import set_windows
 from nha.models.full_attention import base_attention
-from nha.models.masks import hybrid_mask
+from nha.models.masks import HybridMask, hybrid_mask
 from nha.models.observe import ablate, observe
 from nha.models.windows import attention_layers
 from tests.models.families import ALL_FAMILIES, FAMILIES, hybrid, teacher, tokens
@@ -71,8 +71,8 @@ def test_only_padding_spare_room_and_sliding_windows_give_a_later_segment_a_mask
     seen, padded = torch.ones(2, 10, dtype=torch.bool), torch.ones(2, 10, dtype=torch.bool)
     padded[1, :2] = False
     sliding = sliding_window_causal_mask_function(4)
-    assert hybrid_mask(2, 4, 10, 6, config=config) == (None, None, True)
-    assert hybrid_mask(2, 4, 10, 6, attention_mask=seen, config=config) == (None, None, True)
+    assert hybrid_mask(2, 4, 10, 6, config=config) == HybridMask(appended=True)
+    assert hybrid_mask(2, 4, 10, 6, attention_mask=seen, config=config) == HybridMask(appended=True)
     assert hybrid_mask(2, 4, 10, 6, attention_mask=padded, config=config).base.shape == (2, 1, 4, 10)
     assert hybrid_mask(2, 4, 20, 6, config=config).base.shape == (2, 1, 4, 20)
     assert hybrid_mask(2, 4, 10, 6, mask_function=sliding, local_size=4, config=config).base.shape == (2, 1, 4, 10)

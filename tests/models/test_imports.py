@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from nha import NHAConfig, register
 from nha.models.adapter import hybrid_model_class
-from nha.models.auto import AUTO, DeferredModel, config_class, model_types
+from nha.models.auto import AUTO, DeferredModel, config_class, model_class, model_types
 from nha.models.families import MODEL_NAMES
 from tests.models.families import hybrid, tokens
 
@@ -84,6 +84,13 @@ def test_a_model_pickled_elsewhere_is_read_by_a_new_process(tmp_path):
     code += f"print(model(torch.tensor({ids.tolist()})).logits.double().sum().item())"
     with torch.no_grad():
         assert float(run(code, tmp_path)) == pytest.approx(model(ids).logits.double().sum().item(), rel=1e-6)
+
+
+def test_families_with_the_model_class_of_another_are_pickled_as_themselves():
+    for family in ("exaone", "llama", "internlm3"):
+        kind = model_class(config_class(f"nha-{family}"), "causal-lm")
+        assert kind.__name__ == "NHALlamaForCausalLM"
+        assert pickle.loads(pickle.dumps(kind)) is kind and kind.config_class.model_type == f"nha-{family}"
 
 
 def test_configurations_without_the_auto_class_give_models():

@@ -166,6 +166,7 @@ def run_table(
 def alike(rows: list[Row], count: int) -> list[Row]:
     """The first row and others of its arm and seed, `count` at most: they read the same batches and compile once.
 
+    >>> from nha.ablate.arms import Arm
     >>> rows = [Row(Arm(name), lr, 0) for lr in (1e-3, 3e-3) for name in ("nha", "window")]
     >>> [row.name("t") for row in alike(rows, 4)]
     ['t--nha--lr0.001--seed0', 't--nha--lr0.003--seed0']

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -339,18 +342,30 @@ def hybrid_model_class(config_class: type[PreTrainedConfig], task: str = "causal
     """
     family = config_class.model_type.removeprefix("nha-")
     base: Any = TASKS[task][CONFIG_MAPPING[family]]
-    name = f"NHA{base.__name__}"
-    body = {"config_class": config_class, "config": None, "__module__": __name__}
-    new = type(name, (HybridModelMixin, base), body)
+    name = name_in_module(family, base.__name__)
+    body = {"config_class": config_class, "config": None, "__module__": __name__, "__qualname__": name}
+    new = type(f"NHA{base.__name__}", (HybridModelMixin, base), body)
     setattr(sys.modules[__name__], name, new)
     return new
+
+
+def name_in_module(family: str, base: str) -> str:
+    """The name by which this module holds a hybrid class, and a pickled model refers to it.
+
+    Some families take the model class of another, whose hybrids have the plain name.
+
+    >>> name_in_module("llama", "LlamaForCausalLM"), name_in_module("exaone", "LlamaForCausalLM")
+    ('NHALlamaForCausalLM', 'NHALlamaForCausalLM_exaone')
+    """
+    own = base.startswith(CONFIG_MAPPING_NAMES[family].removesuffix("Config"))
+    return f"NHA{base}" if own else f"NHA{base}_{family}"
 
 
 def __getattr__(name: str) -> Any:
     """The model class of this name: a pickled model refers to one that its process may not have made yet."""
     for task, names in MODEL_NAMES.items():
         for family in (*FAMILIES, *MULTIMODAL):
-            if family in names and name == f"NHA{names[family]}":
+            if family in names and family in CONFIG_MAPPING_NAMES and name == name_in_module(family, names[family]):
                 return hybrid_model_class(config_class_of(family), task)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

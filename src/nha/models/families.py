@@ -14,9 +14,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from nha.models.config import FULL
-from nha.ops.heads import all_windows
-
 LATENT = "its latent attention (MLA) shares one compressed key among all heads, so there are no keys to put in slots"
 RECURRENT = "its layers are not softmax attention"
 
@@ -207,6 +204,9 @@ def check_family(config: PreTrainedConfig) -> None:
     """
     family = config.model_type
     if hasattr(config, "window_sizes"):
+        from nha.models.config import FULL  # these load a family's code and the operator, which `import nha` need not
+        from nha.ops.heads import all_windows
+
         full = family == "nha" and all(window == FULL for window in all_windows(config.window_sizes))
         hint = ": take nha.models.plain.to_plain(model), since all its attention is full" if full else ""
         raise ValueError(f"expected a model that is not a hybrid yet, got {family}{hint}")
