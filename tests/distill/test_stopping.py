@@ -116,6 +116,19 @@ def test_the_command_says_how_to_resume(number, place, tmp_path):
     assert "Traceback" not in printed and latest_checkpoint(run) is not None
 
 
+def test_an_interrupt_within_a_destructor_is_raised_at_the_next_check_without_a_traceback(capsys):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    stop = Stop()
+    with handle_signals(stop):
+        Interrupted()
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            stop.check()
+    assert capsys.readouterr().err == ""
+
+
 def test_the_command_is_interrupted_in_its_first_seconds(place, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     for number, wait in ((signal.SIGINT, 0.0), (signal.SIGTERM, 0.5)):

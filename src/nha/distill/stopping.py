@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -69,8 +70,17 @@ def handle_signals(stop: Stop) -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
+    report = sys.unraisablehook
+
+    def leave_out_interrupts(raised: sys.UnraisableHookArgs) -> None:
+        # An interrupt within a `__del__` is swallowed with a traceback on stderr; `Stop.check` raises it again.
+        if not issubclass(raised.exc_type, KeyboardInterrupt):
+            report(raised)
+
+    sys.unraisablehook = leave_out_interrupts
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
