@@ -108,9 +108,10 @@ def hybrid_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTra
     >>> [found.__name__ for found in hybrid_classes("nha-gemma3")]
     ['NHAGemma3Config', 'NHAGemma3ForConditionalGeneration']
     """
+    from nha.models.config import is_multimodal
+
     found = config_class(model_type)
-    images = "text_config" in getattr(found, "__dataclass_fields__", ())
-    return found, model_class(found, "image-text-to-text" if images else "causal-lm")
+    return found, model_class(found, "image-text-to-text" if is_multimodal(found) else "causal-lm")
 
 
 def stand_in(kind: type, name: str, **attributes: Any) -> type:

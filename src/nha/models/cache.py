@@ -534,20 +534,28 @@ def allow_rollback(cache: Cache, max_rollback: int) -> None:
 
 def is_empty(cache: Cache | None) -> bool:
     """Whether no layer of a cache, if there is one, has ever held a token."""
-    layers = () if cache is None else cache.layers
-    return not any(part.is_initialized for layer in layers for part in getattr(layer, "parts", [layer]))
+    return cache is None or not any(part.is_initialized for part in cache_parts(cache))
+
+
+def layer_parts(layer: Any) -> list[Any]:
+    """The layers that hold the groups of heads of a layer with windows per head; any other layer itself."""
+    return getattr(layer, "parts", [layer])
+
+
+def cache_parts(cache: Cache) -> list[Any]:
+    """The layers of a cache, in order, and in the place of those with windows per head their parts."""
+    return [part for layer in cache.layers for part in layer_parts(layer)]
 
 
 def nha_layers(cache: Cache) -> list[NHACacheLayer]:
     """The NHA layers of a cache, in order, and in their place those of layers with windows per head."""
-    parts = [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]
-    return [part for part in parts if isinstance(part, NHACacheLayer)]
+    return [part for part in cache_parts(cache) if isinstance(part, NHACacheLayer)]
 
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes held by all layers of a cache; those of NHA layers do not grow with the text."""
     total = 0
-    for part in [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]:
+    for part in cache_parts(cache):
         if isinstance(part, NHACacheLayer):
             total += part.nbytes
         else:

@@ -346,5 +346,10 @@ def config_class_of(family: str) -> type[PreTrainedConfig]:
     """The configuration class of a family's hybrids, whether it is multimodal or not. Raises KeyError for no family."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    multimodal = "text_config" in getattr(CONFIG_MAPPING[family], "__dataclass_fields__", ())
+    multimodal = is_multimodal(CONFIG_MAPPING[family])
     return hybrid_multimodal_config_class(family) if multimodal else hybrid_config_class(family)
+
+
+def is_multimodal(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether a family's configurations hold one of a text model."""
+    return "text_config" in getattr(config_class, "__dataclass_fields__", ())

@@ -17,6 +17,7 @@ from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from nha.models.cache import layer_parts
 from nha.models.config import FULL, largest_window
 from nha.models.slots import SlotInputs
 from nha.models.windows import hybrid_layers
@@ -163,7 +164,7 @@ def read(model: Any, ids: Tensor, adapter_name: str = "default") -> None:
     for module, layer in zip(hybrid_layers(causal), cache.layers, strict=True):
         if isinstance(module.nha, SlotsLayer):
             windows = per_head(module.window_size, module.config.num_key_value_heads)
-            for group, part in zip(head_groups(windows), getattr(layer, "parts", [layer]), strict=True):
+            for group, part in zip(head_groups(windows), layer_parts(layer), strict=True):
                 if group.window_size != FULL:  # heads with full attention have no slots
                     heads = list(group.heads)
                     module.nha.nha_slots_key[adapter_name][heads] = part.state.slot_key[0]

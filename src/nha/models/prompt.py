@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig
 
+from nha.models.cache import layer_parts
 from nha.models.config import FULL
 from nha.models.decode_graph import ATTRIBUTE, graph_of, is_growing
 from nha.models.masks import cache_argument
@@ -59,8 +60,7 @@ def reads_text(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
 
 def is_filled(layer: Any) -> bool:
     """Whether a layer of a cache holds tokens, or will keep more than a state."""
-    parts = getattr(layer, "parts", [layer])
-    return any(part.is_initialized or getattr(part, "record_past", False) for part in parts)
+    return any(part.is_initialized or getattr(part, "record_past", False) for part in layer_parts(layer))
 
 
 def has_padding(ids: Tensor, kwargs: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
 
 from nha.models import decode_graph
-from nha.models.cache import NHACacheLayer
+from nha.models.cache import NHACacheLayer, cache_parts
 from nha.models.config import FULL
 from nha.models.decode_graph import is_plain
 from nha.models.fused_step import is_fusing
@@ -178,17 +178,13 @@ def can_pad(model: Any, length: int) -> bool:
 
 def copy_cache(source: Cache, target: Cache, length: int) -> None:
     """Give the empty layers of one cache the first `length` tokens of another's; states end there already."""
-    for ours, new in zip(_parts(source), _parts(target), strict=True):
+    for ours, new in zip(cache_parts(source), cache_parts(target), strict=True):
         if isinstance(ours, NHACacheLayer):
             assert ours.state is not None
             new.lazy_initialization(ours.state.key, ours.state.value)
             new.state, new.length = ours.state.map(torch.clone), length
         else:
             new.update(ours.keys[:, :, :length], ours.values[:, :, :length])  # which copies them
-
-
-def _parts(cache: Cache) -> list[Any]:
-    return [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]
 
 
 def replay_prompt(

@@ -34,12 +34,11 @@ def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cac
     """
     import torch
 
-    from nha.models.cache import NHACacheLayer
+    from nha.models.cache import NHACacheLayer, cache_parts
 
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    parts = [part for layer in cache.layers for part in getattr(layer, "parts", [layer])]  # groups of heads
-    for layer in parts:
+    for layer in cache_parts(cache):
         if isinstance(layer, NHACacheLayer):
             layer.length = context
         elif not getattr(layer, "is_sliding", False):
