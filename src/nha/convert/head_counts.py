@@ -10,7 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.convert.check import in_eval_mode
-from nha.convert.heads import SPARE, CopyRow, HeadPlan, Mixer, Weights, copy_rows, mixing, plan_heads, sample, top_heads
+from nha.convert.heads import (
+    SPARE,
+    CopyRow,
+    HeadPlan,
+    Mixer,
+    Weights,
+    copy_rows,
+    count_weights,
+    mixing,
+    plan_heads,
+    sample,
+    top_heads,
+)
 from nha.convert.search import candidate_layers
 from nha.convert.settings import HeadSearchSettings
 from nha.data.text import calibration_text
@@ -69,7 +81,7 @@ def count_heads(
     Nothing is trained: distillation brings more back. Rows that the model does not copy with full attention do not
     count. Raises ValueError where it copies none.
     """
-    total = sum(len(row) for row in weights if row is not None)
+    total = count_weights(weights)
     shape = (len(weights), max(len(row or ()) for row in weights))
     right = copied(model, rows, torch.ones(shape), window_size)
     asked = [row for row, correct in zip(rows, right, strict=True) if correct]

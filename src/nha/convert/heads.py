@@ -262,6 +262,16 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def count_weights(weights: Sequence[Sequence[float] | None]) -> int:
+    """The number of KV heads that have a weight."""
+    return sum(len(row) for row in weights if row is not None)
+
+
+def wide_heads(weights: Sequence[Sequence[float] | None], heads: int | None) -> int:
+    """The number of KV heads that get the wide window: `heads`, or a sixth of all for None."""
+    return fraction_of(count_weights(weights), WIDE_FRACTION) if heads is None else heads
+
+
 def top_heads(weights: Sequence[Sequence[float] | None], count: int) -> list[tuple[int, int]]:
     """The `count` KV heads of the largest weights as (layer, head). Raises ValueError if there are fewer.
 
@@ -293,8 +303,7 @@ def plan_heads(
     >>> plan_heads([[0.1, 0.9], [0.5, 0.2]], heads=1, wide_window=-1, window_size=64)
     [[64, -1], 64]
     """
-    total = sum(len(row) for row in weights if row is not None)
-    heads = fraction_of(total, WIDE_FRACTION) if heads is None else heads
+    total, heads = count_weights(weights), wide_heads(weights, heads)
     chosen = set(top_heads(weights, heads))
     narrow = window_size
     if wide_window != FULL and heads:
@@ -351,8 +360,7 @@ def search_heads(
 
 def make_plan(about: dict[str, Any], weights: Weights, losses: list[float], settings: HeadSearchSettings) -> HeadPlan:
     """The plan of `settings` for weights that were learned."""
-    total = sum(len(row) for row in weights if row is not None)
-    heads = fraction_of(total, WIDE_FRACTION) if settings.heads is None else settings.heads
+    heads = wide_heads(weights, settings.heads)
     windows = plan_heads(weights, heads=heads, wide_window=settings.wide_window, window_size=settings.window_size)
     return HeadPlan(about, weights, heads, settings.wide_window, windows, [round(x, 4) for x in losses])
 
