@@ -6,7 +6,8 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,33 +212,44 @@ def distilling_in_cuda_graphs(setting: Setting) -> None:
     expect_none(wrong)
 
 
-def generating(setting: Setting) -> None:
-    """`generate` writes the same tokens with a CUDA graph of its step as without."""
+@contextmanager
+def recording() -> Iterator[list[Any]]:
+    """Within the block, the memory pools of the CUDA graphs that are recorded; None for a graph with one of its own."""
     from nha.models import decode_graph
 
-    model, ids = hybrid(setting).eval(), token_ids(setting, 2, 150)
-    mask = torch.ones_like(ids)
-    mask[0, :40] = 0
-    recorded, wrong = [], []
-    wrapped = decode_graph.capture
+    pools, wrapped = [], decode_graph.capture
 
-    def spy(run: Callable[[], Any]) -> Any:
-        recorded.append(True)
-        return wrapped(run)
+    def spy(run: Callable[[], Any], pool: Any = None) -> Any:
+        pools.append(pool)
+        return wrapped(run, pool)
 
     decode_graph.capture = spy
     try:
-        for name, options in (("alone", {}), ("padded", {"attention_mask": mask})):
-            settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-            found = model.generate(ids, **settings)
-            eager = model.generate(ids, disable_compile=True, **settings)
-            if not torch.equal(found, eager):
-                first = (found != eager).any(0).nonzero()[0].item()
-                wrong.append(f"{name}: tokens differ from place {first} of {found.shape[1]} on")
+        yield pools
     finally:
         decode_graph.capture = wrapped
-    if len(recorded) != 2:
-        wrong.append(f"{len(recorded)} of 2 steps were recorded")
+
+
+def difference(model: Any, ids: Tensor, new: int, **options: Any) -> list[str]:
+    """Where the tokens that `generate` writes with CUDA graphs differ from those without; empty if they do not."""
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    found = model.generate(ids, **settings)
+    eager = model.generate(ids, disable_compile=True, **settings)
+    if torch.equal(found, eager):
+        return []
+    first = (found != eager).any(0).nonzero()[0].item()
+    return [f"{list(ids.shape)} tokens, {list(options)}: they differ from place {first} of {found.shape[1]} on"]
+
+
+def generating(setting: Setting) -> None:
+    """`generate` writes the same tokens with a CUDA graph of its step as without."""
+    model, ids = hybrid(setting).eval(), token_ids(setting, 2, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    with recording() as pools:
+        wrong = difference(model, ids, 40) + difference(model, ids, 40, attention_mask=mask)
+    if len(pools) != 2:
+        wrong.append(f"{len(pools)} of 2 steps were recorded")
     expect_none(wrong)
 
 
@@ -284,29 +296,13 @@ def fused_prompts(setting: Setting) -> None:
 
 def recorded_prompts(setting: Setting) -> None:
     """`generate` writes the same tokens after prompts that it pads and replays as after prompts that it calls."""
-    from nha.models import decode_graph
-
-    model, wrong, recorded = hybrid(setting, slots=16).eval().requires_grad_(False), [], []
-    wrapped = decode_graph.capture
-
-    def spy(run: Callable[[], Any], pool: Any = None) -> Any:
-        recorded.append(pool is not None)
-        return wrapped(run, pool)
-
-    decode_graph.capture = spy
-    try:
+    model, wrong = hybrid(setting, slots=16).eval().requires_grad_(False), []
+    with recording() as pools:
         for seed, length in enumerate((150, 200, 9, 256, 300, 257)):
-            ids = token_ids(replace(setting, seed=setting.seed + seed), 1, length)
-            options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            found = model.generate(ids, **options)
-            eager = model.generate(ids, disable_compile=True, **options)
-            if not torch.equal(found, eager):
-                first = (found != eager).any(0).nonzero()[0].item()
-                wrong.append(f"{length} tokens: they differ from place {first} of {found.shape[1]} on")
-    finally:
-        decode_graph.capture = wrapped
-    if sum(recorded) != 2:
-        wrong.append(f"{sum(recorded)} of 2 prompts were recorded")
+            wrong += difference(model, token_ids(replace(setting, seed=setting.seed + seed), 1, length), 20)
+    prompts = sum(pool is not None for pool in pools)
+    if prompts != 2:
+        wrong.append(f"{prompts} of 2 prompts were recorded")
     expect_none(wrong)
 
 
