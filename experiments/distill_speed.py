@@ -4,18 +4,21 @@
 
 Two commands run one after the other, each a process of its own: "cold" with text to read and empty caches of compiled
 kernels, "warm" with the tokens and caches that it left. Their seconds are those of RUN/timeline.json and their tokens a
-second those of RUN/log.jsonl, batches and log included; a CUDA graph is captured before the third step. A row a command
-is added to OUT/distill_speed.jsonl, with what it printed beside it. MODEL is a directory, a Hub id, smollm2, or a .gguf
-file, which is saved as a directory first. Other options are handed to `nha distill`. Exit status 1 if a command failed
-or was not run for lack of time.
+second those of RUN/log.jsonl, batches and log included; a CUDA graph is captured before the third step. A command is
+stopped once it has logged its steps, so that saving takes no time. A row a command is added to OUT/distill_speed.jsonl,
+also for one that was stopped or failed earlier, with its stages until then; what it printed lies beside it. MODEL is a
+directory, a Hub id, smollm2, or a .gguf file, which is saved as a directory first. Other options are handed to
+`nha distill`. Exit status 1 if a command did not make its steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import lzma
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,10 +31,11 @@ from nha.bench.timing import stamp
 from nha.distill.timeline import BEGUN, NAME
 
 STEP_TOKENS = 16 * 2048
-STEPS = {"cold": 120, "warm": 40}
+STEPS = {"cold": 25, "warm": 100}
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-SECONDS = {"cold": 60.0, "warm": 35.0}  # that a command takes at least; it is not started with less
+MIN_SECONDS = 15.0  # a command is not started with less
 SKIPPED = 2  # entries of the log at its beginning that are no steady speed
+POLL_SECONDS = 0.2
 
 
 def save_gguf(path: Path, folder: Path) -> None:
@@ -58,37 +62,64 @@ def cut_text(source: Path, target: Path, megabytes: float) -> None:
                 return
 
 
-def summarise(run: Path, wall_s: float) -> dict[str, Any]:
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log, none where it has none yet."""
+    log = run / "log.jsonl"
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def summarise(run: Path) -> dict[str, Any]:
     """The row of a run: seconds from the command to each stage, those between, and the median of its tokens a second.
 
-    Raises OSError where the run did not come as far as its third step.
+    None for what the run did not reach.
     """
-    stages = json.loads((run / NAME).read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    stages = json.loads((run / NAME).read_text()) if (run / NAME).exists() else {}
+    log = read_log(run)
     speeds = [entry["tokens_per_s"] for entry in log if "tokens_per_s" in entry][SKIPPED:]
     return {
-        "first_step_s": stages["first step"],
-        "compile_s": round(stages[BEGUN] - stages["aligned"], 2),
+        "first_step_s": stages.get("first step"),
+        "compile_s": round(stages[BEGUN] - stages["aligned"], 2) if BEGUN in stages else None,
         "tokens_per_s": round(statistics.median(speeds)) if speeds else None,
-        "wall_s": round(wall_s, 1),
+        "steps": int(log[-1]["step"]) if log else 0,
         "stages": stages,
     }
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a command and the processes that compile for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def run_command(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Run one of the two commands and return its row; what it prints goes to OUT/NAME.txt."""
+    """The row of one of the two commands, run until it has logged its steps; what it prints goes to OUT/NAME.txt."""
     steps, run = options.steps or STEPS[name], work / name
     command = [sys.executable, "-m", "nha", "distill", str(options.model), str(run), "--text", str(work / "text.jsonl")]
     command += ["--corpus", str(work / "corpus"), "--tokens", str(steps * options.step_tokens), "--log-every", "5"]
     environment = os.environ | {variable: str(work / variable) for variable in CACHES}
-    start = time.perf_counter()
     with (options.out / f"{name}.txt").open("w") as printed:
-        done = subprocess.run(
-            [*command, *options.more], stdout=printed, stderr=subprocess.STDOUT, env=environment, timeout=options.left()
+        process = subprocess.Popen(
+            [*command, *options.more],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
-    if done.returncode:
-        raise RuntimeError(f"expected {name} to finish, got exit status {done.returncode}: see {printed.name}")
-    return summarise(run, time.perf_counter() - start)
+        try:
+            while process.poll() is None and options.left() > 0 and not done(run, steps):
+                time.sleep(POLL_SECONDS)
+        finally:
+            stop(process)
+    return summarise(run) | {"wanted_steps": steps}
+
+
+def done(run: Path, steps: int) -> bool:
+    """Whether a run has logged so many steps."""
+    log = read_log(run)
+    return bool(log) and log[-1]["step"] >= steps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,8 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     options, options.more = parser.parse_known_args(arguments)
     deadline = time.monotonic() + options.budget_s
-    options.left = lambda: max(1.0, deadline - time.monotonic())
+    options.left = lambda: deadline - time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    made = []
     with tempfile.TemporaryDirectory(prefix="distill-speed-") as folder:
         work = Path(folder)
         cut_text(options.text, work / "text.jsonl", options.megabytes)
@@ -113,21 +145,28 @@ def main(arguments: list[str] | None = None) -> int:
             options.model = work / "base"
         about = stamp("torch", "transformers", "triton", "nha")
         for name in STEPS:
-            if options.left() < SECONDS[name] and options.steps is None:
-                print(f"{name} not run: {options.left():.0f} s are left, it takes {SECONDS[name]:.0f}")
+            if options.left() < MIN_SECONDS:
+                print(f"{name} not run: {options.left():.0f} s are left")
                 return 1
-            try:
-                row = {"run": name, **run_command(name, options, work), **about}
-            except (RuntimeError, OSError, KeyError, subprocess.TimeoutExpired) as error:
-                print(error)
-                return 1
+            row = {"run": name, **run_command(name, options, work), **about}
             with (options.out / "distill_speed.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(
-                f"{name}: first step after {row['first_step_s']:.1f} s, compiled in {row['compile_s']:.1f} s, ", end=""
-            )
-            print(f"{row['tokens_per_s']:,} tokens/s; {row['stages']}", flush=True)
-    return 0
+            print(describe(row, options.out / f"{name}.txt"), flush=True)
+            made.append(row["steps"] >= row["wanted_steps"])
+    return 0 if all(made) else 1
+
+
+def describe(row: dict[str, Any], printed: Path) -> str:
+    """A row as a line.
+
+    >>> describe({"run": "cold", "steps": 0, "wanted_steps": 25, "stages": {}}, Path("cold.txt"))
+    'cold: 0 of 25 steps, see cold.txt; {}'
+    """
+    if row["steps"] < row["wanted_steps"]:
+        return f"{row['run']}: {row['steps']} of {row['wanted_steps']} steps, see {printed}; {row['stages']}"
+    times = f"first step after {row['first_step_s']:.1f} s, compiled in {row['compile_s']:.1f} s"
+    speed = f"{row['tokens_per_s']:,} tokens/s" if row["tokens_per_s"] else "too few steps for a speed"
+    return f"{row['run']}: {times}, {speed}; {row['stages']}"
 
 
 if __name__ == "__main__":
