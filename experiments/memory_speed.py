@@ -4,16 +4,23 @@
 
 A random hybrid reads a document and a question of 32 tokens, and writes an answer, through a `MemoryStore` in DIR; then
 another question about the same document, from the store, and that question alone, without any document, in turn. DIR
-gets memory_speed.json with the seconds of each part (medians over the rounds) and the bytes stored; the store itself is
-removed. Without --shape a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m with 4,000; --shape tiny tries
-the script.
+gets memory_speed.json with the seconds of each part (medians over the rounds that there is time for) and the bytes
+stored; the store itself is removed. --profile adds profile-*.txt: in which functions the host spends one more second
+question and one more question alone. Without --shape a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m
+with 4,000; --shape tiny tries the script.
 """
 
 from __future__ import annotations
 
+import cProfile
+import io
+import math
+import pstats
 import shutil
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,13 +76,25 @@ def median(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: statistics.median(one[name] for one in found) for name in found[0]}
 
 
+def profile(path: Path, call: Callable[[], Any]) -> None:
+    """Write the functions that take the host most of a call, by the time in them and below them."""
+    text, profiler = io.StringIO(), cProfile.Profile()
+    profiler.runcall(call)
+    for order in ("cumulative", "tottime"):
+        pstats.Stats(profiler, stream=text).sort_stats(order).print_stats(60)
+    write_atomically(path, text.getvalue())
+
+
 def main() -> None:
     parser, device = model_options(__doc__)
     parser.add_argument("--tokens", type=int, default=100_000 if device == "cuda" else 4000)
     parser.add_argument("--block-size", type=int, default=4096 if device == "cuda" else 1024)
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="no further round begins after this time")
     options = parser.parse_args()
+    end = time.perf_counter() + options.budget_s
     model = build(options.shape, options.full_layers, device)
     generator = torch.Generator().manual_seed(0)
     size = options.tokens + 2 * QUESTION
@@ -98,20 +117,27 @@ def main() -> None:
     warm = torch.cat([document[:, : options.block_size], questions[0]], 1)
     ask(model, nothing, warm, [], options.new)  # compiles kernels
     texts = [torch.cat([document, question], 1) for question in questions]
+    path = options.out / "memory_speed.json"
     found["first question"], _ = ask(model, store, texts[0], [options.tokens], options.new)
+    found["bytes stored"] = store.nbytes
+    write_atomically(path, to_json(found))
     answers, second, alone = [], [], []
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
+        if number and time.perf_counter() > end:
+            break
         times, answer = ask(model, store, texts[1], [options.tokens], options.new)
         second.append(times)
         answers.append(answer)
         alone.append(ask(model, nothing, questions[1], [], options.new)[0])
-    found |= {"second question": median(second), "question alone": median(alone), "rounds": options.rounds}
-    found["same answer"] = all(torch.equal(answer, answers[0]) for answer in answers)
-    found["bytes stored"] = store.nbytes
-    for path in (folder, options.out / "nothing"):
-        shutil.rmtree(path, ignore_errors=True)
-    write_atomically(options.out / "memory_speed.json", to_json(found))
+        found |= {"second question": median(second), "question alone": median(alone), "rounds": len(second)}
+        found["same answer"] = all(torch.equal(answer, answers[0]) for answer in answers)
+        write_atomically(path, to_json(found))
     print(to_json(found))
+    if options.profile:
+        profile(options.out / "profile-second.txt", lambda: ask(model, store, texts[1], [options.tokens], 1))
+        profile(options.out / "profile-alone.txt", lambda: ask(model, nothing, questions[1], [], 1))
+    for folder in (store.path, nothing.path):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
