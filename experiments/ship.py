@@ -24,7 +24,15 @@ from safetensors.torch import load_file
 from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
 from nha.io import DIGEST, write_atomically, write_tensors
 from nha.models import loading
-from nha.models.delta import lora_changes, low_rank_changes, packed_changes, read_delta, save_delta
+from nha.models.delta import (
+    check_facts,
+    lora_changes,
+    low_rank_changes,
+    packed_changes,
+    portable_config,
+    read_delta,
+    save_delta,
+)
 from nha.models.embedded import EMBEDDED_ID, EMBEDDED_LICENSE
 from nha.models.smollm2 import DELTA
 
@@ -70,6 +78,8 @@ def install(file: Path, place: Path = DELTA, quality: Mapping[str, float] | None
     metadata.pop(DIGEST, None)
     if file.stat().st_size > LIMIT:
         raise SystemExit(f"expected at most {LIMIT:,.0f} bytes in {file}, got {file.stat().st_size:,}")
+    metadata["config"] = json.dumps(portable_config(json.loads(metadata["config"]), metadata))
+    check_facts(metadata)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(place, tensors, metadata | {"quality": json.dumps(quality or {})})
     data = place.read_bytes()

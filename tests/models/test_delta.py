@@ -17,6 +17,7 @@ from nha.models.delta import (
     apply_delta,
     delta_config,
     delta_quality,
+    local_path_in,
     low_rank_changes,
     packed_changes,
     read_delta,
@@ -61,6 +62,16 @@ def test_a_file_names_its_base_and_not_the_path_that_it_was_read_from(tmp_path):
     model = changed(base, [8, 8, 8])
     save_delta(tmp_path / "d.safetensors", model, low_rank_changes(base, model, 2), {"base": "some/model"})
     assert delta_config(tmp_path / "d.safetensors").converted_from == "some/model"
+    save_delta(tmp_path / "e.safetensors", model, low_rank_changes(base, model, 2), {})
+    assert all(local_path_in(value) is None for value in read_delta(tmp_path / "e.safetensors")[1].values())
+
+
+def test_metadata_with_a_path_of_this_machine_is_refused_before_anything_is_written(tmp_path):
+    base = teacher().eval()
+    model = changed(base, [8, 8, 8])
+    with pytest.raises(ValueError, match="'/data/text' in 'command'"):
+        save_delta(tmp_path / "d.safetensors", model, {}, {"command": "nha distill x y --text /data/text"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_hybrid_of_the_base_takes_the_file_as_well(tmp_path):
@@ -169,3 +180,4 @@ def test_the_file_in_the_package_is_small_and_is_what_its_readme_says():
     assert len(data) <= ship.LIMIT
     assert hashlib.sha256(data).hexdigest() in (smollm2.DELTA.parent / "README.md").read_text()
     assert len(delta_config(smollm2.DELTA).window_sizes) == smollm2.LAYERS
+    assert all(local_path_in(value) is None for value in read_delta(smollm2.DELTA)[1].values())

@@ -23,6 +23,8 @@ PACKED, SCALE = re.compile(r"(.+)\.packed(2|8)"), ".scale"
 SIZES = ("num_slots", "num_sinks", "slot_distance")
 ADDED = {"slot_write": "soft"}  # settings that older files do not name, as they have them
 VOLATILE = ("transformers_version", "quantization_config", "auto_map", "dtype", "_name_or_path", "name_or_path")
+NAMED = ("converted_from", "_name_or_path", "name_or_path")  # where a configuration may name a directory
+LOCAL_PATH = re.compile(r"(?:^|[\s=:'\"])(?:/|~/|file://|[A-Za-z]:\\)[^\s'\"]*")
 SLOTS = ("g_proj.weight", "g_proj.bias", "sink_key", "sink_value")
 TRAINED = re.compile(r".*?(layers\.\d+\..+?)\.lora_(A|B)\.default\.weight")
 
@@ -133,6 +135,43 @@ def converted_from(facts: Mapping[str, str]) -> dict[str, str]:
     return {"converted_from": facts["base"]} if "base" in facts else {}
 
 
+def local_path_in(value: str) -> str | None:
+    """The first absolute path in a text, which only one machine has, or None.
+
+    >>> local_path_in("nha distill smollm2 run --text /data/books --tokens 2e7")
+    '/data/books'
+    >>> local_path_in("nha distill some/model run --text books/") is None
+    True
+    """
+    match = LOCAL_PATH.search(value)
+    return None if match is None else match[0].lstrip(" =:'\"\t\n")
+
+
+def portable_config(values: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration that names its base as `facts` do, and no directory that it was read from.
+
+    >>> portable_config({"num_slots": 4, "converted_from": "/data/base"}, {})
+    {'num_slots': 4}
+    >>> portable_config({"converted_from": "/data/base"}, {"base": "some/model"})
+    {'converted_from': 'some/model'}
+    """
+    kept = {n: x for n, x in values.items() if n not in NAMED or (isinstance(x, str) and not local_path_in(x))}
+    return kept | converted_from(facts)
+
+
+def check_facts(facts: Mapping[str, str]) -> None:
+    """Raise ValueError where metadata has a path of this machine.
+
+    >>> check_facts({"command": "nha distill smollm2 run --text ~/books"})
+    Traceback (most recent call last):
+    ValueError: expected metadata without paths of one machine, got '~/books' in 'command'
+    """
+    for name, value in facts.items():
+        found = local_path_in(value)
+        if found is not None:
+            raise ValueError(f"expected metadata without paths of one machine, got {found!r} in {name!r}")
+
+
 def save_delta(
     path: str | Path,
     model: PreTrainedModel,
@@ -143,7 +182,9 @@ def save_delta(
     """Write a hybrid's gates and sinks and the changes of its base's weights, durably, with a checksum.
 
     Beside packed changes gates are packed, too. `facts` are more of the file's metadata: base, licence, command.
+    Raises ValueError for facts that name a path of this machine.
     """
+    check_facts(facts)
     config = decoder(model).config
     sizes = {name: getattr(config, name) for name in (*SIZES, *ADDED)}
     tensors = {**slots_of(model), **changes}
@@ -155,7 +196,7 @@ def save_delta(
         "windows": json.dumps(windows_of(model)),
         "sizes": json.dumps(sizes),
     }
-    kept["config"] = json.dumps(config.to_diff_dict() | converted_from(facts), default=str)
+    kept["config"] = json.dumps(portable_config(config.to_diff_dict(), facts), default=str)
     own = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
     write_tensors(path, own, {**facts, **kept})
 
