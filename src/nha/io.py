@@ -92,6 +92,25 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
         work.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError, which names the place, unless entries can be made in a directory or where it is to be made.
+
+    Tried by making one: rights do not tell, since root has all of them on a file system that cannot be written to.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     check_writable(f"{folder}/new/below")
+    ...     os.listdir(folder)
+    []
+    """
+    place = Path(os.path.realpath(folder))
+    while not place.exists():
+        place = place.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".nha.", suffix=".tmp", dir=place))
+    except OSError as error:
+        raise type(error)(f"expected to be able to write in {place}, got: {error.strerror}") from None
+
+
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
     try:

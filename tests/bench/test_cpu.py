@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from itertools import product
 
+import pytest
+
+from nha import io
 from nha.bench import cpu, cpu_model
 from nha.bench.resumable import complete
 from nha.bench.timing import read_table
@@ -39,3 +42,21 @@ def test_a_table_goes_on_where_it_stopped_and_not_with_other_versions(tmp_path):
     assert not go({"torch": "2"}, 0)
     assert go({"torch": "1"}, 60) and calls == ["a", "c"] and not kept.exists()
     assert [row["ms"] for row in read_table(path)] == [1, 7, 2]
+
+
+def test_one_case_is_measured_in_a_call_of_its_own(tmp_path):
+    path = tmp_path / "times.csv"
+    cases = {name: (lambda name=name: [{"ms": name}]) for name in ("T1", "T2")}
+    for only, left in (("T2$", True), ("T2$", True), ("T1$", False)):
+        assert complete(path, ["ms"], cases, {}, 60, lambda line: None, only) is not left
+        assert path.exists() is not left
+    with pytest.raises(ValueError, match="T3"):
+        complete(path, ["ms"], cases, {}, 60, lambda line: None, "T3")
+
+
+def test_a_measured_case_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
+    path, order = tmp_path / "times.csv", []
+    monkeypatch.setattr(io, "sync_file", lambda work: order.append("synced"))
+    cases = {name: (lambda name=name: order.append(name) or [{"ms": 1}]) for name in ("a", "b")}
+    assert complete(path, ["ms"], cases, {}, 60, lambda line: None)
+    assert order == ["a", "synced", "b", "synced"]

@@ -13,9 +13,9 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
-@pytest.mark.parametrize("what", ["op", "model"])
-def test_rows_are_listed(what):
-    done = run(what, "--list")
+@pytest.mark.parametrize("arguments", [["op"], ["model"], ["cpu", "--everything"]], ids=" ".join)
+def test_rows_are_listed(arguments):
+    done = run(*arguments, "--list")
     assert done.exit_code == 0 and len(done.stdout.splitlines()) > 8
 
 
@@ -35,6 +35,7 @@ def test_a_table_is_written_and_drawn_from(tmp_path):
         (["model", "--budget-s", "-1"], ["--budget-s", "-1"]),
         (["model", "--shard", "5/4"], ["--shard", "5/4"]),
         (["model", "--draw"], ["llama-3-8b"]),
+        (["cpu", "--only", "nothing like it"], ["nothing like it"]),
         (["cpu", "--repeats", "0"], ["--repeats", "0"]),
     ],
     ids=str,

@@ -142,14 +142,24 @@ def about_machine() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "machine": machine, "torch": torch.__version__}
 
 
+def groups(wanted: list[Row]) -> dict[str, list[Row]]:
+    """Rows by the case that times them in turn: those that share their tensors."""
+    found: dict[str, list[Row]] = {}
+    for row in wanted:
+        found.setdefault(f"T{row.length} HQ{row.query_heads} H{row.heads}", []).append(row)
+    return found
+
+
 def run(
-    wanted: list[Row], path: Path, repeats: int = 5, budget_s: float = math.inf, log: Callable[[str], None] = print
+    wanted: list[Row],
+    path: Path,
+    repeats: int = 5,
+    budget_s: float = math.inf,
+    log: Callable[[str], None] = print,
+    only: str | None = None,
 ) -> bool:
     """Measure rows into the table at `path`; whether all are measured (`nha.bench.resumable`)."""
     about = about_machine()
     dated = about | {"date": date.today().isoformat()}
-    groups: dict[str, list[Row]] = {}
-    for row in wanted:
-        groups.setdefault(f"T{row.length} HQ{row.query_heads} H{row.heads}", []).append(row)
-    cases = {name: partial(measure, group, repeats, dated, log) for name, group in groups.items()}
-    return complete(path, COLUMNS, cases, about, budget_s, log)
+    cases = {name: partial(measure, group, repeats, dated, log) for name, group in groups(wanted).items()}
+    return complete(path, COLUMNS, cases, about, budget_s, log, only)

@@ -127,13 +127,28 @@ def measure(
     return rows
 
 
+def cases(tiny: bool = False) -> dict[str, tuple[str, int]]:
+    """Number format and length of every case, by its name.
+
+    >>> list(cases(tiny=True))
+    ['float32 T20', 'float32 T30', 'bfloat16 T20', 'bfloat16 T30']
+    """
+    lengths = LENGTHS if not tiny else (20, 30)
+    return {f"{dtype} T{length}": (dtype, length) for dtype in DTYPES for length in lengths}
+
+
 def run(
-    path: Path, rounds: int = 3, tiny: bool = False, budget_s: float = math.inf, log: Callable[[str], None] = print
+    path: Path,
+    rounds: int = 3,
+    tiny: bool = False,
+    budget_s: float = math.inf,
+    log: Callable[[str], None] = print,
+    only: str | None = None,
 ) -> bool:
     """Time all models at each length into the table at `path`; whether all are timed (`nha.bench.resumable`)."""
     import transformers
 
-    size, lengths = (SMOLLM2, LENGTHS) if not tiny else (TINY, (20, 30))
+    size = TINY if tiny else SMOLLM2
     about = about_machine() | {"transformers": transformers.__version__}
     dated = about | {"date": date.today().isoformat()}
 
@@ -144,5 +159,5 @@ def run(
     def case(dtype: str, length: int) -> list[dict[str, Any]]:
         return measure(models(dtype), dtype, length, rounds, dated, log)
 
-    cases = {f"{dtype} T{length}": partial(case, dtype, length) for dtype in DTYPES for length in lengths}
-    return complete(path, COLUMNS, cases, about, budget_s, log)
+    measures = {name: partial(case, *about_case) for name, about_case in cases(tiny).items()}
+    return complete(path, COLUMNS, measures, about, budget_s, log, only)

@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nha.bench.timing import Table
+from nha.bench.timing import Table, select
+from nha.io import write_atomically
 
 Rows = list[dict[str, Any]]
 
 
-def measured(path: Path, about: Mapping[str, Any]) -> dict[str, Rows]:
-    """The rows of a file of cases by case, of those that were measured on the same machine with the same versions."""
-    found: dict[str, Rows] = {}
+def kept_cases(path: Path) -> list[dict[str, Any]]:
+    """The cases of a file, each with its machine and versions and its rows; a line that was cut short is left out."""
+    found: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a line that was cut short
-                continue
-            if entry["about"] == dict(about):
-                found[entry["case"]] = entry["rows"]
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
     return found
 
 
@@ -34,11 +32,13 @@ def complete(
     about: Mapping[str, Any],
     budget_s: float,
     log: Callable[[str], None],
+    only: str | None = None,
 ) -> bool:
     """Measure the cases that are missing and write the table once all are there; whether they are.
 
-    No new case starts after `budget_s` seconds. A case's rows go to PATH.cases at once, from where the next call takes
-    them; cases of another machine or version are measured again.
+    No new case starts after `budget_s` seconds, and none whose name does not match the regular expression `only`. A
+    case's rows go to PATH.cases at once, durably, from where the next call takes them; cases of another machine or
+    version are measured again. Raises ValueError for an expression that matches none.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "times.csv"
@@ -50,16 +50,19 @@ def complete(
     """
     kept, started = path.with_name(path.name + ".cases"), time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = measured(kept, about)
-    for name, measure in cases.items():
+    entries, wanted = kept_cases(kept), select(list(cases), only)
+    found: dict[str, Rows] = {entry["case"]: entry["rows"] for entry in entries if entry["about"] == dict(about)}
+    for name in wanted:
         if name in found:
             continue
         if time.perf_counter() - started >= budget_s:
-            log(f"{len(found)} of {len(cases)} cases in {kept}: run the same command again to resume")
-            return False
-        found[name] = measure()
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"case": name, "about": dict(about), "rows": found[name]}) + "\n")
+            break
+        found[name] = cases[name]()
+        entries.append({"case": name, "about": dict(about), "rows": found[name]})
+        write_atomically(kept, "".join(json.dumps(entry) + "\n" for entry in entries))
+    if not cases.keys() <= found.keys():
+        log(f"{len(cases.keys() & found.keys())} of {len(cases)} cases in {kept}: run the command again for the others")
+        return False
     with Table(path, columns) as table:
         for name in cases:
             for row in found[name]:

@@ -14,6 +14,7 @@ from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.evaluate_options import with_groups
 from nha.cli.train import load_tokenizer
+from nha.io import check_writable
 from nha.models import loading
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def ablate(
     if show_list:
         show_tables(as_json)
         return
+    check_writable(output)
     if summarize:
         write_page(table, output, add or [])
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ import typer
 from nha.cli import common
 from nha.cli.common import FAILED_CHECK, check_at_least, command
 from nha.errors import BadInput
+from nha.io import check_writable
 from nha.models import loading
 
 RESULTS = Path("benchmarks/results")
@@ -45,6 +48,7 @@ def op(out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List 
     if list_:
         log("\n".join(map(str, rows)))
         return
+    check_writable(out)
     warnings.simplefilter("ignore")
     leave(bench.run(rows, out, budget, tiny, log))
 
@@ -86,6 +90,7 @@ def model(
         if list_:
             log("\n".join(map(str, rows)))
             return
+        check_writable(out)
         warnings.simplefilter("ignore")
         failed = bench.run(name, rows, out, budget, shard=part or None, tiny=tiny, log=log)
         if part:
@@ -123,22 +128,44 @@ def cpu(
     everything: Annotated[bool, typer.Option("--everything", help="Time all three.")] = False,
     repeats: Annotated[int, typer.Option(help="Calls of each row; the median counts.")] = 5,
     budget: Budget = 3600,
+    only: Only = None,
+    list_: List = False,
     tiny: Tiny = False,
 ) -> None:
     """Time the PyTorch implementation on the CPU beside full attention: cpu.csv. Run it again to resume."""
+    from nha.bench import cpu as op_bench
     from nha.bench import cpu_model
-    from nha.bench.cpu import rows, run
+    from nha.bench.timing import select
 
     check_at_least("--repeats", repeats, 1)
     check_at_least("--budget-s", budget, 0)
     warnings.simplefilter("ignore")
     ends = time.perf_counter() + budget
+
+    def left() -> float:
+        return ends - time.perf_counter()
+
+    def time_op(long: bool, path: Path) -> bool:
+        return op_bench.run(op_bench.rows(long, tiny), path, repeats, left(), log, only)
+
+    def time_model(path: Path) -> bool:
+        return cpu_model.run(path, repeats, tiny, left(), log, only)
+
+    tables: dict[str, tuple[list[str], Callable[[Path], bool]]] = {}
     if everything or not (lengths or model):
-        run(rows(False, tiny), out / "cpu.csv", repeats, ends - time.perf_counter(), log)
+        tables["cpu.csv"] = list(op_bench.groups(op_bench.rows(False, tiny))), partial(time_op, False)
     if everything or model:
-        cpu_model.run(out / "cpu-model.csv", repeats, tiny, ends - time.perf_counter(), log)
+        tables["cpu-model.csv"] = list(cpu_model.cases(tiny)), time_model
     if everything or lengths:
-        run(rows(True, tiny), out / "cpu-lengths.csv", repeats, ends - time.perf_counter(), log)
+        tables["cpu-lengths.csv"] = list(op_bench.groups(op_bench.rows(True, tiny))), partial(time_op, True)
+    wanted = set(select([name for names, _ in tables.values() for name in names], only))
+    if list_:
+        log("\n".join(f"{table}: {name}" for table, (names, _) in tables.items() for name in names if name in wanted))
+        return
+    check_writable(out)
+    for table, (names, measure) in tables.items():
+        if wanted & set(names):
+            measure(out / table)
 
 
 @bench_app.command("serve", epilog="Example: [cyan]nha bench serve my-hybrid --lengths 4096,32768,131072[/]")
@@ -167,6 +194,7 @@ def serve(
     check_at_least("--new-tokens", new_tokens, 2)
     if memory is not None:
         common.check_range("--memory", memory, above=0, at_most=1)
+    check_writable(out)
     sizes = common.parse_ints(lengths, "--lengths")
     check_at_least("--lengths", min(sizes), 1)
     source = with_directory(loading.find(model))
@@ -186,4 +214,5 @@ def plots(
     """Draw the tables as pictures; needs matplotlib and no GPU."""
     from nha.bench.plots import draw
 
+    check_writable(out)
     draw(results, out, log)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,6 +26,7 @@ from rich.progress import (
 )
 
 from nha.errors import BadInput, one_line
+from nha.io import check_writable
 
 OK, FAILED_CHECK, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -190,16 +190,15 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 
 def check_new_directory(path: Path, *, replaceable: Callable[[Path], bool] | None = None) -> None:
-    """Raise BadInput unless `path` is absent, an empty directory, or a directory that `replaceable` accepts."""
-    if not path.exists():
-        parent = next(p for p in path.absolute().parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise BadInput(f"expected to be able to write in {parent}, which is not a writable directory")
-        return
-    if not path.is_dir():
+    """Raise BadInput unless `path` is absent, an empty directory, or a directory that `replaceable` accepts.
+
+    Raises OSError where nothing can be written beside it: a new directory is made there under another name.
+    """
+    if path.exists() and not path.is_dir():
         raise BadInput(f"expected {path} to be a new directory, it is a file")
-    if any(path.iterdir()) and not (replaceable and replaceable(path)):
+    if path.exists() and any(path.iterdir()) and not (replaceable and replaceable(path)):
         raise BadInput(f"expected {path} to be new or empty, it already holds files")
+    check_writable(path.resolve().parent)
 
 
 class ProgressDisplay(Protocol):

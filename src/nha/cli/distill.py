@@ -25,7 +25,7 @@ from nha.distill.recipes import RECIPES, recipe_values
 from nha.distill.settings import CONTROL, TEACHER, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.timeline import BEGUN, Timeline
-from nha.io import atomic_directory
+from nha.io import atomic_directory, check_writable
 from nha.models import loading
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def distill(
             if dry_run:
                 report_estimate(source, settings, as_json)
                 return
+            check_writable(output)
             timeline = Timeline()
             timeline.mark("options checked")
             cache = text.corpus or output.with_name(output.name + ".corpus")

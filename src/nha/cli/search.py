@@ -16,7 +16,7 @@ from nha.cli.distill import layers_of
 from nha.cli.options import with_settings
 from nha.cli.search_heads import search_heads
 from nha.convert.settings import FULL_FRACTION, SearchSettings, fraction_of
-from nha.io import write_atomically
+from nha.io import check_writable, write_atomically
 from nha.models import loading
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def convert_in_memory(
 
 
 def check_paths(output: Path) -> Path | None:
-    """The picture's path beside the result's, None without matplotlib. Raises BadInput for a path that cannot be."""
+    """The picture's path beside the result's, None without matplotlib. Raises for a path that cannot be written."""
     from importlib.util import find_spec
 
     if output.is_dir() or output.suffix != ".json":
@@ -139,6 +139,7 @@ def check_paths(output: Path) -> Path | None:
     parent = output.absolute().parent
     if not parent.is_dir():
         raise BadInput(f"expected a directory for the result, there is none at {parent}")
+    check_writable(output.resolve().parent)
     return output.with_suffix(".png") if find_spec("matplotlib") else None
 
 

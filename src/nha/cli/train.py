@@ -17,7 +17,7 @@ from nha.cli.common import BadInput, command, duration, err, human_bytes, out, p
 from nha.cli.distill import exit_code, prepare_corpus, report_corpus
 from nha.cli.options import with_settings
 from nha.distill.stopping import Stop, handle_signals
-from nha.io import atomic_directory
+from nha.io import atomic_directory, check_writable
 from nha.models import loading
 from nha.train.settings import TrainSettings
 
@@ -76,6 +76,7 @@ def train(
                 raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
             common.check_range("--held-out", held_out, at_least=0, below=1)
             check_settings(settings)
+            check_writable(output)
             cache = corpus or output.with_name(output.name + ".corpus")
             loaded, opened = read_text(tokenizer, text, cache, field, held_out)
             if prepare_only:
