@@ -6,7 +6,8 @@
 A few steps of `nha distill`'s own loop for every shape, teacher included (`--compile nothing` starts sooner and shows
 what steps cost that are not compiled). Each shape is a row of OUT/cost.json as soon
 as it is known, stamped with GPU, versions and date; OUT/cost.md is the table, with hours for a number of tokens. Rows
-of the same shape and number of GPUs are not made again. --budget-s: shapes that would begin later are left out.
+of the same shape and number of GPUs are not made again. --budget-s: shapes that would begin later are left out, and a
+shape that has begun ends after the step in which time is up (the third at the earliest).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import dataclasses
 import gc
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -39,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8B": dict(size=(4096, 14336, 32, 32, 8, False), vocab=128256, batch=(4, 0, True)),
 }
 RECIPE, BASE_TOKENS = "quality", 12e6
+MIN_STEPS = 3  # of a shape, even where time is up
 
 
 def shape_config(name: str) -> Any:
@@ -100,44 +101,76 @@ def settings_of(name: str, options: argparse.Namespace, world: int) -> DistillSe
     return recipe_settings(RECIPE, SHAPES[name]["size"][2], given=given)
 
 
-def time_steps(model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings) -> list[float]:
-    """Tokens per second of each step of a run on one device, without what is written and aligned before and after."""
-    import torch
-
+def prepare_run(
+    model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings, run: Path, until: float
+) -> tuple[Any, Any, Any]:
+    """Student, stream and trainer of a run that ends once the clock (`time.monotonic`) shows `until`."""
     from nha.data.stream import Stream
     from nha.distill.run import compiles, make_mixture, make_student, make_trainer
+    from nha.distill.stopping import Stop
     from nha.models.config import plan_windows
 
+    rank, world = place()
     windows = plan_windows(model.config, settings.window_size, settings.full_layers)  # type: ignore[arg-type]
-    stream = Stream(corpus, tokenizer, make_mixture(settings))
+    stream = Stream(corpus, tokenizer, make_mixture(settings, world), rank, world)
     student, _ = make_student(model, corpus, settings, windows)
     if compiles(student, settings.compile):
         student.compile_layers()
-    speeds = []
-    with tempfile.TemporaryDirectory() as run:
-        trainer = make_trainer(student.train(), stream, Path(run), settings)
-        optimizer: Any = trainer.create_optimizer()
-        for step in range(len(stream)):
-            batch, begun = stream[step], time.perf_counter()
-            trainer.training_step(student, batch)
-            optimizer.step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            speeds.append(settings.batch_size * settings.seq_len / (time.perf_counter() - begun))
+    stop = Stop(max(0.0, until - time.monotonic()))
+    return student.train(), stream, make_trainer(student, stream, run, settings, stop=stop)
+
+
+def time_steps(
+    model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings, run: Path, until: float
+) -> list[float]:
+    """Tokens per second of each step on one device, without what is written and aligned before and after.
+
+    Steps that would begin after `until` are left out, except for the first three.
+    """
+    import torch
+
+    student, stream, trainer = prepare_run(model, tokenizer, corpus, settings, run, until)
+    optimizer: Any = trainer.create_optimizer()
+    speeds: list[float] = []
+    for step in range(len(stream)):
+        if step >= MIN_STEPS and time.monotonic() > until:
+            break
+        batch, begun = stream[step], time.perf_counter()
+        trainer.training_step(student, batch)
+        optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        speeds.append(settings.batch_size * settings.seq_len / (time.perf_counter() - begun))
     return speeds
 
 
-def sharded_speeds(model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings, run: Path) -> list[float]:
-    """Tokens per second of each step of a whole run on the devices of a `torchrun`."""
-    from nha.distill.run import distill
+def sharded_speeds(
+    model: Any, tokenizer: Any, corpus: Any, settings: DistillSettings, run: Path, until: float
+) -> list[float]:
+    """Tokens per second of each step on all devices of a `torchrun`; no checkpoint is written.
 
-    found = distill(model, tokenizer, corpus, run, settings)
-    if os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(run)
-    return [entry["tokens_per_s"] for entry in found.log]
+    A step that ends after `until` is the last one.
+    """
+    from transformers import TrainerCallback
+
+    class SaveNothing(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = False
+
+    trainer = prepare_run(model, tokenizer, corpus, settings, run, until)[2]
+    trainer.add_callback(SaveNothing())
+    trainer.train()
+    return [entry["tokens_per_s"] for entry in trainer.state.log_history if "tokens_per_s" in entry]
 
 
-def measure(name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace, world: int) -> dict[str, Any]:
+def place() -> tuple[int, int]:
+    """This process among those of a `torchrun`, and how many there are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def measure(
+    name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace, world: int, until: float
+) -> dict[str, Any]:
     """The row of a shape: tokens per second of the later steps, peak memory, and the estimate beside them."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -147,6 +180,8 @@ def measure(name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace,
 
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     settings = settings_of(name, options, world)
     with torch.device(device):
@@ -154,10 +189,10 @@ def measure(name: str, corpus: Any, tokenizer: Any, options: argparse.Namespace,
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
-    if world == 1:
-        speeds = time_steps(model.eval(), tokenizer, corpus, settings)
-    else:
-        speeds = sharded_speeds(model.eval(), tokenizer, corpus, settings, options.work / f"run-{name}-{world}")
+    with tempfile.TemporaryDirectory() as run:
+        speeds = (time_steps if world == 1 else sharded_speeds)(
+            model.eval(), tokenizer, corpus, settings, Path(run), until
+        )
     about = estimate(shape_config(name), dataclasses.replace(settings, tokens=BASE_TOKENS), world=world)
     speed = statistics.median(speeds[len(speeds) // 2 :])
     return {
@@ -219,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"expected shapes out of {', '.join(SHAPES)}, got {', '.join(unknown)}")
     import torch
 
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = place()
     gpus = world if torch.cuda.is_available() else 0
     file, begun = options.out / "cost.json", time.monotonic()
     rows = json.loads(file.read_text()) if file.is_file() else []
@@ -232,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = max(status, 3)
             break
         try:
-            row = measure(name, corpus, tokenizer, options, world)
+            row = measure(name, corpus, tokenizer, options, world, begun + options.budget_s)
         except (RuntimeError, ValueError, OSError):
             traceback.print_exc()
             status = 1
