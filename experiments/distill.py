@@ -46,7 +46,7 @@ from nha.distill.settings import DistillSettings
 from nha.distill.trainer import Reports
 from nha.evaluate.measure import Suite, measure_model, measure_texts, standard_suite
 from nha.evaluate.variants import use_variant
-from nha.io import write_atomically
+from nha.io import append_line, write_atomically
 from nha.models import loading
 from nha.models.config import plan_windows
 from nha.report.results import to_json
@@ -310,8 +310,7 @@ class Sweep:
         self.rows = [r for r in self.rows if not same_run(r, row["run"], row["seed"], row["tokens"])] + [row]
         write_atomically(self.file, to_json(self.rows))
         if log:
-            with (self.out / "logs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(about | {"log": log}) + "\n")
+            append_line(self.out / "logs.jsonl", json.dumps(about | {"log": log}))
         parts = [f"{key} {row[key]:.3f}" for key in ("ppl_2k", "ppl_8k", "far_2k") if key in row]
         for task, found in row.get("recall", {}).items():
             parts.append(f"{task} " + " ".join(f"{d}:{s['digits']:.2f}/{s['exact']:.2f}" for d, s in found.items()))

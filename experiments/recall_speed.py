@@ -25,6 +25,7 @@ import torch
 
 from nha.ablate.steps import WARMUP_STEPS, Batch, Steps, draw_ahead, draw_batch
 from nha.ablate.table import Table, read_table
+from nha.io import append_line
 
 MODES = {"compiled": (True, True), "captured": (False, True), "eager": (False, False)}
 TIMED_STEPS = 20
@@ -111,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         try:
             row = time_arm(table, name, mode, together)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(path, json.dumps(row))
             print(json.dumps(row), flush=True)
         except Exception:
             traceback.print_exc()

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nha.bench.timing import stamp
 from nha.data.text import calibration_text
+from nha.io import append_line, atomic_write
 from nha.models.nha import NHAForCausalLM
 from nha.train.estimate import estimate
 from nha.train.presets import model_config
@@ -165,9 +166,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def add_row(out: Path, row: dict[str, Any]) -> None:
     """Append a row to the JSON lines, and write all of them as CSV."""
-    with (out / "train_speed.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    with (out / "train_speed.csv").open("w", newline="") as file:
+    append_line(out / "train_speed.jsonl", json.dumps(row))
+    with atomic_write(out / "train_speed.csv") as work, work.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
         writer.writerows(read_rows(out / "train_speed.jsonl"))

@@ -65,6 +65,21 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:64]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
+def replace(work: Path, path: Path) -> None:
+    """Durably give a finished file its name, which another file may have had.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     work = Path(folder) / "rows.csv.partial"
+    ...     _ = work.write_text("a,b")
+    ...     replace(work, Path(folder) / "rows.csv")
+    ...     os.listdir(folder)
+    ['rows.csv']
+    """
+    sync_file(work)
+    os.replace(work, path)
+    sync_directory(path.parent)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there durably replaces `path`.
@@ -79,9 +94,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     work = _temporary_name(path)
     try:
         yield work
-        sync_file(work)
-        os.replace(work, path)
-        sync_directory(path.parent)
+        replace(work, path)
     finally:
         work.unlink(missing_ok=True)
 
@@ -109,6 +122,29 @@ def check_writable(folder: str | Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".nha.", suffix=".tmp", dir=place))
     except OSError as error:
         raise type(error)(f"expected to be able to write in {place}, got: {error.strerror}") from None
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append a line to a file of lines, durably, as UTF-8; it begins anew after a last line that was cut short.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "log.jsonl"
+    ...     _ = path.write_text('{"step": 1}\\n{"st')
+    ...     append_line(path, '{"step": 2}')
+    ...     path.read_text().splitlines()
+    ['{"step": 1}', '{"st', '{"step": 2}']
+    """
+    path, data = Path(path), line.encode() + b"\n"
+    is_new = not path.exists()
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            data = data if file.read(1) == b"\n" else b"\n" + data
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        sync_directory(path.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

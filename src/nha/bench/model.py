@@ -165,8 +165,7 @@ class Rows:
 
     def add(self, row: Row) -> None:
         self.rows.append(row | self.about)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+        write_rows(self.path, self.rows)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 import nha
+from nha.io import replace
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -203,7 +203,7 @@ class Table:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
         if self.rows and (kind is None or issubclass(kind, KeyboardInterrupt)):
-            os.replace(self.partial, self.path)
+            replace(self.partial, self.path)
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

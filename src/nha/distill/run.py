@@ -463,6 +463,8 @@ def _train(
         start = 0 if checkpoint is None else step_of(checkpoint)
         aligned = [] if checkpoint else align_student(student, ids, stream, settings, reports, stop)
         reports.timeline.mark("aligned")
+        if _place()[0] == 0:
+            reports.timeline.write(run)
         if start < len(stream):
             student.train()
             if compiles(student, settings.compile):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nha.io import append_line
+
 FORMAT = "nha-partial-v1"
 
 
@@ -33,7 +35,7 @@ class PartialResults:
         """Keep a part; JSON values come back as they are."""
         self.parts[name] = value
         if self.path is not None:
-            _append(self.path, {"part": name, "value": value})
+            append_line(self.path, json.dumps({"part": name, "value": value}))
 
     def remove(self) -> None:
         """Remove the file: the results are complete and stand elsewhere."""
@@ -69,7 +71,7 @@ def open_partial(path: Path | None, identity: dict[str, Any]) -> PartialResults:
     if not lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        _append(path, {"format": FORMAT, "identity": identity})
+        append_line(path, json.dumps({"format": FORMAT, "identity": identity}))
         return PartialResults(path)
     head = lines[0]
     if head.get("format") != FORMAT or not isinstance(head.get("identity"), dict):
@@ -81,13 +83,6 @@ def open_partial(path: Path | None, identity: dict[str, Any]) -> PartialResults:
         raise ValueError(f"expected to resume the evaluation in {path} with {pairs}: delete it to begin anew")
     os.truncate(path, whole)
     return PartialResults(path, {line["part"]: line["value"] for line in lines[1:]})
-
-
-def _append(path: Path, value: dict[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(value).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
