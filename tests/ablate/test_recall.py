@@ -186,6 +186,15 @@ def test_a_model_that_diverges_does_not_take_others_along():
     assert measure_learner(sound, plan()).loss == train_recall(ARM.build(SHAPE), plan(steps=60), lr=1e-3, seed=0).loss
 
 
+def test_a_model_whose_step_fails_does_not_take_others_along(monkeypatch):
+    broken, sound = learners(1e-3, 1e-3)
+    broken.steps._step = lambda batch: (_ for _ in ()).throw(RuntimeError("no kernel"))
+    train_learners([broken, sound], plan(steps=20), seed=0)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measure_learner(broken, plan())
+    assert broken.taken == 0 and measure_learner(sound, plan()).scores
+
+
 def test_the_last_models_are_given_up_where_time_is_short():
     three = learners(1e-3, 1e-3, 1e-3)
     recall._drop_late(three, needed=3.0, left=2.5)

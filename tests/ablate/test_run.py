@@ -116,6 +116,18 @@ def test_rows_that_are_trained_together_are_those_made_one_by_one(table, tmp_pat
         assert one | {"seconds": None} == two | {"seconds": None}
 
 
+def test_later_seeds_are_trained_with_the_best_learning_rate_of_the_first(table, tmp_path):
+    arms = ["nha", "window only"]
+    first = run_table(table.only(arms, seeds=[0]), tmp_path, together=4).made
+    best = {}
+    for name in first:
+        row = json.loads(row_file(tmp_path, name).read_text())
+        best[row["arm"]] = max(best.get(row["arm"], (-1.0, 0.0)), (row["valid"], row["lr"]), key=lambda pair: pair[0])
+    later = run_table(table.only(arms, seeds=[0, 1]), tmp_path, together=4, best_lr_only=True).made
+    expected = [f"tiny--{arm.replace(' ', '-')}--lr{best[arm][1]:g}--seed1" for arm in arms]
+    assert sorted(later) == sorted(expected)
+
+
 def test_a_row_of_other_settings_is_refused_before_anything_runs(table, tmp_path, monkeypatch):
     small = table.only(["nha"], lrs=[1e-3])
     run_table(small, tmp_path)

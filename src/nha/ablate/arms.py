@@ -75,6 +75,16 @@ class Arm:
         return (self.windows,) if isinstance(self.windows, int) else tuple(self.windows)
 
     @property
+    def slug(self) -> str:
+        """The name in names of files."""
+        return self.name.replace(" ", "-")
+
+    @property
+    def has_full_attention(self) -> bool:
+        """Whether a layer has full attention."""
+        return FULL in self._pattern
+
+    @property
     def has_cache(self) -> bool:
         """Whether the model can generate."""
         return self.fusion == SOFTMAX and not self.convolution

@@ -142,12 +142,16 @@ class Learner:
     tokens: int = 0
     seconds: float = 0.0
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    failure: OutOfTime | FloatingPointError | None = None
+    failure: Exception | None = None
     done: bool = False
 
     def step(self, batch: Batch, factor: float) -> None:
-        """Start a step; the learning rate is `factor` times its peak."""
-        self.loss = self.steps(batch, self.lr * factor)
+        """Start a step; the learning rate is `factor` times its peak. A step that cannot run is its failure."""
+        try:
+            self.loss = self.steps(batch, self.lr * factor)
+        except RuntimeError as error:
+            self.stop(failure=error)
+            return
         self.taken += 1
         self.tokens += batch.ids.numel()
 
@@ -156,7 +160,7 @@ class Learner:
         self.steps.join()
         return self.loss.item()
 
-    def stop(self, seconds: float = 0.0, failure: OutOfTime | FloatingPointError | None = None) -> None:
+    def stop(self, seconds: float = 0.0, failure: Exception | None = None) -> None:
         """Take no further step."""
         self.done, self.seconds, self.failure = True, seconds, failure
 
@@ -196,8 +200,8 @@ def train_learners(
 ) -> None:
     """Train several models on the same batches, each as `train_recall` does; on a GPU their steps run at once.
 
-    A model that fails keeps its `failure` and takes no other along. Where the time is short, the last models are given
-    up first. `progress` is called with (number of the model, steps, loss) now and then.
+    The models may differ. One that fails keeps its `failure` and takes no other along. Where the time is short, the
+    last models are given up first. `progress` is called with (number of the model, steps, loss) now and then.
     """
     started = timed = time.monotonic()
     device = learners[0].model.device
@@ -206,6 +210,7 @@ def train_learners(
         active = [learner for learner in learners if not learner.done]
         for learner in active:
             learner.step(batch, lr_factor(step - 1, plan.steps))
+        active = [learner for learner in active if not learner.done]
         if step <= PROBE_STEPS or any(learner.steps.prepared for learner in active):
             for learner in active:  # the time of a step is known from now on
                 learner.read_loss()

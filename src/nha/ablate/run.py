@@ -121,6 +121,8 @@ def run_table(
     sources: Sources | None = None,
     reserve: float = 60.0,
     together: int = 1,
+    best_lr_only: bool = False,
+    compile_layers: bool = True,
     log: Log = lambda line: None,
 ) -> Progress:
     """Train and measure the rows that `out` does not have yet; each is written durably as soon as it is known.
@@ -132,7 +134,9 @@ def run_table(
         budget: seconds; a row that would take longer than what is left is not made.
         sources: text, for a language table.
         reserve: seconds that measuring a language model takes.
-        together: rows of recall that are trained at once, where as many differ in nothing but the learning rate.
+        together: rows of recall that are trained at once.
+        best_lr_only: after an arm's first seed, make rows of the learning rate alone that was best there.
+        compile_layers: compile the layers of recall models on a GPU.
         log: gets lines about the progress.
 
     Raises:
@@ -147,7 +151,11 @@ def run_table(
         read_row(row_file(out, row.name(table.name)), table.digest(row))
     rows = shard.order(table.rows)
     while rows:
-        group = alike(rows, together if table.kind == "recall" else 1)
+        if best_lr_only and not has_best_lr(table, rows[0], out):
+            del rows[0]
+            continue
+        wanted = rows if not best_lr_only else [row for row in rows if has_best_lr(table, row, out)]
+        group = alike(wanted, together if table.kind == "recall" else 1)
         rows = [row for row in rows if row not in group]
         with ExitStack() as stack:
             free = [row for row in group if _is_free(table, row, out, stack, progress)]
@@ -155,7 +163,7 @@ def run_table(
             if left <= 0:
                 progress.late += [row.name(table.name) for row in free]
             elif free and table.kind == "recall":
-                _make_recall(table, free, out, device, left, progress, log)
+                _make_recall(table, free, out, device, left, progress, log, None if compile_layers else False)
             elif free:
                 _make_language(table, free[0], out, device, left, sources, reserve, progress, log)
         if device.type == "cuda":
@@ -164,15 +172,32 @@ def run_table(
 
 
 def alike(rows: list[Row], count: int) -> list[Row]:
-    """The first row and others of its arm and seed, `count` at most: they read the same batches and compile once.
+    """The first row and others of its seed, `count` at most: they read the same batches.
+
+    Arms with full attention stay among themselves: their steps are no CUDA graphs, and others would wait for them.
 
     >>> from nha.ablate.arms import Arm
-    >>> rows = [Row(Arm(name), lr, 0) for lr in (1e-3, 3e-3) for name in ("nha", "window")]
+    >>> rows = [Row(Arm(name), 1e-3, seed) for seed in (0, 1) for name in ("nha", "window")]
+    >>> rows.insert(1, Row(Arm("transformer", windows=-1), 1e-3, 0))
     >>> [row.name("t") for row in alike(rows, 4)]
-    ['t--nha--lr0.001--seed0', 't--nha--lr0.003--seed0']
+    ['t--nha--lr0.001--seed0', 't--window--lr0.001--seed0']
     """
-    first = rows[0]
-    return [row for row in rows if (row.arm, row.seed) == (first.arm, first.seed)][:count]
+    kind = rows[0].seed, rows[0].arm.has_full_attention
+    return [row for row in rows if (row.seed, row.arm.has_full_attention) == kind][:count]
+
+
+def has_best_lr(table: Table, row: Row, out: Path) -> bool:
+    """Whether no other learning rate was better for the row's arm, on validation data, at the lowest seed in `out`.
+
+    True for rows of that seed, and where there is none.
+    """
+    found: dict[int, dict[float, float]] = {}
+    for path in (out / ROWS).glob(f"{table.name}--{row.arm.slug}--lr*.json"):
+        made = read_row(path, None)
+        assert made is not None
+        found.setdefault(made["seed"], {})[made["lr"]] = made["valid"]
+    first = min(found, default=row.seed)
+    return row.seed <= first or row.lr == max(found[first], key=found[first].__getitem__)
 
 
 def _is_free(table: Table, row: Row, out: Path, stack: ExitStack, progress: Progress) -> bool:
@@ -201,7 +226,14 @@ def _says_why(name: str, progress: Progress, log: Log) -> Iterator[None]:
 
 
 def _make_recall(
-    table: Table, rows: list[Row], out: Path, device: torch.device, left: float, progress: Progress, log: Log
+    table: Table,
+    rows: list[Row],
+    out: Path,
+    device: torch.device,
+    left: float,
+    progress: Progress,
+    log: Log,
+    compiled: bool | None = None,
 ) -> None:
     """Train rows of a recall table at once, and measure and write one after the other."""
     learners: dict[str, Learner] = {}
@@ -210,7 +242,7 @@ def _make_recall(
         log(f"{name}: starts")
         with _says_why(name, progress, log):
             model: Any = row.arm.build(table.recall_shape, row.seed, match=table.matched)
-            learners[name] = Learner(model.to(device), row.lr, Steps(model))
+            learners[name] = Learner(model.to(device), row.lr, Steps(model, compiled=compiled))
     if not learners:
         return
     plan, begun = table.recall, list(learners)
@@ -219,13 +251,7 @@ def _make_recall(
     def report(index: int, step: int, loss: float) -> None:
         log(f"{begun[index]}: step {step:,}, loss {loss:.3f}")
 
-    try:
-        train_learners(list(learners.values()), plan, seed=rows[0].seed, time_left=left, progress=report)
-    except RuntimeError as error:  # of one model, which one is not known
-        for name in begun:
-            with _says_why(name, progress, log):
-                raise error
-        return
+    train_learners(list(learners.values()), plan, seed=rows[0].seed, time_left=left, progress=report)
     for row, name in zip(rows, names, strict=True):
         if name in learners:
             with _says_why(name, progress, log):

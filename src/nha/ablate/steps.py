@@ -106,8 +106,7 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 def can_capture(model: PreTrainedModel) -> bool:
     """Whether steps of a model may be captured: no layer or head has full attention.
 
-    With such a layer the capture failed on an H200 (torch 2.11). Worse, random numbers then stay in the state of a
-    capture that never ended, and compiling the next arm of the process fails.
+    With such a layer the capture failed on an H200 (torch 2.11).
 
     >>> from nha import NHAConfig, NHAForCausalLM
     >>> [can_capture(NHAForCausalLM(NHAConfig.tiny(window_sizes=windows))) for windows in (16, [0, -1])]
@@ -131,6 +130,17 @@ def first_error(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
+
+
+def leave_capture(stream: torch.cuda.Stream) -> None:
+    """After a capture that failed: run on `stream` again, and let random numbers be drawn.
+
+    The end of such a capture restores neither the stream nor the state of the random numbers. Compiling another model
+    would then fail, since it saves that state.
+    """
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class Steps:
@@ -226,6 +236,8 @@ class Steps:
         except RuntimeError as error:  # a library may wait for the GPU, which no graph holds
             warnings.warn(f"training without CUDA graphs: {str(first_error(error)).splitlines()[0]}", stacklevel=5)
             self.graphs = None
+            if self.stream is not None:
+                leave_capture(self.stream)
             return False
         self.captured[key] = inputs, loss, replay  # type: ignore[assignment]
         return True

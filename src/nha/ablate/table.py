@@ -63,7 +63,7 @@ class Row:
         >>> Row(Arm("window alone"), 3e-3, 1).name("recall")
         'recall--window-alone--lr0.003--seed1'
         """
-        return f"{table}--{self.arm.name.replace(' ', '-')}--lr{self.lr:g}--seed{self.seed}"
+        return f"{table}--{self.arm.slug}--lr{self.lr:g}--seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,16 @@ class Selection:
     ] = None
     reserve: Annotated[float, typer.Option(help="Seconds to leave for measuring a language model.")] = 60.0
     together: Annotated[
-        int, typer.Option(help="Rows of recall to train at once, of one arm and seed: a small model leaves a GPU idle.")
+        int, typer.Option(help="Rows of recall to train at once, of one seed: a small model leaves a GPU idle.")
     ] = 1
+    best_lr: Annotated[
+        bool,
+        typer.Option("--best-lr", help="After an arm's first seed, only the learning rate that was best there."),
+    ] = False
+    compile_layers: Annotated[
+        bool,
+        typer.Option(help="Compile the layers of recall models on a GPU: a later start, and shorter steps."),
+    ] = True
 
     def apply(self, table: Table) -> Table:
         """The table with the rows that are asked for. Raises ValueError or BadInput for what it cannot have."""
@@ -145,6 +153,8 @@ def ablate(
         sources=sources,
         reserve=rows.reserve,
         together=rows.together,
+        best_lr_only=rows.best_lr,
+        compile_layers=rows.compile_layers,
         log=log,
     )
     page = write_summary(output)
