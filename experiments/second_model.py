@@ -41,7 +41,7 @@ from nha.data.corpus import Corpus, open_corpus
 from nha.data.packing import PackedSequences
 from nha.distill.recipes import recipe_settings
 from nha.distill.run import distill
-from nha.distill.settings import DistillSettings
+from nha.distill.settings import COMPILED, DistillSettings
 from nha.distill.stopping import Stop
 from nha.distill.trainer import Reports
 from nha.evaluate.measure import cut
@@ -191,7 +191,7 @@ class Campaign:
             seq_len=plan.seq_len,
             packing="joined",
             lr=plan.train_lr,
-            compile="nothing",
+            compile=self.options.compile,
             save_every=0,
             log_every=20,
             seed=plan.seed,
@@ -415,6 +415,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default=os.environ.get("NHA_QUALITY_MODEL", "smollm2"))
     parser.add_argument("--models", type=lambda s: s.split(","), default=["llama-20m", "nha-20m"])
     parser.add_argument("--recipes", type=lambda s: s.split(","), default=["constant", "balanced"])
+    parser.add_argument(
+        "--compile", default="nothing", choices=COMPILED, help="of originals; layers cost half a minute"
+    )
     parser.add_argument("--set", action="append", default=[], help="K=V, a setting of every recipe; repeatable")
     parts = ("perplexity", "cloze_near", "lambada_openai", "piqa")
     parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), default=parts)
