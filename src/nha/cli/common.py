@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 import time
@@ -92,7 +93,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             fail(error_line(error))
 
+    run.__doc__ = unwrapped(inspect.getdoc(function) or "")  # the help: a terminal wraps its lines itself
     return run
+
+
+def unwrapped(text: str) -> str:
+    """Text whose paragraphs are a line each.
+
+    >>> unwrapped("Train a\\nmodel.\\n\\nRun it\\nagain.")
+    'Train a model.\\n\\nRun it again.'
+    """
+    return "\n\n".join(one_line(paragraph) for paragraph in text.split("\n\n"))
 
 
 def print_json(value: Any) -> None:
