@@ -174,9 +174,13 @@ def bounds(metadata: Mapping[str, Any]) -> str:
 
     >>> bounds({"at_least": 0, "at_most": 1})
     'of at least 0 and at most 1'
+    >>> bounds({"at_most": 2**31 - 1})
+    'at most 2147483647'
     """
     words = {"at_least": "of at least", "above": "above", "at_most": "at most"}
-    return " and ".join(f"{text} {metadata[name]:g}" for name, text in words.items() if metadata.get(name) is not None)
+    return " and ".join(
+        f"{text} {metadata[name]:.10g}" for name, text in words.items() if metadata.get(name) is not None
+    )
 
 
 def option_name(entry: dataclasses.Field) -> str:
