@@ -168,7 +168,7 @@ def learners(*lrs):
 
 def test_models_that_are_trained_together_are_those_that_are_trained_alone():
     together = learners(1e-2, 1e-3)
-    train_learners(together, plan(steps=500), seed=0)
+    train_learners(together, plan(steps=500))
     for learner, lr in zip(together, (1e-2, 1e-3), strict=True):
         model = ARM.build(SHAPE)
         alone = train_recall(model, plan(steps=500), lr=lr, seed=0)
@@ -180,7 +180,7 @@ def test_models_that_are_trained_together_are_those_that_are_trained_alone():
 
 def test_a_model_that_diverges_does_not_take_others_along():
     broken, sound = learners(1e30, 1e-3)
-    train_learners([broken, sound], plan(steps=60), seed=0)
+    train_learners([broken, sound], plan(steps=60))
     with pytest.raises(FloatingPointError):
         measure_learner(broken, plan())
     assert measure_learner(sound, plan()).loss == train_recall(ARM.build(SHAPE), plan(steps=60), lr=1e-3, seed=0).loss
@@ -189,7 +189,7 @@ def test_a_model_that_diverges_does_not_take_others_along():
 def test_a_model_whose_step_fails_does_not_take_others_along(monkeypatch):
     broken, sound = learners(1e-3, 1e-3)
     broken.steps._step = lambda batch: (_ for _ in ()).throw(RuntimeError("no kernel"))
-    train_learners([broken, sound], plan(steps=20), seed=0)
+    train_learners([broken, sound], plan(steps=20))
     with pytest.raises(RuntimeError, match="no kernel"):
         measure_learner(broken, plan())
     assert broken.taken == 0 and measure_learner(sound, plan()).scores

@@ -127,6 +127,7 @@ class Learner:
         model: trained in place.
         lr: its learning rate at the peak.
         steps: takes its steps.
+        seed: of its batches.
         taken: steps that it has taken.
         tokens: that it has read.
         seconds: since all began, when it was trained.
@@ -138,6 +139,7 @@ class Learner:
     model: PreTrainedModel
     lr: float
     steps: Steps
+    seed: int = 0
     taken: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -184,9 +186,9 @@ def train_recall(
         OutOfTime: the run would take longer than `time_left` seconds; known after a few steps.
         FloatingPointError: the loss is no longer finite.
     """
-    learner = Learner(model, lr, steps or Steps(model))
+    learner = Learner(model, lr, steps or Steps(model), seed)
     report = None if progress is None else lambda index, step, loss: progress(step, loss)
-    train_learners([learner], plan, seed=seed, time_left=time_left, progress=report)
+    train_learners([learner], plan, time_left=time_left, progress=report)
     return measure_learner(learner, plan)
 
 
@@ -194,22 +196,24 @@ def train_learners(
     learners: Sequence[Learner],
     plan: RecallPlan,
     *,
-    seed: int,
     time_left: float = math.inf,
     progress: Progress | None = None,
 ) -> None:
-    """Train several models on the same batches, each as `train_recall` does; on a GPU their steps run at once.
+    """Train several models, each as `train_recall` does; on a GPU their steps run at once.
 
-    The models may differ. One that fails keeps its `failure` and takes no other along. Where the time is short, the
-    last models are given up first. `progress` is called with (number of the model, steps, loss) now and then.
+    Models of one seed read the same batches. One that fails keeps its `failure` and takes no other along. Where the
+    time is short, the last models are given up first. `progress` is called with (number of the model, steps, loss) now
+    and then.
     """
     started = timed = time.monotonic()
     device = learners[0].model.device
     timed_step, known = 0, False
-    for step, batch in enumerate(draw_ahead(plan.batches(seed, device), device), 1):
+    drawn = {seed: draw_ahead(plan.batches(seed, device), device) for seed in dict.fromkeys(x.seed for x in learners)}
+    for step in range(1, plan.steps + 1):
         active = [learner for learner in learners if not learner.done]
+        batches = {seed: next(drawn[seed]) for seed in dict.fromkeys(learner.seed for learner in active)}
         for learner in active:
-            learner.step(batch, lr_factor(step - 1, plan.steps))
+            learner.step(batches[learner.seed], lr_factor(step - 1, plan.steps))
         active = [learner for learner in active if not learner.done]
         if step <= PROBE_STEPS or any(learner.steps.prepared for learner in active):
             for learner in active:  # the time of a step is known from now on

@@ -149,13 +149,11 @@ def run_table(
     progress = Progress()
     for row in table.rows:
         read_row(row_file(out, row.name(table.name)), table.digest(row))
-    rows = shard.order(table.rows)
-    while rows:
-        if best_lr_only and not has_best_lr(table, rows[0], out):
-            del rows[0]
-            continue
-        wanted = rows if not best_lr_only else [row for row in rows if has_best_lr(table, row, out)]
-        group = alike(wanted, together if table.kind == "recall" else 1)
+    ordered = shard.order(table.rows)
+    rows = [row for row in ordered if not row_file(out, row.name(table.name)).exists()]
+    progress.present += [row.name(table.name) for row in ordered if row not in rows]
+    while ready := best_lrs(table, rows, out) if best_lr_only else rows:
+        group = alike(ready, together if table.kind == "recall" else 1)
         rows = [row for row in rows if row not in group]
         with ExitStack() as stack:
             free = [row for row in group if _is_free(table, row, out, stack, progress)]
@@ -172,32 +170,37 @@ def run_table(
 
 
 def alike(rows: list[Row], count: int) -> list[Row]:
-    """The first row and others of its seed, `count` at most: they read the same batches.
+    """The first row and others, `count` at most, that may train together.
 
     Arms with full attention stay among themselves: their steps are no CUDA graphs, and others would wait for them.
 
     >>> from nha.ablate.arms import Arm
-    >>> rows = [Row(Arm(name), 1e-3, seed) for seed in (0, 1) for name in ("nha", "window")]
-    >>> rows.insert(1, Row(Arm("transformer", windows=-1), 1e-3, 0))
+    >>> rows = [Row(arm, 1e-3, 0) for arm in (Arm("nha"), Arm("transformer", windows=-1), Arm("window"))]
     >>> [row.name("t") for row in alike(rows, 4)]
     ['t--nha--lr0.001--seed0', 't--window--lr0.001--seed0']
     """
-    kind = rows[0].seed, rows[0].arm.has_full_attention
-    return [row for row in rows if (row.seed, row.arm.has_full_attention) == kind][:count]
+    return [row for row in rows if row.arm.has_full_attention == rows[0].arm.has_full_attention][:count]
 
 
-def has_best_lr(table: Table, row: Row, out: Path) -> bool:
-    """Whether no other learning rate was better for the row's arm, on validation data, at the lowest seed in `out`.
+def best_lrs(table: Table, rows: list[Row], out: Path) -> list[Row]:
+    """Those of the rows that may be made now if an arm's first seed chooses the learning rate of its other seeds.
 
-    True for rows of that seed, and where there is none.
+    The best rate of the rows in `out`, on validation data, is chosen once no row of that seed is left.
     """
-    found: dict[int, dict[float, float]] = {}
-    for path in (out / ROWS).glob(f"{table.name}--{row.arm.slug}--lr*.json"):
+    first, found = dict.fromkeys((row.arm.name for row in rows), min(table.seeds)), {}
+    for path in (out / ROWS).glob(f"{table.name}--*.json"):
         made = read_row(path, None)
         assert made is not None
-        found.setdefault(made["seed"], {})[made["lr"]] = made["valid"]
-    first = min(found, default=row.seed)
-    return row.seed <= first or row.lr == max(found[first], key=found[first].__getitem__)
+        first[made["arm"]] = min(made["seed"], first.get(made["arm"], made["seed"]))
+        found.setdefault((made["arm"], made["seed"]), {})[made["lr"]] = made["valid"]
+    open_arms = {row.arm.name for row in rows if row.seed == first[row.arm.name]}
+    ready = []
+    for row in rows:
+        rates = found.get((row.arm.name, first[row.arm.name]))
+        best = rates is None or row.lr == max(rates, key=rates.__getitem__)
+        if row.seed == first[row.arm.name] or (best and row.arm.name not in open_arms):
+            ready.append(row)
+    return ready
 
 
 def _is_free(table: Table, row: Row, out: Path, stack: ExitStack, progress: Progress) -> bool:
@@ -242,7 +245,7 @@ def _make_recall(
         log(f"{name}: starts")
         with _says_why(name, progress, log):
             model: Any = row.arm.build(table.recall_shape, row.seed, match=table.matched)
-            learners[name] = Learner(model.to(device), row.lr, Steps(model, compiled=compiled))
+            learners[name] = Learner(model.to(device), row.lr, Steps(model, compiled=compiled), row.seed)
     if not learners:
         return
     plan, begun = table.recall, list(learners)
@@ -251,7 +254,7 @@ def _make_recall(
     def report(index: int, step: int, loss: float) -> None:
         log(f"{begun[index]}: step {step:,}, loss {loss:.3f}")
 
-    train_learners(list(learners.values()), plan, seed=rows[0].seed, time_left=left, progress=report)
+    train_learners(list(learners.values()), plan, time_left=left, progress=report)
     for row, name in zip(rows, names, strict=True):
         if name in learners:
             with _says_why(name, progress, log):

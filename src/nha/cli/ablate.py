@@ -42,7 +42,7 @@ class Selection:
     ] = None
     reserve: Annotated[float, typer.Option(help="Seconds to leave for measuring a language model.")] = 60.0
     together: Annotated[
-        int, typer.Option(help="Rows of recall to train at once, of one seed: a small model leaves a GPU idle.")
+        int, typer.Option(help="Rows of recall to train at once: a small model leaves most of a GPU idle.")
     ] = 1
     best_lr: Annotated[
         bool,
