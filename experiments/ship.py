@@ -22,7 +22,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
-from nha.io import DIGEST, write_atomically, write_tensors
+from nha.io import write_atomically, write_tensors
 from nha.models import loading
 from nha.models.delta import (
     check_facts,
@@ -35,6 +35,7 @@ from nha.models.delta import (
 )
 from nha.models.embedded import EMBEDDED_ID, EMBEDDED_LICENSE
 from nha.models.smollm2 import DELTA
+from nha.tensor_file import DIGEST
 
 LORA_SCALE = 2.0  # lora_alpha over rank, as `nha.distill.student` sets it
 LIMIT = 12e6  # bytes

@@ -24,6 +24,7 @@ WIDE_SIGNATURES = {"nha_attention"}  # the operator's arguments are the contract
 LEVELS = (
     {"errors", "settings", "__init__"},
     {"ops"},
+    {"tensor_file"},
     {"io"},
     {"layer"},
     {"models"},

@@ -6,8 +6,6 @@ A reader, or a machine that lost power, finds the old file or the new one, never
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -28,7 +26,6 @@ OLD_STATE_FORMAT = "nha-state-v1"
 OLD_NAMES = {f"tail_{name}": f"window_{name}" for name in ("slot_key", "log_gate")} | {"seen": "num_tokens"}
 OLD_ACTIVE = f"slots_{'live'}"  # written apart: nothing else in the code is called so any more
 OPTIONAL_TENSORS = {"window_slot_key", "num_kept"}  # of a state: absent where slots share keys, and are soft
-DIGEST = "sha256"  # the metadata's name for the checksum of everything else in a file of tensors
 
 
 def sync_file(path: str | Path) -> None:
@@ -199,25 +196,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of all names, shapes, dtypes, numbers and metadata of CPU tensors."""
-    import torch
-
-    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
-    for name, x in sorted(tensors.items()):
-        digest.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
-        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors of any device as one safetensors file, durably, with a checksum of everything in it."""
-    from safetensors.torch import save_file
+    from nha.tensor_file import write_file
 
-    # A clone each: safetensors refuses tensors that share memory, and so do slots cut from one tensor.
-    own = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     with atomic_write(path) as work:
-        save_file(own, work, metadata={**metadata, DIGEST: _digest(own, metadata)})
+        write_file(work, tensors, metadata)
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -236,22 +220,16 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     >>> tensors["a"].tolist(), metadata["format"]
     ([1.0, 1.0], 'example')
     """
-    from safetensors import SafetensorError, safe_open
+    import torch
 
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"expected a file of tensors at {path}, got a directory")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            # The tensors that safetensors gives are views of the file, which somebody may overwrite or cut short.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from None
-    stored = metadata.get(DIGEST)
-    found = stored and _digest(tensors, {name: x for name, x in metadata.items() if name != DIGEST})
-    if found != stored:
-        raise ValueError(f"expected contents of checksum {stored} at {path}, got {found}: the file is damaged")
-    return {name: x.to(device) for name, x in tensors.items()}, metadata
+    from nha.tensor_file import fill_all, open_tensors
+
+    with open_tensors(path) as opened:
+        tensors = opened.empty(device)
+        (error,) = fill_all([(opened, tensors)], torch.device(device))
+        if error is not None:
+            raise error
+        return tensors, opened.metadata
 
 
 def save_state(state: NHAState, path: str | Path) -> None:
@@ -286,6 +264,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> NHAState
         OSError: there is no such file, or it cannot be read.
     """
     from nha.ops.state import NHAState, check_state
+    from nha.tensor_file import DIGEST
 
     tensors, metadata = read_tensors(path)
     kind = metadata.get("format")

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nha import NHAConfig, load_cache, save_cache
-from nha.io import DIGEST, read_tensors, write_tensors
+from nha.io import read_tensors, write_tensors
 from nha.memory import MemoryStore
 from nha.models.cache import NHACacheLayer, allow_rollback, cache_nbytes, nha_layers
 from nha.ops import NHAState, RingState
 from nha.ops.packed_state import MAX_INT8, MAX_INT12, PackedState, check_state_dtype
+from nha.tensor_file import DIGEST
 from tests.models.families import hybrid, tokens
 
 PACKED = ("bfloat16", "int8")

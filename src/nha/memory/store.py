@@ -14,29 +14,27 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from nha import __version__
-from nha.io import read_tensors, write_tensors
+from nha.io import write_tensors
 from nha.models.cache_file import cache_contents, cache_from, fingerprint
 from nha.models.conversation import cache_keyword
 from nha.models.windows import decoder
+from nha.tensor_file import TensorFile, fill_all, open_tensors
 
 FORMAT = "nha-memory-v1"
 SUFFIX, GROWTH_SUFFIX = ".state.safetensors", ".growth.safetensors"
-READERS = 16  # files that are read at once
 LOCK = ".lock"
 LOCK_SECONDS = 10.0  # how long to wait for another process that removes entries
 ABANDONED_SECONDS = 3600.0  # a temporary file of this age was left by a process that is gone
@@ -186,7 +184,7 @@ class MemoryStore:
             write_tensors(path, tensors, metadata)
             self._touch(chain)
             self._shrink(self.max_bytes)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             logger.warning("reading goes on without storing in %s: %s", self.path, one_line(error))
             return False
         return path.exists()  # else all entries of this text are more than may be stored
@@ -203,44 +201,56 @@ class MemoryStore:
     def _load_entry(self, model: PreTrainedModel, boundaries: list[Boundary]) -> Entry | None:
         """The entry at the last boundary; None where it is not stored whole, and a file that is damaged is removed."""
         path = self._state_file(boundaries[-1])
-        state = self._read(path, model) if path.exists() else None
-        if state is None:
-            return None
-        tensors, metadata = state
-        try:
-            grows, stops = json.loads(metadata["grows"]), json.loads(metadata["chain"])
-            chain = [place for place in boundaries if place.stop in stops]
-            if [place.stop for place in chain] != stops or stops[-1] != boundaries[-1].stop:
-                raise ValueError(f"expected entries at some of {[place.stop for place in boundaries]}, got {stops}")
-            paths = self._growth_files(chain) if grows else []
-            with ThreadPoolExecutor(READERS) as pool:
-                parts = list(pool.map(lambda part: self._read(part, model), paths))
-            found = [part[0] for part in parts if part is not None]
-            if len(found) < len(paths):
+        with ExitStack() as files:
+            state = self._open(path, files) if path.exists() else None
+            if state is None:
                 return None
-            tensors |= {key: torch.cat([part[key] for part in found], 2) for key in grows}
-            cache = cache_from(tensors, metadata, path, model)
-            if cache.get_seq_length() != stops[-1]:
-                raise ValueError(f"expected a cache of {stops[-1]} tokens, got {cache.get_seq_length()}")
-            return Entry(cache, chain)
-        except (ValueError, KeyError, TypeError) as error:
-            drop(path, error)
-            return None
+            try:
+                grows, chain = described_chain(state, boundaries)
+                opened = [self._open(path, files) for path in (self._growth_files(chain) if grows else [])]
+                growth = [part for part in opened if part is not None]
+                if len(growth) < len(opened):
+                    return None
+                tensors = self._fill(state, growth, grows, model.device)
+                if tensors is None:
+                    return None
+                cache = cache_from(tensors, state.metadata, path, model)
+                if cache.get_seq_length() != chain[-1].stop:
+                    raise ValueError(f"expected a cache of {chain[-1].stop} tokens, got {cache.get_seq_length()}")
+                return Entry(cache, chain)
+            except (ValueError, LookupError, TypeError) as error:
+                drop(path, error)
+                return None
 
-    def _read(self, path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """The contents of one file; None where there is none or it cannot be read. A damaged one is removed."""
+    def _open(self, path: Path, files: ExitStack) -> TensorFile | None:
+        """A file that is open until `files` ends; None where there is none or it cannot be read."""
         try:
-            tensors, metadata = read_tensors(path, model.device)
-            if metadata.get("kind") != FORMAT:
-                raise ValueError(f"expected a file of format {FORMAT!r}, got {metadata.get('kind')!r}")
-            return tensors, metadata
-        except FileNotFoundError:  # another process may have just removed it
-            return None
-        except OSError as error:
-            logger.warning("%s cannot be read and is left out: %s", path.name, one_line(error))
-        except ValueError as error:
-            drop(path, error)
+            opened = files.enter_context(open_tensors(path))
+            if opened.metadata.get("kind") != FORMAT:
+                raise ValueError(f"expected a file of format {FORMAT!r}, got {opened.metadata.get('kind')!r}")
+            return opened
+        except (OSError, ValueError) as error:
+            leave_out(path, error)
         return None
+
+    def _fill(
+        self, state: TensorFile, growth: list[TensorFile], grows: list[str], device: torch.device
+    ) -> dict[str, Tensor] | None:
+        """The tensors of an entry, each read into its place in memory; None where a file is damaged."""
+        tensors, parts = state.empty(device), [{} for _ in growth]
+        for name in grows:
+            entries = [part.entries[name] for part in growth]
+            sizes = [entry.shape[2] for entry in entries]
+            shape = (*entries[0].shape[:2], sum(sizes), *entries[0].shape[3:])
+            tensors[name] = replace(entries[0], shape=shape).empty(device)
+            for part, x in zip(parts, tensors[name].split(sizes, 2), strict=True):
+                part[name] = x
+        files = [state, *growth]
+        errors = fill_all(list(zip(files, [tensors, *parts], strict=True)), device)
+        for opened, error in zip(files, errors, strict=True):
+            if error is not None:
+                leave_out(opened.path, error)
+        return None if any(errors) else tensors
 
     def _touch(self, chain: list[Boundary]) -> None:
         """Note that these entries were used; the shorter ones, which others build on, a little later."""
@@ -274,6 +284,26 @@ class MemoryStore:
                     total -= size
         except Timeout:
             logger.warning("entries in %s are not removed: another process holds its lock", self.path)
+
+
+def described_chain(state: TensorFile, boundaries: list[Boundary]) -> tuple[list[str], list[Boundary]]:
+    """The tensors of an entry that grow, by name, and the boundaries of the entries that it builds on, its own last.
+
+    Raises ValueError for a file of another text.
+    """
+    grows, stops = json.loads(state.metadata["grows"]), json.loads(state.metadata["chain"])
+    chain = [place for place in boundaries if place.stop in stops]
+    if [place.stop for place in chain] != stops or stops[-1] != boundaries[-1].stop:
+        raise ValueError(f"expected entries at some of {[place.stop for place in boundaries]}, got {stops}")
+    return grows, chain
+
+
+def leave_out(path: Path, error: OSError | ValueError) -> None:
+    """Remove a file that is damaged, and say so of one that cannot be read; another process may have removed it."""
+    if isinstance(error, ValueError):
+        drop(path, error)
+    elif not isinstance(error, FileNotFoundError):
+        logger.warning("%s cannot be read and is left out: %s", path.name, one_line(error))
 
 
 def drop(path: Path, error: Exception) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,23 @@ def fingerprint(model: PreTrainedModel) -> str:
     if settings.get("slot_write") == "soft":  # as in all models that do not say so
         del settings["slot_write"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, weight in model.state_dict().items():
-        sample = weight.detach().flatten()[:8].double().cpu()
+    weights = model.state_dict()
+    for (name, weight), sample in zip(weights.items(), first_numbers(weights.values()), strict=True):
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def first_numbers(weights: Iterable[Tensor]) -> list[Tensor]:
+    """The first eight numbers of each tensor, in float64 on the CPU; a device is waited for once for each dtype."""
+    samples = [weight.detach().flatten()[:8] for weight in weights]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault((sample.device, sample.dtype), []).append(index)
+    for indices in groups.values():
+        numbers = torch.cat([samples[index] for index in indices]).double().cpu()
+        for index, part in zip(indices, numbers.split([len(samples[index]) for index in indices]), strict=True):
+            samples[index] = part
+    return samples
 
 
 def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
