@@ -5,8 +5,9 @@
 A random hybrid reads a document and a question of 32 tokens, and writes an answer, through a `MemoryStore` in DIR; then
 another question about the same document, from the store, and that question alone, without any document, in turn. DIR
 gets memory_speed.json with the seconds of each part (medians over the rounds that there is time for) and the bytes
-stored; the store itself is removed. --profile adds profile-*.txt: in which functions the host spends one more second
-question and one more question alone. Without --shape a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m
+stored; the store itself is removed. "parts" are the seconds of one more second question, those of the files summed over
+the threads that read them. --profile adds profile-*.txt: in which functions the host spends one more second question
+and one more question alone. Without --shape a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m
 with 4,000; --shape tiny tries the script.
 """
 
@@ -20,15 +21,20 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from experiments.shapes import build, model_options, synchronize
+from nha import tensor_file
 from nha.io import write_atomically
 from nha.memory import MemoryStore
+from nha.memory import store as store_module
 from nha.models.conversation import cache_keyword
 from nha.models.decode_graph import SINGLE_USE
 from nha.report.results import to_json
@@ -74,6 +80,69 @@ def ask(model: Any, store: MemoryStore, ids: Tensor, marks: list[int], new: int)
 def median(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The median of every number."""
     return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+class Watch:
+    """Seconds spent in functions while its context lasts, by label, summed over threads."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds, self.lock = device, {}, Lock()
+        self.patches = ExitStack()
+
+    def add(self, owner: Any, name: str, label: str, wait: bool = False) -> None:
+        """Time a function of a class or module; with `wait`, until a GPU has done what it asked for."""
+        function = getattr(owner, name)
+        self.seconds[label] = 0.0
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if wait:
+                    synchronize(self.device)
+                with self.lock:
+                    self.seconds[label] += time.perf_counter() - start
+
+        self.patches.enter_context(patch.object(owner, name, timed))
+
+    def rounded(self) -> dict[str, float]:
+        return {label: round(seconds, 4) for label, seconds in self.seconds.items()}
+
+
+class TimedDigest:
+    """A checksum whose updates a `Watch` can time."""
+
+    def __init__(self, digest: Any):
+        self.digest = digest
+
+    def update(self, data: Any) -> None:
+        self.digest.update(data)
+
+    def hexdigest(self) -> str:
+        return self.digest.hexdigest()
+
+
+def measure_parts(model: Any, device: str, call: Callable[[], Any]) -> dict[str, float]:
+    """The seconds of the parts of a call of `ask`."""
+    watch, begin = Watch(device), tensor_file.begin_digest
+    with watch.patches:
+        watch.patches.enter_context(
+            patch.object(tensor_file, "begin_digest", lambda metadata: TimedDigest(begin(metadata)))
+        )
+        watch.add(MemoryStore, "_boundaries", "hash of the text and the model")
+        watch.add(MemoryStore, "_open", "open files")
+        watch.add(MemoryStore, "_fill", "files into memory")
+        watch.add(tensor_file, "_read_all", "of it, summed over files: read")
+        watch.add(TimedDigest, "update", "of it, summed over files: checksum")
+        watch.add(tensor_file.Staging, "next", "of it, summed over files: wait for copies")
+        watch.add(tensor_file.Staging, "copy", "of it, summed over files: begin copies")
+        watch.add(tensor_file.Staging, "close", "of it, summed over files: end of copies")
+        watch.add(store_module, "cache_from", "cache of tensors")
+        watch.add(type(model), "generate", "generate", wait=True)
+        watch.add(type(model), "_prefill", "of it, first forward pass", wait=True)
+        call()
+    return watch.rounded()
 
 
 def profile(path: Path, call: Callable[[], Any]) -> None:
@@ -132,6 +201,9 @@ def main() -> None:
         found |= {"second question": median(second), "question alone": median(alone), "rounds": len(second)}
         found["same answer"] = all(torch.equal(answer, answers[0]) for answer in answers)
         write_atomically(path, to_json(found))
+    found["parts"] = measure_parts(model, device, lambda: ask(model, store, texts[1], [options.tokens], 1))
+    found["parts, question alone"] = measure_parts(model, device, lambda: ask(model, nothing, questions[1], [], 1))
+    write_atomically(path, to_json(found))
     print(to_json(found))
     if options.profile:
         profile(options.out / "profile-second.txt", lambda: ask(model, store, texts[1], [options.tokens], 1))
