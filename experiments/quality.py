@@ -6,7 +6,8 @@
     --model        a model directory, a .gguf file, or smollm2 (default: the variable NHA_QUALITY_MODEL, else smollm2)
     --out          runs/*.json (a run's row, answers and log), summary.json, logs.jsonl, table.md, pictures, ship/
     --work         checkpoints, tokens, the model; shared by all shards; the same command resumes from there
-    --arms         out of those that --plan lists; their controls come along (--no-controls: without)
+    --arms         out of those that --plan lists; their controls come along (--no-controls: without, --only-controls:
+                   these alone)
     --tokens       such as 4full=25e6,constant=40e6: tokens by arm or budget
     --set K=V      change a setting of every run (see DistillSettings); repeatable
     --seeds        0,1,2 for instance
@@ -85,8 +86,11 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=parse_ints, default=(2048, 8192))
     parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), help="out of those of nha eval public")
     parser.add_argument("--report", type=Path)
-    for flag in ("no-controls", "long-needles", "files", "plan"):
+    for flag in ("long-needles", "files", "plan"):
         parser.add_argument(f"--{flag}", action="store_true")
+    controls = parser.add_mutually_exclusive_group()
+    controls.add_argument("--no-controls", action="store_true")
+    controls.add_argument("--only-controls", action="store_true")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.arms if name not in ARMS]
     if unknown:
@@ -490,6 +494,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         given = parse_settings(options.pairs)
     runs = make_runs(options.arms, options.seeds, options.tokens, options.layers, given, not options.no_controls)
+    if options.only_controls:
+        runs = [run for run in runs if run.arm is None]
     known = [run for run in runs if (options.known / "runs" / f"{run.name}.json").is_file()]
     shards = deal([run for run in runs if run not in known], options.shards)
     if options.plan:

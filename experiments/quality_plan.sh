@@ -2,6 +2,8 @@
 #
 #     DATA=DATA MODEL=/path/SmolLM2-135M-Instruct.gguf OUT=OUT bash experiments/quality_plan.sh
 #     FIRST=constant_teacher OTHER=4full_mixed ... bash experiments/quality_plan.sh     # the second pair
+#     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" ... bash experiments/quality_plan.sh    # one arm alone
+#     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
 # constant_recall: for the file to ship; its teacher reads 5 M tokens, answers weigh 0.75 and end where they end.
 # 1full_mixed:     12 heads of 3,600 tokens and 8 of 720 at the bytes of one full layer; its teacher reads 10 M tokens.
@@ -19,9 +21,9 @@ run() { # arm, folder, options
     mkdir -p "$OUT/$2"
     # shellcheck disable=SC2086
     timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --out "$OUT/$2" --known /none --work "$W" \
-        --no-controls --files --long-needle-count 4 --budget-s $((S - 30)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
+        ${CONTROLS:---no-controls} --files --long-needle-count 4 --budget-s $((S - 30)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
 }
 run "${FIRST:-constant_recall}" first "${LONG---long-needles}" &
-run "${OTHER:-1full_mixed}" other "" &
+[ "${OTHER:-}" = none ] || run "${OTHER:-1full_mixed}" other "" &
 wait
 for file in "$OUT"/log-*.txt; do tail -n 2 "$file"; done

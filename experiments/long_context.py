@@ -1,0 +1,275 @@
+"""Read far beyond the training length: needles, verbatim clozes, perplexity by position, memory and time, by length.
+
+    python3 -m experiments.long_context --data DATA --out OUT --model FILE.gguf [--delta FILE] [--lengths 32768,131072]
+
+The original in FILE.gguf (default: the embedded model) and its hybrid of the small file --delta (default: the shipped
+one) read the same prompts, one after another. --data has heldout.jsonl. A cloze of length n has its source between
+0.4 n and 0.8 n tokens back, a needle is right if nothing but its number is written, "contained" is RULER's rule.
+Seconds are medians over --rounds prompts of random tokens. Every part is written to OUT/long_context.json as soon as it
+is known, and a part that is there is not measured again; none begins after --budget-s. --report OUT writes the table
+and the picture of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments.shapes import synchronize
+from nha.data.cloze import Cloze, make_clozes
+from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicData, PublicSettings, counted, measure_public
+from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
+from nha.evaluate.public.written import begins_with, write
+from nha.io import write_atomically
+from nha.models.cache import cache_nbytes
+from nha.models.delta import apply_delta
+from nha.models.smollm2 import DELTA, forget_gguf, gguf_path
+from nha.report.results import to_json
+
+RESULT = "long_context.json"
+MODELS = ("hybrid", "original")
+NEW = 32  # tokens written after each timed prompt
+Found = dict[str, dict[str, dict[str, Any]]]  # by model, part and length
+
+
+def load(path: Path, delta: Path | None) -> Any:
+    """The original of a .gguf file or a directory, or its hybrid; bfloat16 on a GPU, else float32."""
+    where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    model: Any = AutoModelForCausalLM.from_pretrained(where, **options)
+    forget_gguf(model)
+    if delta is not None:
+        apply_delta(model, delta)
+    cuda = torch.cuda.is_available()
+    return model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32).eval()
+
+
+@torch.no_grad()
+def cost(model: Any, length: int, rounds: int) -> dict[str, Any]:
+    """Seconds until the first token and for each that follows, and memory, of one prompt of this length."""
+    device = model.device.type
+    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids, times = ids.to(model.device), {1: [], NEW: []}
+    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    before = 0
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    cache = 0
+    for number in range(rounds + 1):  # the first is not counted: it compiles
+        for new in times:
+            synchronize(device)
+            start = time.perf_counter()
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **options
+            )
+            synchronize(device)
+            if number:
+                times[new].append(time.perf_counter() - start)
+            cache = cache_nbytes(made.past_key_values)
+            del made
+    first, last = (statistics.median(times[new]) for new in (1, NEW))
+    found = {"first token, s": round(first, 4), "token, ms": round(1000 * (last - first) / (NEW - 1), 3)}
+    if device == "cuda":
+        found["peak beyond the weights, MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return found | {"cache, MB": round(cache / 1e6, 2), "rounds": rounds}
+
+
+def reach(length: int) -> tuple[int, int]:
+    """The distances of clozes, in tokens, for prompts of about this length.
+
+    >>> reach(32768)
+    (13107, 26214)
+    """
+    return 2 * length // 5, 4 * length // 5
+
+
+def settings_of(options: argparse.Namespace, part: str, length: int) -> PublicSettings:
+    """The settings of one part at one length."""
+    counts = {"needles": options.needles, "documents": options.documents}
+    return PublicSettings(parts=(part,), needle_lengths=(length,), lengths=(length,), **counts)
+
+
+def public_part(model: Any, tokenizer: Any, data: PublicData) -> dict[str, Any]:
+    """Needles, or perplexity, at the one length of the settings."""
+    (part,) = data.settings.parts
+    (found,) = measure_public(model, tokenizer, data)[part].values()
+    return found
+
+
+def clozes_correct(model: Any, tokenizer: Any, coming: Future[list[Cloze]]) -> dict[str, Any]:
+    """The accuracy of written clozes."""
+    clozes = coming.result()
+    new = 2 + max(len(tokenizer(" " + cloze.answer).input_ids) for cloze in clozes)
+    texts = write(model, tokenizer, [tokenizer(cloze.prompt, verbose=False).input_ids for cloze in clozes], new)
+    right = [int(begins_with(text, cloze.answer)) for text, cloze in zip(texts, clozes, strict=True)]
+    return counted(right) | {"mean distance": round(statistics.mean(cloze.distance for cloze in clozes))}
+
+
+class Session:
+    """What was found so far, in one file."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.path = options, options.out / RESULT
+        self.end = time.perf_counter() + options.budget_s
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else "{}"
+        self.found: Found = json.loads(text).get("models", {})
+        self.about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
+
+    def add(self, model: str, part: str, length: int, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a part, if it is not there and time is left, and write the file."""
+        parts = self.found.setdefault(model, {}).setdefault(part, {})
+        if str(length) in parts or time.perf_counter() > self.end:
+            return
+        start = time.perf_counter()
+        try:
+            parts[str(length)] = measure()
+        except torch.OutOfMemoryError:
+            parts[str(length)] = {"out of memory": True}
+        seconds = time.perf_counter() - start
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, to_json({**self.about, "models": self.found}))
+        print(f"{model}, {part}, {length:,}: {seconds:.1f} s", flush=True)
+
+    def measure(self) -> None:
+        """All parts of both models: time first, then what decides most."""
+        options, lengths = self.options, self.options.lengths
+        path = options.model or gguf_path()
+        where, named = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+        tokenizer = AutoTokenizer.from_pretrained(where, **named)
+        documents = read_documents(find_set(options.data, HELD_OUT))
+        models = {name: load(path, options.delta if name == "hybrid" else None) for name in MODELS}
+        with ThreadPoolExecutor(1) as pool:  # seconds for each cloze, beside what the GPU measures
+            coming = {n: pool.submit(make_clozes, tokenizer, documents, options.clozes, reach(n)) for n in lengths}
+            each = [(n, name, model) for n in lengths for name, model in models.items()]
+            for n, name, model in each:
+                self.add(name, "cost", n, partial(cost, model, n, options.rounds))
+            for part in (NEEDLE, PERPLEXITY):
+                for n, name, model in each:
+                    data = PublicData(settings_of(options, part, n), {}, documents, {})
+                    self.add(name, part, n, partial(public_part, model, tokenizer, data))
+            for n, name, model in each:
+                self.add(name, "cloze", n, partial(clozes_correct, model, tokenizer, coming[n]))
+            for one in coming.values():
+                one.cancel()
+
+
+def cell(part: dict[str, Any] | None, name: str = "accuracy") -> str:
+    """A number of a table: accuracies with their interval in %."""
+    if not part or name not in part:
+        return "out of memory" if part and "out of memory" in part else ""
+    if name != "accuracy":
+        return f"{part[name]:,.2f}" if part[name] < 100 else f"{part[name]:,.0f}"
+    low, high = part["interval"]
+    return f"{100 * part[name]:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def table(found: Found) -> str:
+    """A Markdown table, a row for each length and model."""
+    columns = {"cache, MB": "cost", "peak beyond the weights, MiB": "cost", "first token, s": "cost"}
+    columns |= {"token, ms": "cost"}
+    head = ["tokens", "model", "needle, %", "cloze, %", "perplexity", "of the last tokens", *columns]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lengths = sorted({int(n) for parts in found.values() for part in parts.values() for n in part})
+    for n in lengths:
+        for name in MODELS:
+            parts = {part: values.get(str(n)) for part, values in found.get(name, {}).items()}
+            text = parts.get(PERPLEXITY) or {}
+            last = f"{text['by_position'][-1]:,.1f}" if text.get("by_position") else ""
+            cells = [
+                f"{n:,}",
+                name,
+                cell(parts.get(NEEDLE)),
+                cell(parts.get("cloze")),
+                cell(text, "ppl") if text else "",
+            ]
+            cells += [last, *(cell(parts.get(part), column) for column, part in columns.items())]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: Found) -> bytes:
+    """Recall, and the memory of a sequence, by length; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    from nha.report.curves import line_styles
+    from nha.report.plots import LIGHT
+
+    figure = Figure(figsize=(4.9, 6.4), layout="constrained", facecolor=LIGHT.background)
+    recall, memory = figure.subplots(2, 1, sharex=True)
+    for name, (colour, dash) in line_styles(list(MODELS)).items():
+        parts = found.get(name, {})
+        for part, marker in ((NEEDLE, "o"), ("cloze", "s")):
+            points = sorted((int(n), 100 * x["accuracy"]) for n, x in parts.get(part, {}).items() if "accuracy" in x)
+            if points:
+                label = f"{name}, {part}"
+                recall.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker=marker, label=label)
+        points = sorted((int(n), x["cache, MB"]) for n, x in parts.get("cost", {}).items() if "cache, MB" in x)
+        if points:
+            memory.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker="o")
+    recall.set_title("Needles and clozes, written, %", loc="left", fontsize=10)
+    memory.set_title("Cache of one sequence, MB", loc="left", fontsize=10)
+    recall.set_ylim(-3, 103)
+    memory.set_yscale("log")
+    for axes in (recall, memory):
+        axes.set_xscale("log", base=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    ticks = sorted({int(n) for parts in found.values() for part in parts.values() for n in part})
+    memory.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks])
+    memory.set_xlabel("tokens")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, facecolor=figure.get_facecolor())
+    return buffer.getvalue()
+
+
+def write_report(folder: Path) -> str:
+    """Write long_context.md and long_context.png beside the results. Returns the table."""
+    found: Found = json.loads((folder / RESULT).read_text(encoding="utf-8"))["models"]
+    text = table(found)
+    write_atomically(folder / "long_context.md", text)
+    write_atomically(folder / "long_context.png", picture(found))
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing, or write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--delta", type=Path, default=DELTA)
+    parser.add_argument(
+        "--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[8192, 32768, 65536, 131072]
+    )
+    parser.add_argument("--needles", type=int, default=5, help="of each length and depth (5 depths)")
+    parser.add_argument("--clozes", type=int, default=24, help="of each length")
+    parser.add_argument("--documents", type=int, default=8, help="for perplexity, of each length")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--budget-s", type=float, default=math.inf)
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args(arguments)
+    if options.report is not None:
+        print(write_report(options.report))
+        return 0
+    if options.data is None or options.out is None:
+        parser.error("expected --data and --out")
+    Session(options).measure()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
