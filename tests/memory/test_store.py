@@ -164,6 +164,12 @@ def test_another_model_finds_nothing_and_its_entry_is_refused_by_name(tmp_path, 
     assert not mine.exists()
 
 
+def test_a_file_in_the_place_of_a_store_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="directory for memories at .*file"):
+        MemoryStore(tmp_path / "file")
+
+
 def test_a_file_that_cannot_be_read_or_replaced_is_left_out(tmp_path, caplog):
     model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 70)
     wanted = logits(model, ids, MemoryStore(tmp_path / "other", FEW, 32, 1).read(model, ids))

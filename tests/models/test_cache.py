@@ -194,6 +194,9 @@ def test_a_cache_whose_tensors_do_not_fit_its_description_is_refused(tmp_path):
     assert_refused(lambda: load_cache(path, model), "layer 1", "7", "8")
     write_tensors(path, tensors, meta | {"layers": "[]"})
     assert_refused(lambda: load_cache(path, model), "layers")
+    for layers in ("{}", "[1]", '[{"kind": "nha", "length": 1}]', "[" * 10**5):
+        write_tensors(path, tensors, meta | {"layers": layers})
+        assert_refused(lambda: load_cache(path, model), "every layer", "cache")
     save_file(tensors, path, metadata=meta | {"format": "nha-cache-v1"})
     assert_refused(lambda: load_cache(path, model), "nha-cache-v2", "nha-cache-v1")
 

@@ -160,6 +160,8 @@ def test_an_empty_conversation_cannot_be_saved(pair, tmp_path):
         (lambda data: json.dumps(data)[:-5], "nha-conversation-v1"),
         (lambda data: json.dumps(data | {"format": "other"}), "other"),
         (lambda data: json.dumps(data | {"ids": ["x"]}), "nha-conversation-v1"),
+        (lambda data: json.dumps(data | {"ids": [10**30]}), "nha-conversation-v1"),
+        (lambda data: json.dumps(data | {"ids": [-1, *data["ids"]]}), "got -1"),
         (lambda data: json.dumps(data | {"ids": data["ids"][:3]}), "at most 3"),
         (lambda data: json.dumps(data | {"cache": "00"}), "another one"),
         (lambda data: json.dumps({"format": data["format"]}), "turns"),

@@ -11,6 +11,7 @@ import torch
 
 from experiments import ship
 from nha.distill.run import distill
+from nha.io import read_tensors, write_tensors
 from nha.models import loading, smollm2
 from nha.models.adapter import to_hybrid
 from nha.models.delta import (
@@ -139,6 +140,12 @@ def test_foreign_files_and_other_shapes_are_refused(tmp_path):
         apply_delta(wide, path)
     assert not hasattr(wide.config, "window_sizes")
     assert all(torch.equal(x, before[name]) for name, x in wide.state_dict().items())
+    tensors, metadata = read_tensors(path)
+    write_tensors(
+        path.with_name("other"), tensors, {n: x for n, x in metadata.items() if n not in ("windows", "sha256")}
+    )
+    with pytest.raises(ValueError, match="windows in the metadata"):
+        apply_delta(base, path.with_name("other"))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)

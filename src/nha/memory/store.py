@@ -97,7 +97,10 @@ class MemoryStore:
         for name in ("max_bytes", "block_size", "blocks_per_entry"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
-        Path(self.path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            Path(self.path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"expected a directory for memories at {self.path}, got: {error.strerror}") from None
 
     @property
     def nbytes(self) -> int:

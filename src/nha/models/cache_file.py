@@ -136,7 +136,7 @@ def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str |
     cache = DynamicCache(config=config)
     windows = getattr(config, "window_sizes", [FULL] * len(cache.layers))
     prepare_cache(cache, windows, getattr(config, "state_dtype", "float32"))
-    entries = json.loads(metadata["layers"])
+    entries = read_entries(metadata, path)
     if len(entries) != len(cache.layers):
         raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
     for index, entry in enumerate(entries):
@@ -153,6 +153,41 @@ def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str |
         for place, (part, inner) in enumerate(zip(layer.parts, entry["parts"], strict=True)):
             fill_layer(part, with_prefix(own, f"{place}."), inner, f"of part {place} {where}")
     return cache
+
+
+def read_entries(metadata: dict[str, str], path: str | Path) -> list[dict[str, Any]]:
+    """The descriptions of all layers in a file. Raises ValueError for a file that nobody wrote with `save_cache`.
+
+    >>> read_entries({"layers": '[{"kind": "DynamicLayer", "length": 3}]'}, "x")
+    [{'kind': 'DynamicLayer', 'length': 3}]
+    >>> read_entries({"layers": '[{"kind": "DynamicLayer", "length": -3}]'}, "x")
+    Traceback (most recent call last):
+    ValueError: expected a kind and a length of every layer at x, got [{"kind": "DynamicLayer", "length": -3}]
+    """
+    text = metadata.get("layers", "")
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, list) or not all(map(is_entry, entries)):
+        raise ValueError(f"expected a kind and a length of every layer at {path}, got {text[:80]}")
+    return entries
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether a value of JSON describes a layer, or a part of one with windows per head."""
+    if not isinstance(entry, dict):
+        return False
+    length, parts = entry.get("length"), entry.get("parts", [])
+    is_nha = entry.get("kind") == "nha"
+    return (
+        isinstance(entry.get("kind"), str)
+        and type(length) is int
+        and length >= 0
+        and (not is_nha or (type(entry.get("window")) is int and isinstance(entry.get("active"), bool)))
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) and "parts" not in part and is_entry(part) for part in parts)
+    )
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

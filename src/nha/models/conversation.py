@@ -211,10 +211,13 @@ def load_conversation(path: str | Path, model: Any) -> Conversation:
         kind, digest, closed = data["format"], data["cache"], bool(data["closed"])
     except FileNotFoundError:
         raise ValueError(f"expected a conversation's text at {text}, there is none") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"expected a conversation of format {FORMAT!r} at {text}, got: {error!r}") from None
     if kind != FORMAT:
         raise ValueError(f"expected a conversation of format {FORMAT!r} at {text}, got {kind!r}")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(f"expected tokens below {vocabulary} at {text}, got {int(ids.min())} to {int(ids.max())}")
     cache = load_cache(path, model)
     if _digest(path) != digest:
         raise ValueError(f"expected the cache that {text} was saved with, {path} is another one")

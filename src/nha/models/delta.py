@@ -207,6 +207,14 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if metadata.get("format") not in (FORMAT, PACKED_FORMAT):
         got = metadata.get("format")
         raise ValueError(f"expected a delta of format {FORMAT!r} or {PACKED_FORMAT!r} at {path}, got format {got!r}")
+    for name, kind in (("windows", list), ("sizes", dict), ("config", dict)):
+        text = metadata.get(name, "")
+        try:
+            whole = isinstance(json.loads(text), kind)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"expected {name} in the metadata of {path}, got {text[:80]!r}")
     return tensors, metadata
 
 
@@ -228,7 +236,7 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
     """Turn a base model into the hybrid of a delta, in place; changes are added in float32.
 
     The model may be a hybrid already, if its weights are the base's and its slots have the same sizes. Raises
-    ValueError, before anything changes, for a model whose layers or slots have other shapes.
+    ValueError, before a weight changes, for a model whose layers or slots have other shapes.
     """
     tensors, metadata = read_delta(path)
     tensors = unpack_all(tensors)
@@ -250,13 +258,17 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
             raise ValueError(f"expected {name} of shape {list(change.shape)} for {path}, got {got}")
     set_windows(model, windows) if is_hybrid else to_hybrid(model, windows, **sizes)
     stack = decoder(model)
+    own = dict(stack.named_parameters())
+    slots = {name: x for name, x in tensors.items() if ".nha." in name}
+    for name, x in slots.items():
+        if name not in own or own[name].shape != x.shape:
+            got = list(own[name].shape) if name in own else "none"
+            raise ValueError(f"expected {name} of shape {list(x.shape)} for {path}, got {got}")
     for name, change in changes.items():
         weight = stack.get_submodule(name).weight
         weight.copy_(weight.float() + change.to(weight.device))
-    own = dict(stack.named_parameters())
-    for name, x in tensors.items():
-        if ".nha." in name:
-            own[name].copy_(x)
+    for name, x in slots.items():
+        own[name].copy_(x)
 
 
 def changes_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
