@@ -119,7 +119,7 @@ def clozes_correct(model: Any, tokenizer: Any, coming: Future[list[Cloze]]) -> d
 
 
 class Session:
-    """What was found so far, in one file."""
+    """The results so far, in one file."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.path = options, options.out / RESULT
