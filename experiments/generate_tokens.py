@@ -32,18 +32,18 @@ NEW = 60  # tokens that are compared
 TEXT = "The lighthouse keeper wrote down every ship that passed. On the first day he saw three of them, and "
 
 
-def real_model(path: str) -> dict[str, Any]:
+def real_model(path: str, tiny: bool) -> dict[str, Any]:
     """How far tokens and logits of a small real model agree, and milliseconds of (original, hybrid) until a token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = Path(path)
     hybrid: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    ids = tokenizer(TEXT * 12, return_tensors="pt").input_ids.to(DEVICE)
+    ids = tokenizer(TEXT * (4 if tiny else 12), return_tensors="pt").input_ids.to(DEVICE)
     forget_gguf(hybrid)
     hybrid = hybrid.to(DEVICE, torch.bfloat16).eval()
     found: dict[str, Any] = {"prompt": ids.shape[1]}
-    times = {n: min(first_tokens(hybrid, n)[3:]) for n in (256, 1024, 4096)}
+    times = {n: min(first_tokens(hybrid, n)[3:]) for n in ((100,) if tiny else (256, 1024, 4096))}
     apply_delta(hybrid, DELTA)
     for dtype in (torch.float32, torch.bfloat16):
         found[str(dtype)] = agreement(hybrid.to(DEVICE, dtype).eval().requires_grad_(False), ids)
@@ -119,7 +119,7 @@ def main() -> None:
         write_atomically(chosen.out / "generate.json", json.dumps(found, indent=1) + "\n")
 
     if "real" in chosen.parts and chosen.model:
-        add("real_model", real_model(chosen.model))
+        add("real_model", real_model(chosen.model, chosen.tiny))
     variants = Variants(load_original("llama-3-8b", chosen.tiny), *((8, 6) if chosen.tiny else ()))
     model = variants.get("hybrid-1" if chosen.tiny else "hybrid-4")
     if "tokens" in chosen.parts:
