@@ -3,8 +3,9 @@
 `python3 experiments/generate_tokens.py OUT [GGUF]` writes OUT/generate.json: for the given SmolLM2-135M the number of
 tokens that agree with the family's code from the first on, and how far logits of a prompt are apart; for 8B's
 shape with random weights milliseconds of a token by `generate()` (64 and 256 tokens), seconds until the first tokens of
-the process, milliseconds until the first token of calls one after another (of which the first is called, the second
-recorded, and later ones replayed), and time and peak memory of a prompt of 131,072 tokens in pieces of some sizes.
+the process, milliseconds until the first token of calls one after another (the very first loads kernels and records
+the lengths of prompts, later ones are replayed), and time and peak memory of a prompt of 131,072 tokens in pieces of
+some sizes.
 """
 
 from __future__ import annotations

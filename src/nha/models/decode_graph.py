@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from nha.ops.heads import per_head
 MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
 UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
 ATTRIBUTE = "decode_graph"  # of a cache: the graph of the steps that go on from it
+SPARE_MEMORY = 1 / 8  # of a GPU's memory; where less is free, a recording may need what the allocator keeps
 SINGLE_USE = "single_use"  # of a cache that was handed to `generate`, true where nobody goes on from it later
 
 
@@ -36,12 +38,32 @@ def can_capture(device: torch.device) -> bool:
 def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Callable[[], None]]:
     """Where the output of a call will be, and a function that computes it; recording the call computes nothing.
 
-    Graphs that share a `pool` of memory overwrite each other's outputs.
+    Graphs that share a `pool` of memory overwrite each other's outputs. Without one, memory that the allocator keeps,
+    that of graphs which are gone included, is given back first. To take it again takes longer than a short prompt, so
+    that a recording in a shared pool gives memory back only where little is free.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = run()
+    free, total = torch.cuda.mem_get_info()
+    if pool is None or free < total * SPARE_MEMORY:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = run()
+        return output, graph.replay
+    stream, current = capture_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            output = run()
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
     return output, graph.replay
+
+
+@cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """The stream of a GPU on which calls are recorded; one alone, since cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
 
 
 def graph_of(kwargs: dict[str, Any]) -> DecodeGraph | None:

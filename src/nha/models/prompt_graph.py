@@ -1,8 +1,10 @@
 """Short prompts of `generate` as CUDA graphs: the host takes longer to launch their kernels than the GPU to run them.
 
 A prompt of one sequence is padded on the right to one of a few lengths, so that few graphs serve all prompts. No token
-sees the padding, and states end with the last token (`HybridMask.num_tokens`). The first prompt of a length is called,
-the second is recorded, and later ones are replayed: the same kernels on inputs of the same shapes.
+sees the padding, and states end with the last token (`HybridMask.num_tokens`). The first prompt of a model waits for
+kernels that are loaded or compiled, some seconds. So graphs of all lengths up to `PREPARED` are recorded with it, and
+later prompts are replayed: the same kernels on inputs of the same shapes. The first of a longer length is called, and
+its graph recorded by the second.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import all_windows
 
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
+PREPARED = 4096
 MAX_TOKENS = 16384
 MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
 KNOWN = ("torch", "transformers", "nha")  # libraries whose modules compute the same as long as their parts are
@@ -46,6 +49,18 @@ def padded_length(length: int) -> int:
     """
     step = max(STEP, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
+
+
+def padded_lengths(longest: int) -> list[int]:
+    """All lengths up to `longest` to which prompts are padded.
+
+    >>> padded_lengths(2100)
+    [256, 512, 768, 1024, 1280, 1536, 1792, 2048]
+    """
+    lengths = [STEP]
+    while (following := padded_length(lengths[-1] + 1)) <= longest:
+        lengths.append(following)
+    return lengths
 
 
 @dataclass
@@ -103,15 +118,12 @@ class PromptGraphs:
     def read(self, model: Any, ids: Tensor, name: str) -> tuple[Any, Cache] | None:
         """Output and cache for a prompt [1, T], which the next call overwrites; None where it cannot be padded."""
         length = padded_length(ids.shape[1])
-        first = length not in self.graphs
-        if first:
-            self.graphs[length] = PromptGraph.of(length, ids.device)
-        graph = self.graphs[length]
-        self.graphs.move_to_end(length)
-        while len(self.graphs) > MAX_GRAPHS:
-            self.graphs.popitem(last=False)
-        graph.fill(ids)
         try:
+            if not self.graphs:
+                self.prepare(model, ids.device, name)
+            first = length not in self.graphs
+            graph = self._graph(length, ids.device)
+            graph.fill(ids)
             if first:
                 return graph.run(model, name)
             if graph.replay is None:
@@ -126,10 +138,29 @@ class PromptGraphs:
         graph.replay()
         return graph.output, graph.cache
 
+    def prepare(self, model: Any, device: torch.device, name: str) -> None:
+        """Record the graphs of all lengths up to `PREPARED`, each after a call, which loads its kernels."""
+        for length in padded_lengths(PREPARED):
+            if can_pad(model, length):
+                graph = self._graph(length, device)
+                graph.num_tokens.fill_(length)
+                with torch.inference_mode(False), torch.no_grad():
+                    graph.run(model, name)
+                self._record(graph, model, name)
+
+    def _graph(self, length: int, device: torch.device) -> PromptGraph:
+        """The graph of a length, the most recently used from now on."""
+        graph = self.graphs.pop(length, None) or PromptGraph.of(length, device)
+        self.graphs[length] = graph
+        while len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)
+        return graph
+
     def _record(self, graph: PromptGraph, model: Any, name: str) -> None:
         if self.pool is None and graph.ids.is_cuda:
             self.pool = torch.cuda.graph_pool_handle()
-        (graph.output, graph.cache), graph.replay = decode_graph.capture(lambda: graph.run(model, name), self.pool)
+        with torch.inference_mode(False), torch.no_grad():
+            (graph.output, graph.cache), graph.replay = decode_graph.capture(lambda: graph.run(model, name), self.pool)
 
 
 _graphs: WeakKeyDictionary[nn.Module, PromptGraphs] = WeakKeyDictionary()
