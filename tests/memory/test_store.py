@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,30 @@ def test_branches_share_the_longest_stored_prefix(windows, tmp_path):
         torch.testing.assert_close(logits(model, branch, memory), wanted, atol=1e-4, rtol=1e-4)
     assert set(held) < set(files(store))
     assert store.load(model, ids[:, :16]) is None
+
+
+def test_an_entry_is_written_while_the_next_segment_is_read_and_does_not_change(tmp_path, monkeypatch):
+    model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 40)
+    marks, segments = [32, 33, 34, 35], []  # segments of one token are written into the state itself
+    wanted = logits(model, ids[:, :34], MemoryStore(tmp_path / "a", FEW, 32, 1).read(model, ids[:, :34], marks))
+    read_on, write = threading.Event(), store_module.write_tensors
+
+    def write_late(*args: Any) -> None:
+        assert read_on.wait(30)
+        write(*args)
+
+    def count(*args: Any) -> None:
+        segments.append(1)
+        if len(segments) > 1:
+            read_on.set()
+
+    monkeypatch.setattr(store_module, "write_tensors", write_late)
+    hook = model.register_forward_hook(count)
+    MemoryStore(tmp_path / "b", FEW, 32, 1).read(model, ids, marks)
+    hook.remove()
+    found = MemoryStore(tmp_path / "b", FEW, 32, 1).load(model, ids[:, :34], marks)
+    assert found is not None and found.num_found == 33
+    assert torch.equal(logits(model, ids[:, :34], found), wanted)
 
 
 def test_generation_goes_on_from_a_found_cache(tmp_path):

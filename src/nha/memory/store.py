@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -55,6 +56,15 @@ class Boundary(NamedTuple):
     stop: int
     name: str
     is_mark: bool
+
+
+class Snapshot(NamedTuple):
+    """What is stored of a cache: copies, which later segments do not change, and a function that waits for them."""
+
+    tensors: dict[str, Tensor]
+    growth: dict[str, Tensor]
+    metadata: dict[str, str]
+    wait: Callable[[], None]
 
 
 class Entry(NamedTuple):
@@ -125,18 +135,22 @@ class MemoryStore:
         boundaries = self._boundaries(model, ids, marks)
         cache, chain = self._load(model, boundaries) or Entry(DynamicCache(config=model.config), [])
         found = done = chain[-1].stop if chain else 0
-        ids, storing = ids.to(model.device), True
-        for place in boundaries:
-            if place.stop <= found:
-                continue
-            with torch.no_grad():
-                options: dict[str, Any] = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
-                model(ids[:, done : place.stop], **options)
-            done = place.stop
-            wanted = place is boundaries[-1] or place.is_mark or done % (self.block_size * self.blocks_per_entry) == 0
-            if storing and wanted:
-                chain = [*chain, place]
-                storing = self._save(model, cache, chain)
+        ids, stored = ids.to(model.device), None
+        with ThreadPoolExecutor(1) as writer:  # which stores an entry while the next segments are read
+            for place in boundaries:
+                if place.stop <= found:
+                    continue
+                with torch.no_grad():
+                    options: dict[str, Any] = {cache_keyword(model): cache, "use_cache": True, "logits_to_keep": 1}
+                    model(ids[:, done : place.stop], **options)
+                done = place.stop
+                entry = self.block_size * self.blocks_per_entry
+                wanted = place is boundaries[-1] or place.is_mark or done % entry == 0
+                if wanted and (stored is None or stored.result()):
+                    chain = [*chain, place]
+                    stored = writer.submit(self._save, snapshot(cache, model, chain), chain)
+            if stored is not None:
+                stored.result()
         return Memory(cache, done, found)
 
     def clear(self) -> None:
@@ -173,18 +187,14 @@ class MemoryStore:
             for start, place in zip(starts, chain, strict=False)
         ]
 
-    def _save(self, model: PreTrainedModel, cache: Cache, chain: list[Boundary]) -> bool:
+    def _save(self, entry: Snapshot, chain: list[Boundary]) -> bool:
         """Store the cache at the end of a chain; False, and nothing is left behind, where that cannot be done."""
-        stop, start = chain[-1].stop, chain[-2].stop if len(chain) > 1 else 0
-        tensors, metadata = cache_contents(cache, model)
-        grows = [n for n, x in tensors.items() if n.endswith((".keys", ".values")) and x.shape[2] == stop]
-        growth = {n: tensors.pop(n)[:, :, start:] for n in grows}
-        metadata |= {"kind": FORMAT, "grows": json.dumps(grows), "chain": json.dumps([place.stop for place in chain])}
+        entry.wait()
         path = self._state_file(chain[-1])
         try:
-            if growth:
-                write_tensors(self._growth_files(chain)[-1], growth, {"kind": FORMAT})
-            write_tensors(path, tensors, metadata)
+            if entry.growth:
+                write_tensors(self._growth_files(chain)[-1], entry.growth, {"kind": FORMAT})
+            write_tensors(path, entry.tensors, entry.metadata)
             self._touch(chain)
             self._shrink(self.max_bytes)
         except OSError as error:
@@ -287,6 +297,26 @@ class MemoryStore:
                     total -= size
         except Timeout:
             logger.warning("entries in %s are not removed: another process holds its lock", self.path)
+
+
+def snapshot(cache: Cache, model: PreTrainedModel, chain: list[Boundary]) -> Snapshot:
+    """What an entry at the end of a chain holds: layers that grow give what they got since the entry before."""
+    stop, start = chain[-1].stop, chain[-2].stop if len(chain) > 1 else 0
+    tensors, metadata = cache_contents(cache, model)
+    grows = [n for n, x in tensors.items() if n.endswith((".keys", ".values")) and x.shape[2] == stop]
+    growth = {name: tensors.pop(name)[:, :, start:].clone() for name in grows}
+    metadata |= {"kind": FORMAT, "grows": json.dumps(grows), "chain": json.dumps([place.stop for place in chain])}
+    copies = {name: x.clone() for name, x in tensors.items()}
+    return Snapshot(copies, growth, metadata, wait_for(model.device))
+
+
+def wait_for(device: torch.device) -> Callable[[], None]:
+    """A function, for any thread, that waits until a device has done what this thread has asked for so far."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def described_chain(state: TensorFile, boundaries: list[Boundary]) -> tuple[list[str], list[Boundary]]:
