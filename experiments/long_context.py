@@ -4,7 +4,9 @@
 
 The original in FILE.gguf (default: the embedded model) and its hybrid of the small file --delta (default: the shipped
 one) read the same prompts, one after another. --data has heldout.jsonl. A cloze of length n has its source between
-0.4 n and 0.8 n tokens back, a needle is right if nothing but its number is written, "contained" is RULER's rule.
+0.4 n and 0.8 n tokens back, a near cloze at most 256 tokens back after other prose; a needle is right if nothing but
+its number is written, "contained" is RULER's rule. --models adds the original with full attention on this library's
+kernels ("kernels", time and memory alone) and with positions stretched by YaRN to the longest prompt ("yarn", untrained).
 Seconds are medians over --rounds prompts of random tokens. Every part is written to OUT/long_context.json as soon as it
 is known, and a part that is there is not measured again; none begins after --budget-s. --report OUT writes the table
 and the picture of what is there.
@@ -19,15 +21,18 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.shapes import synchronize
+from nha.bench.shapes import Variants
 from nha.data.cloze import Cloze, make_clozes
 from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicData, PublicSettings, counted, measure_public
 from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
@@ -39,20 +44,34 @@ from nha.models.smollm2 import DELTA, forget_gguf, gguf_path
 from nha.report.results import to_json
 
 RESULT = "long_context.json"
-MODELS = ("hybrid", "original")
+MODELS = ("hybrid", "original", "kernels", "yarn")
+NEAR = (72, 256)  # tokens from the source of a near cloze
 NEW = 32  # tokens written after each timed prompt
 Found = dict[str, dict[str, dict[str, Any]]]  # by model, part and length
 
 
-def load(path: Path, delta: Path | None) -> Any:
-    """The original of a .gguf file or a directory, or its hybrid; bfloat16 on a GPU, else float32."""
+def load(path: Path, name: str, delta: Path, longest: int) -> Any:
+    """A model of `MODELS`, from the original in a .gguf file or a directory; bfloat16 on a GPU, else float32."""
     where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     model: Any = AutoModelForCausalLM.from_pretrained(where, **options)
     forget_gguf(model)
-    if delta is not None:
+    if name == "hybrid":
         apply_delta(model, delta)
+    elif name == "yarn":
+        stretch(model, longest)
     cuda = torch.cuda.is_available()
-    return model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32).eval()
+    model = model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32).eval()
+    return Variants(model).get("original-kernels") if name == "kernels" else model
+
+
+def stretch(model: Any, length: int) -> None:
+    """Stretch the positions of a Llama by YaRN, in place, to prompts of this length."""
+    config = model.config
+    context = config.max_position_embeddings
+    given = {"rope_type": "yarn", "factor": max(1.0, length / context), "original_max_position_embeddings": context}
+    config.rope_parameters = dict(config.rope_parameters) | given
+    config.max_position_embeddings = max(length, context)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(model.device)
 
 
 @torch.no_grad()
@@ -109,13 +128,34 @@ def public_part(model: Any, tokenizer: Any, data: PublicData) -> dict[str, Any]:
     return found
 
 
-def clozes_correct(model: Any, tokenizer: Any, coming: Future[list[Cloze]]) -> dict[str, Any]:
-    """The accuracy of written clozes."""
+def clozes_correct(model: Any, tokenizer: Any, coming: Future[list[Cloze]], text: Filler | None) -> dict[str, Any]:
+    """The accuracy of written clozes, which stand after other prose where a text is given."""
     clozes = coming.result()
     new = 2 + max(len(tokenizer(" " + cloze.answer).input_ids) for cloze in clozes)
-    texts = write(model, tokenizer, [tokenizer(cloze.prompt, verbose=False).input_ids for cloze in clozes], new)
+    prompts = [tokenizer(cloze.prompt, verbose=False).input_ids for cloze in clozes]
+    if text is not None:
+        prompts = [text.before(number, prompt) for number, prompt in enumerate(prompts)]
+    texts = write(model, tokenizer, prompts, new)
     right = [int(begins_with(text, cloze.answer)) for text, cloze in zip(texts, clozes, strict=True)]
     return counted(right) | {"mean distance": round(statistics.mean(cloze.distance for cloze in clozes))}
+
+
+@dataclass(frozen=True)
+class Filler:
+    """Prose of held-out ids [N] that makes prompts as long as `length`."""
+
+    ids: np.ndarray
+    length: int
+
+    def before(self, number: int, prompt: list[int]) -> list[int]:
+        """Prompt `number` after other prose, a function of number and length.
+
+        >>> len(Filler(np.arange(50), 20).before(0, [7, 7, 7]))
+        20
+        """
+        room = min(max(0, self.length - len(prompt)), len(self.ids))
+        at = int(np.random.default_rng([self.length, number]).integers(0, len(self.ids) - room + 1))
+        return [*self.ids[at : at + room].tolist(), *prompt]
 
 
 class Session:
@@ -150,18 +190,24 @@ class Session:
         where, named = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
         tokenizer = AutoTokenizer.from_pretrained(where, **named)
         documents = read_documents(find_set(options.data, HELD_OUT))
-        models = {name: load(path, options.delta if name == "hybrid" else None) for name in MODELS}
+        models = {name: load(path, name, options.delta, max(lengths)) for name in options.models}
+        ids = np.concatenate([tokenizer(x, verbose=False).input_ids for x in documents])
         with ThreadPoolExecutor(1) as pool:  # seconds for each cloze, beside what the GPU measures
+            near = pool.submit(make_clozes, tokenizer, documents, options.clozes, NEAR)
             coming = {n: pool.submit(make_clozes, tokenizer, documents, options.clozes, reach(n)) for n in lengths}
             each = [(n, name, model) for n in lengths for name, model in models.items()]
             for n, name, model in each:
-                self.add(name, "cost", n, partial(cost, model, n, options.rounds))
+                if name != "yarn":
+                    self.add(name, "cost", n, partial(cost, model, n, options.rounds))
+            each = [one for one in each if one[1] != "kernels"]
             for part in (NEEDLE, PERPLEXITY):
                 for n, name, model in each:
                     data = PublicData(settings_of(options, part, n), {}, documents, {})
                     self.add(name, part, n, partial(public_part, model, tokenizer, data))
             for n, name, model in each:
-                self.add(name, "cloze", n, partial(clozes_correct, model, tokenizer, coming[n]))
+                self.add(name, "cloze", n, partial(clozes_correct, model, tokenizer, coming[n], None))
+                text = Filler(ids, n)
+                self.add(name, "near cloze", n, partial(clozes_correct, model, tokenizer, near, text))
             for one in coming.values():
                 one.cancel()
 
@@ -180,19 +226,33 @@ def table(found: Found) -> str:
     """A Markdown table, a row for each length and model."""
     columns = {"cache, MB": "cost", "peak beyond the weights, MiB": "cost", "first token, s": "cost"}
     columns |= {"token, ms": "cost"}
-    head = ["tokens", "model", "needle, %", "cloze, %", "perplexity", "of the last tokens", *columns]
+    head = [
+        "tokens",
+        "model",
+        "needle, %",
+        "contained, %",
+        "cloze, %",
+        "near cloze, %",
+        "perplexity",
+        "of the last tokens",
+        *columns,
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lengths = sorted({int(n) for parts in found.values() for part in parts.values() for n in part})
     for n in lengths:
         for name in MODELS:
             parts = {part: values.get(str(n)) for part, values in found.get(name, {}).items()}
+            if not any(parts.values()):
+                continue
             text = parts.get(PERPLEXITY) or {}
             last = f"{text['by_position'][-1]:,.1f}" if text.get("by_position") else ""
             cells = [
                 f"{n:,}",
                 name,
                 cell(parts.get(NEEDLE)),
+                cell((parts.get(NEEDLE) or {}).get("contained")),
                 cell(parts.get("cloze")),
+                cell(parts.get("near cloze")),
                 cell(text, "ppl") if text else "",
             ]
             cells += [last, *(cell(parts.get(part), column) for column, part in columns.items())]
@@ -255,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[8192, 32768, 65536, 131072]
     )
+    parser.add_argument("--models", type=lambda s: s.split(","), default=["hybrid", "original"])
     parser.add_argument("--needles", type=int, default=5, help="of each length and depth (5 depths)")
     parser.add_argument("--clozes", type=int, default=24, help="of each length")
     parser.add_argument("--documents", type=int, default=8, help="for perplexity, of each length")
@@ -267,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.data is None or options.out is None:
         parser.error("expected --data and --out")
+    if not set(options.models) <= set(MODELS):
+        parser.error(f"expected models out of {', '.join(MODELS)}, got {', '.join(options.models)}")
     Session(options).measure()
     return 0
 

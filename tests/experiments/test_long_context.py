@@ -23,11 +23,14 @@ def test_every_part_of_both_models_is_kept_and_shown(tmp_path, capsys):
     given = ["--data", tmp_path, "--out", tmp_path / "out", "--model", tmp_path / "tiny"]
     given += ["--delta", tmp_path / "tiny.delta", "--lengths", "512", "--rounds", "1"]
     given = [*map(str, given), "--needles", "1", "--clozes", "2", "--documents", "1"]
+    given += ["--models", "hybrid,original,kernels,yarn"]
     assert long_context.main([*given, "--budget-s", "-1"]) == 0  # no time for any part
     assert not (tmp_path / "out" / "long_context.json").exists()
     assert long_context.main(given) == 0
     found = json.loads((tmp_path / "out" / "long_context.json").read_text())["models"]
-    for parts in found.values():
+    assert list(found.pop("kernels")) == ["cost"]
+    for name, parts in found.items():
+        assert ("cost" in parts) == (name != "yarn") and parts["near cloze"]["512"]["mean distance"] <= 256
         assert parts["needle"]["512"]["count"] == 5 and parts["cloze"]["512"]["count"] == 2
         assert parts["perplexity"]["512"]["ppl"] > 1 and 204 <= parts["cloze"]["512"]["mean distance"] <= 409
     sizes = [found[name]["cost"]["512"]["cache, MB"] for name in ("hybrid", "original")]
@@ -35,5 +38,5 @@ def test_every_part_of_both_models_is_kept_and_shown(tmp_path, capsys):
     capsys.readouterr()
     assert long_context.main(given) == 0 and capsys.readouterr().out == ""  # all of it is there
     text = long_context.write_report(tmp_path / "out")
-    assert text.count("| 512 |") == 2 and "out of memory" not in text
+    assert text.count("| 512 |") == 4 and "out of memory" not in text
     assert (tmp_path / "out" / "long_context.png").read_bytes()[:4] == b"\x89PNG"
