@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.quality_targets import targets_table
 from nha.evaluate.bootstrap import LEVEL, RESAMPLES
 from nha.evaluate.public.run import KNOWLEDGE, relative
 from nha.io import write_atomically
@@ -332,7 +333,7 @@ def _png(figure: Any) -> bytes:
 
 
 def write_report(folder: Path) -> str:
-    """Write summary.json, logs.jsonl, table.md and, with matplotlib, pictures. Returns the table."""
+    """Write summary.json, logs.jsonl, table.md, targets.md and, with matplotlib, pictures. Returns the table."""
     runs = read_runs(folder)
     write_atomically(folder / "summary.json", to_json(summary_rows(runs)))
     if not runs:
@@ -342,6 +343,9 @@ def write_report(folder: Path) -> str:
     write_atomically(folder / "logs.jsonl", "\n".join(logs) + "\n")
     text = table(runs)
     write_atomically(folder / "table.md", text)
+    paired = [(run, shares(run, find_control(run, runs))) for run in runs if run["row"]["arm"] != "control"]
+    judged = [(run["row"], name_of(run["row"]), found) for run, found in paired if found]
+    write_atomically(folder / "targets.md", targets_table(judged, SHOWN))
     if find_spec("matplotlib") is not None:
         from nha.report.public import public_png
 
