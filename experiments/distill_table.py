@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.distill import TEACHER
 from nha.io import write_atomically
-from nha.report.curves import line_styles, recall_png
-from nha.report.plots import LIGHT, tokens
+from nha.report.curves import recall_png
+from nha.report.drawing import LIGHT, line_styles
+from nha.report.sentences import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

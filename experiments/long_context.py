@@ -264,8 +264,7 @@ def picture(found: Found) -> bytes:
     """Recall, and the memory of a sequence, by length; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    from nha.report.curves import line_styles
-    from nha.report.plots import LIGHT
+    from nha.report.drawing import LIGHT, line_styles
 
     figure = Figure(figsize=(4.9, 6.4), layout="constrained", facecolor=LIGHT.background)
     recall, memory = figure.subplots(2, 1, sharex=True)

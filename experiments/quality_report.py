@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -229,13 +228,12 @@ def shares_png(runs: Sequence[Run]) -> bytes:
     """Shares of the control's quality, a point for every run and number; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    from nha.report.curves import line_styles
-    from nha.report.plots import LIGHT
+    from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
 
     drawn = [(run, shares(run, find_control(run, runs))) for run in runs if run["row"]["arm"] != "control"]
     drawn = [(run, found) for run, found in drawn if found]
     names = [name for name in SHOWN if any(found.get(name) and found[name]["ratio"] for _, found in drawn)]
-    figure = Figure(figsize=(4.9, 0.5 * len(names) + 1.5), layout="constrained", facecolor=LIGHT.background)
+    figure = Figure(figsize=(4.9, 0.5 * len(names) + 1.5), dpi=DPI, layout="constrained", facecolor=LIGHT.background)
     axes = figure.add_subplot()
     styles = line_styles([name_of(run["row"]) for run, _ in drawn])
     for index, ((_, found), (label, (colour, _))) in enumerate(zip(drawn, styles.items(), strict=True)):
@@ -245,7 +243,7 @@ def shares_png(runs: Sequence[Run]) -> bytes:
             if ratio:
                 places.append(at + 0.12 * (index - (len(drawn) - 1) / 2))
                 values.append(100 / ratio if name in LOWER else 100 * ratio)
-        axes.plot(values, places, "osD^vPX"[index % 7], color=colour, label=label, markersize=5)
+        axes.plot(values, places, MARKERS[index % len(MARKERS)], color=colour, label=label, markersize=5)
     axes.axvline(100, color=LIGHT.line, linewidth=1)
     axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
     axes.invert_yaxis()
@@ -253,30 +251,29 @@ def shares_png(runs: Sequence[Run]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color=LIGHT.line, linewidth=0.8)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
-    return _png(figure)
+    return to_png(figure)
 
 
 def distances_png(runs: Sequence[Run]) -> bytes:
     """Verbatim clozes and needles by distance, a line for every run; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    from nha.report.curves import line_styles
-    from nha.report.plots import LIGHT
+    from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
 
-    figure = Figure(figsize=(4.9, 6.4), layout="constrained", facecolor=LIGHT.background)
+    figure = Figure(figsize=(4.9, 6.4), dpi=DPI, layout="constrained", facecolor=LIGHT.background)
     clozes, needles = figure.subplots(2, 1)
-    for run, (label, (colour, dash)) in zip(runs, line_styles([name_of(r["row"]) for r in runs]).items(), strict=True):
+    styles = line_styles([name_of(run["row"]) for run in runs])
+    for index, (run, (label, (colour, dash))) in enumerate(zip(runs, styles.items(), strict=True)):
+        line = {"color": colour, "linestyle": dash, "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
         places, values = [], []
         for part in distances(run):
             for edges, (accuracy, _) in part.items():
                 low, high = (float(edge.replace(",", "")) for edge in edges.split(" to "))
                 places.append((low * high) ** 0.5)
                 values.append(100 * accuracy)
-        clozes.plot(places, values, color=colour, linestyle=dash, marker="o", markersize=4, label=label)
+        clozes.plot(places, values, label=label, **line)
         found = {int(n): value for n, value in (run["row"]["needle"] or {}).items()}
-        needles.plot(
-            sorted(found), [100 * found[n][0] for n in sorted(found)], color=colour, linestyle=dash, marker="o"
-        )
+        needles.plot(sorted(found), [100 * found[n][0] for n in sorted(found)], **line)
     for axes, title in ((clozes, "Clozes of books, written, %"), (needles, "Needles, written, %")):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xscale("log", base=2)
@@ -287,19 +284,20 @@ def distances_png(runs: Sequence[Run]) -> bytes:
         axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
     needles.set_xlabel("tokens from source to answer; of the prompt, for needles")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
-    return _png(figure)
+    return to_png(figure)
 
 
 def learning_png(runs: Sequence[Run]) -> bytes:
     """KL divergence of text and answers to recall text by tokens read, means over 9 entries of each hybrid's log."""
     from matplotlib.figure import Figure
 
-    from nha.report.curves import line_styles
-    from nha.report.plots import LIGHT
+    from nha.report.drawing import DASHES, LIGHT, line_styles, to_png
 
-    figure = Figure(figsize=(4.9, 5.6), layout="constrained", facecolor=LIGHT.background)
+    figure = Figure(figsize=(4.9, 5.6), dpi=DPI, layout="constrained", facecolor=LIGHT.background)
     panels = figure.subplots(2, 1, sharex=True)
-    for run, (label, (colour, dash)) in zip(runs, line_styles([name_of(r["row"]) for r in runs]).items(), strict=True):
+    styles = line_styles([name_of(run["row"]) for run in runs])
+    for index, (run, (label, (colour, _))) in enumerate(zip(runs, styles.items(), strict=True)):
+        dash = DASHES[index % len(DASHES)]
         x = [entry["tokens"] / 1e6 for entry in run["log"]]
         for axes, name, factor in zip(panels, ("kl", "answer_accuracy"), (1.0, 100.0), strict=True):
             values = smooth([factor * entry[name] for entry in run["log"]])
@@ -313,7 +311,7 @@ def learning_png(runs: Sequence[Run]) -> bytes:
         axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
     panels[1].set_xlabel("million tokens, the teacher's among them")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
-    return _png(figure)
+    return to_png(figure)
 
 
 def smooth(values: Sequence[float], width: int = 9) -> list[float]:
@@ -324,12 +322,6 @@ def smooth(values: Sequence[float], width: int = 9) -> list[float]:
     """
     half = width // 2
     return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def _png(figure: Any) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
-    return buffer.getvalue()
 
 
 def write_report(folder: Path) -> str:

@@ -7,13 +7,13 @@ from itertools import combinations, pairwise
 import pytest
 from matplotlib.colors import to_rgb
 
-from nha.report import plots
+from nha.report import drawing, plots
 from tests.report.fixtures import distilled_results
 
 
 @pytest.mark.parametrize("values", [[5.0, 5.0], [5.0] * 4, [9.8, 9.9, 8.6], [0.1, 0.0, 1.2], [1.0, 5.0, 9.0]])
 def test_labels_never_overlap(values):
-    placed = sorted(plots.spread(values, 1.0, 0.0, 10.0))
+    placed = sorted(drawing.spread(values, 1.0, 0.0, 10.0))
     assert all(b - a >= 0.999 for a, b in pairwise(placed))
     assert min(placed) >= 0 and max(placed) <= 10
 
@@ -21,7 +21,7 @@ def test_labels_never_overlap(values):
 @pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", list(plots.FIGURES))
 def test_no_text_is_cut_off_and_none_covers_another(name, size):
-    figure = plots.FIGURES[name](distilled_results(), plots.LIGHT, size)
+    figure = plots.FIGURES[name](distilled_results(), drawing.LIGHT, size)
     figure.canvas.draw()
     width, height = figure.canvas.get_width_height(physical=True)
     axes = figure.axes[0]
@@ -38,7 +38,7 @@ def test_no_text_is_cut_off_and_none_covers_another(name, size):
 @pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", ["perplexity", "cache", "speed", "recall"])
 def test_no_text_covers_a_point(name, size):
-    figure = plots.FIGURES[name](distilled_results(), plots.LIGHT, size)
+    figure = plots.FIGURES[name](distilled_results(), drawing.LIGHT, size)
     figure.canvas.draw()
     axes = figure.axes[0]
     points = [axes.transData.transform(xy) for line in axes.lines for xy in line.get_xydata()]
@@ -53,7 +53,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("theme", [drawing.LIGHT, drawing.DARK], ids=["light", "dark"])
 def test_colours_differ_in_grey_and_from_the_background(theme):
     # L* of CIELAB: about 2 is a just noticeable difference of adjacent areas; lines are further apart.
     grey = sorted(116 * luminance(colour) ** (1 / 3) - 16 for colour, _ in theme.variants.values())

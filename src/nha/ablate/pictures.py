@@ -11,8 +11,20 @@ import numpy as np
 
 from nha.ablate.run import WINDOW
 from nha.models.config import FULL
-from nha.report.curves import MARKERS, WIDTH, _legend_above, _place, _png, line_styles
-from nha.report.plots import LIGHT, _context_axis, _figure, _plain_log_ticks, _style, _title
+from nha.report.drawing import (
+    LIGHT,
+    MARKERS,
+    WIDTH,
+    add_title,
+    context_axis,
+    legend_above,
+    line_styles,
+    new_figure,
+    place_axes,
+    plain_log_ticks,
+    style_axes,
+    to_png,
+)
 
 Data = dict[str, Any]
 MAX_PANELS = 6
@@ -62,7 +74,7 @@ def windows_png(points: Sequence[WindowPoint]) -> bytes:
     windows += [FULL] * any(p.window < 0 for p in points)
     named, head = _legend_room(names)
     height = PANEL + 0.55
-    figure, first = _figure(LIGHT, (WIDTH, head + 3 * height + 0.1))
+    figure, first = new_figure(LIGHT, (WIDTH, head + 3 * height + 0.1))
     styles = line_styles(names)
     panels = (
         ("perplexity (logarithmic)", lambda p: p.perplexity, "log"),
@@ -84,17 +96,17 @@ def windows_png(points: Sequence[WindowPoint]) -> bytes:
         axes.set_yscale(scale)
         axes.set_xlim(-0.4, len(windows) - 0.6)
         if scale == "log":
-            _plain_log_ticks(axes.yaxis, *axes.get_ylim())
+            plain_log_ticks(axes.yaxis, *axes.get_ylim())
         else:
             axes.set_ylim(0, 100)
-        _style(figure, axes, LIGHT, right=0.2)
-        _place(figure, axes, 0.62, 0.56 + (2 - number) * height, WIDTH - 0.82, PANEL)
+        style_axes(figure, axes, LIGHT, right=0.2)
+        place_axes(figure, axes, 0.62, 0.56 + (2 - number) * height, WIDTH - 0.82, PANEL)
         axes.set_xticks(range(len(windows)), ["full" if window == FULL else f"{window}" for window in windows])
         axes.set_title(title, loc="left", fontsize=9, color=LIGHT.ink, pad=6)
     axes.set_xlabel("window at run time, tokens")
-    _title(first, LIGHT, "One trained model a line, its windows changed at run time")
-    _legend_above(figure, named)
-    return _png(figure)
+    add_title(first, LIGHT, "One trained model a line, its windows changed at run time")
+    legend_above(figure, named)
+    return to_png(figure)
 
 
 def accuracy_png(rows: Sequence[Data]) -> bytes:
@@ -107,7 +119,7 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
     lines = math.ceil(len(sizes) / columns)
     named, head = _legend_room(arms)
     width = (WIDTH - 0.4) / columns - GAP[0]
-    figure, first = _figure(LIGHT, (WIDTH, head - 0.25 + lines * (PANEL + GAP[1])))
+    figure, first = new_figure(LIGHT, (WIDTH, head - 0.25 + lines * (PANEL + GAP[1])))
     styles = line_styles(arms)
     for number, size in enumerate(sizes):
         axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -136,15 +148,15 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
         axes.set_xlim(min(memory) / 1.5, max(memory) * 1.5)
         _doubling_ticks(axes.xaxis, *axes.get_xlim())
         axes.set_ylim(0, 100)
-        _style(figure, axes, LIGHT, right=0.2)
+        style_axes(figure, axes, LIGHT, right=0.2)
         bottom = 0.5 + (lines - 1 - row_number) * (PANEL + GAP[1])
-        _place(figure, axes, 0.55 + column * (width + GAP[0]), bottom, width, PANEL)
+        place_axes(figure, axes, 0.55 + column * (width + GAP[0]), bottom, width, PANEL)
         axes.set_title(size, loc="left", fontsize=9, color=LIGHT.ink, pad=6)
     label = {"ha": "center", "va": "bottom", "color": LIGHT.muted, "fontsize": 9}
     figure.text(0.5, 0.012, "state of one sequence, KiB (logarithmic)", **label)
-    _title(first, LIGHT, "Answers that are right (%), by tokens / pairs of an example")
-    _legend_above(figure, named)
-    return _png(figure)
+    add_title(first, LIGHT, "Answers that are right (%), by tokens / pairs of an example")
+    legend_above(figure, named)
+    return to_png(figure)
 
 
 def _doubling_ticks(axis: Any, low: float, high: float) -> None:
@@ -163,7 +175,7 @@ def position_png(rows: Sequence[Data]) -> bytes:
     longest = max(int(s["size"]) for row in rows for s in row["sizes"] if s["task"] == "perplexity")
     named, head = _legend_room(arms)
     size = (WIDTH, 2.65 + head)
-    figure, axes = _figure(LIGHT, size)
+    figure, axes = new_figure(LIGHT, size)
     styles = line_styles(arms)
     edges: list[int] = []
     for index, arm in enumerate(arms):
@@ -185,11 +197,11 @@ def position_png(rows: Sequence[Data]) -> bytes:
             middles, values, color=colour, linestyle=dash, marker=marker, markersize=4.5, linewidth=1.8, label=arm
         )
     axes.set_yscale("log")
-    _context_axis(axes, [edge for edge in edges if edge], "position in the document, tokens", most=6)
+    context_axis(axes, [edge for edge in edges if edge], "position in the document, tokens", most=6)
     low, high = axes.get_ylim()
-    _plain_log_ticks(axes.yaxis, low, high)
-    _style(figure, axes, LIGHT, right=0.25)
-    _place(figure, axes, 0.62, 0.56, size[0] - 0.87, size[1] - head - 0.31)
-    _title(axes, LIGHT, f"Perplexity by position, documents of {longest:,} tokens (logarithmic)")
-    _legend_above(figure, named)
-    return _png(figure)
+    plain_log_ticks(axes.yaxis, low, high)
+    style_axes(figure, axes, LIGHT, right=0.25)
+    place_axes(figure, axes, 0.62, 0.56, size[0] - 0.87, size[1] - head - 0.31)
+    add_title(axes, LIGHT, f"Perplexity by position, documents of {longest:,} tokens (logarithmic)")
+    legend_above(figure, named)
+    return to_png(figure)

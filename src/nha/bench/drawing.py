@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from nha.report.plots import LIGHT, spread, tokens
+from nha.report.drawing import LIGHT, spread
+from nha.report.sentences import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

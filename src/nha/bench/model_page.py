@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +27,8 @@ from nha.bench.drawing import (
 )
 from nha.bench.shapes import ORIGINALS
 from nha.io import write_atomically
-from nha.report.plots import LIGHT, tokens
+from nha.report.drawing import LIGHT, to_png
+from nha.report.sentences import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -326,9 +326,7 @@ def write(rows: list[Row], name: str, stem: Path) -> list[Path]:
     except ImportError:  # matplotlib is an extra
         figure = None
     if figure is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        png = buffer.getvalue()
+        png = to_png(figure)
         paths.append(stem.with_name(stem.name + ".png"))
         write_atomically(paths[-1], png)
     for end, text in ((".html", page(rows, name, png)), (".md", markdown(rows))):

@@ -34,8 +34,9 @@ from nha.bench.drawing import (
 )
 from nha.bench.roofline import roofline_fraction
 from nha.bench.timing import read_table
-from nha.io import atomic_write
-from nha.report.plots import LIGHT, tokens
+from nha.io import write_atomically
+from nha.report.drawing import LIGHT, to_png
+from nha.report.sentences import tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -311,6 +312,5 @@ def draw(results: Path, out: Path, log: Callable[[str], None] = print) -> None:
         if figure is None:
             log(f"{name}: not enough rows")
             continue
-        with atomic_write(out / name) as work:
-            figure.savefig(work, format="png")
+        write_atomically(out / name, to_png(figure))
         log(str(out / name))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nha.report import plots, sentences
+from nha.report import drawing, plots, sentences
 from nha.report.results import VARIANTS, Check, Results, to_json
 from nha.report.sentences import megabytes, number, times, tokens
 
@@ -29,10 +29,10 @@ CAPTIONS = {
     "recall": "Greedy answers from a memory of one size. Of two numbers a digit is 8 % of a point.",
 }
 RENDERINGS = {
-    "wide_light": (plots.LIGHT, plots.WIDE),
-    "wide_dark": (plots.DARK, plots.WIDE),
-    "narrow_light": (plots.LIGHT, plots.NARROW),
-    "narrow_dark": (plots.DARK, plots.NARROW),
+    "wide_light": (drawing.LIGHT, plots.WIDE),
+    "wide_dark": (drawing.DARK, plots.WIDE),
+    "narrow_light": (drawing.LIGHT, plots.NARROW),
+    "narrow_dark": (drawing.DARK, plots.NARROW),
 }
 
 

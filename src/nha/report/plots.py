@@ -2,193 +2,37 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nha.report.drawing import (
+    LIGHT,
+    Theme,
+    add_title,
+    context_axis,
+    end_labels,
+    new_figure,
+    plain_log_ticks,
+    style_axes,
+    to_png,
+)
 from nha.report.results import VARIANTS, Results
-from nha.report.sentences import megabytes, tokens
+from nha.report.sentences import megabytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDE, NARROW = (7.7, 3.85), (4.0, 4.2)  # inches
-DPI = 200  # twice an ordinary screen's
 GUESSING = 100 * sum(0.1**n for n in range(1, 7)) / 6  # per cent of six digits, right from the first on
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one figure; `variants` maps a variant's name to (colour, dash)."""
-
-    background: str
-    ink: str
-    muted: str
-    line: str
-    fill: str
-    hybrid: str
-    hybrid_soft: str
-    variants: dict[str, tuple[str, Any]]
-
-
-LIGHT = Theme(
-    background="#ffffff",
-    ink="#1f2328",
-    muted="#5f6871",
-    line="#d9dde2",
-    fill="#f1f3f5",
-    hybrid="#0065a3",
-    hybrid_soft="#cfe3f1",
-    variants={
-        "teacher": ("#1f2328", "-"),
-        "hybrid": ("#0065a3", "-"),
-        "all_hybrid": ("#cb5500", (0, (5, 2))),
-        "slots_off": ("#b881b3", (0, (1.2, 1.6))),
-        "longer_window": ("#004a36", (0, (3, 1.5, 1, 1.5))),
-    },
-)
-DARK = Theme(
-    background="#15181d",
-    ink="#e7e9ec",
-    muted="#9aa4af",
-    line="#343a42",
-    fill="#20252c",
-    hybrid="#56b4e9",
-    hybrid_soft="#1f4258",
-    variants={
-        "teacher": ("#eef0f3", "-"),
-        "hybrid": ("#56b4e9", "-"),
-        "all_hybrid": ("#cf7a22", (0, (5, 2))),
-        "slots_off": ("#9a629c", (0, (1.2, 1.6))),
-        "longer_window": ("#7fdcb8", (0, (3, 1.5, 1, 1.5))),
-    },
-)
-
-
-def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Label positions at least `gap` apart, each as near to its value as the order allows, within [low, high].
-
-    >>> spread([1.0, 1.1, 5.0], 0.5, 0.0, 10.0)
-    [0.8, 1.3, 5.0]
-    """
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    groups: list[list[float]] = []  # [centre, count] of labels pushed together
-    for i in order:
-        groups.append([values[i], 1])
-        while len(groups) > 1:
-            (c1, n1), (c2, n2) = groups[-2], groups[-1]
-            if c2 - c1 >= gap * (n1 + n2) / 2 - 1e-12:
-                break
-            groups[-2:] = [[(c1 * n1 + c2 * n2) / (n1 + n2), n1 + n2]]
-    placed: list[float] = []
-    for centre, count in groups:
-        half = gap * (count - 1) / 2
-        centre = max(min(centre, high - half), low + half)
-        placed += [centre - half + gap * j for j in range(int(count))]
-    for i in range(len(placed) - 2, -1, -1):  # a group held back at the top may have reached the one below
-        placed[i] = min(placed[i], placed[i + 1] - gap)
-    result = [0.0] * len(values)
-    for i, y in zip(order, placed, strict=True):
-        result[i] = round(y, 9)
-    return result
-
-
-def _figure(theme: Theme, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.background)
-    FigureCanvasAgg(figure)
-    return figure, figure.add_axes((0.0, 0.0, 1.0, 1.0))
-
-
-def _style(figure: Figure, axes: Axes, theme: Theme, right: float) -> None:
-    """Margins in inches, so that labels keep their room at any width."""
-    width, height = figure.get_size_inches()
-    left, top, bottom = 0.62, 0.46, 0.56
-    axes.set_position((left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height))
-    axes.set_facecolor(theme.background)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(theme.line)
-    axes.grid(axis="y", color=theme.line, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, labelsize=9, colors=theme.muted, pad=5)
-    axes.tick_params(axis="x", which="major", length=3, color=theme.line)
-    axes.xaxis.label.set(color=theme.muted, fontsize=9)
-
-
-def _title(axes: Axes, theme: Theme, text: str) -> None:
-    """The y axis' quantity, written out above it instead of turned sideways."""
-    figure = axes.figure
-    height = float(figure.get_size_inches()[1])  # type: ignore[union-attr]
-    figure.text(0.012, 1 - 0.13 / height, text, ha="left", va="top", color=theme.muted, fontsize=9)
-
-
-def _end_labels(axes: Axes, theme: Theme, entries: list[tuple[float, float, str, str]]) -> None:
-    """Labels right of the last points: (x, y, text, colour), moved apart where they would overlap."""
-    figure = axes.figure
-    figure.canvas.draw()
-    dots = [axes.transData.transform((x, y)) for x, y, _, _ in entries]
-    lines = [text.count("\n") + 1 for _, _, text, _ in entries]
-    box = axes.get_window_extent()
-    gap = 0.165 * float(figure.dpi) * max(lines, default=1)
-    heights = spread([float(d[1]) for d in dots], gap, box.y0 + gap / 2, box.y1 - gap / 4)
-    pad = 0.07 * float(figure.dpi)
-    for (_, _, text, colour), dot, y in zip(entries, dots, heights, strict=True):
-        x = box.x1 + pad
-        axes.annotate(
-            text,
-            xy=(float(dot[0]), float(dot[1])),
-            xytext=(x, y),
-            xycoords="figure pixels",
-            textcoords="figure pixels",
-            ha="left",
-            va="center",
-            color=colour,
-            fontsize=9,
-            linespacing=1.25,
-            annotation_clip=False,
-        )
-
-
-def _plain_log_ticks(axis: Any, low: float, high: float) -> None:
-    """A few round numbers on a logarithmic axis, written as numbers."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-
-    steps: list[float] = []
-    for wanted in ([1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8], [1, 1.5, 2, 3, 5, 7], [1, 2, 5], [1]):
-        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-        steps = [s * 10.0**p for p in powers for s in wanted if low <= s * 10.0**p <= high]
-        if len(steps) <= 6:
-            break
-    axis.set_major_locator(FixedLocator(steps))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _context_axis(axes: Axes, contexts: Sequence[int], label: str, most: int) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axes.set_xscale("log", base=2)
-    shown = list(contexts)
-    while len(shown) > most:
-        shown = shown[::-1][::2][::-1]
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
-    axes.set_xlabel(label)
 
 
 def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """Perplexity by position in the document, one line per variant."""
     narrow = size[0] < 6
-    figure, axes = _figure(theme, size)
+    figure, axes = new_figure(theme, size)
     edges = results.bucket_edges
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     entries = []
@@ -221,11 +65,11 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
     if shaded:  # a strip below all points, for the note
         low /= (high / low) ** 0.22
     axes.set_ylim(low, high)
-    _plain_log_ticks(axes.yaxis, low, high)
+    plain_log_ticks(axes.yaxis, low, high)
     ticks = sorted({2 ** math.ceil(math.log2(max(edge, 1))) for edge in edges[1:]})
-    _context_axis(axes, ticks, "position in the document (tokens)", 5 if narrow else 9)
+    context_axis(axes, ticks, "position in the document (tokens)", 5 if narrow else 9)
     axes.set_xlim(middles[0] / 1.15, middles[-1] * 1.04)
-    _style(figure, axes, theme, right=1.12)
+    style_axes(figure, axes, theme, right=1.12)
     if shaded:
         axes.axvspan(axes.get_xlim()[0], window, color=theme.fill, zorder=0)
         axes.annotate(
@@ -237,8 +81,8 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
             fontsize=8.5,
             va="bottom",
         )
-    _title(axes, theme, "Perplexity (logarithmic, lower is better)")
-    _end_labels(axes, theme, entries)
+    add_title(axes, theme, "Perplexity (logarithmic, lower is better)")
+    end_labels(axes, theme, entries)
     return figure
 
 
@@ -254,7 +98,7 @@ def _two_lines(
 ) -> Figure:
     """Original and hybrid against context length, with the last values spelt out."""
     narrow = size[0] < 6
-    figure, axes = _figure(theme, size)
+    figure, axes = new_figure(theme, size)
     contexts = [cost.context for cost in results.costs][: len(values[0])]
     entries = []
     for name, ys in zip(("teacher", "hybrid"), values, strict=True):
@@ -269,12 +113,12 @@ def _two_lines(
         low, high = 0.0, max(every) * 1.1
     axes.set_ylim(low, high)
     if log:
-        _plain_log_ticks(axes.yaxis, low, high)
-    _context_axis(axes, contexts, "context already read (tokens)", 5 if narrow else 9)
+        plain_log_ticks(axes.yaxis, low, high)
+    context_axis(axes, contexts, "context already read (tokens)", 5 if narrow else 9)
     axes.set_xlim(contexts[0] / 1.12, contexts[-1] * 1.06)
-    _style(figure, axes, theme, right=0.98)
-    _title(axes, theme, title)
-    _end_labels(axes, theme, entries)
+    style_axes(figure, axes, theme, right=0.98)
+    add_title(axes, theme, title)
+    end_labels(axes, theme, entries)
     return figure
 
 
@@ -295,7 +139,7 @@ def speed(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
 def recall(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """Share of the digits of a number that come back, against the distance to it."""
     narrow = size[0] < 6
-    figure, axes = _figure(theme, size)
+    figure, axes = new_figure(theme, size)
     assert results.distilled is not None
     points = [(one.tokens, 100 * one.digits / one.of_digits) for one in results.distilled.recall]
     colour, dash = theme.variants["hybrid"]
@@ -304,13 +148,13 @@ def recall(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     axes.set_ylim(0, 108)
     axes.set_yticks([0, 25, 50, 75, 100])
     distances = [distance for distance, _ in points]
-    _context_axis(axes, distances, "tokens between the number and the question", 5 if narrow else 9)
+    context_axis(axes, distances, "tokens between the number and the question", 5 if narrow else 9)
     axes.set_xlim(distances[0] / 1.12, distances[-1] * 1.06)
-    _style(figure, axes, theme, right=0.98)
-    _title(axes, theme, "Digits that are right from the first on (%)")
+    style_axes(figure, axes, theme, right=0.98)
+    add_title(axes, theme, "Digits that are right from the first on (%)")
     last = points[-1]
     labels = [(*last, f"{VARIANTS['hybrid'][0]}\n{last[1]:.0f} %", colour)]
-    _end_labels(axes, theme, [*labels, (last[0], GUESSING, f"guessing\n{GUESSING:.0f} %", theme.muted)])
+    end_labels(axes, theme, [*labels, (last[0], GUESSING, f"guessing\n{GUESSING:.0f} %", theme.muted)])
     return figure
 
 
@@ -337,7 +181,7 @@ def _arrow(theme: Theme, **more: Any) -> dict[str, Any]:
 def memories(results: Results, theme: Theme, size: tuple[float, float]) -> Figure:
     """Draw the memory of a layer: every token, or slots and a window."""
     narrow = size[0] < 6
-    figure, axes = _figure(theme, size)
+    figure, axes = new_figure(theme, size)
     width, height = size
     axes.set_xlim(0, width)
     axes.set_ylim(0, height)
@@ -434,7 +278,4 @@ def figure_names(results: Results) -> list[str]:
 
 def png(results: Results, name: str, theme: Theme = LIGHT, size: tuple[float, float] = WIDE) -> bytes:
     """One figure as a PNG file's bytes."""
-    figure = FIGURES[name](results, theme, size)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=theme.background)
-    return buffer.getvalue()
+    return to_png(FIGURES[name](results, theme, size))

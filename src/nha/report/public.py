@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nha.report.curves import line_styles
-from nha.report.plots import DPI, LIGHT
+from nha.report.drawing import DPI, LIGHT, line_styles, to_png
 from nha.report.sentences import tokens
 
 if TYPE_CHECKING:
@@ -31,7 +29,8 @@ def public_png(models: Models) -> bytes:
     panels += [_positions] if any(row["perplexity"] for row in rows) else []
     bars = max((len(row["sets"]) for row in rows), default=0) * (len(models) + 1)
     heights = [max(1.6, 0.14 * bars) if panel is _accuracy else 2.4 for panel in panels]
-    figure = Figure(figsize=(7.7, sum(heights) + 0.7 * len(panels)), layout="constrained", facecolor=LIGHT.background)
+    size = (7.7, sum(heights) + 0.7 * len(panels))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=LIGHT.background)
     axes = figure.subplots(max(1, len(panels)), 1, squeeze=False, height_ratios=heights or None)[:, 0]
     for panel, each in zip(panels, axes, strict=False):
         panel(each, models)
@@ -42,9 +41,7 @@ def public_png(models: Models) -> bytes:
         figure.legend(
             handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=LIGHT.ink
         )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=LIGHT.background)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _title(axes: Axes, text: str) -> None:
