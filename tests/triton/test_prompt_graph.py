@@ -68,7 +68,7 @@ FIRST = ["called", "replayed"]  # which records
     ("family", "windows", "turns"),
     [
         ("llama", (8, -1, 0), [(12, FIRST), (16, ["replayed"]), (20, ["called"]), (31, ["replayed"])]),
-        ("qwen3", ([8, 2], -1, 4), [(9, FIRST)]),
+        ("qwen3", ([8, 2], -1, 4), [(5, FIRST), (9, ["replayed"])]),  # the first within a window
     ],
     ids=["llama", "qwen3"],
 )
@@ -97,9 +97,9 @@ def test_a_cache_as_after_a_prompt_that_is_called(reads):
 
 @pytest.mark.parametrize("other", [{"num_beams": 2}, {"attention_mask": torch.tensor([[0] * 3 + [1] * 9])}], ids=str)
 def test_other_prompts_are_called(other, reads):
-    model = build()
+    model = build(windows=(8, -1, 9))
     model.generate(tokens(1, 12), **OPTIONS | {"max_new_tokens": 1}, **other)
-    model.generate(tokens(1, 8), **OPTIONS | {"max_new_tokens": 1})  # which the window holds
+    model.generate(tokens(1, 8), **OPTIONS | {"max_new_tokens": 1})  # which all windows hold
     assert not reads
 
 

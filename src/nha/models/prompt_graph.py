@@ -115,9 +115,9 @@ class PromptGraphs:
             self.parts, self.refused, self.pool = parts, False, None
             self.graphs.clear()
 
-    def read(self, model: Any, ids: Tensor, name: str) -> tuple[Any, Cache] | None:
-        """Output and cache for a prompt [1, T], which the next call overwrites; None where it cannot be padded."""
-        length = padded_length(ids.shape[1])
+    def read(self, model: Any, ids: Tensor, length: int, name: str) -> tuple[Any, Cache] | None:
+        """Output and cache for a prompt [1, T] padded to `length`, which the next call overwrites; None where the
+        model cannot read padding."""
         try:
             if not self.graphs:
                 self.prepare(model, ids.device, name)
@@ -141,7 +141,7 @@ class PromptGraphs:
     def prepare(self, model: Any, device: torch.device, name: str) -> None:
         """Record the graphs of all lengths up to `PREPARED`, each after a call, which loads its kernels."""
         for length in padded_lengths(PREPARED):
-            if can_pad(model, length):
+            if graph_length(model, length) == length:
                 graph = self._graph(length, device)
                 graph.num_tokens.fill_(length)
                 with torch.inference_mode(False), torch.no_grad():
@@ -198,13 +198,20 @@ def count_parameters(model: nn.Module) -> int:
     return _counts[model]
 
 
-def can_pad(model: Any, length: int) -> bool:
-    """Whether a prompt of `length` tokens may be padded: longer than windows, and so short that the GPU waits."""
-    padded, windows = padded_length(length), all_windows(decoder(model).config.window_sizes)
-    hybrid = [window for window in windows if window != FULL]
-    if not hybrid or length <= max(hybrid) or padded > MAX_TOKENS or padded * count_parameters(model) > MAX_WORK:
-        return False
-    return 4 * prompt_bytes(model, padded) < decode_graph.free_bytes(model.device)
+def graph_length(model: Any, length: int) -> int | None:
+    """The length to which a prompt of `length` tokens is padded, None where it is called.
+
+    Kernels read prompts that are longer than every window. One that some windows hold is padded beyond them, to no more
+    than twice the length that it takes elsewhere; where all hold it, a hybrid has the bits of its original, which the
+    family's code computes. Above `MAX_WORK` the GPU takes longer than the host.
+    """
+    windows = [window for window in all_windows(decoder(model).config.window_sizes) if window != FULL]
+    if not windows or length <= min(windows):
+        return None
+    padded = padded_length(max(length, max(windows) + 1))
+    if padded > min(2 * padded_length(length), MAX_TOKENS) or padded * count_parameters(model) > MAX_WORK:
+        return None
+    return padded if 4 * prompt_bytes(model, padded) < decode_graph.free_bytes(model.device) else None
 
 
 def copy_cache(source: Cache, target: Cache, length: int) -> None:
@@ -230,7 +237,8 @@ def replay_prompt(
         return None
     if ids.shape[0] != 1 or not reads_text(config, kwargs):
         return None
-    if decoder(model).config.state_dtype != "float32" or not can_pad(model, ids.shape[1]) or has_padding(ids, kwargs):
+    length = graph_length(model, ids.shape[1])
+    if length is None or decoder(model).config.state_dtype != "float32" or has_padding(ids, kwargs):
         return None
     if not is_plain(model, before_decoder) or any(layer.slot_write != "soft" for layer in attention_layers(model)):
         return None
@@ -243,7 +251,7 @@ def replay_prompt(
             return None
         graphs.renew(parts)
         name = "past_key_values" if kwargs.get("cache") is None else "cache"
-        found = None if graphs.refused else graphs.read(model, ids, name)
+        found = None if graphs.refused else graphs.read(model, ids, length, name)
         if found is None:
             return None
         output, cache = found

@@ -235,8 +235,8 @@ def nha_prefill(
     """`nha_attention` for first segments longer than their window, whose state is a `RingState`. No gradients.
 
     For callers that have asked `supports_prefill`; its host takes less time than that of `nha_attention` and
-    `RingState.of`. `num_tokens` [B] int64, each at least the window, are the tokens of each sequence before padding on
-    the right: they stay on the device, so that a CUDA graph serves prompts of many lengths. Outputs of padding mean
+    `RingState.of`. `num_tokens` [B] int64 are the tokens of each sequence before padding on the right, fewer than the
+    window too: they stay on the device, so that a CUDA graph serves prompts of many lengths. Outputs of padding mean
     nothing. Raises ValueError and TypeError as `nha_attention` does.
     """
     no_mask: dict[str, Any] = {"window_size": window_size, "state": None, "attention_mask": None, "cu_seqlens": None}

@@ -17,12 +17,12 @@ BLOCK = 1024  # numbers that a program copies at a time
 
 
 @triton.jit
-def copy_token(p_x, p_out, x_h, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_X: tl.constexpr):
-    """A token [HEADS, DIM], with a stride of heads, to contiguous memory."""
+def copy_token(p_x, p_out, x_h, is_token, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_X: tl.constexpr):
+    """A token [HEADS, DIM], with a stride of heads, to contiguous memory; zeros where it is none."""
     for first in range(0, HEADS * DIM, BLOCK_X):
         o_x = first + tl.arange(0, BLOCK_X)
         m_x = o_x < HEADS * DIM
-        b_x = tl.load(p_x + o_x // DIM * x_h + o_x % DIM, mask=m_x)
+        b_x = tl.load(p_x + o_x // DIM * x_h + o_x % DIM, mask=m_x & is_token, other=0.0)
         tl.store(p_out + o_x, b_x, mask=m_x)
 
 
@@ -63,7 +63,8 @@ def ring_kernel(
 ):
     """Window cache [B, W, H, ...] with token t at index t mod W, counts of tokens and zeros; programs (index, B).
 
-    A sequence has `length` tokens, or as many as there are at `p_length` [B]; padding follows them.
+    A sequence has `length` tokens, or as many as there are at `p_length` [B]; padding follows them. Where they are
+    fewer than W, the other entries are zeros.
     """
     i_w, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     count = length.to(tl.int64)
@@ -75,13 +76,14 @@ def ring_kernel(
         tl.store(p_counter + i_b * (H + 1) + o_h, tl.zeros([BLOCK_H], tl.int32), mask=o_h < H + 1)
     if W > 0:
         newest = count - 1
+        is_token = i_w <= newest
         token = newest - (newest - i_w) % W
         place = (i_b * W + i_w) * H
-        copy_token(p_k + i_b * k_b + token * k_t, p_out_key + place * D, k_h, H, D, BLOCK_X)
-        copy_token(p_v + i_b * v_b + token * v_t, p_out_value + place * DV, v_h, H, DV, BLOCK_X)
-        copy_token(p_gate + i_b * g_b + token * g_t, p_out_gate + place * M, g_h, H, M, BLOCK_X)
+        copy_token(p_k + i_b * k_b + token * k_t, p_out_key + place * D, k_h, is_token, H, D, BLOCK_X)
+        copy_token(p_v + i_b * v_b + token * v_t, p_out_value + place * DV, v_h, is_token, H, DV, BLOCK_X)
+        copy_token(p_gate + i_b * g_b + token * g_t, p_out_gate + place * M, g_h, is_token, H, M, BLOCK_X)
         if HAS_SLOT_KEY:
-            copy_token(p_slot_key + i_b * s_b + token * s_t, p_out_slot_key + place * D, s_h, H, D, BLOCK_X)
+            copy_token(p_slot_key + i_b * s_b + token * s_t, p_out_slot_key + place * D, s_h, is_token, H, D, BLOCK_X)
 
 
 def ring_after_prompt(
@@ -94,8 +96,8 @@ def ring_after_prompt(
     num_tokens: Tensor | None = None,
 ) -> RingState:
     """The state after a first segment of T >= W tokens: k, k_slot [B, T, H, D], v [B, T, H, Dv], log_gate
-    [B, T, H, M], and the slots after it, which it keeps. The last dimensions are contiguous. `num_tokens` [B] int64,
-    each at least W, are the tokens before padding on the right."""
+    [B, T, H, M], and the slots after it, which it keeps. The last dimensions are contiguous. `num_tokens` [B] int64
+    are the tokens before padding on the right, of which there may be fewer than W."""
     batch, length, heads, dim = k.shape
     value_dim, count = v.shape[3], log_gate.shape[3]
     key, value = k.new_empty(batch, window, heads, dim), v.new_empty(batch, window, heads, value_dim)
