@@ -59,7 +59,7 @@ class Boundary(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What is stored of a cache: copies, which later segments do not change, and a function that waits for them."""
+    """Copies of the tensors that an entry holds, which later segments do not change, and a function that waits for them."""
 
     tensors: dict[str, Tensor]
     growth: dict[str, Tensor]
@@ -300,7 +300,7 @@ class MemoryStore:
 
 
 def snapshot(cache: Cache, model: PreTrainedModel, chain: list[Boundary]) -> Snapshot:
-    """What an entry at the end of a chain holds: layers that grow give what they got since the entry before."""
+    """The contents of an entry at the end of a chain: layers that grow give what they got since the entry before."""
     stop, start = chain[-1].stop, chain[-2].stop if len(chain) > 1 else 0
     tensors, metadata = cache_contents(cache, model)
     grows = [n for n, x in tensors.items() if n.endswith((".keys", ".values")) and x.shape[2] == stop]
