@@ -7,8 +7,9 @@ another question about the same document, from the store, and that question alon
 gets memory_speed.json with the seconds of each part (medians over the rounds that there is time for) and the bytes
 stored; the store itself is removed. "parts" are the seconds of one more second question, those of the files summed over
 the threads that read them. --profile adds profile-*.txt: in which functions the host spends one more second question
-and one more question alone. Without --shape a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m
-with 4,000; --shape tiny tries the script.
+and one more question alone. --store DIR puts the store elsewhere, such as into memory; --again DIR copies it there and
+takes the second question again. Without --shape a GPU takes llama-8b with 100,000 tokens and a CPU smollm2-135m with
+4,000; --shape tiny tries the script.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -160,6 +162,8 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=4096 if device == "cuda" else 1024)
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--again", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="no further round begins after this time")
     options = parser.parse_args()
@@ -169,7 +173,7 @@ def main() -> None:
     size = options.tokens + 2 * QUESTION
     words = torch.randint(3, model.config.vocab_size, (1, size), generator=generator).to(model.device)
     document, questions = words[:, : options.tokens], words[:, options.tokens :].split(QUESTION, 1)
-    folder = options.out / "store"
+    folder = (options.store or options.out) / "store"
     shutil.rmtree(folder, ignore_errors=True)
     apart = max(ENTRY // options.block_size, 1)
     store = MemoryStore(folder, max_bytes=64 << 30, block_size=options.block_size, blocks_per_entry=apart)
@@ -208,6 +212,13 @@ def main() -> None:
     if options.profile:
         profile(options.out / "profile-second.txt", lambda: ask(model, store, texts[1], [options.tokens], 1))
         profile(options.out / "profile-alone.txt", lambda: ask(model, nothing, questions[1], [], 1))
+    if options.again:
+        copied = replace(store, path=options.again / "store")
+        shutil.copytree(store.path, copied.path, dirs_exist_ok=True)
+        found["second question, copied store"], _ = ask(model, copied, texts[1], [options.tokens], options.new)
+        write_atomically(path, to_json(found))
+        print(to_json(found))
+        shutil.rmtree(copied.path)
     for folder in (store.path, nothing.path):
         shutil.rmtree(folder, ignore_errors=True)
 

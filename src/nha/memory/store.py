@@ -59,7 +59,7 @@ class Boundary(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Copies of the tensors that an entry holds, which later segments do not change, and a function that waits for them."""
+    """Copies of what an entry holds, which later segments do not change, and a function that waits for them."""
 
     tensors: dict[str, Tensor]
     growth: dict[str, Tensor]
