@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nha.models.decode_graph import without_collection
+
 Batch = dict[str, Tensor]
 Pass = tuple[Tensor, Tensor, list[Tensor | None]]  # loss, sums and gradients
 
@@ -59,7 +61,8 @@ class CUDAGraphs:
         graph = torch.cuda.CUDAGraph()
         # On the stream of its name: cuBLAS has one workspace a stream, with counters that two concurrent products
         # would spoil. Another thread may pin memory meanwhile.
-        with torch.cuda.graph(graph, self.pools.get(name), stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, self.pools.get(name), stream, capture_error_mode="thread_local")
+        with without_collection(), recording:
             outputs = run()
         self.pools[name] = graph.pool()
 

@@ -6,8 +6,10 @@ where they are, the second is recorded, and later steps replay it: the same kern
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -35,6 +37,23 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Collect no garbage within the context: a CUDA graph that is freed while another is recorded ends the recording.
+
+    >>> with without_collection():
+    ...     gc.isenabled()
+    False
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Callable[[], None]]:
     """Where the output of a call will be, and a function that computes it; recording the call computes nothing.
 
@@ -45,12 +64,12 @@ def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Any, Callable[[],
     graph = torch.cuda.CUDAGraph()
     free, total = torch.cuda.mem_get_info()
     if pool is None or free < total * SPARE_MEMORY:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with without_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = run()
         return output, graph.replay
     stream, current = capture_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), without_collection():
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             output = run()
