@@ -244,6 +244,7 @@ class Shard:
     def train(self, run: Run, settings: Any = None) -> Any:
         """The trained model of a run, or None if the time was up."""
         from nha.distill.run import distill, train_teacher
+        from nha.distill.timeline import Timeline
         from nha.distill.trainer import Reports
 
         def log(entry: dict[str, float], name: str = run.name) -> None:
@@ -256,6 +257,7 @@ class Shard:
 
         settings, runs = in_time(), self.options.work / "runs"
         reports = Reports(log=log, teacher_log=lambda entry: log(entry, run.teacher))
+        self.timelines = {"teacher": reports.timeline}
         if settings.teacher_tokens and run.arm:
             with alone(self.options.work, run.teacher, self.tokenize):  # the first shard trains it, the others wait
                 self.print(f"  {run.teacher} begins or is there")
@@ -263,6 +265,8 @@ class Shard:
                 if not train_teacher(self.load(), *given, reports=reports).finished:
                     return None
             settings = in_time()
+        reports = dataclasses.replace(reports, timeline=Timeline(time.time()))
+        self.timelines["hybrid"] = reports.timeline
         found = distill(
             self.load(),
             self.tokenizer,
@@ -273,6 +277,8 @@ class Shard:
             teacher_run=runs / run.teacher,
             reports=reports,
         )
+        for name, timeline in self.timelines.items():
+            self.print(f"  {name} {timeline}")
         return found if found.finished else None
 
     def write_file(self, run: Run, found: Any) -> Path:
@@ -366,6 +372,7 @@ class Shard:
         times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
         about: dict[str, Any] = {"settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
         about |= {"teacher_log": found.teacher_log} if found.teacher_log else {}
+        about["timelines"] = {name: timeline.stages for name, timeline in self.timelines.items()}
         kept = self.options.out / "measured" / f"{run.name}.json"  # there, should anything below fail
         kept.parent.mkdir(exist_ok=True)
         write_atomically(kept, json.dumps(times | about) + "\n")

@@ -457,14 +457,13 @@ def _train(
         if _place()[0] == 0:
             stack.enter_context(locked(run))
             begin(run, wanted)
+            reports.timeline.write(run)
         else:
             wait_for_begin(run)
         checkpoint = latest_checkpoint(run)
         start = 0 if checkpoint is None else step_of(checkpoint)
         aligned = [] if checkpoint else align_student(student, ids, stream, settings, reports, stop)
         reports.timeline.mark("aligned")
-        if _place()[0] == 0:
-            reports.timeline.write(run)
         if start < len(stream):
             student.train()
             if compiles(student, settings.compile):
