@@ -76,6 +76,15 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
     Raises:
         ValueError: a layer is neither NHA nor one of transformers' dynamic layers (static ones do not know how full
             they are on every device); nothing is written.
+
+    >>> import tempfile
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model, ids = NHAForCausalLM(NHAConfig.tiny()).eval(), torch.arange(100)[None]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_cache(model(ids, use_cache=True).past_key_values, f"{folder}/read", model)
+    ...     cache = load_cache(f"{folder}/read", model)
+    >>> cache.get_seq_length()
+    100
     """
     write_tensors(path, *cache_contents(cache, model))
 

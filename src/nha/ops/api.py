@@ -19,7 +19,13 @@ from nha.ops.varlen import each_sequence
 
 
 class NHAOutput(NamedTuple):
-    """`out` [B, T, HQ, Dv]; `state` after the segment, if asked for; `slot_mass` [B, T, HQ], if asked for."""
+    """`out` [B, T, HQ, Dv]; `state` after the segment, if asked for; `slot_mass` [B, T, HQ], if asked for.
+
+    >>> import torch
+    >>> found = NHAOutput(torch.zeros(1, 3, 2, 4), None, None)
+    >>> found.out.shape, found.state is None
+    (torch.Size([1, 3, 2, 4]), True)
+    """
 
     out: Tensor
     state: NHAState | None

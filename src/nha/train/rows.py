@@ -25,6 +25,14 @@ class Rows(Protocol):
         identity: the name, sizes and seed of the task; a run is resumed with the same one only.
         vocab_size: tokens are below this.
         seq_len: tokens of every sequence.
+
+    >>> class Count:
+    ...     identity, vocab_size, seq_len = "count", 16, 4
+    ...
+    ...     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    ...         return next_tokens((index + np.arange(5)) % 16)
+    >>> [x.tolist() for x in Count().row(2)]
+    [[2, 3, 4, 5], [3, 4, 5, 6]]
     """
 
     identity: str

@@ -288,6 +288,20 @@ def train(
             written then.
         TrainingDiverged: the loss is not finite or has spiked; the last whole checkpoint is kept.
         OSError: the disk is full; the last checkpoint is still there.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> class Count:
+    ...     identity, vocab_size, seq_len = "count", 16, 32
+    ...
+    ...     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    ...         ids = (index + np.arange(33)) % 16
+    ...         return ids[:-1], ids[1:]
+    >>> settings = TrainSettings(preset="tiny", tokens=128, batch_size=2, save_every=0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = train(Count(), folder, settings)
+    >>> found.finished, found.steps
+    (True, 2)
     """
     settings, reports, run = settings or TrainSettings(), reports or Reports(), Path(run)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
