@@ -31,6 +31,7 @@ from nha.models.fused_step import is_fusing
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.prompt import has_padding, reads_text, widest
 from nha.models.windows import attention_layers, decoder
+from nha.ops.backends import HAS_TRITON
 from nha.ops.heads import all_windows
 
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
@@ -140,12 +141,14 @@ class PromptGraphs:
 
     def prepare(self, model: Any, device: torch.device, name: str) -> None:
         """Record the graphs of all lengths up to `PREPARED`, each after a call, which loads its kernels."""
-        for length in padded_lengths(PREPARED):
-            if graph_length(model, length) == length:
-                graph = self._graph(length, device)
-                graph.num_tokens.fill_(length)
-                with torch.inference_mode(False), torch.no_grad():
-                    graph.run(model, name)
+        lengths = [length for length in padded_lengths(PREPARED) if graph_length(model, length) == length]
+        graphs = [self._graph(length, device) for length in lengths]
+        with torch.inference_mode(False), torch.no_grad():
+            if graphs and HAS_TRITON:
+                compile_kernels(model, graphs[:2], name)  # the shortest prompts may have a kernel of their own
+            for graph in graphs:
+                graph.num_tokens.fill_(graph.ids.shape[1])
+                graph.run(model, name)
                 self._record(graph, model, name)
 
     def _graph(self, length: int, device: torch.device) -> PromptGraph:
@@ -163,6 +166,30 @@ class PromptGraphs:
             (graph.output, graph.cache), graph.replay = decode_graph.capture(lambda: graph.run(model, name), self.pool)
 
 
+def compile_kernels(model: Any, graphs: list[PromptGraph], name: str) -> None:
+    """Compile the kernels of prompts of these lengths, and of tokens after them, in threads; nothing is computed.
+
+    Within a process the kernels of models of the same sizes are compiled once.
+    """
+    from nha.ops.triton.threads import can_compile_in_threads, compiling
+
+    config = decoder(model).config
+    key = model.dtype, str(config.window_sizes), config.hidden_size, config.num_attention_heads, config.num_slots
+    if key in _compiled or not can_compile_in_threads():
+        return
+    with compiling():
+        for graph in graphs:
+            graph.num_tokens.fill_(graph.ids.shape[1])
+            _, cache = graph.run(model, name)
+            length = graph.ids.shape[1]
+            decode_graph.make_static(cache, length + 1)
+            position = torch.full((1, 1), length, device=graph.ids.device)
+            options = {"attention_mask": decode_graph.UNPADDED, "position_ids": position, "use_cache": True}
+            model(graph.ids[:, :1], **options, **{name: cache})
+    _compiled.add(key)
+
+
+_compiled: set[tuple[Any, ...]] = set()
 _graphs: WeakKeyDictionary[nn.Module, PromptGraphs] = WeakKeyDictionary()
 _counts: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
