@@ -5,7 +5,7 @@
 #
 # Three processes beside each other. Two train an original of 20m each (a Llama, an NHAForCausalLM) and then measure, in
 # this order, the original, control and hybrid of `constant` and of `balanced`, and `constant` at twice and at half the
-# learning rates. The third trains shapes of 0.4B and 1B with random weights at the recipes' rates, then at the rate of
+# learning rates with a control of the same rates. The third trains shapes of 0.4B and 1B with random weights at the recipes' rates, then at the rate of
 # width 576. A run is written as soon as it is measured and not made again. MODELS, CASES and WORK change what is made;
 # CORPUS is a folder with the tokens of the text, used if it is there. NHA_QUALITY_MODEL names a .gguf for the tokenizer.
 set -u

@@ -63,7 +63,7 @@ RESERVE_S = 12.0  # left for saving and the report
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the whole campaign. A run is known by its name, so change --out together with these."""
+    """Sizes of the whole sweep. A run is known by its name, so change --out together with these."""
 
     train_tokens: float = setting(40e6, "Tokens that the originals are trained on.", at_least=1)
     train_lr: float = setting(2e-3, "Their learning rate.", above=0)
@@ -143,7 +143,7 @@ def second_reading(model: PreTrainedModel, ids: Tensor) -> tuple[list[float], li
     return first, second
 
 
-class Campaign:
+class Sweep:
     """All models of one process, until the time is up."""
 
     def __init__(self, options: argparse.Namespace):
@@ -288,12 +288,15 @@ class Campaign:
 
     def run_name(self, name: str, recipe: str | None, control: bool) -> str:
         """A name for the file of a run."""
+        name, kind = f"{name}-{self.plan.train_tokens / 1e6:g}M", name
         end = f"{self.plan.distill_tokens / 1e6:g}M-{self.plan.seed}"
         if recipe is None:
             return f"{name}-original-{self.plan.seed}"
+        plain, _, factor = recipe.partition(":")
+        rate = f"x{factor}" if factor else ""
         if control:
-            return f"{name}-control-{self.batches(recipe, make_config(name, 64, self.plan.seq_len))}-{end}"
-        return f"{name}-{recipe.replace(':', 'x')}-{end}"
+            return f"{name}-control-{self.batches(plain, make_config(kind, 64, self.plan.seq_len))}{rate}-{end}"
+        return f"{name}-{plain}{rate}-{end}"
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """Public parts, and texts that are read twice: of 128 tokens, and of half the context."""
@@ -333,15 +336,13 @@ class Campaign:
 def order(recipes: list[str]) -> list[tuple[str | None, bool]]:
     """(recipe, is a control) of the runs of a model, the most important first; the original has no recipe.
 
-    A recipe with a factor of the learning rates is compared with the control of the recipe.
+    A recipe with a factor of the learning rates has a control of its own, with its rates.
 
-    >>> order(["constant", "constant:2"])
-    [(None, False), ('constant', True), ('constant', False), ('constant:2', False)]
+    >>> order(["constant", "constant:2"])[1:]
+    [('constant', True), ('constant', False), ('constant:2', True), ('constant:2', False)]
     """
     pairs: list[tuple[str | None, bool]] = [(None, False)]
-    return pairs + [
-        (recipe, control) for recipe in recipes for control in (True, False) if not (control and ":" in recipe)
-    ]
+    return pairs + [(recipe, control) for recipe in recipes for control in (True, False)]
 
 
 def kind_of(recipe: str | None, control: bool) -> str:
@@ -445,9 +446,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report is not None:
         print(write_report(options.report))
         return 0
-    campaign = Campaign(options)
-    campaign.prepare()
-    return campaign.run()
+    sweep = Sweep(options)
+    sweep.prepare()
+    return sweep.run()
 
 
 if __name__ == "__main__":

@@ -26,18 +26,22 @@ def read_runs(folder: Path) -> list[Run]:
     def key(run: Run) -> tuple[Any, ...]:
         row = run["row"]
         hybrid = row["kind"] == "hybrid"
-        return row["model"], row["seed"], KINDS.index(row["kind"]), row["recipe"] if hybrid else row.get("control", "")
+        sizes = row.get("train_tokens", 0), row["seed"], row.get("tokens", 0)
+        return row["model"], *sizes, KINDS.index(row["kind"]), row["recipe"] if hybrid else row.get("control", "")
 
     return sorted(found, key=key)
 
 
 def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The control of a hybrid: the same original, trained on the same batches."""
-    same = ("model", "seed", "tokens", "control")
-    for other in runs:
-        if other["row"]["kind"] == "control" and all(other["row"].get(n) == run["row"].get(n) for n in same):
-            return other
-    return None
+    """The control of a hybrid: the same original, trained on the same batches, at the same rates if there is one."""
+    same = ("model", "seed", "tokens", "control", "train_tokens")
+    found = [
+        other
+        for other in runs
+        if other["row"]["kind"] == "control" and all(other["row"].get(n) == run["row"].get(n) for n in same)
+    ]
+    rates = "learning_rates"
+    return min(found, key=lambda other: other["row"].get(rates) != run["row"].get(rates), default=None)
 
 
 def measures_of(run: Run) -> dict[str, dict[str, Any]]:
@@ -103,6 +107,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if control is not None:
             used = measures_of(control)
             row["relative"] = shares_of(run, control)
+            row["own_rates"] = control["row"].get("learning_rates") == row.get("learning_rates")
             row["above_chance"] = [name for name, measure in used.items() if above_chance(measure)]
         rows.append(row)
     return rows
@@ -132,21 +137,32 @@ def cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown: controls as they are, hybrids relative to them."""
+    """The rows in Markdown: controls as they are, hybrids relative to them.
+
+    A star stands where the control was trained at other learning rates than the hybrid.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
     lines = [f"| model | recipe | | full layers | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for row in rows:
         full = ",".join(map(str, row.get("full_layers", []))) if row["kind"] == "hybrid" else "all"
-        recipe = row["recipe"] if row["kind"] == "hybrid" else ""
+        recipe = row["recipe"] + ("" if row.get("own_rates", True) else " *") if row["kind"] == "hybrid" else ""
         cells = [row["model"], recipe, row["kind"], full or "none", *(cell(row, name) for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def longest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose originals read the most tokens, of each model."""
+    most: dict[str, float] = {}
+    for row in rows:
+        most[row["model"]] = max(most.get(row["model"], 0), row.get("train_tokens", 0))
+    return [row for row in rows if row.get("train_tokens", 0) == most[row["model"]]]
+
+
 def write_report(folder: Path) -> str:
-    """Write summary.json and table.md of a folder's runs; returns the table."""
+    """Write summary.json of a folder's runs, and table.md of those whose originals read most; returns the table."""
     rows = summary_rows(read_runs(folder))
     write_atomically(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
-    text = table(rows)
+    text = table(longest(rows))
     write_atomically(folder / "table.md", text)
     return text

@@ -11,8 +11,17 @@ import pytest
 import torch
 
 from experiments import second_model
-from experiments.second_model import Plan, RepeatingText, make_config, make_original, order, repeat_spans
-from experiments.second_model_report import above_chance, cell, read_runs, summary_rows, table, write_report
+from experiments.second_model import Plan, RepeatingText, make_config, make_original, repeat_spans
+from experiments.second_model_report import (
+    above_chance,
+    cell,
+    find_control,
+    longest,
+    read_runs,
+    summary_rows,
+    table,
+    write_report,
+)
 from nha.models.plain import is_plain
 from tests.train.material import material
 
@@ -86,6 +95,20 @@ def test_a_hybrid_is_shown_relative_to_the_control_of_its_batches(tmp_path):
     assert "relative" not in summary_rows([runs[1], other])[1]
 
 
+def test_the_control_of_the_same_original_and_rates_is_taken():
+    hybrid = run_of("hybrid", "constant:2", 0.6)
+    controls = [run_of("control", recipe, 0.5) for recipe in ("constant", "constant:2")]
+    for run, rate, tokens in zip([hybrid, *controls], (4e-3, 2e-3, 4e-3), (20, 20, 20), strict=True):
+        run["row"] |= {"learning_rates": [rate, 4 * rate], "train_tokens": tokens}
+    assert find_control(hybrid, controls) is controls[1]
+    assert find_control(hybrid, controls[:1]) is controls[0]
+    rows = summary_rows([controls[0], hybrid])
+    assert "constant:2 *" in table(rows) and "*" not in table(summary_rows([controls[1], hybrid]))
+    controls[1]["row"]["train_tokens"] = 10
+    assert find_control(hybrid, controls[1:]) is None
+    assert longest([run["row"] for run in controls]) == [controls[0]["row"]]
+
+
 def test_a_control_at_chance_measures_nothing():
     low = [run_of("control", "constant", 0.5), run_of("hybrid", "constant", 0.5)]
     assert not above_chance(low[0]["eval"]["sets"]["piqa"] | {"chance": 0.5})
@@ -97,15 +120,15 @@ def test_the_page_shows_the_rows_of_the_record():
     page = (ROOT / "docs" / "generality.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- second models -->\n")[2].partition("<!-- /second models -->")[0]
     rows = summary_rows(read_runs(folder))
-    assert shown == table(rows) == (folder / "table.md").read_text(encoding="utf-8")
+    assert shown == table(longest(rows)) == (folder / "table.md").read_text(encoding="utf-8")
     assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == rows
 
 
 def test_runs_have_names_and_an_order():
     options = second_model.parse_options(["--data", ".", "--out", "unused"])
-    assert order(["constant", "constant:2"])[1:] == [("constant", True), ("constant", False), ("constant:2", False)]
     names = Naming(options)
-    assert names.run_name("llama-20m", "constant:2", False) == "llama-20m-constantx2-4M-0"
+    assert names.run_name("llama-20m", "constant:2", False) == "llama-20m-40M-constantx2-4M-0"
+    assert names.run_name("llama-20m", "constant:2", True).endswith("x2-4M-0")
     controls = {names.run_name("nha-20m", recipe, True) for recipe in ("constant", "balanced")}
     assert len(controls) == 1  # one mixture
     config = make_config("nha-20m", 64, 2048)
@@ -115,8 +138,8 @@ def test_runs_have_names_and_an_order():
         second_model.parse_options(["--data", ".", "--models", "gpt-20m"])
 
 
-class Naming(second_model.Campaign):
-    """A campaign that makes no folder."""
+class Naming(second_model.Sweep):
+    """A sweep that makes no folder."""
 
     def __init__(self, options: Any):
         self.options, self.plan = options, options.plan
