@@ -13,10 +13,10 @@ from nha.serve.checks import check_architecture, check_model, check_run, check_v
 from nha.serve.plugin import architectures, base_architecture, mark_layers
 
 
-def run(pipeline=1, dtype="torch.float32", drafts=None):
+def run(pipeline=1, dtype="torch.float32", drafts=None, config=None, processes=1):
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
-        model_config=SimpleNamespace(dtype=dtype),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline, tensor_parallel_size=processes),
+        model_config=SimpleNamespace(dtype=dtype, hf_config=config or NHAConfig.tiny()),
         speculative_config=None if drafts is None else SimpleNamespace(method=drafts),
     )
 
@@ -41,19 +41,18 @@ def test_a_model_that_is_no_hybrid_is_refused():
         check_model(SimpleNamespace(model_type="llama"))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"qk_norm": True},
-        {"output_gate": True},
-        {"slot_features": "silu"},
-        {"output_norm": "rms"},
-    ],
-)
-def test_layers_that_vllm_does_not_know_are_refused(changes):
+def test_exact_slots_are_refused():
+    with pytest.raises(ValueError, match="slot_write.*exact"):
+        check_model(NHAConfig.tiny(slot_write="exact"))
+
+
+@pytest.mark.parametrize("changes", [{"output_gate": True}, {"output_norm": "rms"}])
+def test_options_of_all_heads_are_for_one_process(changes):
     (name,) = changes
-    with pytest.raises(ValueError, match=name):
-        check_model(NHAConfig.tiny(**changes))
+    check_model(NHAConfig.tiny(**changes))
+    check_run(run(config=NHAConfig.tiny(**changes)))
+    with pytest.raises(ValueError, match=f"{name}.*got 2"):
+        check_run(run(config=NHAConfig.tiny(**changes), processes=2))
 
 
 def test_experts_that_were_not_tested_are_refused():

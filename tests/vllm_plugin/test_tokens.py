@@ -70,6 +70,16 @@ def test_a_model_of_full_layers_alone(tmp_path):
         assert tokens(write(llm, prompts, NEW)) == greedy(path, prompts, NEW)
 
 
+LAYER = {"qk_norm": True, "output_gate": True, "slot_features": "silu", "value_activation": "silu"}
+
+
+def test_options_of_layers_trained_from_scratch(tmp_path):
+    path = make_model(tmp_path / "model", "nha", [16, -1, [8, -1]], **LAYER, output_norm="silu_rms")
+    prompts = make_prompts([10, 1, 40, 150])
+    with engine(path) as llm:
+        assert tokens(write(llm, prompts, NEW)) == greedy(path, prompts, NEW)
+
+
 def test_slots_that_take_part_from_the_start(tmp_path):
     path = make_model(tmp_path / "model", "llama", [8, 8])
     edit_config(path, slots_from_start=True)

@@ -10,15 +10,7 @@ from nha.ops.packed_state import check_state_dtype
 from nha.serve.experts import EXPERT_NAMES
 
 WITH_EXPERTS = {family.model_type for family in TABLE if EXPERTS in family.special}
-# vLLM's Llama knows no others.
-PLAIN = {
-    "qk_norm": False,
-    "output_gate": False,
-    "slot_features": "none",
-    "slot_write": "soft",
-    "value_activation": "none",
-    "output_norm": "none",
-}
+OF_ALL_HEADS = {"output_gate": False, "output_norm": "none"}  # options of a layer that are not split among processes
 TESTED = ("0.32",)  # versions of vLLM, as far as its second number
 
 
@@ -58,11 +50,9 @@ def check_model(config: Any) -> None:
     if family in WITH_EXPERTS and family not in EXPERT_NAMES:
         known = ", ".join(EXPERT_NAMES)
         raise ValueError(f"expected experts as in {known} in vLLM, got {family}; transformers can serve it")
-    for name, plain in PLAIN.items():
-        if getattr(config, name, plain) != plain:
-            raise ValueError(
-                f"expected {name}={plain!r} in vLLM, got {getattr(config, name)!r}; transformers can serve it"
-            )
+    write = getattr(config, "slot_write", "soft")
+    if write != "soft":
+        raise ValueError(f"expected slot_write='soft' in vLLM, got {write!r}; transformers can serve it")
     check_windows(config, windows)
     check_state_dtype(config.state_dtype)
 
@@ -72,6 +62,10 @@ def check_run(vllm_config: Any) -> None:
     pipeline = vllm_config.parallel_config.pipeline_parallel_size
     if pipeline != 1:
         raise ValueError(f"expected pipeline_parallel_size=1 for a hybrid, got {pipeline}")
+    config, processes = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+    for name, plain in OF_ALL_HEADS.items():
+        if processes > 1 and getattr(config, name, plain) != plain:
+            raise ValueError(f"expected tensor_parallel_size=1 with {name}={getattr(config, name)!r}, got {processes}")
     dtype = vllm_config.model_config.dtype
     if str(dtype).removeprefix("torch.") not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"expected dtype float32, bfloat16 or float16 for a hybrid, got {dtype}")

@@ -16,6 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from nha.layer import log_gate
+from nha.models.nha import FEATURES
 from nha.models.segment import mask_first_token_write
 from nha.ops import NHAState, nha_attention
 from nha.ops.heads import take_heads
@@ -115,6 +116,7 @@ class NHAMixer(nn.Module, MambaBase):
         self.scale, self.softcap = attention.impl.scale, getattr(config, "attn_logit_softcapping", None)
         self.layer_name, self.heads, self.num_slots = attention.layer_name, heads, config.num_slots
         self.slots_active = bool(config.slots_from_start)
+        self.slot_features = FEATURES[getattr(config, "slot_features", "none")]
         self.masks_first_token = converted and config.num_sinks > 0
         self.sink = (weights.sink_key, weights.sink_value) if config.num_sinks else None
         self.rotary, self.weights = [rotary], [weights]  # in lists: they are registered where the family has them
@@ -177,6 +179,7 @@ class NHAMixer(nn.Module, MambaBase):
             distance = (weights.slot_cos.float(), weights.slot_sin.float())
             interleaved = not rotary.is_neox_style
             slot_query, slot_key = unrotate_for_slots(q, k, (cos, sin), distance, interleaved=interleaved)
+        slot_query, slot_key = self.slot_features(slot_query), self.slot_features(slot_key)
         whole = [x[0] for x in (q, k, v, gate, slot_query, slot_key)]
         by_head = out[:count].view(count, self.num_kv_heads, -1)
         for room in self.heads.rooms:

@@ -31,18 +31,24 @@ from nha.serve.plugin import SCRATCH, base_architecture
 from nha.serve.rooms import max_places, plan_heads
 from nha.serve.vllm_cpu import register_copies
 from nha.serve.vllm_mixer import NHAMixer, SlotWeights
+from nha.serve.vllm_scratch import LayerOptions, needs_options
 
 SAVED = re.compile(
     r"layers\.(\d+)\.self_attn\.(?:nha\.)?(?:g_proj\.(weight|bias)|(sink_key|sink_value|slot_cos|slot_sin))"
 )
 
 
+LAYER_OPTIONS = "layer_options"  # of an attention module
+
+
 class FamilySelf:
     """Stands in for an attention module while its family's code runs: everything is the module's, but `attn` and
-    `rotary_emb` also hand over what slots need. An object of one call, so that torch.compile sees no side effect."""
+    `rotary_emb` also hand over what slots need, and apply the options of a model trained from scratch. An object of one
+    call, so that torch.compile sees no side effect."""
 
-    def __init__(self, module: Any, logits: Tensor):
-        self.module, self.logits = module, logits
+    def __init__(self, module: Any, hidden: Tensor):
+        self.module, self.hidden, self.options = module, hidden, module.layer_options
+        self.logits = None if module.nha is None else module.nha(hidden)
         self.positions: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -51,11 +57,16 @@ class FamilySelf:
     def rotary_emb(self, positions: Tensor, query: Tensor, key: Tensor) -> Any:
         """Rotate as the family does; a layer that never calls this has no positions."""
         self.positions = positions
+        if self.options is not None:
+            query, key = self.options.normalize(query, key)
         return self.module.rotary_emb(positions, query, key)
 
     def attn(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Read slots and window."""
-        return self.module.attn(query, key, value, self.logits, self.positions)
+        """Read slots and window, or all keys in a layer without slots."""
+        value = value if self.options is None else self.options.activate(value)
+        slots = () if self.logits is None else (self.logits, self.positions)
+        out = self.module.attn(query, key, value, *slots)
+        return out if self.options is None else self.options.finish(out, self.hidden)
 
 
 @cache
@@ -63,7 +74,7 @@ def hybrid_attention_class(family: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's attention class that hands over what slots need."""
 
     def forward(self: Any, positions: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stand_in = FamilySelf(self, self.nha(hidden_states))
+        stand_in = FamilySelf(self, hidden_states)
         return family.forward(stand_in, positions, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
 
     return type(f"NHA{family.__name__}", (family,), {"forward": forward, "__module__": __name__})
@@ -85,14 +96,19 @@ def install(model: nn.Module, config: Any) -> None:
         raise ValueError(f"expected {len(windows)} attention layers in {type(model).__name__}, got {len(found)}")
     rank, processes = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for module in found:
-        layer = extract_layer_index(module.attn.layer_name)
+        layer, old, rotary = extract_layer_index(module.attn.layer_name), module.attn, module.rotary_emb
+        module.nha = module.layer_options = None
+        if needs_options(config):
+            module.layer_options = LayerOptions(config, old.num_heads, old.head_size)
+            module.__class__ = hybrid_attention_class(type(module))
         if windows[layer] == FULL:
             continue
-        check_rotary(module.rotary_emb)
-        old, rotary, plan = module.attn, module.rotary_emb, plan_heads(windows, layer, heads, rank, processes)
+        check_rotary(rotary)
+        plan = plan_heads(windows, layer, heads, rank, processes)
         module.nha = SlotWeights(config, old.num_kv_heads, old.head_size, rotary.rotary_dim, converted)
         module.attn = NHAMixer(old, config, plan, rotary, module.nha, converted)
-        module.__class__ = hybrid_attention_class(type(module))
+        if module.layer_options is None:
+            module.__class__ = hybrid_attention_class(type(module))
 
 
 class HybridModelMixin:
@@ -127,12 +143,16 @@ class HybridModelMixin:
         """Load gates and sinks, and let the family load all else. Raises ValueError where some are missing."""
         modules = {name: module for name, module in self.named_modules() if isinstance(module, SlotWeights)}  # type: ignore[attr-defined]
         by_layer = {extract_layer_index(name): (name, module) for name, module in modules.items()}
+        options = {name: x for name, x in self.named_parameters() if f".{LAYER_OPTIONS}." in name}  # type: ignore[attr-defined]
         loaded: set[str] = set()
 
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                match = SAVED.search(name)
-                if match is None:
+                match, option = SAVED.search(name), name.replace(".self_attn.", f".self_attn.{LAYER_OPTIONS}.")
+                if option in options:
+                    options[option].data.copy_(tensor)
+                    loaded.add(option)
+                elif match is None:
                     yield name, tensor
                 elif int(match[1]) in by_layer:  # layers with full attention need no slots
                     prefix, module = by_layer[int(match[1])]
@@ -144,6 +164,7 @@ class HybridModelMixin:
         rest = others() if names is None else split_experts(others(), names)
         loaded |= super().load_weights(rest)  # type: ignore[misc]
         wanted = {f"{prefix}.{name}" for prefix, module in modules.items() for name, _ in module.named_parameters()}
+        wanted |= options.keys()
         if wanted - loaded:
             raise ValueError(f"expected saved weights for {sorted(wanted - loaded)[0]}, got none")
         return loaded
