@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import nha.models.head as module
+from nha import NHAConfig, NHAForCausalLM
 from nha.models.families import FAMILIES as SUPPORTED
 from nha.models.head import check_head, head_logits, hidden_states, token_losses
 from tests.models.families import FAMILIES, hybrid, teacher, tokens
@@ -55,3 +56,18 @@ def test_losses_do_not_depend_on_how_many_logits_are_made_at_a_time(elements, mo
         hidden = hidden_states(model, ids)[0, :-1]
         wanted = F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="none")
         assert torch.allclose(token_losses(model, hidden, ids[0, 1:]), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("make_model", [hybrid, lambda: NHAForCausalLM(NHAConfig.tiny()).eval()], ids=["llama", "nha"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_last_token_is_read_with_the_same_bits_and_without_a_batch_of_products(make_model, dtype):
+    model = make_model().to(dtype)
+    ids = tokens(1, 40)
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        logits = model(ids, logits_to_keep=1).logits
+    names = [event.name for event in profiler.events()]
+    head = names.index("aten::linear", len(names) - 1 - names[::-1].index("aten::linear"))
+    assert "aten::mm" in names[head:] and "aten::bmm" not in names[head:]
+    model.get_output_embeddings()._forward_pre_hooks.clear()
+    with torch.no_grad():
+        assert torch.equal(model(ids, logits_to_keep=1).logits, logits)

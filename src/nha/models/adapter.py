@@ -45,6 +45,7 @@ from nha.models.decode_graph import SINGLE_USE, UNPADDED, graph_of, plan
 from nha.models.families import FAMILIES, MODEL_NAMES, MULTIMODAL, check_family, rotates
 from nha.models.fused_step import after_layers, before_layers
 from nha.models.generate_batch import generate_in_batches
+from nha.models.head import watch_head
 from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.next_token import token_attention
 from nha.models.prompt import in_pieces
@@ -292,6 +293,7 @@ def install(model: PreTrainedModel) -> None:
         module.rotates, module.slots_frozen = rotates(config, module), False
         module.slot_write = config.slot_write
     watch_decoder(stack)
+    watch_head(model)
     freeze_unused(model)
     config._attn_implementation = NAME
 

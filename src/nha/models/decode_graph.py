@@ -21,6 +21,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
 from nha.models.fused_step import after_layers
+from nha.models.head import read_last_token
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
@@ -192,7 +193,7 @@ def is_plain(model: Any, before_decoder: Callable) -> bool:
     if any(module.observer or module.mass_observer for module in attention_layers(model)):
         return False
     return not any(
-        hook not in (before_decoder, after_layers)
+        hook not in (before_decoder, after_layers, read_last_token)
         for module in model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )

@@ -41,6 +41,27 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def read_last_token(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The hook of a head that reads one token [1, 1, hidden] cut out of many on a CPU: it gets a tensor of its own.
+
+    With the strides of the many PyTorch computes a batch of products, for which it copies the head's weight in 16 bits.
+    The bits of the result are the same.
+    """
+    if torch.compiler.is_compiling() or not args:
+        return None
+    x = args[0]
+    if x.device.type != "cpu" or x.shape[:-1] != (1, 1) or x.stride(0) == x.stride(1):
+        return None
+    return x.clone(memory_format=torch.contiguous_format), *args[1:]
+
+
+def watch_head(model: PreTrainedModel) -> None:
+    """Give the head of a model, if it has one, the hook `read_last_token`."""
+    head: Any = model.get_output_embeddings()
+    if head is not None and read_last_token not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(read_last_token)
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, ids: Tensor) -> None:
     """Raise ValueError for a model whose own logits for ids [B, T] are not those of `head_logits`.

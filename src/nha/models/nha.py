@@ -16,6 +16,7 @@ from nha.models.attention import check_dropout, check_implementation, layer_cach
 from nha.models.checkpoint import CheckpointMixin
 from nha.models.config import FULL, NHAConfig
 from nha.models.full_attention import base_attention, packed_base_attention
+from nha.models.head import watch_head
 from nha.models.head_windows import keep_in_graph, read_heads, read_segment
 from nha.models.masks import NAME, HybridMask, cache_argument, read_mask
 from nha.models.observe import Observation
@@ -169,4 +170,5 @@ class NHAForCausalLM(CheckpointMixin, HybridGenerationMixin, LlamaForCausalLM):
         self.model = NHAModel(config)
         self.config._attn_implementation = NAME
         self.post_init()
+        watch_head(self)
         freeze_unused(self)
