@@ -125,8 +125,7 @@ def test_later_seeds_are_trained_with_the_best_learning_rate_of_the_first(table,
         row = json.loads(row_file(tmp_path, name).read_text())
         best[row["arm"]] = max(best.get(row["arm"], (-1.0, 0.0)), (row["valid"], row["lr"]), key=lambda pair: pair[0])
     expected = [f"tiny--{arm.replace(' ', '-')}--lr{best[arm][1]:g}--seed{seed}" for seed in (1, 2) for arm in arms]
-    later = run_table(table.only(arms, seeds=[1, 2]), tmp_path, together=3, best_lr_only=True).made
-    assert later == expected
+    assert run_table(table.only(arms, seeds=[1, 2]), tmp_path, together=9, best_lr_only=True).made == expected
     again = run_table(table.only(arms, seeds=[0, 1, 2]), tmp_path / "again", together=9, best_lr_only=True).made
     assert sorted(again) == sorted(first + expected)
 
@@ -238,6 +237,16 @@ def test_a_difference_is_over_pairs_of_the_same_seed_and_size():
     assert compare(rows, Claim("x", "a", "b", sizes=("mqar 64/8",))) is None
 
 
+def test_three_seeds_are_what_an_interval_is_over():
+    rows = [row("a", 1, s, 0, {"64/4": 0.5 + gain, "64/8": 0.9 + gain}) for s, gain in enumerate((0.1, 0.2, 0.3))]
+    rows += [row("b", 1, s, 0, {"64/4": 0.5, "64/8": 0.5}) for s in range(3)]
+    found = compare(rows, Claim("x", "a", "b"))
+    assert found is not None and found.seeds == pytest.approx((0.3, 0.4, 0.5))
+    assert (found.low, found.high) == pytest.approx((0.3, 0.5))
+    two = compare([r for r in rows if r["seed"] < 2], Claim("x", "a", "b"))
+    assert two is not None and two.low < 0.3  # over sizes, which differ more than seeds
+
+
 def test_rows_of_several_devices_live_side_by_side_and_are_named(table, tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
     monkeypatch.setattr(run, "device_name", lambda device: "NVIDIA H200")
@@ -287,7 +296,10 @@ def test_a_table_without_rows_stands_on_the_page_with_its_command(table, tmp_pat
 
 def test_two_pairs_decide_nothing_and_a_claim_without_any_is_not_measured():
     rows = [row(arm, 1, seed, 0, {"64/4": value}) for arm, value in (("a", 0.9), ("b", 0.1)) for seed in (0, 1)]
-    assert judge(rows, Claim("x", "a", "b"), "t") == ("+80.0 points of accuracy [+80.0, +80.0], 2 pairs", "undecided")
+    assert judge(rows, Claim("x", "a", "b"), "t") == (
+        "+80.0 points of accuracy [+80.0, +80.0], 2 pairs; by seed +80.0, +80.0",
+        "undecided",
+    )
     assert judge(rows, Claim("x", "a", "c"), "t") == ("", "not measured")
 
 

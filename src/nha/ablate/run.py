@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from nha.io import write_atomically
 ROWS, RUNS, LOCKS = "rows", "runs", "locks"
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
 Log = Callable[[str], None]
+Data = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def run_table(
         sources: text, for a language table.
         reserve: seconds that measuring a language model takes.
         together: rows of recall that are trained at once.
-        best_lr_only: after an arm's first seed, make rows of the learning rate alone that was best there.
+        best_lr_only: after an arm's first seed, make rows alone of the learning rate that was best so far.
         compile_layers: compile the layers of recall models on a GPU.
         log: gets lines about the progress.
 
@@ -152,7 +153,7 @@ def run_table(
     ordered = shard.order(table.rows)
     rows = [row for row in ordered if not row_file(out, row.name(table.name)).exists()]
     progress.present += [row.name(table.name) for row in ordered if row not in rows]
-    while ready := best_lrs(table, rows, out) if best_lr_only else rows:
+    while ready := with_best_lr(table, rows, out) if best_lr_only else rows:
         group = alike(ready, together if table.kind == "recall" else 1)
         rows = [row for row in rows if row not in group]
         with ExitStack() as stack:
@@ -182,23 +183,42 @@ def alike(rows: list[Row], count: int) -> list[Row]:
     return [row for row in rows if row.arm.has_full_attention == rows[0].arm.has_full_attention][:count]
 
 
-def best_lrs(table: Table, rows: list[Row], out: Path) -> list[Row]:
-    """Those of the rows that may be made now if an arm's first seed chooses the learning rate of its other seeds.
+def best_lr(rows: Sequence[Data]) -> float:
+    """The learning rate that was best on validation data, by the mean over seeds.
 
-    The best rate of the rows in `out`, on validation data, is chosen once no row of that seed is left.
+    Learning rates that have fewer seeds than another are left out.
+
+    >>> best_lr([{"lr": 0.1, "valid": 0.5}, {"lr": 0.1, "valid": 0.7}, {"lr": 0.2, "valid": 0.9}])
+    0.1
     """
-    first, found = dict.fromkeys((row.arm.name for row in rows), min(table.seeds)), {}
-    for path in (out / ROWS).glob(f"{table.name}--*.json"):
+    valid: dict[float, list[float]] = {}
+    for row in rows:
+        valid.setdefault(row["lr"], []).append(row["valid"])
+    most = max(map(len, valid.values()))
+    means = {lr: sum(values) / most for lr, values in valid.items() if len(values) == most}
+    return max(means, key=means.__getitem__)
+
+
+def with_best_lr(table: Table, rows: list[Row], out: Path) -> list[Row]:
+    """Those of the rows that may be made now if the seeds in `out` choose the learning rate of an arm's other seeds.
+
+    All rates of the first seed come first.
+    """
+    found: dict[str, list[Data]] = {}
+    for path in sorted((out / ROWS).glob(f"{table.name}--*.json")):
         made = read_row(path, None)
         assert made is not None
-        first[made["arm"]] = min(made["seed"], first.get(made["arm"], made["seed"]))
-        found.setdefault((made["arm"], made["seed"]), {})[made["lr"]] = made["valid"]
-    open_arms = {row.arm.name for row in rows if row.seed == first[row.arm.name]}
+        found.setdefault(made["arm"], []).append(made)
     ready = []
     for row in rows:
-        rates = found.get((row.arm.name, first[row.arm.name]))
-        best = rates is None or row.lr == max(rates, key=rates.__getitem__)
-        if row.seed == first[row.arm.name] or (best and row.arm.name not in open_arms):
+        made, name = found.get(row.arm.name, []), row.arm.name
+        first = min([each["seed"] for each in made] + [min(table.seeds)])
+        if any(other.arm.name == name and other.seed == first for other in rows):
+            wanted = row.seed == first
+        else:
+            others = [each for each in made if each["seed"] != row.seed]
+            wanted = not others or row.lr == best_lr(others)
+        if wanted:
             ready.append(row)
     return ready
 

@@ -14,29 +14,36 @@ from typing import Any
 
 import numpy as np
 
-from nha.ablate.run import ROWS, WINDOW, read_row
+from nha.ablate.run import ROWS, WINDOW, Data, best_lr, read_row
 from nha.ablate.table import EXPECTATIONS, Claim, Table, built_in_tables, read_table
-from nha.evaluate.bootstrap import interval
+from nha.evaluate.bootstrap import interval, nested_interval
 from nha.io import write_atomically
 
 TABLES = "tables"
 MIN_PAIRS = 3  # an interval of fewer says nothing
+MIN_SEEDS = 3  # of fewer, an interval does not hold what another seed would change
 UNMEASURED = "not measured"
 LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
 COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
 PLAIN = ("accuracy", "ppl", "loss", "recall", "repeats", "interval", "count", "edges", "by_position")
-Data = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much an arm is better than another, with its 95 % interval; `count` pairs of measurements."""
+    """By how much an arm is better than another, with its 95 % interval.
+
+    Attributes:
+        mean: over `count` pairs of measurements.
+        low, high: the interval: over seeds where there are three, and over their documents; else over the pairs.
+        seeds: the mean of each seed.
+    """
 
     mean: float
     low: float
     high: float
     count: int
+    seeds: tuple[float, ...] = ()
 
     def verdict(self, expect: str, margin: float) -> str:
         """Whether a claim agrees with it.
@@ -65,14 +72,13 @@ def best_rows(rows: Sequence[Data]) -> list[Data]:
 
     Learning rates that have fewer seeds than another are left out.
     """
-    groups: dict[tuple[str, str], dict[float, list[Data]]] = {}
+    groups: dict[tuple[str, str], list[Data]] = {}
     for row in rows:
-        groups.setdefault((row["table"], row["arm"]), {}).setdefault(row["lr"], []).append(row)
+        groups.setdefault((row["table"], row["arm"]), []).append(row)
     found: list[Data] = []
-    for by_lr in groups.values():
-        most = max(map(len, by_lr.values()))
-        whole = [same for same in by_lr.values() if len(same) == most]
-        found += max(whole, key=lambda same: float(np.mean([row["valid"] for row in same])))
+    for own in groups.values():
+        best = best_lr(own)
+        found += [row for row in own if row["lr"] == best]
     return found
 
 
@@ -112,9 +118,14 @@ def compare(rows: Sequence[Data], claim: Claim) -> Difference | None:
     pairs = sorted(first.keys() & second.keys(), key=str)
     if not pairs:
         return None
-    values = [first[key] - second[key] for key in pairs]
-    low, high = interval(values)
-    return Difference(float(np.mean(values)), low, high, len(values))
+    by_seed: dict[int, list[float]] = {}
+    for key in pairs:
+        by_seed.setdefault(key[0], []).append(first[key] - second[key])
+    values = [value for own in by_seed.values() for value in own]
+    means = tuple(float(np.mean(own)) for own in by_seed.values())
+    sampled = claim.measure != "accuracy"  # documents are a sample, sizes of recall are not
+    low, high = interval(values) if len(by_seed) < MIN_SEEDS else nested_interval(list(by_seed.values()), inner=sampled)
+    return Difference(float(np.mean(values)), low, high, len(values), means)
 
 
 def remember(table: Table, out: Path, name: str | None = None) -> None:
@@ -203,7 +214,8 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
     lines += ["Every number is of the learning rate that was best on validation data; all rates are in `rows.csv`."]
     lines += [
         "A claim *agrees* or *disagrees* where the 95 % interval of the paired difference shows it; it is *undecided* "
-        f"elsewhere, and with fewer than {MIN_PAIRS} pairs.",
+        f"elsewhere, and with fewer than {MIN_PAIRS} pairs. With {MIN_SEEDS} seeds the interval is over seeds "
+        "and the documents of each; with fewer it is over sizes or documents, and another seed may change the verdict.",
         "",
     ]
     made = [table for table in tables if any(row["table"] == table["name"] for row in best)]
@@ -304,6 +316,8 @@ def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
     digits = 3 if kind == "loss" else 1
     low, middle, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.mean, found.high))
     text = f"{middle} {unit} [{low}, {high}], {found.count} pair{'s' * (found.count > 1)}"
+    if len(found.seeds) > 1:
+        text += f"; by seed {', '.join(f'{scale * value:+.{digits}f}' for value in found.seeds)}"
     return text, found.verdict(claim.expect, MARGIN[kind])
 
 

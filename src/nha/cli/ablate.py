@@ -46,7 +46,7 @@ class Selection:
     ] = 1
     best_lr: Annotated[
         bool,
-        typer.Option("--best-lr", help="After an arm's first seed, only the learning rate that was best there."),
+        typer.Option("--best-lr", help="After an arm's first seed, only the learning rate that was best so far."),
     ] = False
     compile_layers: Annotated[
         bool,
