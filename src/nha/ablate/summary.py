@@ -22,7 +22,8 @@ from nha.io import write_atomically
 TABLES = "tables"
 MIN_PAIRS = 3  # an interval of fewer says nothing
 MIN_SEEDS = 3  # of fewer, an interval does not hold what another seed would change
-UNMEASURED = "not measured"
+UNDECIDED, UNMEASURED = "undecided", "not measured"
+FEW = ", "  # between a verdict and its number of seeds
 LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
 COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
@@ -52,14 +53,14 @@ class Difference:
         ('agrees', 'undecided')
         """
         if self.count < MIN_PAIRS:
-            return "undecided"
+            return UNDECIDED
         if expect == "above":
-            return "agrees" if self.low > 0 else "disagrees" if self.high < margin else "undecided"
+            return "agrees" if self.low > 0 else "disagrees" if self.high < margin else UNDECIDED
         if expect == "at least":
-            return "agrees" if self.low > -margin else "disagrees" if self.high < 0 else "undecided"
+            return "agrees" if self.low > -margin else "disagrees" if self.high < 0 else UNDECIDED
         if self.low > -margin and self.high < margin:
             return "agrees"
-        return "disagrees" if self.low > 0 or self.high < 0 else "undecided"
+        return "disagrees" if self.low > 0 or self.high < 0 else UNDECIDED
 
 
 def read_rows(out: Path) -> list[Data]:
@@ -215,7 +216,8 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
     lines += [
         "A claim *agrees* or *disagrees* where the 95 % interval of the paired difference shows it; it is *undecided* "
         f"elsewhere, and with fewer than {MIN_PAIRS} pairs. With {MIN_SEEDS} seeds the interval is over seeds "
-        "and the documents of each; with fewer it is over sizes or documents, and another seed may change the verdict.",
+        "and the documents of each. With fewer it is over sizes or documents: another seed may change the verdict, "
+        "which names the seeds.",
         "",
     ]
     made = [table for table in tables if any(row["table"] == table["name"] for row in best)]
@@ -239,12 +241,24 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def counted(found: Sequence[str], verdict: str) -> str:
+    """How often a verdict was found, and how often with few seeds.
+
+    >>> counted(["agrees", "agrees, 1 seed", "undecided"], "agrees")
+    '2, 1 of few seeds'
+    """
+    own = [each for each in found if each.partition(FEW)[0] == verdict]
+    few = sum(FEW in each for each in own)
+    return f"{len(own)}, {few} of few seeds" if few else str(len(own))
+
+
 def overview_lines(tables: Sequence[Data], rows: Sequence[Data]) -> list[str]:
     """How many claims of each table agree."""
     lines = ["| table | agree | disagree | undecided | not measured |", "|---|---|---|---|---|"]
     for table in tables:
         found = [judge(rows, claim, table["name"])[1] for claim in claims_of(table)]
-        counts = " | ".join(str(found.count(verdict)) for verdict in ("agrees", "disagrees", "undecided", UNMEASURED))
+        verdicts = ("agrees", "disagrees", UNDECIDED, UNMEASURED)
+        counts = " | ".join(counted(found, verdict) for verdict in verdicts)
         lines.append(f"| {table['title']} | {counts} |")
     return lines
 
@@ -307,7 +321,7 @@ def claims_of(table: Data) -> list[Claim]:
 
 
 def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
-    """The measured difference of a claim in a few words, and the verdict."""
+    """The measured difference of a claim in a few words, and the verdict, which says so where seeds are few."""
     found = compare([row for row in rows if row["table"] == table], claim)
     if found is None:
         return "", UNMEASURED
@@ -316,9 +330,12 @@ def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
     digits = 3 if kind == "loss" else 1
     low, middle, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.mean, found.high))
     text = f"{middle} {unit} [{low}, {high}], {found.count} pair{'s' * (found.count > 1)}"
-    if len(found.seeds) > 1:
+    seeds, verdict = len(found.seeds), found.verdict(claim.expect, MARGIN[kind])
+    if seeds > 1:
         text += f"; by seed {', '.join(f'{scale * value:+.{digits}f}' for value in found.seeds)}"
-    return text, found.verdict(claim.expect, MARGIN[kind])
+    if seeds < MIN_SEEDS and verdict != UNDECIDED:
+        verdict += f"{FEW}{seeds} seed{'s' * (seeds > 1)}"
+    return text, verdict
 
 
 def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
@@ -327,7 +344,7 @@ def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
     for claim in claims_of(table):
         text, verdict = judge(rows, claim, table["name"])
         says = f"{claim.says} ({claim.arm} {EXPECTATIONS[claim.expect]} {claim.against})"
-        lines.append(f"| {says} | {text} | **{verdict}** |")
+        lines.append(f"| {says} | {text} | {verdict if FEW in verdict else f'**{verdict}**'} |")
     return lines
 
 
