@@ -213,6 +213,8 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     assert (settings["recall_fraction"], settings["long_tokens"], settings["long_range_fraction"]) == (0.125, 5e5, 0.5)
     table = runner.invoke(app, arguments[:-1])
     assert table.exit_code == 0 and "memory" in table.stdout and "on one H100" in table.stdout
+    long = runner.invoke(app, [*arguments, "--seq-len", "500000"])
+    assert "500,000 tokens are longer than" in long.stderr and "longer than" not in table.stderr
     wrong = runner.invoke(app, [*arguments, "--recipe", "best"])
     assert wrong.exit_code == 2 and "quality, balanced, constant" in wrong.stderr
     assert not (tmp_path / "run").exists()

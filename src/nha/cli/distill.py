@@ -137,6 +137,7 @@ def distill(
             settings = make_settings(DistillSettings, values)
             size = settings.window_size
             check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
+            note_context(source, settings)
             if dry_run:
                 report_estimate(source, settings, as_json)
                 return
@@ -232,6 +233,15 @@ def context_of(source: loading.Source) -> int | None:
     """The tokens that a model was made for, as its configuration has them, None for the embedded model."""
     config: Any = source.config
     return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def note_context(source: loading.Source, settings: DistillSettings) -> None:
+    """Say on stderr where sequences are longer than what the model was made for."""
+    context = context_of(source)
+    longest = max(settings.seq_len, settings.long_seq_len if settings.long_tokens else 0)
+    if context is not None and longest > context:
+        note = f"note: sequences of {longest:,} tokens are longer than the {context:,} that the model was made for"
+        err.print(note, soft_wrap=True)
 
 
 def report_estimate(source: loading.Source, settings: DistillSettings, as_json: bool) -> None:
