@@ -38,7 +38,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, control_of, deal, make_runs
+from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, budget_of, control_of, deal, make_runs
 
 # What decides most comes first: where time is up, a run is kept without the rest.
 LONG_NEEDLE = "long needle"
@@ -350,6 +350,7 @@ class Shard:
         import torch
 
         from nha.io import write_atomically
+        from nha.models.windows import set_state_dtype
 
         cuda = torch.cuda.is_available()
         if cuda:
@@ -365,7 +366,9 @@ class Shard:
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")
         model = self.shipped(run, found) if run.arm and run.arm.shipped else found.model
-        if self.options.files and run.arm and not run.arm.shipped:
+        if run.arm and run.arm.state_dtype != "float32":
+            set_state_dtype(model, run.arm.state_dtype)
+        if self.options.files and run.arm and not run.arm.source and not run.arm.shipped:
             self.write_file(run, found)
         begun = time.monotonic()
         measured = self.measure(run, model)
@@ -451,15 +454,16 @@ def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, f
     from experiments.quality_arms import batches_digest
     from nha.evaluate.public.run import summary
 
-    config, numbers = model.config, summary(measured)
+    config, numbers, held = model.config, summary(measured), cache_bytes(model, 16384)
     speeds = [entry["tokens_per_s"] for entry in log]
     return {
         "arm": run.arm.name if run.arm else "control",
-        "budget": run.budget,
+        "budget": budget_of(held) if run.arm else run.budget,
         "seed": run.seed,
         "tokens": int(log[-1]["tokens"]) if log else 0,
         "teacher_tokens": run.settings.teacher_tokens if run.arm else 0,
-        "bytes_16k": cache_bytes(model, 16384),
+        "bytes_16k": held,
+        **({"state_dtype": run.arm.state_dtype} if run.arm and run.arm.state_dtype != "float32" else {}),
         "windows": list(config.window_sizes),
         "slots": config.num_slots if run.arm else 0,
         **{name: numbers.get(name) for name in ("ppl_2k", "ppl_8k", "sets", "average", "squad")},

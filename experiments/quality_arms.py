@@ -20,7 +20,8 @@ from nha.ops.heads import Window, window_of
 
 PLAN = Path("results/plans/smollm2-heads15.json")  # of `nha search --heads 15`
 MEAN_PLAN = Path("results/plans/smollm2-heads20.json")  # its weights' mean with those of a search of penalty 0.005
-BUDGETS = ("4full", "1full", "constant")
+# Bytes after 16,384 tokens of 4 full layers and of 1, with windows of 64 and 64 slots in all others, and of none.
+BUDGETS = {"constant": 5_876_076, "1full": 18_285_240, "4full": 55_443_696}
 TOKENS = {"4full": 25e6, "1full": 25e6, "constant": 25e6}
 # What a control does not depend on: it has full attention, and trains the linear layers of attention in one stage.
 HYBRID_ALONE = ("window_size", "num_slots", "full_layers", "init", "num_sinks", "slot_distance", "align_steps")
@@ -31,6 +32,15 @@ HYBRID_ALONE += ("slot_write", "write_reach")
 COMPILE_S, HEADS_COMPILE_S, CONTROL_COMPILE_S, ALIGN_S = 30.0, 40.0, 26.0, 15.0
 EVAL_S, LONG_EVAL_S = 95.0, 60.0
 TOKENS_PER_S = {"text": 206e3, "long": 130e3, "control": 340e3, "long control": 150e3}
+
+
+def budget_of(held: int) -> str:
+    """The first budget that so many bytes after 16,384 tokens fit, up to 0.1 %, or "beyond".
+
+    >>> budget_of(18_000_000), budget_of(80_000_000)
+    ('1full', 'beyond')
+    """
+    return next((name for name, limit in BUDGETS.items() if held <= 1.001 * limit), "beyond")
 
 
 @dataclass(frozen=True)
@@ -80,8 +90,9 @@ class Arm:
         shipped: measure the small file of gates, sinks and changes of weights instead of the trained model; "lora" for
             what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`, "packed" for
             all of them in 2 bits.
-        source: the arm whose run an "svd" or "packed" file is made of.
+        source: the arm whose run is measured in another way: as an "svd" or "packed" file, or with other states.
         teacher_fraction: of the tokens, which train the teacher first.
+        state_dtype: how caches keep states while the arm is measured (see `nha.models.windows.set_state_dtype`).
     """
 
     name: str
@@ -93,6 +104,7 @@ class Arm:
     shipped: str | None = None
     source: str | None = None
     teacher_fraction: float = 0.0
+    state_dtype: str = "float32"
 
 
 RECALL = {"answer_weight": 0.75}  # of the hybrid alone: slots learn recall more slowly than perplexity
@@ -102,6 +114,8 @@ FULL_LAYERS = (8, 18, 20, 23)
 NARROW = Heads(((15, 256),), None)
 MIXED4 = Heads(((6, FULL), (14, 7008)), plan=MEAN_PLAN)
 MIXED1 = Heads(((12, 3600), (8, 720)), plan=MEAN_PLAN)
+WIDE1 = Heads(((12, 4800), (8, 1200)), plan=MEAN_PLAN)
+HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers, and 15 windows of 3,264 tokens those
 # of one full layer after 16,384 tokens; the mixed ones hold the same, with long windows in the first heads by rank and
@@ -118,6 +132,30 @@ ARMS = {
         Arm("4full_heads", "4full", "constant", {}, Heads(((12, FULL),)), (32768,), teacher_fraction=TEACHER),
         Arm("1full_heads", "1full", "constant", {}, Heads(((15, 3264),)), (32768,), teacher_fraction=TEACHER),
         Arm("4full_mixed", "4full", "constant", {}, MIXED4, (32768,), teacher_fraction=TEACHER),
+        Arm("4full_half", "4full", "constant", {}, MIXED4, (32768,), teacher_fraction=HALF),
+        Arm("1full_half", "1full", "constant", {}, WIDE1, (32768,), teacher_fraction=HALF),
+        Arm(
+            "4full_int8",
+            "4full",
+            "constant",
+            {},
+            MIXED4,
+            (32768,),
+            source="4full_half",
+            teacher_fraction=HALF,
+            state_dtype="int8",
+        ),
+        Arm(
+            "1full_int8",
+            "1full",
+            "constant",
+            {},
+            WIDE1,
+            (32768,),
+            source="1full_half",
+            teacher_fraction=HALF,
+            state_dtype="int8",
+        ),
         Arm("1full_mixed", "1full", "constant", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
         Arm("constant_heads", "constant", "constant", {}, NARROW, LONG),
         Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, NARROW, LONG),

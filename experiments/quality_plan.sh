@@ -3,6 +3,7 @@
 #     DATA=DATA MODEL=/path/SmolLM2-135M-Instruct.gguf OUT=OUT bash experiments/quality_plan.sh
 #     FIRST=constant_teacher OTHER=4full_mixed ... bash experiments/quality_plan.sh     # the second pair
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" ... bash experiments/quality_plan.sh    # one arm alone
+#     FIRST=1full_half,1full_int8 OTHER=none FILES= ...    # states in float32, then in int8; no small files (80 s)
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
 # constant_recall: for the file to ship; its teacher reads 5 M tokens, answers weigh 0.75 and end where they end.
@@ -21,7 +22,7 @@ run() { # arm, folder, options
     mkdir -p "$OUT/$2"
     # shellcheck disable=SC2086
     timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --out "$OUT/$2" --known /none --work "$W" \
-        ${CONTROLS:---no-controls} --files --long-needle-count 4 --budget-s $((S - 30)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
+        ${CONTROLS:---no-controls} ${FILES---files} --long-needle-count 4 --budget-s $((S - 30)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
 }
 run "${FIRST:-constant_recall}" first "${LONG---long-needles}" &
 [ "${OTHER:-}" = none ] || run "${OTHER:-1full_mixed}" other "" &

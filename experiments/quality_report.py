@@ -35,7 +35,7 @@ DPI = 160
 def read_runs(folder: Path) -> list[Run]:
     """All runs of a folder: controls first, then by budget, tokens and seed."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
-    order = {"4full": 0, "1full": 1, "constant": 2}
+    order = {"beyond": 0, "4full": 1, "1full": 2, "constant": 3}
 
     def key(run: Run) -> tuple[Any, ...]:
         row = run["row"]

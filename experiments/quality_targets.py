@@ -72,7 +72,7 @@ def targets_table(rows: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]
     lines = ["Targets: perplexity over the fair control's, recall and sets as shares of the control's, needles of all."]
     lines += ["", "| run | number | target | measured | 95 % interval | |", "|---|---|---|---|---|---|"]
     for row, name, found in rows:
-        if row["tokens"] > MAX_TOKENS[row["budget"]]:
+        if row["budget"] not in SHARES or row["tokens"] > MAX_TOKENS[row["budget"]]:
             continue
         for judged in judge(row, found):
             cells = [f"{name} ({row['budget']})", titles.get(judged.name, judged.name), *_shown(judged)]

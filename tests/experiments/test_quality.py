@@ -191,7 +191,7 @@ def quality_runs(out):
     return read_runs(out)
 
 
-def test_a_packed_file_holds_the_changes_of_a_run_and_the_shard_tokenizes_what_it_measures(place, data, tmp_path):  # noqa: F811
+def test_a_run_is_measured_again_as_a_packed_file_and_with_states_in_int8(place, data, tmp_path):  # noqa: F811
     out, tokenized = tmp_path / "out", []
     whole = quality.Shard.train
 
@@ -203,7 +203,9 @@ def test_a_packed_file_holds_the_changes_of_a_run_and_the_shard_tokenizes_what_i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality.Shard, "train", train)
         patch.setitem(ARMS, "from_constant", replace(ARMS["ship_svd"], name="from_constant", shipped="packed"))
-        assert run(place, data, out, "--arms", "constant,from_constant", "--no-controls", "--files") == 0
+        int8 = replace(ARMS["constant"], name="int8", source="constant", state_dtype="int8")
+        patch.setitem(ARMS, "int8", int8)
+        assert run(place, data, out, "--arms", "constant,from_constant,int8", "--no-controls", "--files") == 0
     assert ("piqa", 4096) in tokenized[0]
     of_file, of_run = (read_delta(file) for file in sorted((out / "ship").iterdir(), reverse=True))
     tensors, metadata = of_file
@@ -211,6 +213,8 @@ def test_a_packed_file_holds_the_changes_of_a_run_and_the_shard_tokenizes_what_i
     assert any(name.endswith("q_proj.packed2") for name in tensors) and not any(".down" in name for name in tensors)
     rows = {one["row"]["arm"]: one["eval"]["perplexity"]["256"]["ppl"] for one in quality_runs(out)}
     assert rows["from_constant"] == pytest.approx(rows["constant"], rel=0.01)
+    held = {one["row"]["arm"]: (one["row"]["bytes_16k"], one["row"].get("state_dtype")) for one in quality_runs(out)}
+    assert held["int8"][0] < held["constant"][0] and (held["int8"][1], held["constant"][1]) == ("int8", None)
 
 
 def test_a_control_has_a_row_for_every_budget_that_it_serves():
