@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, budget_of, control_of, deal, make_runs
 
@@ -44,6 +44,7 @@ from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, budget_of, control
 LONG_NEEDLE = "long needle"
 ORDER = ("perplexity", "cloze_near", "cloze_far", "squad_qa", "needle", "lambada_openai", "piqa", "arc_easy")
 ORDER += ("arc_challenge", "boolq", "copa", LONG_NEEDLE, "hellaswag")
+KNOWN = Path("results/quality")
 TIMES = ("tokens_per_s", "loss", "kl", "cross_entropy", "answer_accuracy")
 
 
@@ -68,7 +69,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default=os.environ.get("NHA_QUALITY_MODEL", "smollm2"))
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
-    parser.add_argument("--known", type=Path, default=Path("results/quality"))
+    parser.add_argument("--known", type=Path, default=KNOWN)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-quality")
     parser.add_argument("--arms", type=lambda s: s.split(","), default=list(DEFAULT_ARMS))
     parser.add_argument("--seeds", type=parse_ints, default=(0,))
@@ -181,6 +182,14 @@ class TimeIsUp(Exception):
     """Ends a part of an evaluation."""
 
 
+class Trained(NamedTuple):
+    """A model and the logs of its training."""
+
+    model: Any
+    log: list[dict[str, float]]
+    teacher_log: list[dict[str, float]]
+
+
 class Shard:
     """The runs of one GPU, one after another, until the time is up."""
 
@@ -281,6 +290,16 @@ class Shard:
             self.print(f"  {name} {timeline}")
         return found if found.finished else None
 
+    def read_shipped(self, source: Run) -> Trained:
+        """The hybrid of the file in this package, with the logs of the known run that it was made of."""
+        from nha.models.delta import apply_delta
+        from nha.models.smollm2 import DELTA
+
+        known = json.loads((KNOWN / "runs" / f"{source.name}.json").read_text(encoding="utf-8"))
+        model = self.load()
+        apply_delta(model, DELTA)
+        return Trained(model.eval(), known["log"], known.get("teacher_log", []))
+
     def write_file(self, run: Run, found: Any) -> Path:
         """Write the small file of a run to `ship`: what LoRA trained, the best changes of a rank, or all in 2 bits."""
         from experiments.ship import make_delta
@@ -359,13 +378,14 @@ class Shard:
         trained = run
         if run.arm and run.arm.source:
             trained = Run(ARMS[run.arm.source], run.budget, run.settings, run.arm.source)
-        found = self.train(trained)
+        from_file = run.arm is not None and run.arm.shipped == "file"
+        found = self.read_shipped(trained) if from_file else self.train(trained)
         if found is None:
             return False
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")
-        model = self.shipped(run, found) if run.arm and run.arm.shipped else found.model
+        model = self.shipped(run, found) if run.arm and run.arm.shipped and not from_file else found.model
         if run.arm and run.arm.state_dtype != "float32":
             set_state_dtype(model, run.arm.state_dtype)
         if self.options.files and run.arm and not run.arm.source and not run.arm.shipped:

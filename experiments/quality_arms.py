@@ -89,7 +89,7 @@ class Arm:
         long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
         shipped: measure the small file of gates, sinks and changes of weights instead of the trained model; "lora" for
             what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`, "packed" for
-            all of them in 2 bits.
+            all of them in 2 bits, "file" for the file in this package, made of the known run of `source`.
         source: the arm whose run is measured in another way: as an "svd" or "packed" file, or with other states.
         teacher_fraction: of the tokens, which train the teacher first.
         state_dtype: how caches keep states while the arm is measured (see `nha.models.windows.set_state_dtype`).
@@ -162,6 +162,17 @@ ARMS = {
         Arm("constant_teacher", "constant", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
         Arm("constant_recall", "constant", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
         Arm("constant64_teacher", "constant", "constant", {}, None, LONG, teacher_fraction=TEACHER),
+        Arm(
+            "shipped",
+            "constant",
+            "constant",
+            RECALL,
+            NARROW,
+            LONG,
+            shipped="file",
+            source="constant_recall",
+            teacher_fraction=0.2,
+        ),
         Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),
         Arm("ship_svd", "constant", "constant", {}, None, LONG, shipped="svd", source="constant"),
         Arm("ship_heads", "constant", "constant", LORA, NARROW, LONG, shipped="lora"),
@@ -291,4 +302,6 @@ def deal(runs: Sequence[Run], shards: int) -> list[list[Run]]:
             if any(one.arm and run.arm and one.arm.name == run.arm.source and one.seed == run.seed for one in pile):
                 pile.append(run)
                 break
+        else:
+            min(piles, key=lambda pile: sum(one.seconds for one in pile)).append(run)
     return piles
