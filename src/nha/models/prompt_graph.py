@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -177,7 +178,8 @@ def compile_kernels(model: Any, graphs: list[PromptGraph], name: str) -> None:
     key = model.dtype, str(config.window_sizes), config.hidden_size, config.num_attention_heads, config.num_slots
     if key in _compiled or not can_compile_in_threads():
         return
-    with compiling():
+    # A head start: what fails here fails again, and is said, where the call computes.
+    with suppress(Exception), compiling():
         for graph in graphs:
             graph.num_tokens.fill_(graph.ids.shape[1])
             _, cache = graph.run(model, name)
