@@ -8,8 +8,11 @@ import sys
 import threading
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from experiments.cost import shape_config
 from nha.cli import app
 from nha.convert.search import SearchResult, save_search
 from nha.distill.timeline import Timeline
@@ -212,7 +215,7 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     settings = json.loads(again.stdout)["settings"]
     assert (settings["recall_fraction"], settings["long_tokens"], settings["long_range_fraction"]) == (0.125, 5e5, 0.5)
     table = runner.invoke(app, arguments[:-1])
-    assert table.exit_code == 0 and "memory" in table.stdout and "on one H100" in table.stdout
+    assert table.exit_code == 0 and all(word in table.stdout for word in ("memory", "on one H100", "measured"))
     long = runner.invoke(app, [*arguments, "--seq-len", "500000"])
     assert "500,000 tokens are longer than" in long.stderr and "longer than" not in table.stderr
     wrong = runner.invoke(app, [*arguments, "--recipe", "best"])
@@ -264,3 +267,15 @@ def test_text_that_cannot_be_read_and_a_model_that_cannot_be_loaded_are_errors(m
         cli_distill.load_beside(source, "float32", Timeline(), lambda: "corpus")
     with pytest.raises(ZeroDivisionError):
         cli_distill.load_beside(source, "float32", Timeline(), lambda: 1 / 0)
+
+
+def test_a_dry_run_of_8_billion_parameters_says_what_fits(tmp_path):
+    config = shape_config("8B")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "8b")
+    save_file({"x": torch.zeros(1)}, tmp_path / "8b" / "model.safetensors")  # never loaded
+    arguments = ["distill", str(tmp_path / "8b"), str(tmp_path / "run"), "--recipe", "quality", "--dry-run"]
+    shown = runner.invoke(app, arguments).stdout
+    assert "8,089 M parameters" in shown and shown.replace("\n", "").count("--gradient-checkpointing") == 2
+    fits = runner.invoke(app, [*arguments, "--batch-size", "4", "--gradient-checkpointing"]).stdout
+    assert "--gradient-checkpointing" not in fits and "41.2 GiB" in fits and "3B and 8B" in " ".join(fits.split())

@@ -30,9 +30,12 @@ from nha.models import loading
 
 if TYPE_CHECKING:
     from nha.data.corpus import Corpus
+    from nha.distill.estimate import Estimate
     from nha.distill.run import Distilled
 
 UNFINISHED = 3
+H100_BYTES = 80e9
+LARGE_MEMORY = 40 << 30  # from here on an estimate names what recomputing activations takes
 ALSO, ONLY = "also", "only"
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -251,12 +254,16 @@ def report_estimate(source: loading.Source, settings: DistillSettings, as_json: 
     config = loading.read_config(source)
     found = estimate(config, settings, world=world_size())
     elsewhere = None if found.device != "CPU" else estimate(config, settings, device="H100")
+    recomputing = dataclasses.replace(settings, gradient_checkpointing=True)
     if as_json:
         result = {"model": source.name, **dataclasses.asdict(found), "settings": dataclasses.asdict(settings)}
         print_json(result | ({"on_h100": dataclasses.asdict(elsewhere)} if elsewhere else {}))
         return
     table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
     memory = f"about {found.memory_bytes / 2**30:.1f} GiB on each device"
+    if found.memory_bytes > LARGE_MEMORY and not settings.gradient_checkpointing:
+        less = estimate(config, recomputing, world=world_size())
+        memory += f", with --gradient-checkpointing {less.memory_bytes / 2**30:.1f} GiB"
     time = f"about {common.duration(found.seconds)} on {found.device}, at {found.assumed}"
     for name, text in (
         (
@@ -267,10 +274,18 @@ def report_estimate(source: loading.Source, settings: DistillSettings, as_json: 
         *([("teacher", f"trained on the first {found.teacher_tokens:,} of them")] if found.teacher_tokens else []),
         ("memory", memory),
         ("time", time + ", besides about a minute to compile and align"),
-        *([("on one H100", f"about {common.duration(elsewhere.seconds)}")] if elsewhere else []),
+        *([("on one H100", one_gpu(elsewhere, estimate(config, recomputing, device="H100")))] if elsewhere else []),
     ):
         table.add_row(f"[dim]{name}[/]", escape(text))
     out.print(table)
+
+
+def one_gpu(found: Estimate, recomputed: Estimate) -> str:
+    """Time and memory on an H100, in words; with recomputed activations where it would not have room."""
+    words, used = "", found
+    if found.memory_bytes > H100_BYTES:
+        words, used = f"{found.memory_bytes / 2**30:.1f} GiB do not fit; with --gradient-checkpointing ", recomputed
+    return f"{words}about {common.duration(used.seconds)}, {used.memory_bytes / 2**30:.1f} GiB, at {used.assumed}"
 
 
 def report_corpus(corpus: Corpus, as_json: bool) -> None:

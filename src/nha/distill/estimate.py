@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,13 +22,63 @@ from nha.ops.heads import Window, per_head
 # Peak of dense matrix products in bf16, FLOP/s, by a part of the device's name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12}
 OTHER_PEAK = 100e12
-# Fraction of the peak that SmolLM2-135M reached on one H100 (254,000 tokens/s), and 0.8 billion parameters on two with
-# gradient checkpointing and without compiled layers.
-UTILISATION = {"compiled": 0.25, "plain": 0.08}
 CPU_FLOPS = 50e9  # of one core, measured
-LOGITS_BYTES = 5 << 30  # while the loss is computed, 2^28 logits at a time
-ACTIVATION_BYTES = 25  # of a token, layer and unit of width, measured with SmolLM2-135M (19 GiB in all)
-CHECKPOINTED_BYTES = 3
+LOGITS_BYTES = 2 << 30  # while the loss is computed, 2^28 logits at a time
+# Bytes of a token, layer and unit of width for the backward pass: fitted to SmolLM2-135M and 1B, and to 3B and 8B.
+ACTIVATION_BYTES = 31.5
+CHECKPOINTED_BYTES = 2
+STATE_BYTES = 16  # of a trained number: float32 copy, gradient and two moments
+SECOND_GRADIENT_BYTES = 4  # text and recall text have gradients of their own, when activations are gone
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The speed of a distillation that was measured.
+
+    Attributes:
+        name: of the model's size.
+        tokens_per_s: on all devices.
+        flops_per_token: as `flops_per_token` counts them.
+        gpus: how many, each with a peak of 989 TFLOP/s.
+    """
+
+    name: str
+    tokens_per_s: float
+    flops_per_token: float
+    gpus: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """Of the peak of the devices."""
+        return self.tokens_per_s * self.flops_per_token / (self.gpus * PEAKS["H100"])
+
+
+# By how a step runs. SmolLM2 with compiled layers on an H100; 1B, 3B and 8B with random weights and without compiled
+# layers on an H200 (results/cost); 0.8B sharded over two H100s. Activations are recomputed in the last two kinds.
+MEASURED = {
+    "on one GPU": (Measured("SmolLM2-135M", 254_000, 0.964e9), Measured("1B", 48_149, 8.008e9)),
+    "recomputed": (Measured("3B", 7_728, 21.38e9), Measured("8B", 2_280, 48.75e9)),
+    "sharded": (Measured("0.8B", 24_000, 6.6e9, gpus=2),),
+}
+
+
+def measured_fraction(kind: str, flops: float) -> tuple[float, str]:
+    """The fraction of a GPU's peak at so many FLOPs a token, and the names of what it was measured with.
+
+    Between two measured sizes it is interpolated in the logarithm of the FLOPs; beyond them it is that of the nearest.
+
+    >>> [round(measured_fraction("on one GPU", flops)[0], 2) for flops in (1e8, 0.964e9, 2.8e9, 8.008e9, 1e11)]
+    [0.25, 0.25, 0.32, 0.39, 0.39]
+    >>> measured_fraction("sharded", 1e9)[1]
+    '0.8B'
+    """
+    rows = sorted(MEASURED[kind], key=lambda row: row.flops_per_token)
+    for low, high in pairwise(rows):
+        if low.flops_per_token < flops < high.flops_per_token:
+            share = math.log(flops / low.flops_per_token) / math.log(high.flops_per_token / low.flops_per_token)
+            return low.fraction + share * (high.fraction - low.fraction), f"{low.name} and {high.name}"
+    nearest = min(rows, key=lambda row: abs(math.log(flops / row.flops_per_token)))
+    return nearest.fraction, nearest.name
 
 
 @dataclass(frozen=True)
@@ -41,7 +93,7 @@ class Estimate:
         memory_bytes: on each device.
         seconds: of training, without compilation and alignment.
         device: the device's name, and how many.
-        assumed: the fraction of the device's peak that `seconds` assumes, in words.
+        assumed: the fraction of the device's peak that `seconds` assumes, and with what it was measured, in words.
     """
 
     parameters: int
@@ -132,14 +184,18 @@ def estimate(
     if device is None:
         device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     size = 2 if device != "CPU" else 4  # bf16 or float32
-    shared = (size * parameters + 16 * trained) / world  # beside the weights: float32 copy, gradient and two moments
+    state = (size * parameters + STATE_BYTES * trained) / world
+    in_backward = state + activations * size / 2 + LOGITS_BYTES
+    in_step = state + (SECOND_GRADIENT_BYTES * trained / world if settings.recall_fraction else 0)
     if device == "CPU":
         cores = cores or torch.get_num_threads() or os.cpu_count() or 1
         speed, assumed = CPU_FLOPS * cores, f"{CPU_FLOPS / 1e9:.0f} GFLOP/s of each of {cores} cores"
     else:
-        fraction = UTILISATION["plain" if world > 1 or settings.compile == "nothing" else "compiled"]
+        kind = "sharded" if world > 1 else "recomputed" if settings.gradient_checkpointing else "on one GPU"
+        fraction, names = measured_fraction(kind, flops)
         peak = next((value for name, value in PEAKS.items() if name in device), OTHER_PEAK)
-        speed, assumed = peak * fraction * world, f"{100 * fraction:.0f} % of {peak / 1e12:.0f} TFLOP/s"
+        speed = peak * fraction * world
+        assumed = f"{100 * fraction:.0f} % of {peak / 1e12:.0f} TFLOP/s, measured with {names}"
     return Estimate(
         parameters=parameters,
         trainable=trained,
@@ -147,7 +203,7 @@ def estimate(
         steps=mixture.steps,
         teacher_tokens=first,
         flops_per_token=flops,
-        memory_bytes=shared + activations * size / 2 + LOGITS_BYTES,
+        memory_bytes=max(in_backward, in_step),
         seconds=tokens * flops / speed,
         device=device if world == 1 else f"{world} x {device}",
         assumed=assumed,
