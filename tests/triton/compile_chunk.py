@@ -108,12 +108,12 @@ def limit_shared_memory(limit):
 
 def report(launches_of):
     """Compile the launches of every shape on the command line and print a JSON line for each."""
-    for text in sys.argv[1:]:
+    for index, text in enumerate(sys.argv[1:]):
         options = json.loads(text)
         capability = options.pop("capability", 90)
         limit_shared_memory(SHARED_MEMORY[capability])
         for kernel, args, kwargs in launches_of(options):
-            row = {"shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
+            row = {"case": index, "shape": options, "kernel": kernel.fn.__name__, "warps": kwargs["num_warps"]}
             start = time.perf_counter()
             try:
                 row |= resources(compile_launch(kernel, args, kwargs, capability))

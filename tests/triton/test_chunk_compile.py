@@ -28,37 +28,35 @@ CONSUMER = [
 DATA_CENTER = [{"capability": 80, "sinks": 1}, {"capability": 100, "sinks": 1}]
 
 
-def compiled(shape):
-    """The compiled kernels of a case, checked to be all of them."""
-    kernels = compilation.compiled("compile_chunk", shape)
-    names = {row["kernel"] for row in kernels}
-    backward = {"nha_chunk_bwd_kernel_dq", "nha_chunk_bwd_kernel_dstate", "nha_chunk_bwd_kernel_dkv"}
-    assert backward | {"nha_chunk_fwd_kernel", "nha_chunk_state_kernel_bwd"} <= names
-    scanned = {"nha_chunk_state_kernel_local", "nha_chunk_state_kernel_scan"} <= names
-    assert ("nha_chunk_state_kernel_serial" in names) != scanned
-    assert ("nha_chunk_tables_kernel" in names) == (shape.get("kind") == "packed")
-    return kernels
+def thirds(shapes):
+    """Shapes in three parts: those of a part share a process, which takes longer to start than to compile one."""
+    return pytest.mark.parametrize("shapes", [shapes[i::3] for i in range(3)], ids=range(3))
 
 
-@pytest.mark.parametrize("shape", H100, ids=str)
-def test_every_kernel_fits_an_h100(shape):
-    for row in compiled(shape):
-        assert row["shared"] <= 227 << 10, row
-        assert row["stack"] <= MAX_SPILL["mixed" if shape.get("wide_gates") else shape.get("dtype", "bf16")], row
+def compiled(shapes):
+    """(shape, its compiled kernels) of cases, each checked to be all of its kernels."""
+    kernels = compilation.compiled("compile_chunk", *shapes)
+    for index, shape in enumerate(shapes):
+        own = [row for row in kernels if row["case"] == index]
+        names = {row["kernel"] for row in own}
+        backward = {"nha_chunk_bwd_kernel_dq", "nha_chunk_bwd_kernel_dstate", "nha_chunk_bwd_kernel_dkv"}
+        assert backward | {"nha_chunk_fwd_kernel", "nha_chunk_state_kernel_bwd"} <= names
+        scanned = {"nha_chunk_state_kernel_local", "nha_chunk_state_kernel_scan"} <= names
+        assert ("nha_chunk_state_kernel_serial" in names) != scanned
+        assert ("nha_chunk_tables_kernel" in names) == (shape.get("kind") == "packed")
+        yield shape, own
 
 
-def test_the_largest_shape_fits_an_h100():
-    for row in compiled({"dtype": "fp16", **LARGEST}):
-        assert row["shared"] <= 227 << 10, row
+@thirds(H100)
+def test_every_kernel_fits_an_h100(shapes):
+    for shape, kernels in compiled(shapes):
+        for row in kernels:
+            assert row["shared"] <= 227 << 10, row
+            assert row["stack"] <= MAX_SPILL["mixed" if shape.get("wide_gates") else shape.get("dtype", "bf16")], row
 
 
-@pytest.mark.parametrize("shape", DATA_CENTER, ids=str)
-def test_every_kernel_fits_the_data_center_gpu_before_and_after_an_h100(shape):
-    for row in compiled(shape):
-        assert row["shared"] <= compilation.SHARED_MEMORY[shape["capability"]], row
-
-
-@pytest.mark.parametrize("shape", CONSUMER, ids=str)
-def test_every_kernel_fits_a_gpu_with_100_kb_of_shared_memory(shape):
-    for row in compiled(shape):
-        assert row["shared"] <= 99 << 10, row
+@thirds([{"dtype": "fp16", **LARGEST}, *DATA_CENTER, *CONSUMER])
+def test_every_kernel_fits_every_gpu(shapes):
+    for shape, kernels in compiled(shapes):
+        for row in kernels:
+            assert row["shared"] <= compilation.SHARED_MEMORY[shape.get("capability", 90)], row

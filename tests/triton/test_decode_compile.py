@@ -35,7 +35,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shapes", [SHAPES[i::4] for i in range(4)], ids=range(4))
+@pytest.mark.parametrize("shapes", [SHAPES[::2], SHAPES[1::2]], ids=range(2))
 def test_the_decoding_kernel_fits_and_does_not_spill(shapes):
     kernels = compiled("compile_decode", *shapes)
     assert [row["kernel"] for row in kernels] == ["nha_decode_kernel"] * len(shapes)

@@ -79,7 +79,7 @@ def assert_right(q, k, v, mask):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("length, groups", [(1, 4), (5, 1), (5, 7), (64, 3), (64, 16), (1000, 1), (1000, 4), (4097, 4)])
+@pytest.mark.parametrize("length, groups", [(1, 4), (5, 7), (64, 3), (64, 16), (300, 1), (1025, 4)])
 def test_one_token_equals_the_definition(length, groups, mask, dtype):
     assert_right(*make(length, groups, dtype=dtype), mask_of(mask, length))
 
