@@ -136,7 +136,7 @@ def remember(table: Table, out: Path, name: str | None = None) -> None:
     about |= {"command": shlex.join(["nha", "ablate", name or table.name, *text])}
     about |= {"arms": [arm.name for arm in table.arms], "rows": [row.name(table.name) for row in table.rows]}
     about["claims"] = [vars(claim) for claim in table.claims]
-    about["notes"] = list(table.notes)
+    about |= {"notes": list(table.notes), "pictured": list(table.pictured)}
     path = out / TABLES / f"{table.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(about, indent=1, default=list) + "\n")
@@ -189,7 +189,8 @@ def write_summary(out: Path) -> Path:
     if find_spec("matplotlib") is not None:
         from nha.ablate.pictures import draw
 
-        for name, data in draw(best).items():
+        hidden = {(t["name"], arm) for t in tables if t.get("pictured") for arm in {*t["arms"]} - {*t["pictured"]}}
+        for name, data in draw([row for row in best if (row["table"], row["arm"]) not in hidden]).items():
             write_atomically(out / name, data)
             pictures.append(name)
     page = out / "README.md"

@@ -82,6 +82,7 @@ class Table:
         claims: what is tested.
         notes: sentences for the page: why an outcome is as it is.
         recall, language: how the models are trained and measured, by kind.
+        pictured: names of the arms that pictures show; none means all.
         chosen: names of the arms that have rows; none means all.
     """
 
@@ -97,6 +98,7 @@ class Table:
     notes: tuple[str, ...] = ()
     recall: RecallPlan | None = None
     language: LanguagePlan | None = None
+    pictured: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,7 +109,7 @@ class Table:
             raise ValueError(
                 f"expected kind to be one of {', '.join(KINDS)} with a plan of that name, got {self.kind!r}"
             )
-        named = [self.match] if self.match else []
+        named = [*self.pictured, *([self.match] if self.match else [])]
         named += [name for claim in self.claims for name in (claim.arm, claim.against)]
         unknown = [name for name in named if name not in names]
         if unknown:
