@@ -128,3 +128,25 @@ def test_files_that_are_cut_or_changed_are_refused_by_name(tmp_path):
         path.write_bytes(data[:-50])
         with pytest.raises(ValueError, match="expected .*some"):
             fill(opened, opened.empty("cpu"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [0, 2**70]},
+        {"shape": [0, 2**61, 2**61]},
+        {"shape": [-1, 0]},
+        {"shape": "x"},
+        {"dtype": "F99"},
+        {"dtype": ["F32"]},
+        {"data_offsets": [0.0, 0.0]},
+        {"data_offsets": None},
+    ],
+    ids=str,
+)
+def test_a_header_that_nobody_wrote_is_refused(tmp_path, change):
+    entry = {"dtype": "F32", "shape": [0, 5], "data_offsets": [0, 0]} | change
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match="whole safetensors file at .*x"):
+        open_tensors(tmp_path / "x")

@@ -27,6 +27,7 @@ METADATA = "__metadata__"
 PIECE = 1 << 20  # bytes that are read, added to the checksum and copied at once
 READERS = 16  # files that are read at once
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+MAX_ELEMENTS = 2**60  # also of a tensor of which one dimension is 0, with 1 in its place
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -122,7 +123,11 @@ def _read_header(file: FileIO, size: int) -> tuple[dict[str, str], dict[str, Ent
     for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = value["data_offsets"]
         entry = Entry(DTYPES[value["dtype"]], tuple(value["shape"]), 8 + length + start)
-        if start != end or stop - start != entry.nbytes or any(type(n) is not int or n < 0 for n in entry.shape):
+        numbers = (start, stop, *entry.shape)
+        is_whole = all(type(n) is int and n >= 0 for n in numbers)
+        if not is_whole or math.prod(max(n, 1) for n in entry.shape) >= MAX_ELEMENTS:
+            raise ValueError(f"{name} of shape {list(entry.shape)} in {start} to {stop}")
+        if start != end or stop - start != entry.nbytes:
             raise ValueError(f"{name} of {entry.nbytes} bytes in {start} to {stop}, expected from {end} on")
         entries[name], end = entry, stop
     if 8 + length + end != size:
