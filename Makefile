@@ -26,7 +26,7 @@ LOG := $(VENV)/pip.log
 # What pip says is shown if it fails.
 INSTALL = @install() { $(RUN) -m pip --disable-pip-version-check install "$$@" >> $(LOG) 2>&1 || { tail -n 40 $(LOG); exit 1; }; }; install
 
-.PHONY: quickstart test test-vllm test-long clean constraints
+.PHONY: quickstart test vllm-installation test-vllm test-long clean constraints
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/nha quickstart
@@ -35,6 +35,8 @@ test: $(VENV)/.tools $(OLDEST)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(PYTEST) -m "not real and not gpu" tests/models
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PYTEST) tests/triton tests/bench/test_op.py
+
+vllm-installation: $(VLLM)/.installed
 
 # Requests go to servers on this machine; the small servers and engines of the tests take turns on two cores.
 test-vllm: $(VLLM)/.installed
