@@ -458,9 +458,12 @@ def cache_bytes(model: Any, tokens: int) -> int:
     import torch
 
     from nha.models.cache import cache_nbytes
+    from nha.ops.heads import all_windows
     from nha.report.costs import filled_cache
 
-    ids = torch.arange(512, device=model.device)[None] % model.config.vocab_size
+    widest = max(all_windows(getattr(model.config, "window_sizes", None) or ()), default=0)
+    read = min(tokens, max(512, 2 * widest))  # until no window takes more memory
+    ids = torch.arange(read, device=model.device)[None] % model.config.vocab_size
     return int(cache_nbytes(filled_cache(model, ids, tokens)))
 
 

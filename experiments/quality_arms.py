@@ -115,7 +115,7 @@ NARROW = Heads(((15, 256),), None)
 MIXED4 = Heads(((6, FULL), (14, 7008)), plan=MEAN_PLAN)
 MIXED1 = Heads(((12, 3600), (8, 720)), plan=MEAN_PLAN)
 # Without full heads a fraction of the answers in training is out of reach, and the run answers questions with numbers.
-WIDE1 = Heads(((2, FULL), (10, 2400), (8, 900)), plan=MEAN_PLAN)
+WIDE1 = Heads(((2, FULL), (10, 2144), (8, 896)), plan=MEAN_PLAN)
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers, and 15 windows of 3,264 tokens those
