@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.shapes import synchronize
 from nha.bench.shapes import Variants
 from nha.data.cloze import Cloze, make_clozes
+from nha.evaluate.bootstrap import wilson
 from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicData, PublicSettings, counted, measure_public
 from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
 from nha.evaluate.public.written import begins_with, write
@@ -260,6 +261,30 @@ def table(found: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
+def needles_by_distance(needle: dict[str, dict[str, Any]]) -> str:
+    """Needles of all lengths in Markdown, by how far before the question they stand: a window's tokens, then doublings.
+
+    >>> one = {"2048": {"count": 10, "by_depth": {"0.00": 0.6, "1.00": 1.0}}}
+    >>> print(needles_by_distance(one).splitlines()[-1])
+    | 1,025 to 2,048 | 60 % (23 to 88) | 5 |
+    """
+    placed: dict[int, list[int]] = {}
+    for length, part in needle.items():
+        each = part["count"] // len(part["by_depth"])
+        for depth, found in part["by_depth"].items():
+            distance = round((1 - float(depth)) * int(length))
+            end = max(256, 1 << max(0, distance - 1).bit_length())
+            right = round(found * each)
+            placed.setdefault(end, []).extend([1] * right + [0] * (each - right))
+    lines = ["| tokens between needle and question | written exactly | needles |", "|---|---|---|"]
+    for end, hits in sorted(placed.items()):
+        low, high = wilson(sum(hits), len(hits))
+        tokens = f"up to {end}" if end == 256 else f"{end // 2 + 1:,} to {end:,}"
+        share = f"{100 * sum(hits) / len(hits):.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+        lines.append(f"| {tokens} | {share} | {len(hits)} |")
+    return "\n".join(lines) + "\n"
+
+
 def picture(found: Found) -> bytes:
     """Recall, and the memory of a sequence, by length; needs matplotlib."""
     from matplotlib.figure import Figure
@@ -321,7 +346,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=math.inf)
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--distances", type=Path, help="print the needles of a run of results/quality by distance")
     options = parser.parse_args(arguments)
+    if options.distances is not None:
+        print(needles_by_distance(json.loads(options.distances.read_text(encoding="utf-8"))["eval"][NEEDLE]))
+        return 0
     if options.report is not None:
         print(write_report(options.report))
         return 0

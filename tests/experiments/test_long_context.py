@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from experiments import long_context
 from nha.models.delta import low_rank_changes, save_delta
@@ -40,3 +41,16 @@ def test_every_part_of_both_models_is_kept_and_shown(tmp_path, capsys):
     text = long_context.write_report(tmp_path / "out")
     assert text.count("| 512 |") == 4 and "out of memory" not in text
     assert (tmp_path / "out" / "long_context.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_page_shows_the_needles_of_the_record_and_the_long_prompts():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "long_context.md").read_text(encoding="utf-8")
+    run = json.loads((root / "results" / "quality" / "runs" / "constant_recall-25M-0.json").read_text(encoding="utf-8"))
+    assert long_context.needles_by_distance(run["eval"]["needle"]) in page
+    shown = page.partition("<!-- long prompts -->\n")[2].partition("<!-- /long prompts -->")[0]
+    record = root / "results" / "long_context" / "long_context.json"
+    if record.is_file():
+        assert shown == long_context.table(json.loads(record.read_text(encoding="utf-8"))["models"])
+    else:
+        assert "Not measured" in shown
