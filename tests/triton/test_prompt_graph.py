@@ -131,3 +131,14 @@ def test_modules_of_other_libraries_are_called(reads):
     model.model.layers[0].mlp.up_proj.__class__ = Adapted
     model.generate(tokens(1, 12), **OPTIONS | {"max_new_tokens": 1})
     assert not reads
+
+
+def test_a_server_reads_a_prompt_before_the_first_request(reads, monkeypatch):
+    model = build(windows=(4, -1, 0))
+    monkeypatch.setattr(decode_graph, "MIN_TOKENS", 1)
+    monkeypatch.setattr("nha.models.adapter.plan", lambda *given: None)  # steps are not recorded here
+    prompt_graph.warm_up(model)
+    assert reads == FIRST
+    monkeypatch.setattr(decode_graph, "can_capture", lambda device: False)
+    prompt_graph.warm_up(model)  # as on a CPU
+    assert reads == FIRST

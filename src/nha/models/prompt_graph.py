@@ -289,3 +289,16 @@ def replay_prompt(
         return replace(output, **{name: own})
     finally:
         graphs.lock.release()
+
+
+def warm_up(model: Any) -> None:
+    """Load a model's kernels and record its short prompts, so that the first request does not wait for either.
+
+    Nothing happens where nothing is recorded, as on a CPU.
+    """
+    if not decode_graph.can_capture(model.device):
+        return
+    windows = all_windows(decoder(model).config.window_sizes)
+    ids = torch.zeros(1, max(windows) + 2, dtype=torch.int64, device=model.device)
+    count = {"max_new_tokens": decode_graph.MIN_TOKENS, "min_new_tokens": decode_graph.MIN_TOKENS}
+    model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **count)

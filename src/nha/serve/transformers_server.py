@@ -13,6 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from nha.memory import MemoryStore
 from nha.models.auto import hybrid_classes, register
 from nha.models.loading import Source, is_hybrid
+from nha.models.prompt_graph import warm_up
 from nha.models.windows import set_state_dtype
 from nha.serve.limits import VARIABLE, Limits, Policy
 from nha.serve.memory import generate_through
@@ -56,6 +57,7 @@ def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) ->
             held.model.generation_config.do_sample = True  # a temperature of 0 turns it off again
             if settings.state_dtype is not None:
                 set_state_dtype(held.model, settings.state_dtype)
+            warm_up(held.model)
             if store is not None:
                 generate_through(held.model, store)
         return app
