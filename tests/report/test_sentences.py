@@ -214,9 +214,13 @@ def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_
     found = distilled_results()
     text, recall = verdict(found).text, " ".join(recall_text(found))
     assert "after distillation" in text and "8 % higher" in text
-    assert "8,192 tokens" in text and "50.0 % of the digits" in text and "0 of 2 numbers exactly" in text
-    assert "100 % of them after 256 tokens, 50.0 % after 8,192" in recall and "2 of 6 answers" in recall
+    assert "8,192 tokens" in text and "6 of 12 digits" in text and "0 of 2 numbers exactly" in text
+    assert "12 of 12 after 256 tokens, 6 of 12 after 8,192" in recall and "2 of 6 answers" in recall
     assert not recall_text(results())
+    warning, last = "exact numbers from long before", found.distilled.recall[-1]
+    last.recalled = last.facts
+    assert warning in text and warning not in verdict(found).text
+    last.recalled = 0
     noted = replace(found, notes=["2 KV heads have longer windows."])
     assert "10.3 MB" in " ".join(conversion_text(found))
     assert "exactly. 2 KV heads have longer windows. The slots" in " ".join(conversion_text(noted))

@@ -142,11 +142,12 @@ def distilled_text(results: Results) -> list[str]:
         )
     if found.recall:
         last = found.recall[-1]
-        share = number(100 * last.digits / last.of_digits)
         lines.append(
-            f"Of numbers that it read {last.tokens:,} tokens before, it wrote {share} % of the digits right from the "
-            f"first on, and {last.recalled} of {last.facts} numbers exactly."
+            f"Asked for {last.facts} numbers that it read {last.tokens:,} tokens before, it wrote {last.digits} of "
+            f"{last.of_digits} digits right from the first on, and {last.recalled} of {last.facts} numbers exactly."
         )
+        if last.recalled < last.facts:
+            lines.append("Do not rely on it for exact numbers from long before.")
     return lines
 
 
@@ -156,13 +157,13 @@ def recall_text(results: Results) -> list[str]:
     if found is None or not found.recall:
         return []
     first, last = found.recall[0], found.recall[-1]
-    shares = [f"{number(100 * one.digits / one.of_digits)} %" for one in (first, last)]
+    right = [f"{one.digits} of {one.of_digits}" for one in (first, last)]
     continued, facts = (sum(getattr(one, name) for one in found.recall) for name in ("continued", "facts"))
     more = f" {continued} of {facts} answers had every digit and went on with further ones." if continued else ""
     return [
         f"A text begins with a number, followed by {results.document}. As the text grows, the hybrid is asked for the "
-        f"number and writes the likeliest tokens. Counted are digits that are right from the first on: {shares[0]} of "
-        f"them after {first.tokens:,} tokens, {shares[1]} after {last.tokens:,}. Guessing gives 2 %.{more}",
+        f"number and writes the likeliest tokens. Counted are digits that are right from the first on: {right[0]} "
+        f"after {first.tokens:,} tokens, {right[1]} after {last.tokens:,}. Guessing gives 2 %.{more}",
         "The text holds one number. Of several that are alike, a hybrid may write the wrong one.",
     ]
 
