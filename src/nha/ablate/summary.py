@@ -322,7 +322,7 @@ def claims_of(table: Data) -> list[Claim]:
 
 
 def judge(rows: Sequence[Data], claim: Claim, table: str) -> tuple[str, str]:
-    """The measured difference of a claim in a few words, and the verdict, which says so where seeds are few."""
+    """The measured difference of a claim in a few words, and the verdict, with the seeds where they are few."""
     found = compare([row for row in rows if row["table"] == table], claim)
     if found is None:
         return "", UNMEASURED
