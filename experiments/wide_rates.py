@@ -5,9 +5,9 @@
 The rates of the recipes were tuned at a width of 576 and shrink in proportion for wider models; "x1" is that rate, and
 "unscaled" the rate of width 576. Weights start at random, so the original is first trained with full attention by the
 same loop, as with `--teacher-tokens`, on a part of the steps; then the hybrid is distilled from it. A spike is a loss
-above the mean of the 50 entries before by more than six of their standard deviations. OUT/runs/*.json holds the loss of
-every step of each case, written when it ends; OUT/rates.md and rates.png are made of them. Exit status: 0, 1 for a
-failure, 3 where time was up.
+above the mean of the 50 entries before by more than six of their standard deviations. OUT/rates/*.json holds the loss
+of every step of each case, written every 50 steps; a case that was cut is made again. OUT/rates.md and rates.png show
+them. Exit status: 0, 1 for a failure, 3 where time was up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from io import BytesIO
 from pathlib import Path
@@ -47,6 +47,7 @@ RATES = ("x1", "unscaled")
 CASES = ("0.4B-x1", "1B-x1", "1B-unscaled", "0.4B-unscaled")
 BEFORE, DEVIATIONS = 50, 6.0
 RESERVE_S = 8.0
+WRITE_EVERY = 50
 
 
 def find_spikes(losses: Sequence[float], before: int = BEFORE, deviations: float = DEVIATIONS) -> list[int]:
@@ -103,8 +104,8 @@ def settings_of(case: str, options: argparse.Namespace) -> DistillSettings:
     return recipe_settings("constant", SHAPES[shape][2], given=given)
 
 
-def run_case(case: str, corpus: Corpus, tokenizer: Any, options: argparse.Namespace, stop: Stop) -> dict | None:
-    """The row and the losses of a case, or None where the time was up."""
+def run_case(case: str, corpus: Corpus, tokenizer: Any, options: argparse.Namespace, stop: Stop) -> bool:
+    """Train a case and write its row and losses every `WRITE_EVERY` steps and at the end; False where time was up."""
     shape = case.rpartition("-")[0]
     cuda = torch.cuda.is_available()
     torch.manual_seed(0)
@@ -115,36 +116,49 @@ def run_case(case: str, corpus: Corpus, tokenizer: Any, options: argparse.Namesp
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
-
-    def log(entry: dict[str, float]) -> None:
-        if entry["step"] % 50 == 0:
-            print(f"  {case} step {entry['step']:.0f}: loss {entry['loss']:.3f}", flush=True)
-
-    with tempfile.TemporaryDirectory() as place:
-        reports = Reports(log=log, teacher_log=log)
-        found = distill(model.eval(), tokenizer, corpus, Path(place) / "run", settings, reports=reports, stop=stop)
-    if not found.finished:
-        return None
-    logs = {"teacher": found.teacher_log, "hybrid": found.log}
-    losses = {name: [entry["cross_entropy"] for entry in log] for name, log in logs.items()}
-    row = {
+    logs: dict[str, list[dict[str, float]]] = {"teacher": [], "hybrid": []}
+    about = {
         "case": case,
-        "parameters": sum(p.numel() for p in found.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "hidden_size": config.hidden_size,
         "learning_rates": settings.learning_rates(config.hidden_size),
-        "steps": len(found.log),
-        "teacher_steps": len(found.teacher_log),
         "step_tokens": settings.batch_size * settings.seq_len,
         "trainable": settings.trainable,
-        "seconds": round(time.monotonic() - begun, 1),
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "gpu": torch.cuda.get_device_name(0) if cuda else None,
         "versions": versions(),
         "date": str(date.today()),
         "command": f"python -m experiments.wide_rates --data DATA --cases {case}",
     }
-    losses |= {"kl": [entry["kl"] for entry in found.log], "total": [entry["loss"] for entry in found.log]}
-    return {"row": row | judge(losses), "losses": losses, "settings": dataclasses.asdict(settings)}
+
+    def write(finished: bool) -> None:
+        losses = {name: [entry["cross_entropy"] for entry in log] for name, log in logs.items()}
+        losses |= {"kl": [entry["kl"] for entry in logs["hybrid"]], "total": [x["loss"] for x in logs["hybrid"]]}
+        row = about | {"steps": len(logs["hybrid"]), "teacher_steps": len(logs["teacher"]), "finished": finished}
+        row |= {"seconds": round(time.monotonic() - begun, 1)}
+        row |= {"memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
+        found = {"row": row | judge(losses), "losses": losses, "settings": dataclasses.asdict(settings)}
+        write_atomically(options.out / "rates" / f"{case}.json", json.dumps(found) + "\n")
+
+    def take(name: str) -> Callable[[dict[str, float]], None]:
+        def log(entry: dict[str, float]) -> None:
+            logs[name].append(entry)
+            if len(logs[name]) % WRITE_EVERY == 0:
+                print(f"  {case} {name} step {entry['step']:.0f}: loss {entry['loss']:.3f}", flush=True)
+                write(finished=False)
+
+        return log
+
+    with tempfile.TemporaryDirectory() as place:
+        reports = Reports(log=take("hybrid"), teacher_log=take("teacher"))
+        found = distill(model.eval(), tokenizer, corpus, Path(place) / "run", settings, reports=reports, stop=stop)
+    about["parameters"] = sum(p.numel() for p in found.model.parameters())  # with gates and sinks
+    write(found.finished)
+    return found.finished
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a file holds all steps of a case."""
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["row"].get("finished", True)
 
 
 def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
@@ -159,15 +173,25 @@ def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| shape and rate | parameters | rates: weights, gates | teacher's loss | hybrid's loss | KL | spikes |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "| shape and rate | parameters | steps | rates: weights, gates | teacher's loss | hybrid's loss | KL | spikes |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         lr, gate_lr, _ = row["learning_rates"]
         ends = [
             f"{row[n]['first']:.2f} to {row[n]['last']:.2f}" if n in row else "" for n in ("teacher", "hybrid", "kl")
         ]
         spikes = sum(len(row[name]["spikes"]) for name in ("teacher", "hybrid", "total") if name in row)
-        cells = [row["case"], f"{row['parameters'] / 1e6:,.0f} M", f"{lr:.2g}, {gate_lr:.2g}", *ends, str(spikes)]
+        steps = f"{row['teacher_steps']} + {row['steps']}"
+        cells = [
+            row["case"],
+            f"{row['parameters'] / 1e6:,.0f} M",
+            steps,
+            f"{lr:.2g}, {gate_lr:.2g}",
+            *ends,
+            str(spikes),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -243,21 +267,17 @@ def main(arguments: list[str] | None = None) -> int:
     corpus = find_corpus(options.corpus, options.data, options.work, tokenizer)
     stop = Stop(max(1.0, options.budget_s - RESERVE_S - (time.monotonic() - begun)))
     for case in options.cases:
-        if any((folder / "rates" / f"{case}.json").is_file() for folder in (options.out, options.known)):
+        if any(is_finished(folder / "rates" / f"{case}.json") for folder in (options.out, options.known)):
             continue
         if stop.due():
             status = max(status, 3)
             continue
         try:
-            found = run_case(case, corpus, tokenizer, options, stop)
+            if not run_case(case, corpus, tokenizer, options, stop):
+                status = max(status, 3)
         except Exception:
             traceback.print_exc()
-            found, status = None, 1
-        if found is None:
-            status = max(status, 3)
-        else:
-            write_atomically(options.out / "rates" / f"{case}.json", json.dumps(found) + "\n")
-            print(json.dumps(found["row"]), flush=True)
+            status = 1
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -37,8 +37,23 @@ def test_rates_shrink_with_the_width_unless_asked():
 def test_the_report_has_a_row_and_a_panel_a_case(tmp_path):
     (tmp_path / "rates").mkdir()
     for case in ("1B-x1", "0.4B-x1"):
-        row = {"case": case, "parameters": 10**9, "learning_rates": [1e-3, 4e-3, 1e-3]} | wide_rates.judge(losses(True))
+        row = {
+            "case": case,
+            "parameters": 10**9,
+            "learning_rates": [1e-3, 4e-3, 1e-3],
+            "steps": 120,
+            "teacher_steps": 2,
+        }
+        row |= wide_rates.judge(losses(True))
         (tmp_path / "rates" / f"{case}.json").write_text(json.dumps({"row": row, "losses": losses(True)}))
     lines = wide_rates.write_report(tmp_path).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["0.4B-x1", "1B-x1"]
     assert lines[2].endswith("| 1 |") and (tmp_path / "rates.png").stat().st_size > 1000
+
+
+def test_a_case_that_was_cut_is_made_again(tmp_path):
+    file = tmp_path / "1B-x1.json"
+    assert not wide_rates.is_finished(file)
+    for row, finished in (({"finished": False}, False), ({"finished": True}, True), ({}, True)):
+        file.write_text(json.dumps({"row": row}))
+        assert wide_rates.is_finished(file) is finished
