@@ -325,7 +325,9 @@ class Shard:
         """The evaluation of a run's model part by part; "missing" names those that there was no time for."""
         from nha.evaluate.partial import open_partial
         from nha.evaluate.public.run import PARTS, PublicData, measure_public
+        from nha.io import write_atomically
 
+        kept = self.kept(run)
         partial = open_partial(self.options.work / "partial" / f"{run.name}.jsonl", self.public.identity)
         started, whole = time.monotonic(), self.public.settings
         found: dict[str, Any] = {"sets": {}, "needle": {}, "perplexity": {}, "notes": [], "seconds": {}}
@@ -349,6 +351,7 @@ class Shard:
                 found[kind] |= new[kind]
             found["notes"] += new["notes"]
             found["seconds"][part] = round(time.monotonic() - begun, 2)
+            write_atomically(kept, json.dumps({"settings": dataclasses.asdict(run.settings), "eval": found}) + "\n")
 
         lengths = run.arm.long_needles if run.arm and self.options.long_needles else ()
         parts = (*whole.parts, LONG_NEEDLE) if lengths else whole.parts
@@ -363,6 +366,12 @@ class Shard:
         self.public.settings = whole
         found["sets"] = {part: found["sets"][part] for part in PARTS if part in found["sets"]}
         return found | ({"missing": missing} if missing else {})
+
+    def kept(self, run: Run) -> Path:
+        """The file of what a run's evaluation has found so far, until its row is written."""
+        path = self.options.out / "measured" / f"{run.name}.json"
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def make(self, run: Run) -> bool:
         """Train and measure a run, and write it; False if the time was up."""
@@ -396,8 +405,7 @@ class Shard:
         about: dict[str, Any] = {"settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
         about |= {"teacher_log": found.teacher_log} if found.teacher_log else {}
         about["timelines"] = {name: timeline.stages for name, timeline in self.timelines.items()}
-        kept = self.options.out / "measured" / f"{run.name}.json"  # there, should anything below fail
-        kept.parent.mkdir(exist_ok=True)
+        kept = self.kept(run)  # there, should anything below fail
         write_atomically(kept, json.dumps(times | about) + "\n")
         row = row_of(run, model, measured, found.log) | times | {"memory_gib": peak}
         row |= {"missing": measured["missing"]} if "missing" in measured else {}

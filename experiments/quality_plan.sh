@@ -6,15 +6,18 @@
 #     FIRST=1full_half,1full_int8 OTHER=none FILES= ...    # states in float32, then in int8; no small files (80 s)
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
-# constant_recall: for the file to ship; its teacher reads 5 M tokens, answers weigh 0.75 and end where they end.
-# 1full_mixed:     12 heads of 3,600 tokens and 8 of 720 at the bytes of one full layer; its teacher reads 10 M tokens.
-# constant_teacher, with answers that end; 4full_mixed: 6 full heads and 14 of 7,008 at the bytes of four full layers.
+# constant_recall, 1full_mixed, constant_teacher and 4full_mixed are in results/quality. What is to run next, each alone on a card:
+#     FIRST=1full_half,1full_int8 OTHER=shipped FILES= SECONDS_GIVEN=560
+#     FIRST=4full_half,4full_int8 OTHER=none FILES= SECONDS_GIVEN=560
+# 1full_half: 2 full heads, 10 of 2,144 tokens and 8 of 896 (18.2 MB with states in int8); all answers of its recall text were right
+# after 10 M of its tokens; it was not evaluated. 4full_half: 6 full heads and 14 of 7,008 (53 MB in int8). `shipped` is the
+# file in this package.
 #
-# Seconds on an H200 that nothing else uses. Measured: model and tokens ready 32, teacher of 10 M tokens 58 (26 of them
-# compile). Estimated: align 15; compile 30 to 40; training 132 and 108, both at once 240; files 5; evaluation of both at
-# once: perplexity 14, near clozes 14, far ones 25, SQuAD 24, needles to 8K 24 (then some 480), LAMBADA to COPA 40, needles
-# to 128K 30, HellaSwag 70 (then some 620). A run that ends early is kept with the parts that it has, and its hybrid as a
-# file of 10 MB in $OUT/*/ship. The same command again, with the same $WORK, makes what is missing.
+# Seconds of 1full_half alone on an H200 with an empty cache of compiled kernels: model and tokens ready 38, teacher of 12.5 M tokens
+# 85, conversion and alignment 73, compile of heads of three kinds 170, 12.5 M tokens in long sequences 60 (203,000 a second),
+# evaluation: perplexity 5, near clozes 10, far ones 15, SQuAD 8, needles to 8K 8, LAMBADA to COPA 25, HellaSwag 30, needles to 128K
+# 30. The small files that --files writes take 80 each. A run that ends early is kept with the parts that it has. The same command
+# again, with the same $WORK, makes what is missing.
 export NHA_QUALITY_MODEL=$MODEL TOKENIZERS_PARALLELISM=false PYTHONPATH=src:.:$PYTHONPATH
 S=${SECONDS_GIVEN:-620} W=${WORK:-/tmp/nha-quality}
 mkdir -p "$OUT"
