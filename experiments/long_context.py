@@ -7,8 +7,8 @@ one) read the same prompts, one after another. --data has heldout.jsonl. A cloze
 0.4 n and 0.8 n tokens back, a near cloze at most 256 tokens back after other prose; a needle is right if nothing but
 its number is written, "contained" is RULER's rule. --models adds the original with full attention on this library's
 kernels ("kernels", time and memory alone) and with positions that YaRN stretches to the longest prompt ("yarn").
-Seconds are the shortest of --rounds prompts of random tokens. Every part is written to OUT/long_context.json as soon as it
-is known, and a part that is there is not measured again; none begins after --budget-s. --report OUT writes the table
+Seconds are the shortest of --rounds prompts of random tokens. Every part is written to OUT/long_context.json as soon as
+it is known, and a part that is there is not measured again; none begins after --budget-s. --report OUT writes the table
 and the picture of what is there.
 """
 
