@@ -114,14 +114,15 @@ FULL_LAYERS = (8, 18, 20, 23)
 NARROW = Heads(((15, 256),), None)
 MIXED4 = Heads(((6, FULL), (14, 7008)), plan=MEAN_PLAN)
 MIXED1 = Heads(((12, 3600), (8, 720)), plan=MEAN_PLAN)
-# Without full heads a fraction of the answers in training is out of reach, and the run answers questions with numbers.
+# MIXED1 answers many questions wrongly, and some answers in training are beyond all its windows: two heads reach them.
 WIDE1 = Heads(((2, FULL), (10, 2144), (8, 896)), plan=MEAN_PLAN)
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
-# Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers, and 15 windows of 3,264 tokens those
-# of one full layer after 16,384 tokens; the mixed ones hold the same, with long windows in the first heads by rank and
-# shorter ones in those that follow, since copying near text takes more heads than copying far text. All arms read the
-# same batches, hence share a control for each number of tokens.
+# Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in the
+# first heads by rank and shorter ones in those that follow, since copying near text takes more heads than copying far
+# text. A token of a window takes twice the bytes of one in a full head (its slot key and gates), so MIXED4 and MIXED1
+# fit their columns with states in int8 alone. All arms read the same batches, hence share a control for each number of
+# tokens.
 ARMS = {
     arm.name: arm
     for arm in (
