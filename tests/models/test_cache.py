@@ -227,11 +227,11 @@ def test_saving_replaces_a_file_only_by_a_whole_one(tmp_path, monkeypatch):
     save_cache(filled(model), path, model)
     whole = path.read_bytes()
 
-    def fail(tensors, target, metadata):
+    def fail(target, tensors, metadata):
         Path(target).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("nha.tensor_file.write_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_cache(filled(model, 30), path, model)
     assert path.read_bytes() == whole

@@ -245,7 +245,7 @@ def conversion_text(results: Results) -> list[str]:
     weights = "The weights are the original's. Gates and sinks were calibrated on text that is not measured below."
     if results.distilled:
         weights = (
-            "Gates, sinks and low-rank changes of the attention's weights were distilled from the original on books; a "
+            "Gates, sinks and changes of the attention's weights were distilled from the original on books; a "
             f"file of {megabytes(results.distilled.bytes)} in this package holds them. The row 'untrained' shows the "
             "conversion without them."
         )
