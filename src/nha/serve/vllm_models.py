@@ -100,14 +100,12 @@ def install(model: nn.Module, config: Any) -> None:
         module.nha = module.layer_options = None
         if needs_options(config):
             module.layer_options = LayerOptions(config, old.num_heads, old.head_size)
-            module.__class__ = hybrid_attention_class(type(module))
-        if windows[layer] == FULL:
-            continue
-        check_rotary(rotary)
-        plan = plan_heads(windows, layer, heads, rank, processes)
-        module.nha = SlotWeights(config, old.num_kv_heads, old.head_size, rotary.rotary_dim, converted)
-        module.attn = NHAMixer(old, config, plan, rotary, module.nha, converted)
-        if module.layer_options is None:
+        if windows[layer] != FULL:
+            check_rotary(rotary)
+            plan = plan_heads(windows, layer, heads, rank, processes)
+            module.nha = SlotWeights(config, old.num_kv_heads, old.head_size, rotary.rotary_dim, converted)
+            module.attn = NHAMixer(old, config, plan, rotary, module.nha, converted)
+        if module.layer_options is not None or module.nha is not None:
             module.__class__ = hybrid_attention_class(type(module))
 
 
