@@ -13,7 +13,7 @@ SHAPES = [
     {"dim": 256, "heads": 4, "groups": 2},
     {"dtype": "float32"},
     {"dtype": "float32", "dim": 32, "masked": False},
-    {"batch": 90},
+    {"batch": 90, "length": 1024},
 ]
 
 

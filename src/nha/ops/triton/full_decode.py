@@ -24,6 +24,9 @@ from nha.ops.validation import MAX_GROUPS
 
 PROGRAMS = 528  # limit of programs for a small batch: four per multiprocessor, which holds two at a time
 MIN_BLOCKS = 4  # blocks of keys that are worth a program
+LARGE_BATCH = 64  # (row, KV head) pairs whose programs do not end together: the last ones would leave a GPU half idle
+MANY_PROGRAMS = 4224  # of a large batch: 16 waves of 264
+LONG_SPLIT = 16  # blocks of keys that are worth a program of a large batch
 TILE_BYTES = 2**15  # keys and values of a block
 
 
@@ -140,9 +143,16 @@ def block_sizes(dtype: torch.dtype, dim: int, value_dim: int) -> BlockSizes:
 
 
 def count_splits(length: int, pairs: int, block_n: int) -> int:
-    """Into how many splits `length` keys of each of `pairs` (row, KV head) are cut."""
+    """Into how many splits `length` keys of each of `pairs` (row, KV head) are cut.
+
+    >>> count_splits(32768, 8, 64), count_splits(32768, 872, 64), count_splits(2048, 872, 64)
+    (66, 5, 2)
+    """
     blocks = -(-length // block_n)
-    return max(min(PROGRAMS // pairs, blocks // MIN_BLOCKS), 1)
+    splits = min(PROGRAMS // pairs, blocks // MIN_BLOCKS)
+    if pairs > LARGE_BATCH:
+        splits = max(splits, min(-(-MANY_PROGRAMS // pairs), blocks // LONG_SPLIT))
+    return max(splits, 1)
 
 
 @torch.library.custom_op("nha::full_decode", mutates_args=())
