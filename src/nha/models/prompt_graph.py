@@ -4,7 +4,7 @@ A prompt of one sequence is padded on the right to one of a few lengths, so that
 sees the padding, and states end with the last token (`HybridMask.num_tokens`). The first prompt of a model waits for
 kernels that are loaded or compiled, some seconds. So graphs of all lengths up to `PREPARED` are recorded with it, and
 later prompts are replayed: the same kernels on inputs of the same shapes. The first of a longer length is called, and
-its graph recorded by the second.
+its graph recorded by the second; so is any length once windows or weights of the model were exchanged.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class PromptGraphs:
     parts: tuple[Any, ...] = ()
     graphs: OrderedDict[int, PromptGraph] = field(default_factory=OrderedDict)
     refused: bool = False
+    prepared: bool = False
     pool: Any = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -121,7 +122,8 @@ class PromptGraphs:
         """Output and cache for a prompt [1, T] padded to `length`, which the next call overwrites; None where the
         model cannot read padding."""
         try:
-            if not self.graphs:
+            if not self.prepared:
+                self.prepared = True
                 self.prepare(model, ids.device, name)
             first = length not in self.graphs
             graph = self._graph(length, ids.device)
