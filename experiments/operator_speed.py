@@ -133,7 +133,11 @@ def main(arguments: list[str] | None = None) -> int:
     failed = run(
         wanted_rows(options.tiny), options.out, options.budget_s - (time.monotonic() - begun), options.tiny, print
     )
-    with (options.out / "ops.csv").open() as file:
+    table = options.out / "ops.csv"
+    if not table.exists():
+        print(f"no row was measured within {options.budget_s:g} s: name a larger --budget-s", file=sys.stderr)
+        return 1
+    with table.open() as file:
         print("\n".join(ratios(list(csv.DictReader(file)))))
     return 1 if failed else 0
 
