@@ -81,6 +81,7 @@ def test_an_interrupted_evaluation_resumes(models, data, tmp_path, monkeypatch):
         (["--data", "/nowhere"], "expected a directory of test sets, there is none at /nowhere"),
         (["--output", "{models}"], "to be new or empty, it already holds files"),
         (["--lengths", "999999"], "expected a document of at least 999999 tokens"),
+        (["--lengths", "999999"], "in the longest of heldout.jsonl"),
     ],
 )
 def test_bad_input_is_one_line(models, data, arguments, message):  # noqa: F811

@@ -19,6 +19,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say(draw):
     assert 0.90 <= hits / trials <= 0.98
 
 
+def test_an_interval_of_a_count_holds_its_share_and_a_sure_one_ends_there():
+    for trials in range(1, 200):
+        for successes in (0, trials // 3, trials):
+            low, high = wilson(successes, trials)
+            assert 0 <= low <= successes / trials <= high <= 1
+        assert wilson(0, trials)[0] == 0 and wilson(trials, trials)[1] == 1
+
+
 def test_differences_on_the_same_rows_are_sharper_than_the_rows():
     generator = np.random.default_rng(1)
     rows = generator.normal(3.0, 1.0, 64)

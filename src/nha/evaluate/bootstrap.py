@@ -74,7 +74,7 @@ def wilson(successes: float, trials: int, *, level: float = LEVEL) -> tuple[floa
     Raises ValueError unless 0 <= successes <= trials and trials >= 1.
 
     >>> low, high = wilson(30, 30)
-    >>> round(low, 3), round(high, 3)
+    >>> round(low, 3), high
     (0.886, 1.0)
     """
     if not 0 <= successes <= trials or trials < 1:
@@ -83,4 +83,4 @@ def wilson(successes: float, trials: int, *, level: float = LEVEL) -> tuple[floa
     p = successes / trials
     middle = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * ((p * (1 - p) + z * z / (4 * trials)) / trials) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p))  # rounding must not leave p outside

@@ -184,10 +184,14 @@ def measure_public(
     `by_distance`, BoolQ with `balanced` (see `balanced`); `needle` does so by length, with `by_depth`, and with
     `contained` by the rule of RULER: the number is somewhere in what is written, and other digits may follow it.
     `perplexity` is the data of `measure_texts`; `notes` say what did not fit the model's context. Each part is kept in
-    `partial` under `name` as soon as it is known.
+    `partial` under `name` as soon as it is known. Raises ValueError before the first part if no held-out document is
+    long enough for one that is asked for.
     """
     session = _Session(model, tokenizer, data, name, partial or PartialResults(), progress, max_batch_tokens)
     found: dict[str, Any] = {"sets": {}, NEEDLE: {}, PERPLEXITY: {}, "notes": session.notes, "seconds": {}}
+    started = time.perf_counter()
+    session.check_documents()
+    found["seconds"][HELD_OUT] = round(time.perf_counter() - started, 2)
     for part in data.settings.parts:
         started = time.perf_counter()
         if part == NEEDLE:
@@ -260,6 +264,21 @@ class _Session:
     def held_out_ids(self) -> list[np.ndarray]:
         return plain_ids(self.tokenizer, tokenized(self.tokenizer, self.data.held_out))
 
+    def check_documents(self) -> None:
+        """Make what needs held-out documents. Raises ValueError, with their file, if they are too short."""
+        settings = self.data.settings
+        try:
+            for length in settings.lengths if PERPLEXITY in settings.parts else ():
+                if self._can_read(length):
+                    cut(self.held_out_ids, length, 1)
+            for length in settings.needle_lengths if NEEDLE in settings.parts else ():
+                if self._can_read(length):
+                    make_needles(self.tokenizer, np.concatenate(self.held_out_ids), length, 1, seed=settings.seed)
+            for part in set(RANGES).intersection(settings.parts):
+                self.data.clozes(self.tokenizer, part)
+        except ValueError as error:
+            raise ValueError(f"{error} of {self.data.files.get(HELD_OUT, HELD_OUT).split()[0]}") from None
+
     def correct(self, part: str) -> list[int] | None:
         """1 for every correct item of a part, None if the model cannot read it."""
         if part in RANGES:
@@ -331,12 +350,14 @@ class _Session:
 
     def _fits(self, part: str, longest: int) -> bool:
         """Whether the model can read this many tokens; notes it if they are more than its context."""
-        context = self.context
-        if context.tokens is None or longest <= context.tokens:
-            return True
-        what = "left out" if context.fixed else "measured beyond it"
-        self.notes.append(f"{part}: {longest:,} tokens, the model's context is {context.tokens:,}: {what}")
-        return not context.fixed
+        context, readable = self.context, self._can_read(longest)
+        if context.tokens is not None and longest > context.tokens:
+            what = "measured beyond it" if readable else "left out"
+            self.notes.append(f"{part}: {longest:,} tokens, the model's context is {context.tokens:,}: {what}")
+        return readable
+
+    def _can_read(self, longest: int) -> bool:
+        return self.context.tokens is None or longest <= self.context.tokens or not self.context.fixed
 
     def _in_chunks(
         self, part: str, order: Sequence[int], measure: Callable[[Sequence[int], int], list[int]]
