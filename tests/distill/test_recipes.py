@@ -21,6 +21,7 @@ from nha.models.adapter import to_hybrid
 from tests.models.families import teacher
 
 ROOT = Path(__file__).parents[2]
+COSTS = json.loads((ROOT / "results/cost/cost.json").read_text())
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHAPE = LlamaConfig(
     vocab_size=49152,
@@ -98,7 +99,9 @@ def test_an_estimate_is_near_what_one_h100_measured():
     assert found.memory_bytes / 2**30 == pytest.approx(19, rel=0.05)
 
 
-@pytest.mark.parametrize("row", json.loads((ROOT / "results/cost/cost.json").read_text()), ids=lambda row: row["shape"])
+@pytest.mark.parametrize(
+    "row", json.loads((ROOT / "results/cost/cost.json").read_text()), ids=lambda row: f"{row['shape']}-{row['gpus']}"
+)
 def test_an_estimate_is_near_what_was_measured_with_wider_shapes(row):
     given = {n: row[n] for n in ("batch_size", "seq_len", "gradient_checkpointing", "compile")}
     given |= {"full_layers": tuple(row["full_layers"]), "long_tokens": 0.0, "teacher_tokens": 0.0}

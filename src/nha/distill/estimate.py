@@ -54,11 +54,15 @@ class Measured:
 
 
 # By how a step runs. SmolLM2 with compiled layers on an H100; 1B, 3B and 8B with random weights and without compiled
-# layers on an H200 (results/cost); 0.8B sharded over two H100s. Activations are recomputed in the last two kinds.
+# layers on one H200, and sharded over two (results/cost). Activations are recomputed in the last two kinds.
 MEASURED = {
     "on one GPU": (Measured("SmolLM2-135M", 254_000, 0.964e9), Measured("1B", 48_149, 8.008e9)),
     "recomputed": (Measured("3B", 7_728, 21.38e9), Measured("8B", 2_280, 48.75e9)),
-    "sharded": (Measured("0.8B", 24_000, 6.6e9, gpus=2),),
+    "sharded": (
+        Measured("1B", 49_166, 8.008e9, gpus=2),
+        Measured("3B", 26_258, 21.38e9, gpus=2),
+        Measured("8B", 10_676, 48.75e9, gpus=2),
+    ),
 }
 
 
@@ -70,7 +74,7 @@ def measured_fraction(kind: str, flops: float) -> tuple[float, str]:
     >>> [round(measured_fraction("on one GPU", flops)[0], 2) for flops in (1e8, 0.964e9, 2.8e9, 8.008e9, 1e11)]
     [0.25, 0.25, 0.32, 0.39, 0.39]
     >>> measured_fraction("sharded", 1e9)[1]
-    '0.8B'
+    '1B'
     """
     rows = sorted(MEASURED[kind], key=lambda row: row.flops_per_token)
     for low, high in pairwise(rows):
@@ -151,6 +155,13 @@ def flops_per_token(
     return (4 + 2 * teacher) * products + 2 * trained + attention
 
 
+def gathered_bytes(model: PreTrainedModel, size: int, world: int) -> float:
+    """Bytes of embeddings and head, `size` a number, that FSDP gathers from the other devices for a whole step."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    sizes = {id(end.weight): end.weight.numel() for end in ends}
+    return size * sum(sizes.values()) * (1 - 1 / world)
+
+
 def estimate(
     config: Any, settings: DistillSettings, *, world: int = 1, device: str | None = None, cores: int | None = None
 ) -> Estimate:
@@ -185,8 +196,9 @@ def estimate(
         device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     size = 2 if device != "CPU" else 4  # bf16 or float32
     state = (size * parameters + STATE_BYTES * trained) / world
-    in_backward = state + activations * size / 2 + LOGITS_BYTES
+    in_backward = state + activations * size / 2 + LOGITS_BYTES + gathered_bytes(model, size, world)
     in_step = state + (SECOND_GRADIENT_BYTES * trained / world if settings.recall_fraction else 0)
+    at_start = 2 * size * parameters if world > 1 else 0  # the whole model and a copy, before they are sharded
     if device == "CPU":
         cores = cores or torch.get_num_threads() or os.cpu_count() or 1
         speed, assumed = CPU_FLOPS * cores, f"{CPU_FLOPS / 1e9:.0f} GFLOP/s of each of {cores} cores"
@@ -203,7 +215,7 @@ def estimate(
         steps=mixture.steps,
         teacher_tokens=first,
         flops_per_token=flops,
-        memory_bytes=max(in_backward, in_step),
+        memory_bytes=max(in_backward, in_step, at_start),
         seconds=tokens * flops / speed,
         device=device if world == 1 else f"{world} x {device}",
         assumed=assumed,
