@@ -139,13 +139,15 @@ def cell(row: Mapping[str, Any], name: str) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown: controls as they are, hybrids relative to them.
 
-    A star stands where the control was trained at other learning rates than the hybrid.
+    A star stands where the control was trained at other learning rates than the hybrid; a control at other rates than
+    the recipes' has the name of its recipe.
     """
     names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
     lines = [f"| model | recipe | | full layers | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for row in rows:
         full = ",".join(map(str, row.get("full_layers", []))) if row["kind"] == "hybrid" else "all"
-        recipe = row["recipe"] + ("" if row.get("own_rates", True) else " *") if row["kind"] == "hybrid" else ""
+        recipe = row["recipe"] if row["kind"] == "hybrid" or ":" in (row["recipe"] or "") else ""
+        recipe += "" if row.get("own_rates", True) else " *"
         cells = [row["model"], recipe, row["kind"], full or "none", *(cell(row, name) for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
