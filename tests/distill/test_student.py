@@ -218,6 +218,28 @@ def test_all_layers_of_a_kind_share_one_compiled_graph():
     assert graphs.frame_count == 1
 
 
+def test_layers_whose_heads_have_any_windows_share_graphs_and_compute_the_same():
+    """A graph per arrangement of windows among heads took minutes to compile."""
+    graphs, given = CompileCounter(), batch((30, 9))
+    arrangements = [[8, (8, 16), -1], [(16, 8), (-1, 8), -1], [(24, 8), 5, -1]]
+    compiled, plain = (Distillation(hybrid("llama", arrangements[0])) for _ in range(2))
+    torch._dynamo.reset()
+    compiled.compile_layers(backend=graphs)  # graphs run as they are, hence with the same bits
+    counts = []
+    for windows in arrangements:
+        found = []
+        for student in (compiled, plain):
+            student.zero_grad()
+            with student.using(windows):
+                loss, sums = student(**given)
+                loss.backward()
+            found.append([sums, *(p.grad for p in student.parameters() if p.grad is not None)])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        counts.append(graphs.frame_count)
+    torch._dynamo.reset()
+    assert counts[0] > 0 and set(counts) == {counts[0]}
+
+
 class Linear4bit(nn.Linear):
     """Stands in for a quantized layer: its weight is no floating-point one that could be trained."""
 

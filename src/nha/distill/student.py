@@ -70,6 +70,11 @@ class TeacherStudentLinear(nn.Linear):
         return layer
 
 
+def _require_grad(embedding: nn.Module, inputs: tuple, hidden: Tensor) -> Tensor:
+    """Let the first layer get hidden states that ask for gradients, as all others do: it needs no graph of its own."""
+    return hidden.requires_grad_() if torch.is_grad_enabled() and not hidden.requires_grad else hidden
+
+
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
@@ -153,15 +158,22 @@ class Distillation(nn.Module):
                 for sink in ("sink_key", "sink_value"):
                     setattr(slots, sink, nn.Parameter(getattr(slots, sink).detach().float()))
         self._no_split_modules = model._no_split_modules
+        self.embedding_hook: Any = None
 
     def compile_layers(self, **options: Any) -> None:
         """Run decoder layers compiled from now on; `options` are those of `torch.compile`.
 
-        One graph serves all layers of a kind. Teacher and student, text and recall text, take one each.
+        One graph serves all layers of a kind. Teacher and student, text and recall text, take one each. Where hybrid
+        layers have different windows, attention runs outside the graphs, which then serve layers of any windows, and
+        from the second length on sequences of any length.
         """
+        outside = len({window_of(window) for window in self.windows} - {FULL}) > 1
+        for module in attention_layers(self.causal):
+            module.attention_outside_graph = outside
+        self.embedding_hook = self.causal.get_input_embeddings().register_forward_hook(_require_grad)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.causal.get_decoder().layers:
-            layer.compile(dynamic=False, **options)
+            layer.compile(dynamic=None if outside else False, **options)
 
     @property
     def config(self) -> Any:
@@ -266,8 +278,11 @@ class Distillation(nn.Module):
                     setattr(module, name, nn.Parameter(whole(parameter.detach()), requires_grad=False))
         if self.model is not self.causal:
             self.model = self.causal = self.model.merge_and_unload()
+        if self.embedding_hook is not None:
+            self.embedding_hook.remove()
         for layer in self.causal.get_decoder().layers:
             layer._compiled_call_impl = None
+            layer.self_attn.attention_outside_graph = False
         for name, module in list(self.causal.named_modules()):
             if isinstance(module, TeacherStudentLinear):
                 _replace(self.causal, name, module.to_linear())

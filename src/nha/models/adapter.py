@@ -34,7 +34,6 @@ from nha.models.attention import LayerInputs, cache_windows, check_implementatio
 from nha.models.cache import allow_rollback, prepare_cache
 from nha.models.checkpoint import CheckpointMixin, in_memory_name, public_name
 from nha.models.config import (
-    FULL,
     check_sizes,
     check_windows,
     config_class_of,
@@ -52,8 +51,8 @@ from nha.models.prompt import in_pieces
 from nha.models.prompt_graph import replay_prompt
 from nha.models.rotary import rotary_style
 from nha.models.slots import SlotParameters
-from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused
-from nha.ops.heads import Window, window_of
+from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused, set_module_window
+from nha.ops.heads import Window
 from nha.ops.state import MAX_ROLLBACK
 
 
@@ -205,7 +204,7 @@ def hybrid_class(family: type[nn.Module]) -> type[nn.Module]:
         for name in ("cache", "past_key_values"):
             kwargs.pop(name, None)
         # The family's own code updates the cache of layers with full attention alone.
-        kwargs[name_of_cache] = cache if self.window_size == FULL else None
+        kwargs[name_of_cache] = cache if self.is_full else None
         tables = None
         if position_embeddings is not None and self.rotates:
             tables = self.rotary_style.standard_tables(position_embeddings)
@@ -289,8 +288,9 @@ def install(model: PreTrainedModel) -> None:
             new = SlotParameters(*sizes, table, config.slot_write)
             module.nha = new.to(device=next(module.parameters()).device, dtype=dtype)
         module.__class__ = hybrid_class(getattr(type(module), "family", type(module)))
-        module.window_size, module.ablation, module.observer, module.mass_observer = window_of(window), None, None, None
-        module.rotates, module.slots_frozen = rotates(config, module), False
+        set_module_window(module, window)
+        module.ablation, module.observer, module.mass_observer = None, None, None
+        module.rotates, module.slots_frozen, module.attention_outside_graph = rotates(config, module), False, False
         module.slot_write = config.slot_write
     watch_decoder(stack)
     watch_head(model)

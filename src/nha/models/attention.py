@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from nha.models.head_windows import LayerCache, keep_in_graph, read_heads, read_
 from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
 from nha.models.next_token import is_next_token, next_token
 from nha.models.observe import Observation
-from nha.models.segment import Reading, Segment, mask_first_token_write, zero_slots
+from nha.models.segment import Initial, Reading, Segment, Sink, mask_first_token_write, zero_slots
 from nha.models.slots import SlotInputs
 from nha.ops.heads import Window, map_window
 from nha.ops.rotary import unrotate, unrotate_for_slots, unrotate_token
@@ -98,17 +99,10 @@ def hybrid_attention(
         if isinstance(nha.cache, NHACacheLayer):
             return next_exact_token(module, (query, key, value), nha, scaling, softcap), None
     mask = read_mask(module, attention_mask, query.shape[2], cu)
-    options: dict[str, Any] = {"softcap": softcap, "scaling": scaling}
-
-    def full(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        if cu is None:
-            own = kwargs | options | {"dropout": dropout, "appended": mask.appended}
-            return base_attention(module, q, k, v, mask.base, **own)
-        lengths = {"sliding_window": kwargs.get("sliding_window"), "max_seq_len": kwargs.get("max_length_q")}
-        return packed_base_attention(module, q, k, v, cu, **options, **lengths, dropout=dropout)
-
-    if module.window_size == FULL:
-        out, weights = full(query, key, value)
+    options: dict[str, Any] = kwargs | {"softcap": softcap, "scaling": scaling, "dropout": dropout}
+    read = read_outside_graph if module.attention_outside_graph else read_layer
+    if module.is_full:
+        out, weights = read(module, (query, key, value), None, nha.cache, tuple(mask), options)
         return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     check_dropout(dropout)
     state = None if nha.cache is None else nha.cache.state
@@ -119,17 +113,56 @@ def hybrid_attention(
         gate = mask_first_token_write(gate, mask.padding, cu, state) if kept is None else gate
     if module.ablation == "slots_off":
         gate, kept = gate[..., :0], None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     slot_query, slot_key = nha.slot_query, nha.slot_key  # None without rotary positions: slots and window see the same
     if nha.tables is not None and slot_query is None:
+        q, k = query.transpose(1, 2), key.transpose(1, 2)
         interleaved = module.rotary_style.interleaved
         slot_query, slot_key = unrotate_for_slots(q, k, nha.tables, slots.tables, interleaved=interleaved)
+    given = (gate, sink, slot_query, slot_key, slots.initial, kept)
+    return read(module, (query, key, value), given, nha.cache, tuple(mask), options)
+
+
+def read_layer(
+    module: Any,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    slots: tuple[Tensor, Sink | None, Tensor | None, Tensor | None, Initial | None, Tensor | None] | None,
+    cache: LayerCache | None,
+    mask_fields: tuple[Any, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Read a segment, [B, T, HQ, Dv], with the window of the layer or the windows of its heads.
+
+    Args:
+        module: the hybrid attention module.
+        inputs: rotated queries [B, HQ, T, D], keys and values [B, H, Tk, D].
+        slots: log-gate [B, T, H, M], sink, slot queries and slot keys [B, T, heads, D], first slots, and the number of
+            tokens in exact slots; None in a layer with full attention.
+        cache: the layer's.
+        mask_fields: those of a `HybridMask`. Compiled code cannot make tuples of named fields for what it calls.
+        options: further arguments of the attention function.
+    """
+    (query, key, value), mask = inputs, HybridMask(*mask_fields)
+    cu, rest = options.get("cu_seq_lens_q"), {name: x for name, x in options.items() if name != "softcap"}
+    softcap, scaling = options["softcap"], options["scaling"]
+
+    def full(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        if cu is None:
+            return base_attention(module, q, k, v, mask.base, softcap=softcap, appended=mask.appended, **rest)
+        lengths = {"sliding_window": options.get("sliding_window"), "max_seq_len": options.get("max_length_q")}
+        scores = {"softcap": softcap, "scaling": scaling, "dropout": options["dropout"]}
+        return packed_base_attention(module, q, k, v, cu, **scores, **lengths)
+
+    if module.window_size == FULL:
+        return full(query, key, value)
+    assert slots is not None
+    gate, sink, slot_query, slot_key, initial, kept = slots
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     segment = Segment(q, k, v, gate, slot_query, slot_key, mask.padding, cu, kept, mask.num_tokens)
-    initial = slots.initial
     if initial is None and module.config.slots_from_start:
         initial = zero_slots(segment)
     # The mask of a static cache has room for later tokens.
     within = causal_mask(mask.padding) if mask.base is None else mask.base[..., : query.shape[2]]
+    without_dropout = {name: x for name, x in rest.items() if name != "dropout"}
     window = window_now(module, module.window_size)
     reading = Reading(
         window_size=window if isinstance(window, int) else 0,
@@ -137,12 +170,16 @@ def hybrid_attention(
         sink=sink,
         softcap=softcap,
         initial=initial,
-        base=lambda q, k, v: base_attention(module, q, k, v, within, **options, **kwargs)[0],
+        base=lambda q, k, v: base_attention(module, q, k, v, within, softcap=softcap, **without_dropout)[0],
         observe_mass=module.mass_observer,
     )
     if isinstance(window, int):
-        return read_segment(segment, reading, nha.cache), None
-    return read_heads(segment, reading, window, nha.cache, lambda q, k, v: full(q, k, v)[0]), None
+        return read_segment(segment, reading, cache), None
+    return read_heads(segment, reading, window, cache, lambda q, k, v: full(q, k, v)[0]), None
+
+
+# One graph before attention and one behind it serve layers of any windows, which no guard reads then.
+read_outside_graph: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(read_layer)
 
 
 def next_exact_token(

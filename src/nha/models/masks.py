@@ -51,7 +51,7 @@ def read_mask(module: Any, mask: HybridMask | Tensor | None, length: int, cu_seq
     if cu_seqlens is None and length > 1 and mask.shape[2:] == (1, 1):
         name = module.family.__name__
         raise ValueError(f"expected sequences one by one, got packed ones: {name} gets no cu_seq_lens_q")
-    if module.window_size != FULL and cu_seqlens is None:
+    if cu_seqlens is None and module.window_size != FULL:
         raise ValueError(
             f"expected a padding mask [B, T], got a prepared mask {list(mask.shape)} of {mask.dtype}; "
             "only padding and packing are meaningful"

@@ -45,7 +45,16 @@ def follow_config(stack: Any) -> None:
         return
     stack.config.window_sizes = check_windows(stack.config, given)
     for module, window in zip(modules, stack.config.window_sizes, strict=True):
-        module.window_size = window_of(window)
+        set_module_window(module, window)
+
+
+def set_module_window(module: Any, window: Window) -> None:
+    """Let an attention module have a window, or one per KV head, and note whether it has full attention.
+
+    Compiled code asks for the note alone, where it is to serve layers of different windows.
+    """
+    module.window_size = window_of(window)
+    module.is_full = module.window_size == FULL
 
 
 def _frozen(window: Any) -> Any:
