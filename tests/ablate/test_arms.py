@@ -152,6 +152,7 @@ def test_ablations_of_the_layer_refuse_a_cache_and_padding(arm):
         (dict(name="x", convolution=-1), ("x", "-1")),
         (dict(name="x", convolution=4, fusion="gate"), ("x", "gate")),
         (dict(name="x", windows=(8, -1), fusion="gate"), ("x", "-1")),
+        (dict(name="x", slots=False, random_windows=(0, 8)), ("x", "0")),
     ],
 )
 def test_arms_that_cannot_be_are_refused_by_name(settings, names):

@@ -123,6 +123,16 @@ def test_measuring_uses_no_compiled_layer():
     assert all(layer._compiled_call_impl is None for layer, _ in steps.layers)
 
 
+def test_steps_draw_their_windows_and_the_model_keeps_its_own():
+    given = plan(train=(TaskSize("in_context_recall", 16, vocab_size=8),), steps=5)
+    expected = train_recall(Arm("nha", windows=2, num_slots=4).build(SHAPE), given, lr=1e-3, seed=0)
+    model = ARM.build(SHAPE)
+    learner = Learner(model, 1e-3, Steps(model), windows=(2,))
+    train_learners([learner], given)
+    assert learner.read_loss() == expected.loss != train_recall(ARM.build(SHAPE), given, lr=1e-3, seed=0).loss
+    assert model.config.window_sizes == [4, 4]
+
+
 def test_a_run_is_a_function_of_its_seed():
     hard = plan(train=(TaskSize("in_context_recall", 16, vocab_size=8),), steps=5)
     losses = [train_recall(ARM.build(SHAPE), hard, lr=1e-3, seed=seed).loss for seed in (0, 0, 1)]

@@ -37,6 +37,8 @@ class Arm:
             (`nha.ablate.fusion`).
         convolution: taps of a causal convolution over time of queries, keys and values, 0 for none; an ablation of the
             layer (`nha.ablate.convolution`).
+        random_windows: in a recall table, windows of which every step of training draws one for all layers without full
+            attention; a language table has them under `train`.
         peer: a model of flash-linear-attention in place of all that (`nha.ablate.peers`).
         config: further settings of `NHAConfig`, or of the peer's configuration.
         train: settings of `nha train` that are the arm's own, in a language table.
@@ -51,6 +53,7 @@ class Arm:
     slots: bool = True
     fusion: str = SOFTMAX
     convolution: int = 0
+    random_windows: tuple[int, ...] = ()
     peer: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +72,10 @@ class Arm:
             raise ValueError(
                 f"expected one softmax and taps >= 0 in {self.name}, got {self.fusion}, {self.convolution}"
             )
+        least = FULL if self.slots and self.fusion == SOFTMAX and self.peer is None else 1
+        if min(self.random_windows, default=least) < least:
+            low = min(self.random_windows)
+            raise ValueError(f"expected random windows of at least {least} in {self.name}, got {low}")
 
     @property
     def _pattern(self) -> tuple[int, ...]:
@@ -78,11 +85,6 @@ class Arm:
     def slug(self) -> str:
         """The name in names of files."""
         return self.name.replace(" ", "-")
-
-    @property
-    def has_full_attention(self) -> bool:
-        """Whether a layer has full attention."""
-        return FULL in self._pattern
 
     @property
     def has_cache(self) -> bool:

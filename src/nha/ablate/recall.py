@@ -17,6 +17,7 @@ from nha.data.synthetic import IGNORED, TaskSize
 from nha.errors import OutOfTime
 from nha.evaluate.bootstrap import interval
 from nha.models.head import head_logits
+from nha.train.rows import draw_window
 
 VALID_SEED, TEST_SEED = 1 << 20, 1 << 21  # seeds of training are below
 WARMUP = 0.1
@@ -128,6 +129,7 @@ class Learner:
         lr: its learning rate at the peak.
         steps: takes its steps.
         seed: of its batches.
+        windows: of which every step draws one for all layers without full attention; none: the model's own.
         taken: steps that it has taken.
         tokens: that it has read.
         seconds: since all began, when it was trained.
@@ -140,6 +142,7 @@ class Learner:
     lr: float
     steps: Steps
     seed: int = 0
+    windows: tuple[int, ...] = ()
     taken: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -149,8 +152,9 @@ class Learner:
 
     def step(self, batch: Batch, factor: float) -> None:
         """Start a step; the learning rate is `factor` times its peak. A step that cannot run is its failure."""
+        window = draw_window(self.windows, self.seed, self.taken) if self.windows else None
         try:
-            self.loss = self.steps(batch, self.lr * factor)
+            self.loss = self.steps(batch, self.lr * factor, window)
         except RuntimeError as error:
             self.stop(failure=error)
             return

@@ -27,6 +27,7 @@ from nha.io import write_atomically
 
 ROWS, RUNS, LOCKS = "rows", "runs", "locks"
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
+MEASURE_SECONDS = 2.0  # of a recall model, at most what it took an H200
 Log = Callable[[str], None]
 Data = dict[str, Any]
 
@@ -154,7 +155,7 @@ def run_table(
     rows = [row for row in ordered if not row_file(out, row.name(table.name)).exists()]
     progress.present += [row.name(table.name) for row in ordered if row not in rows]
     while ready := with_best_lr(table, rows, out) if best_lr_only else rows:
-        group = alike(ready, together if table.kind == "recall" else 1)
+        group = ready[: together if table.kind == "recall" else 1]
         rows = [row for row in rows if row not in group]
         with ExitStack() as stack:
             free = [row for row in group if _is_free(table, row, out, stack, progress)]
@@ -168,19 +169,6 @@ def run_table(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return progress
-
-
-def alike(rows: list[Row], count: int) -> list[Row]:
-    """The first row and others, `count` at most, that may train together.
-
-    Arms with full attention stay among themselves: their steps are no CUDA graphs, and others would wait for them.
-
-    >>> from nha.ablate.arms import Arm
-    >>> rows = [Row(arm, 1e-3, 0) for arm in (Arm("nha"), Arm("transformer", windows=-1), Arm("window"))]
-    >>> [row.name("t") for row in alike(rows, 4)]
-    ['t--nha--lr0.001--seed0', 't--window--lr0.001--seed0']
-    """
-    return [row for row in rows if row.arm.has_full_attention == rows[0].arm.has_full_attention][:count]
 
 
 def best_lr(rows: Sequence[Data]) -> float:
@@ -265,7 +253,8 @@ def _make_recall(
         log(f"{name}: starts")
         with _says_why(name, progress, log):
             model: Any = row.arm.build(table.recall_shape, row.seed, match=table.matched)
-            learners[name] = Learner(model.to(device), row.lr, Steps(model, compiled=compiled), row.seed)
+            steps = Steps(model.to(device), compiled=compiled)
+            learners[name] = Learner(model, row.lr, steps, row.seed, row.arm.random_windows)
     if not learners:
         return
     plan, begun = table.recall, list(learners)
@@ -274,7 +263,8 @@ def _make_recall(
     def report(index: int, step: int, loss: float) -> None:
         log(f"{begun[index]}: step {step:,}, loss {loss:.3f}")
 
-    train_learners(list(learners.values()), plan, time_left=left, progress=report)
+    measuring = MEASURE_SECONDS * len(learners)
+    train_learners(list(learners.values()), plan, time_left=left - measuring, progress=report)
     for row, name in zip(rows, names, strict=True):
         if name in learners:
             with _says_why(name, progress, log):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from nha.distill.cuda_graphs import CUDAGraphs
 from nha.distill.loss import Head
 from nha.models.config import FULL
 from nha.models.head import hidden_states
+from nha.models.windows import temporary_window
 from nha.ops.heads import all_windows
 from nha.train.loss import cross_entropy
 
@@ -103,16 +104,18 @@ def answer_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         return cross_entropy(hidden.flatten(0, 1), Head.of(model), batch.wanted.flatten())
 
 
-def can_capture(model: PreTrainedModel) -> bool:
-    """Whether steps of a model may be captured: no layer or head has full attention.
+def can_compile(model: PreTrainedModel) -> bool:
+    """Whether layers of a model may be compiled in steps that are captured: it is of this library, and no layer or head
+    has full attention.
 
-    With such a layer the capture failed on an H200 (torch 2.11).
+    With such a layer the capture of compiled steps failed on an H200 (torch 2.11); that of eager ones does not.
 
     >>> from nha import NHAConfig, NHAForCausalLM
-    >>> [can_capture(NHAForCausalLM(NHAConfig.tiny(window_sizes=windows))) for windows in (16, [0, -1])]
+    >>> [can_compile(NHAForCausalLM(NHAConfig.tiny(window_sizes=windows))) for windows in (16, [0, -1])]
     [True, False]
     """
-    return FULL not in all_windows(getattr(model.config, "window_sizes", []))
+    windows = getattr(model.config, "window_sizes", None)
+    return windows is not None and FULL not in all_windows(windows)
 
 
 def first_error(error: BaseException) -> BaseException:
@@ -152,8 +155,8 @@ class Steps:
 
     Args:
         model: trained in place.
-        compiled: compile decoder layers; default: on a GPU, unless another library's.
-        captured: use CUDA graphs; default: on a GPU, where `can_capture`.
+        compiled: compile decoder layers; default: on a GPU, where `can_compile`.
+        captured: use CUDA graphs; default: on a GPU.
 
     Attributes:
         prepared: whether the last step compiled or captured something.
@@ -162,9 +165,8 @@ class Steps:
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool | None = None, captured: bool | None = None):
         self.model, on_gpu = model.train(), model.device.type == "cuda"
-        own = hasattr(model.config, "window_sizes")
-        self.layers = self._compile() if (on_gpu and own if compiled is None else compiled) else []
-        self.graphs = CUDAGraphs() if (on_gpu and can_capture(model) if captured is None else captured) else None
+        self.layers = self._compile() if (on_gpu and can_compile(model) if compiled is None else compiled) else []
+        self.graphs = CUDAGraphs() if (on_gpu if captured is None else captured) else None
         self.counts: Counter = Counter()
         self.captured: dict[tuple, tuple[Batch, Tensor, Callable[[], None]]] = {}
         self.prepared = False
@@ -180,10 +182,13 @@ class Steps:
             group["lr"] = self.lr if on_gpu else 0.0
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu, capturable=on_gpu)
 
-    def __call__(self, batch: Batch, lr: float) -> Tensor:
-        """Start a step. Returns the loss [] before it, which may be read after `join` and which the next overwrites."""
-        with self._own_stream(batch):
-            return self._take(batch, lr)
+    def __call__(self, batch: Batch, lr: float, window: int | None = None) -> Tensor:
+        """Start a step, with this window in layers without full attention, by default their own.
+
+        Returns the loss [] before it, which may be read after `join` and which the next overwrites.
+        """
+        with self._own_stream(batch), nullcontext() if window is None else temporary_window(self.model, window):
+            return self._take((*batch.ids.shape, batch.at.shape[1], window), batch, lr)
 
     def join(self) -> None:
         """Let the current stream wait for all steps that have started."""
@@ -201,9 +206,8 @@ class Steps:
         with torch.cuda.stream(self.stream):
             yield
 
-    def _take(self, batch: Batch, lr: float) -> Tensor:
+    def _take(self, key: tuple, batch: Batch, lr: float) -> Tensor:
         self._set_lr(lr)
-        key = (*batch.ids.shape, batch.at.shape[1])
         self.counts[key] += 1
         self.prepared = key not in self.captured and self.counts[key] <= WARMUP_STEPS + 1
         if key not in self.captured and not self._capture(key, batch):

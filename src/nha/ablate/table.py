@@ -114,6 +114,9 @@ class Table:
         unknown = [name for name in named if name not in names]
         if unknown:
             raise ValueError(f"expected names out of {', '.join(names)}, got {unknown[0]!r}")
+        drawn = [arm.name for arm in self.arms if arm.random_windows]
+        if drawn and self.kind != "recall":
+            raise ValueError(f"expected random windows of {drawn[0]} under train in a {self.kind} table")
         if not self.lrs or not self.seeds:
             raise ValueError(f"expected learning rates and seeds, got {list(self.lrs)} and {list(self.seeds)}")
 

@@ -134,6 +134,14 @@ def temporary_windows(model: PreTrainedModel, windows: int | Sequence[Window]) -
         _change_windows(model, before)
 
 
+@contextmanager
+def temporary_window(model: PreTrainedModel, window: int) -> Iterator[None]:
+    """Within the context, all layers and heads without full attention have this window; then their own again."""
+    own = decoder(model).config.window_sizes
+    with temporary_windows(model, [map_window(lambda w: FULL if w == FULL else window, each) for each in own]):
+        yield
+
+
 def slot_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of an attention module's gate and sink."""
     return [x for name, x in module.named_parameters() if name.startswith(("nha.", "g_proj.", "sink_"))]

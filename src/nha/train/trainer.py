@@ -17,9 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from nha.data.stream import ResumeSampler
 from nha.distill.resumable import ResumableTrainer
-from nha.models.config import FULL
-from nha.models.windows import temporary_windows
-from nha.ops.heads import map_window
+from nha.models.windows import temporary_window
 from nha.train.loss import LanguageModel
 from nha.train.optimizers import make_optimizer
 from nha.train.rows import MicroBatches, draw_window
@@ -100,10 +98,8 @@ class PretrainTrainer(ResumableTrainer):
     def _windows(self, step: int) -> Any:
         if not self.settings.random_windows:
             return nullcontext()
-        causal = self.model.causal
         drawn = draw_window(self.settings.random_windows, self.settings.seed, step)
-        own = causal.config.window_sizes
-        return temporary_windows(causal, [map_window(lambda w: FULL if w == FULL else drawn, each) for each in own])
+        return temporary_window(self.model.causal, drawn)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name."""
