@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.quality_curves import seeds_table, tokens_png
 from experiments.quality_targets import targets_table
 from nha.evaluate.bootstrap import LEVEL, RESAMPLES
 from nha.evaluate.public.run import KNOWLEDGE, relative
@@ -337,7 +338,8 @@ def write_report(folder: Path) -> str:
     write_atomically(folder / "table.md", text)
     paired = [(run, shares(run, find_control(run, runs))) for run in runs if run["row"]["arm"] != "control"]
     judged = [(run["row"], name_of(run["row"]), found) for run, found in paired if found]
-    write_atomically(folder / "targets.md", targets_table(judged, SHOWN))
+    seeds = seeds_table(runs, shares, SHOWN)
+    write_atomically(folder / "targets.md", targets_table(judged, SHOWN) + (f"\n{seeds}" if seeds else ""))
     if find_spec("matplotlib") is not None:
         from nha.report.public import public_png
 
@@ -345,6 +347,9 @@ def write_report(folder: Path) -> str:
         first = [run for run in measured if not run["row"]["seed"]]
         if any(shares(run, find_control(run, runs)) for run in runs):
             write_atomically(folder / "shares.png", shares_png(runs))
+        curves = tokens_png(runs, shares)
+        if curves is not None:
+            write_atomically(folder / "tokens.png", curves)
         if first:
             write_atomically(folder / "distances.png", distances_png(first))
             hybrids = [run for run in first if run["row"]["arm"] != "control" and run["log"]]

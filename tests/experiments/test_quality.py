@@ -11,6 +11,7 @@ import pytest
 
 from experiments import quality
 from experiments.quality_arms import ARMS, DEFAULT_ARMS, batches_digest, deal, make_runs
+from experiments.quality_curves import nearest_control, seeds_table, tokens_png
 from experiments.quality_report import AVERAGES, average_ratio, find_control, shares, summary_rows, table
 from nha.evaluate.public.run import KNOWLEDGE
 from nha.models.config import FULL
@@ -268,3 +269,19 @@ def test_what_was_measured_is_kept_where_its_row_fails(place, data, tmp_path, mo
     assert run(place, data, tmp_path, "--arms", "constant", "--no-controls") == 1
     (file,) = (tmp_path / "measured").iterdir()
     assert json.loads(file.read_text())["eval"]["sets"]["squad_qa"]["count"] == 2
+
+
+def test_rows_of_several_seeds_and_tokens_stand_beside_the_nearest_control():
+    def made(arm, tokens, seed, squad):
+        row = {"arm": arm, "tokens": tokens, "seed": seed, "budget": "constant", "needle": {"8192": [0.5, 100]}}
+        return {"row": row, "squad": squad}
+
+    control, more = made("control", 25e6, 0, 0.5), made("control", 60e6, 0, 0.5)
+    first, second, longer = (made("a", *x) for x in ((25e6, 0, 0.4), (25e6, 1, 0.3), (50e6, 0, 0.45)))
+    runs = [control, more, first, second, longer, made("b", 25e6, 0, 0.1)]
+    assert nearest_control(second, runs) is control and nearest_control(longer, runs) is more
+    assert nearest_control(first, [first]) is None
+    ratios = lambda run, beside: {"squad": {"ratio": run["squad"] / beside["squad"], "interval": None}}  # noqa: E731
+    assert "| a, 25 M | squad | 75 | 80 / 60 | 70 | 1 of 2 |" in seeds_table(runs, ratios, {})
+    assert seeds_table([control, first], ratios, {}) == ""
+    assert tokens_png(runs, ratios)[:4] == b"\x89PNG" and tokens_png([control, first, second], ratios) is None

@@ -23,7 +23,7 @@ def levels_of(bits: int) -> Tensor:
 
 
 def pack_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns * bits / 8] uint8 and scales [rows] float32 of a matrix [rows, columns].
+    """Codes [rows, columns * bits / 8] uint8 and scales [rows] float32, on the CPU, of a matrix [rows, columns].
 
     Raises ValueError where a row does not fill whole bytes.
 
@@ -34,7 +34,7 @@ def pack_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     levels, per_byte = levels_of(bits), 8 // bits
     if x.dim() != 2 or x.shape[1] % per_byte:
         raise ValueError(f"expected a matrix with a multiple of {per_byte} columns, got shape {list(x.shape)}")
-    x = x.detach().float().cpu()
+    x, levels = x.detach().float(), levels.to(x.device)
     if bits == 8:
         scale = x.abs().amax(1) / 127
         codes = _nearest(x, scale, levels)
@@ -45,9 +45,9 @@ def pack_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             chosen = levels[codes.long()]
             scale = (x * chosen).sum(1) / chosen.square().sum(1)
             codes = _nearest(x, scale, levels)
-    shifts = bits * torch.arange(per_byte)
+    shifts = bits * torch.arange(per_byte, device=x.device)
     packed = (codes.reshape(len(x), -1, per_byte) << shifts).sum(-1)
-    return packed.to(torch.uint8), scale
+    return packed.to(torch.uint8).cpu(), scale.cpu()
 
 
 def _nearest(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""What more tokens bring to an arm of `experiments/quality.py`, and how much its numbers differ between seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.quality_targets import NEEDLES, PERPLEXITIES, SHARES, judge
+
+Run = dict[str, Any]
+Shares = Callable[[Run, Run | None], Mapping[str, Any]]
+PANELS = {
+    "ppl_8k": "Perplexity 8K, times the control's",
+    "average": "Average of 6 sets, % of it",
+    "squad": "SQuAD, % of it",
+    "cloze_near": "Near cloze, % of it",
+    "cloze_far": "Far cloze, % of it",
+    "8192": "Needles in 8K, %",
+    "32768": "Needles in 32K, %",
+}
+
+
+def nearest_control(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The control of a run or, where it has none, the one with the nearest number of tokens, then its seed."""
+    row = run["row"]
+
+    def key(one: Run) -> tuple[Any, ...]:
+        return abs(one["row"]["tokens"] - row["tokens"]), one["row"]["seed"] != row["seed"], one["row"]["seed"]
+
+    return min((one for one in runs if one["row"]["arm"] == "control"), key=key, default=None)
+
+
+def arms_of_several(runs: Sequence[Run], what: str) -> dict[str, list[Run]]:
+    """Hybrids by arm, those alone that differ in `what` ("tokens" or "seed").
+
+    >>> rows = [{"arm": "a", "tokens": 1e6}, {"arm": "a", "tokens": 2e6}, {"arm": "b", "tokens": 1e6}]
+    >>> list(arms_of_several([{"row": row} for row in rows], "tokens"))
+    ['a']
+    """
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["row"]["arm"] != "control":
+            arms.setdefault(run["row"]["arm"], []).append(run)
+    return {name: some for name, some in arms.items() if len({run["row"][what] for run in some}) > 1}
+
+
+def points(some: Sequence[Run], name: str, found: Mapping[int, Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(million tokens, value) of a number of runs, whose shares are `found` by the run's id."""
+    values = []
+    for run in some:
+        needle = (run["row"]["needle"] or {}).get(name)
+        share = (found[id(run)].get(name) or {}).get("ratio")
+        value = 100 * needle[0] if needle else share if share is None or name in PERPLEXITIES else 100 * share
+        if value is not None:
+            values.append((run["row"]["tokens"] / 1e6, value))
+    return values
+
+
+def tokens_png(runs: Sequence[Run], shares: Shares) -> bytes | None:
+    """The numbers of arms by tokens, a dot for every seed and a line through their means; None without such arms.
+
+    A number is relative to the run's control, or to the nearest one; dashes are the targets. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
+
+    arms = arms_of_several(runs, "tokens")
+    if not arms:
+        return None
+    found = {id(run): shares(run, nearest_control(run, runs)) for some in arms.values() for run in some}
+    figure = Figure(figsize=(4.9, 8.2), dpi=160, layout="constrained", facecolor=LIGHT.background)
+    panels = list(figure.subplots(4, 2, sharex=True).flat)
+    styles = line_styles(list(arms))
+    budgets = {run["row"]["budget"] for some in arms.values() for run in some} & SHARES.keys()
+    for axes, (name, title) in zip(panels, PANELS.items(), strict=False):
+        for index, (some, (arm, (colour, dash))) in enumerate(zip(arms.values(), styles.items(), strict=True)):
+            dots = points(some, name, found)
+            axes.plot(*zip(*dots, strict=True), MARKERS[index], color=colour, markersize=4) if dots else None
+            counts = sorted({x for x, _ in dots})
+            means = [_mean([y for x, y in dots if x == count]) for count in counts]
+            axes.plot(counts, means, color=colour, linestyle=dash, label=arm if name == "ppl_8k" else None)
+        for budget in budgets:
+            target = NEEDLES[budget].get(name, SHARES[budget].get(name))
+            if target is not None:
+                axes.axhline(target if name in PERPLEXITIES else 100 * target, color=LIGHT.muted, linestyle=":")
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    for axes in panels[len(PANELS) :]:
+        axes.set_visible(False)
+    figure.supxlabel("million tokens, the teacher's among them; dotted: the target", fontsize=9)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    return to_png(figure)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def seeds_table(runs: Sequence[Run], shares: Shares, titles: Mapping[str, str]) -> str:
+    """Markdown: every target of the arms that were trained with several seeds, each seed's value and the mean."""
+    lines: list[str] = []
+    for arm, several in arms_of_several(runs, "seed").items():
+        for tokens in sorted({run["row"]["tokens"] for run in several}):
+            some = [run for run in several if run["row"]["tokens"] == tokens and run["row"]["budget"] in SHARES]
+            if len(some) < 2:
+                continue
+            judged = [list(judge(run["row"], shares(run, nearest_control(run, runs)))) for run in some]
+            for number in zip(*judged, strict=True):
+                values = [one.value for one in number if one.value is not None]
+                if not values:
+                    continue
+                lower = number[0].name in PERPLEXITIES
+                mean, target = _mean(values), number[0].target
+                shown = (lambda x: f"{x:.3f}") if lower else (lambda x: f"{100 * x:.0f}")
+                met = sum(value <= target if lower else value >= target for value in values)
+                cells = [f"{arm}, {tokens / 1e6:.0f} M", titles.get(number[0].name, number[0].name), shown(target)]
+                cells += [" / ".join(map(shown, values)), shown(mean), f"{met} of {len(values)}"]
+                lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    head = ["Rows of several seeds, in %, perplexity as a ratio, each beside the control of its own batches or,"]
+    head[0] += " where there is none, of the nearest tokens and seed."
+    head += ["", "| run | number | target | by seed | mean | seeds that meet it |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n"
