@@ -27,12 +27,13 @@ import argparse
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -106,18 +107,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def alone(work: Path, name: str, meanwhile: Callable[[], None] | None = None) -> Iterator[None]:
-    """One process at a time within the block; `meanwhile` is called where another one is in it already."""
+def alone(work: Path, name: str) -> Iterator[None]:
+    """One process at a time within the block."""
     import fcntl
 
     work.mkdir(parents=True, exist_ok=True)
     with (work / f"{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if meanwhile is not None:
-                meanwhile()
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -197,6 +193,7 @@ class Shard:
         self.options, self.started = options, time.monotonic()
         self.folder = options.out / "runs"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.timelines: dict[str, Any] = {}
 
     @property
     def left(self) -> float:
@@ -228,6 +225,7 @@ class Shard:
             lengths=options.lengths,
         )
         self.public = read_public(options.data, short)
+        self.tokenize_aside()
 
     def load(self) -> Any:
         """The base model anew: a run converts it in place."""
@@ -238,7 +236,7 @@ class Shard:
         return loading.load(self.source, dtype="bfloat16" if torch.cuda.is_available() else "float32")[0]
 
     def tokenize(self) -> None:
-        """Tokenize what is measured, which takes seconds, so that it need not be done later."""
+        """Tokenize what is measured, and make the clozes, which takes half a minute."""
         from nha.data.cloze import RANGES
         from nha.evaluate.public.sets import FORMATS
 
@@ -248,7 +246,28 @@ class Shard:
                 self.public.clozes(self.tokenizer, part)
             elif part in self.public.items and FORMATS[part].kind != "question":
                 self.public.requests(self.tokenizer, part, context)
-        self.print("sets tokenized")
+
+    def tokenize_aside(self) -> None:
+        """Begin to tokenize in a process of its own, so that a GPU need not wait for it later."""
+        fork = multiprocessing.get_context("fork")  # a new interpreter would read the sets again
+        self.tokenized, end = fork.Pipe(duplex=False)
+
+        def work() -> None:
+            self.tokenize()
+            end.send(self.public)
+
+        fork.Process(target=work, daemon=True).start()
+        end.close()
+
+    def take_tokenized(self) -> None:
+        """The sets as the other process tokenized them, if it could."""
+        if self.tokenized is not None:
+            try:
+                self.public = self.tokenized.recv()
+            except EOFError:
+                self.print("sets were not tokenized aside")
+            self.tokenized.close()
+            self.tokenized = None
 
     def train(self, run: Run, settings: Any = None) -> Any:
         """The trained model of a run, or None if the time was up."""
@@ -268,7 +287,7 @@ class Shard:
         reports = Reports(log=log, teacher_log=lambda entry: log(entry, run.teacher))
         self.timelines = {"teacher": reports.timeline}
         if settings.teacher_tokens and run.arm:
-            with alone(self.options.work, run.teacher, self.tokenize):  # the first shard trains it, the others wait
+            with alone(self.options.work, run.teacher):  # the first shard trains it, the others wait
                 self.print(f"  {run.teacher} begins or is there")
                 given = (self.tokenizer, self.corpus, runs / run.teacher, in_time())
                 if not train_teacher(self.load(), *given, reports=reports).finished:
@@ -327,6 +346,7 @@ class Shard:
         from nha.evaluate.public.run import PARTS, PublicData, measure_public
         from nha.io import write_atomically
 
+        self.take_tokenized()
         kept = self.kept(run)
         partial = open_partial(self.options.work / "partial" / f"{run.name}.jsonl", self.public.identity)
         started, whole = time.monotonic(), self.public.settings

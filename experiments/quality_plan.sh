@@ -25,7 +25,7 @@ run() { # arms, folder, options, controls
     mkdir -p "$OUT/$2"
     # shellcheck disable=SC2086
     timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --out "$OUT/$2" --known /none --work "$W" \
-        $4 ${FILES---files} --long-needle-count 4 --budget-s $((S - 30)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
+        $4 ${FILES---files} --long-needle-count 4 --budget-s $((S - 20)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
 }
 run "${FIRST:-constant_recall}" first "${LONG---long-needles} $FIRST_EXTRA" "${CONTROLS:---no-controls}" &
 [ "${OTHER:-}" = none ] || run "${OTHER:-1full_mixed}" other "$OTHER_EXTRA" "${OTHER_CONTROLS:-${CONTROLS:---no-controls}}" &
