@@ -236,7 +236,7 @@ class Shard:
         return loading.load(self.source, dtype="bfloat16" if torch.cuda.is_available() else "float32")[0]
 
     def tokenize(self) -> None:
-        """Tokenize what is measured, and make the clozes, which takes half a minute."""
+        """Tokenize all sets, and make the clozes, which takes half a minute."""
         from nha.data.cloze import RANGES
         from nha.evaluate.public.sets import FORMATS
 

@@ -1,4 +1,4 @@
-"""What more tokens bring to an arm of `experiments/quality.py`, and how much its numbers differ between seeds."""
+"""Numbers of arms of `experiments/quality.py` by tokens, and their spread between seeds."""
 
 from __future__ import annotations
 
