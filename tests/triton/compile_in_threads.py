@@ -1,6 +1,7 @@
 """Compile the ring's kernel in threads for an H100, on a machine without a GPU; prints what was compiled and run."""
 
 import json
+import threading
 import types
 from typing import Any
 
@@ -20,6 +21,7 @@ def launch(dtype: torch.dtype) -> None:
 
 def main() -> None:
     ran: list[str] = []
+    loaded: list[bool] = []  # whether by another thread
     driver.set_active(
         types.SimpleNamespace(  # type: ignore[arg-type]
             get_current_device=lambda: 0,
@@ -29,12 +31,18 @@ def main() -> None:
     )
     unbound: Any = CompiledKernel
     unbound.launch_metadata = lambda self, *args: ran.append(self.name)
-    unbound.run, unbound.function = property(lambda self: lambda *args: None), None
+
+    def load(self: Any) -> Any:
+        loaded.append(threading.current_thread() is not threading.main_thread())
+        return lambda *args: None
+
+    unbound.run, unbound.function = property(load), None
     with compiling():
         for dtype in (torch.float32, torch.float16):
             launch(dtype)
     kernels = ring_kernel.device_caches[0][0]
     row: dict[str, Any] = {"compiled": [type(x).__name__ for x in kernels.values()], "launched_within": len(ran)}
+    row["loaded"] = list(loaded)
     launch(torch.float32)
     print(json.dumps(row | {"launched": len(ran), "kernels": len(kernels)}))
 
