@@ -15,6 +15,7 @@ from typing import Any
 INITS = ("kmeans", "soft", "spread", "keys", "paper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "bfloat16", "int8")
+KV_CACHE_DTYPES = ("auto", "int8")
 SLOT_FEATURES = ("none", "silu", "relu")
 SLOT_WRITES = ("soft", "exact")
 VALUE_ACTIVATIONS = ("none", "silu")

@@ -100,3 +100,5 @@ def test_lengths_of_pieces():
     assert piece_length(model, 1, 2 * size) is None
     assert piece_length(model, 1, 2 * size + 1) == -(-(2 * size + 1) // 3)
     assert piece_length(hybrid("llama", [-1, -1, -1]), 1, 4 * size) is None
+    model.config.intermediate_size = [16, 48, 32]  # some families have one for each layer
+    assert piece_length(model, 1, 2 * size) is None and piece_length(model, 1, 4 * size)

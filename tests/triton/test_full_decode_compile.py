@@ -32,3 +32,13 @@ def test_the_kernels_fit_and_do_not_spill(shapes_of):
     assert [row["kernel"] for row in kernels] == wanted
     for row in kernels:
         assert row["stack"] == 0 and row["shared"] <= SMALL, row
+
+
+def test_the_kernels_of_a_cache_in_8_bits_fit_and_do_not_spill():
+    shapes = [{"int8": True}, {"int8": True, "dtype": "float16", "dim": 64}]
+    shapes += [{"int8": True, "dim": 256, "capability": 120}, {"int8": True, "dtype": "float32"}]
+    shapes += [{"int8": True, "capability": gpu} for gpu in (80, 89, 100, 120)]
+    kernels = compiled("compile_full_decode", *shapes)
+    assert len({row["kernel"] for row in kernels}) == 3
+    for row in kernels:
+        assert row["stack"] == 0 and row["shared"] <= SMALL, row

@@ -12,7 +12,7 @@ import nha.ops.backends
 from nha import hybridize, set_windows
 from nha.models import decode_graph
 from nha.models.fused_step import fusing, is_fused, is_fused_now
-from nha.models.windows import decoder
+from nha.models.windows import decoder, set_kv_cache_dtype
 from tests.inputs import error, rounding
 from tests.models.families import hybrid, teacher, tokens
 
@@ -56,6 +56,17 @@ def test_logits_of_tokens(kernels, monkeypatch):
     exact = build("qwen2", torch.float64)(ids).logits
     exact = torch.cat([exact[:, 9:], exact[:, :2]], 1)
     assert error(found, exact) <= 2 * (error(plain, exact) + rounding(exact, torch.float32))
+
+
+def test_tokens_read_and_write_keys_and_values_of_8_bits(kernels):
+    model, ids = build("qwen2"), tokens(1, 11)
+    unrounded = decode(model, ids, 9)
+    set_kv_cache_dtype(model, "int8")
+    found = decode(model, ids, 9)
+    with fusing(False):
+        plain = decode(model, ids, 9)
+    # Where their float32 differs, a number of 8 bits may differ by a step.
+    assert (found - plain).abs().mean() < 0.1 * (unrounded - plain).abs().mean()
 
 
 @torch.no_grad()

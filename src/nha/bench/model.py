@@ -8,6 +8,7 @@ decode      one more token of one sequence after T: "eager" is a call with a cac
             call with a static cache, "compiled" a CUDA graph of the compiled call, "generate" plain `generate()`
 throughput  one more token of as many sequences of T tokens as fit into the memory; B is their number
 throughput-80gb  the same in the memory of an 80 GB GPU, of which 78 GiB can be had
+throughput-80gb-int8  and with keys and values of full attention in 8 bits
 
 Hybrids have random gates: times do not depend on them. `status` is "ok", "out of memory" or what failed.
 """
@@ -32,7 +33,7 @@ from nha.io import atomic_write
 ABOUT = ("gpu", "torch", "transformers", "triton", "nha", "date")
 COLUMNS: tuple[str, ...] = ("model", "variant", "task", "how", "B", "T", "ms", "tokens_s", "peak_gib", "status", *ABOUT)
 FULL_LAYERS = 4
-LIMITED, LIMIT_GIB = "throughput-80gb", 78
+LIMITED, LIMITED_INT8, LIMIT_GIB = "throughput-80gb", "throughput-80gb-int8", 78
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 Row = dict[str, Any]
 
@@ -62,7 +63,7 @@ class Cell:
             return 2 + max(2 * call, min(4 * call, 3))
         compiles = 40 if self.how == "compiled" else 0
         grows = 0 if self.variant == "hybrid-0" else self.length / 131072
-        return compiles + (6 if self.task in ("throughput", LIMITED) else 4) + grows
+        return compiles + (6 if self.task.startswith("throughput") else 4) + grows
 
 
 def cells(tiny: bool = False, full: int = FULL_LAYERS) -> list[Cell]:
@@ -87,6 +88,7 @@ def cells(tiny: bool = False, full: int = FULL_LAYERS) -> list[Cell]:
     found += each((*ORIGINALS[1:], some), "decode", ["compiled"], [middle])
     found += each(["original", *hybrids], "decode", ["generate"], [near])
     found += each((*ORIGINALS[1:], *hybrids), LIMITED, ["graph"], [middle]) + each([none], LIMITED, ["graph"], [far])
+    found += each((*ORIGINALS[1:], some), LIMITED_INT8, ["graph"], [middle])
     found += each(["original", *hybrids], "prefill", ["generate"], first) + each([none], "prefill", ["generate"], [far])
     found += each([none], "decode", ["graph"], [far]) + each([none], "throughput", ["graph"], [far])
     found += each(["original", *hybrids], "prefill", ["one call"], lengths)
@@ -126,8 +128,9 @@ def measure(variants: Variants, cell: Cell) -> Row:
         elif cell.task == "decode":
             found = model_measure.decode(model, cell.how, cell.length, variants.window)
         else:
-            limit = LIMIT_GIB if cell.task == LIMITED else None
-            with model_measure.memory_limit(limit):
+            limit = None if cell.task == "throughput" else LIMIT_GIB
+            numbers = "int8" if cell.task == LIMITED_INT8 else "auto"
+            with model_measure.memory_limit(limit), model_measure.kv_cache_dtype(model, numbers):
                 found = model_measure.throughput(model, cell.how, cell.length, variants.window, variants.slots, limit)
     return found | {"ms": round(found["ms"], 3), "tokens_s": round(found["tokens_s"], 1)}
 

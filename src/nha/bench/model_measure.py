@@ -102,8 +102,12 @@ def static_cache(model: Any, batch: int, length: int) -> Any:
             layer.state.num_tokens.fill_(length)
         else:
             layer.cumulative_length.fill_(length)
-            layer.keys.normal_()
-            layer.values.normal_()
+            for x in (layer.keys, layer.values):
+                if isinstance(x, Tensor):
+                    x.normal_()
+                else:
+                    x.numbers.random_(-127, 128)
+                    x.scale.fill_(2**-5)
     return cache
 
 
@@ -140,7 +144,10 @@ def cache_bytes(model: Any, length: int, slots: int) -> int:
     windows = getattr(config, "window_sizes", None) or [-1] * config.num_hidden_layers
     size, dim = model.dtype.itemsize, getattr(config, "head_dim", None)
     wide = config.num_key_value_heads * (dim or config.hidden_size // config.num_attention_heads)
-    of_full = 2 * wide * (length + ROOM) * size
+    of_row = wide * size
+    if getattr(config, "kv_cache_dtype", "auto") == "int8":
+        of_row = wide + 4 * config.num_key_value_heads
+    of_full = 2 * of_row * (length + ROOM)
     gates = config.num_key_value_heads * slots * size
     return sum(
         of_full if window < 0 else 2 * wide * (slots * 4 + 2 * window * size) + window * (gates + wide * size)
@@ -166,6 +173,21 @@ def memory_limit(limit_gib: float | None) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def kv_cache_dtype(model: Any, name: str) -> Iterator[None]:
+    """Within the block, new caches of a hybrid keep keys and values of full attention so; others stay as they are."""
+    from nha.models.windows import set_kv_cache_dtype
+
+    if not hasattr(model.config.get_text_config(), "window_sizes"):
+        yield
+        return
+    set_kv_cache_dtype(model, name)
+    try:
+        yield
+    finally:
+        set_kv_cache_dtype(model, "auto")
 
 
 def decode(model: Any, how: str, length: int, window: int) -> dict[str, Any]:

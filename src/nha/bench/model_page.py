@@ -40,6 +40,7 @@ TASKS = {
     "decode": "One more token",
     "throughput": "Tokens a second of as many sequences as fit",
     "throughput-80gb": "Tokens a second of as many sequences as fit into an 80 GB GPU",
+    "throughput-80gb-int8": "The same with keys and values of full attention in 8 bits",
 }
 IN_SEGMENTS = "read in segments, or by generate"
 DRAWN = {"prefill": ("reading a prompt, s", 1e-3), "decode": ("one more token, ms", 1.0)}
@@ -270,6 +271,7 @@ SHOWN = (
     *(("decode", n, "a token after {}") for n in (32768, 131072)),
     ("throughput", 32768, "tokens/s after {}, as many sequences as fit"),
     ("throughput-80gb", 32768, "tokens/s after {}, as many as fit into 80 GB"),
+    ("throughput-80gb-int8", 32768, "the same, keys and values of full attention in 8 bits"),
 )
 
 

@@ -72,7 +72,7 @@ def chat(
     options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
     store = open_memory(settings)
-    loaded, tokenizer, source = load(model, windows, seed, settings.state_dtype)
+    loaded, tokenizer, source = load(model, windows, seed, settings)
     from nha.models.conversation import Conversation, has_template, load_conversation
 
     conversation = Conversation() if resume is None else load_conversation(resume, loaded)

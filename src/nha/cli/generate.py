@@ -57,7 +57,7 @@ def generate(
     before = "" if document is None else common.read_text(document)
     question, text = text, text if document is None else join(before, text)
     store = open_memory(settings)
-    loaded, tokenizer, source = load(model, windows, seed, settings.state_dtype)
+    loaded, tokenizer, source = load(model, windows, seed, settings)
     recall = None
     if store is not None:
         marks = [] if document is None else document_marks(tokenizer, before, question, raw=raw)
@@ -97,15 +97,17 @@ def sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str,
 
 
 def load(
-    model: str, windows: int | list[int] | None, seed: int, state_dtype: str | None = None
+    model: str, windows: int | list[int] | None, seed: int, settings: CacheSettings | None = None
 ) -> tuple[Any, Any, loading.Source]:
-    """A model with these windows and states (None: its own), its tokenizer and its source; seeds the sampling."""
+    """A model with these windows and caches (None: its own), its tokenizer and its source; seeds the sampling."""
     common.check_seed(seed)
     source = loading.find(model)
     if windows is not None:
         loading.check_windows_changeable(source, windows)
-    if state_dtype is not None:
-        loading.check_hybrid(source, "--state-dtype")
+    settings = settings or CacheSettings()
+    for name in ("state_dtype", "kv_cache_dtype"):
+        if getattr(settings, name) is not None:
+            loading.check_hybrid(source, f"--{name.replace('_', '-')}")
     import torch
 
     torch.manual_seed(seed)
@@ -115,10 +117,14 @@ def load(
         from nha.models.windows import set_windows
 
         set_windows(loaded, windows)
-    if state_dtype is not None:
+    if settings.state_dtype is not None:
         from nha.models.windows import set_state_dtype
 
-        set_state_dtype(loaded, state_dtype)
+        set_state_dtype(loaded, settings.state_dtype)
+    if settings.kv_cache_dtype is not None:
+        from nha.models.windows import set_kv_cache_dtype
+
+        set_kv_cache_dtype(loaded, settings.kv_cache_dtype)
     return loaded, tokenizer, source
 
 

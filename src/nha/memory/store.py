@@ -36,6 +36,7 @@ from nha.tensor_file import TensorFile, fill_all, open_tensors
 
 FORMAT = "nha-memory-v1"
 SUFFIX, GROWTH_SUFFIX = ".state.safetensors", ".growth.safetensors"
+GROWING = (".keys", ".values", ".keys_scale", ".values_scale")  # ends of names of tensors [B, H, T, ...]
 LOCK = ".lock"
 LOCK_SECONDS = 10.0  # how long to wait for another process that removes entries
 ABANDONED_SECONDS = 3600.0  # a temporary file of this age was left by a process that is gone
@@ -169,6 +170,8 @@ class MemoryStore:
         about = [FORMAT, fingerprint(model), model.device.type, torch.__version__, __version__]
         state_dtype = getattr(decoder(model).config, "state_dtype", "float32")
         about += [] if state_dtype == "float32" else [state_dtype]
+        kv_cache_dtype = getattr(decoder(model).config, "kv_cache_dtype", "auto")
+        about += [] if kv_cache_dtype == "auto" else [f"keys and values {kv_cache_dtype}"]
         digest = hashlib.sha256(json.dumps(about).encode())
         found = []
         for start, stop in pairwise([0, *stops]):
@@ -303,7 +306,7 @@ def snapshot(cache: Cache, model: PreTrainedModel, chain: list[Boundary]) -> Sna
     """The contents of an entry at the end of a chain: layers that grow give what they got since the entry before."""
     stop, start = chain[-1].stop, chain[-2].stop if len(chain) > 1 else 0
     tensors, metadata = cache_contents(cache, model)
-    grows = [n for n, x in tensors.items() if n.endswith((".keys", ".values")) and x.shape[2] == stop]
+    grows = [n for n, x in tensors.items() if n.endswith(GROWING) and x.shape[2] == stop]
     growth = {name: tensors.pop(name)[:, :, start:].clone() for name in grows}
     metadata |= {"kind": FORMAT, "grows": json.dumps(grows), "chain": json.dumps([place.stop for place in chain])}
     copies = {name: x.clone() for name, x in tensors.items()}

@@ -74,7 +74,9 @@ class HybridGenerationMixin:
         )
         cache = cache_argument(model_kwargs)
         if isinstance(cache, Cache):
-            prepare_cache(cache, cache_windows(attention_layers(self)[0]), decoder(self).config.state_dtype)
+            config = decoder(self).config
+            windows = cache_windows(attention_layers(self)[0])
+            prepare_cache(cache, windows, config.state_dtype, config.kv_cache_dtype)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)

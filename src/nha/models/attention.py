@@ -21,6 +21,7 @@ from nha.models.observe import Observation
 from nha.models.segment import Initial, Reading, Segment, Sink, mask_first_token_write, zero_slots
 from nha.models.slots import SlotInputs
 from nha.ops.heads import Window, map_window
+from nha.ops.int8_rows import Int8Rows
 from nha.ops.rotary import unrotate, unrotate_for_slots, unrotate_token
 
 
@@ -63,7 +64,7 @@ def layer_cache(module: Any, cache: Cache | None, rows: int) -> LayerCache | Non
     if cache is None:
         return None
     if module.layer_idx == 0:
-        prepare_cache(cache, cache_windows(module), module.config.state_dtype)
+        prepare_cache(cache, cache_windows(module), module.config.state_dtype, module.config.kv_cache_dtype)
         slots = 0 if module.ablation == "slots_off" else module.config.num_slots
         for layer in nha_layers(cache):
             layer.check(rows, slots)
@@ -84,7 +85,10 @@ def hybrid_attention(
     nha: LayerInputs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D]."""
+    """The attention function "nha" of transformers: query [B, HQ, T, D], key and value [B, H, Tk, D].
+
+    In a layer with full attention key and value come from its cache, for a single token perhaps as `Int8Rows`.
+    """
     if nha is None:
         raise ValueError(f"expected a hybrid attention module, got {type(module).__name__}; call hybridize first")
     if module.observer is not None:
@@ -217,7 +221,9 @@ def observation(
     module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scale: float, softcap: float | None
 ) -> Observation:
     """The inputs of an attention module, keys without positions among them, for its observer."""
-    query, key, value = (x.transpose(1, 2) for x in inputs)
+    query, key, value = (
+        (x.dequantize(inputs[0].dtype) if isinstance(x, Int8Rows) else x).transpose(1, 2) for x in inputs
+    )
     slot_key = key
     if nha.tables is not None:
         slot_key = unrotate(key, *nha.tables, interleaved=module.rotary_style.interleaved)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nha.models.config import FULL
+from nha.models.int8_cache import Int8CacheLayer
 from nha.models.rollback import attend_with_rollback, supports_rollback
 from nha.models.segment import Inputs, Reading, Segment, Sink, attend, count_kept, initial_state, steps_in_place
 from nha.ops import NHAState, RingState
@@ -350,7 +351,7 @@ class HeadGroupsCacheLayer(CacheLayerMixin):
         self.window_size = tuple(windows)
         self.parts: list[Any] = []
         self.groups = head_groups(windows)
-        limit = base.max_cache_len if isinstance(base, StaticLayer) else None
+        limit = base.max_cache_len if isinstance(base, StaticLayer | Int8CacheLayer) else None
         for group in self.groups:
             full = group.window_size == FULL
             own = base if full else NHACacheLayer(group.window_size, limit, max_rollback, state_dtype)
@@ -468,10 +469,14 @@ def _rebuild(kind: type[Cache]) -> Cache:
     return new.__new__(new)
 
 
-def prepare_cache(cache: Cache, windows: Sequence[Window], state_dtype: str = "float32") -> None:
+def prepare_cache(
+    cache: Cache, windows: Sequence[Window], state_dtype: str = "float32", kv_cache_dtype: str = "auto"
+) -> None:
     """Put an NHA layer into every place of `cache` whose window is not -1; other layers stay transformers' own.
 
-    A layer with windows per head gets one of several parts. New layers keep their states in `state_dtype`.
+    A layer with windows per head gets one of several parts. New layers keep their states in `state_dtype`, and with a
+    `kv_cache_dtype` of "int8" layers and heads with full attention keep keys and values in 8 bits. Layers that hold
+    tokens, and those with a sliding window of their own, stay as they are.
 
     Raises ValueError, before anything changes, for a cache that has already been filled by another model or with
     other windows.
@@ -495,11 +500,14 @@ def prepare_cache(cache: Cache, windows: Sequence[Window], state_dtype: str = "f
                 f"{window}{hint}"
             )
         rollback = getattr(cache, "max_rollback", 0)
+        full = None if filled or kv_cache_dtype == "auto" else Int8CacheLayer.like(layer)
         if isinstance(window, tuple):
-            layers[index] = HeadGroupsCacheLayer(window, layer, rollback, state_dtype)
+            layers[index] = HeadGroupsCacheLayer(window, full or layer, rollback, state_dtype)
         elif window != FULL:
             length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
             layers[index] = NHACacheLayer(window, length, rollback, state_dtype)
+        elif full is not None:
+            layers[index] = full
     for layer, window in zip(layers, windows, strict=True):
         if isinstance(layer, NHACacheLayer):
             layer.window_size = window_of(window)  # type: ignore[assignment]
@@ -556,7 +564,7 @@ def cache_nbytes(cache: Cache) -> int:
     """Bytes held by all layers of a cache; those of NHA layers do not grow with the text."""
     total = 0
     for part in cache_parts(cache):
-        if isinstance(part, NHACacheLayer):
+        if isinstance(part, NHACacheLayer | Int8CacheLayer):
             total += part.nbytes
         else:
             tensors = (getattr(part, "keys", None), getattr(part, "values", None))

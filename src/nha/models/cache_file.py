@@ -16,13 +16,16 @@ from transformers.modeling_utils import PreTrainedModel
 from nha.io import OPTIONAL_TENSORS, read_tensors, write_tensors
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer, prepare_cache
 from nha.models.config import FULL
+from nha.models.int8_cache import Int8CacheLayer
 from nha.models.windows import decoder
 from nha.ops import NHAState
+from nha.ops.int8_rows import Int8Rows
 from nha.ops.packed_state import PackedState
 from nha.ops.state import check_state
 
 FORMAT = "nha-cache-v2"
 HEADS = "heads"  # the kind of a layer with windows per head
+ROWS = ("keys", "values", "keys_scale", "values_scale")  # tensors of a layer with full attention in 8 bits
 # Settings that say where a configuration came from or how to train and write, never what a forward pass computes.
 IRRELEVANT = (
     "_name_or_path",
@@ -32,6 +35,7 @@ IRRELEVANT = (
     "dtype",
     "gate_std",
     "initializer_range",
+    "kv_cache_dtype",
     "state_dtype",
     "torch_dtype",
     "transformers_version",
@@ -117,6 +121,11 @@ def layer_contents(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Te
             names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
             return entry | {"state_dtype": packed.state_dtype} | names, packed.tensors()
         return entry, {} if layer.state is None else layer.state.aligned().tensors()
+    if isinstance(layer, Int8CacheLayer) and not layer.is_compileable:
+        entry = {"kind": Int8CacheLayer.__name__, "length": layer.get_seq_length()}
+        if not layer.is_initialized:
+            return entry, {}
+        return entry, dict(zip(ROWS, (x[i] for i in range(2) for x in (layer.keys, layer.values)), strict=True))
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         entry = {"kind": type(layer).__name__, "length": layer.get_seq_length()}
         parts: dict[str, Any] = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
@@ -144,7 +153,8 @@ def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str |
     config = decoder(model).config
     cache = DynamicCache(config=config)
     windows = getattr(config, "window_sizes", [FULL] * len(cache.layers))
-    prepare_cache(cache, windows, getattr(config, "state_dtype", "float32"))
+    formats = getattr(config, "state_dtype", "float32"), getattr(config, "kv_cache_dtype", "auto")
+    prepare_cache(cache, windows, *formats)
     entries = read_entries(metadata, path)
     if len(entries) != len(cache.layers):
         raise ValueError(f"expected {len(cache.layers)} layers at {path}, got {len(entries)}")
@@ -153,12 +163,14 @@ def cache_from(tensors: dict[str, Tensor], metadata: dict[str, str], path: str |
         if not entry["length"]:
             continue
         if not isinstance(layer, HeadGroupsCacheLayer):
+            cache.layers[index] = layer = layer_of_kind(layer, entry["kind"])
             fill_layer(layer, own, entry, where)
             continue
         kinds = [part["kind"] for part in entry.get("parts", [])]
         if entry["kind"] != HEADS or len(kinds) != len(layer.parts):
             got = f"{entry['kind']!r} {kinds}"
             raise ValueError(f"expected a layer of kind {HEADS!r} with {len(layer.parts)} parts, got {got} {where}")
+        layer.parts[:] = map(layer_of_kind, layer.parts, kinds)
         for place, (part, inner) in enumerate(zip(layer.parts, entry["parts"], strict=True)):
             fill_layer(part, with_prefix(own, f"{place}."), inner, f"of part {place} {where}")
     return cache
@@ -204,6 +216,13 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
+def layer_of_kind(layer: Any, kind: str) -> Any:
+    """An empty layer that holds full attention in the format of a file; other layers as they are."""
+    if kind == Int8CacheLayer.__name__ and type(layer) is DynamicLayer:
+        return Int8CacheLayer()
+    return DynamicLayer() if kind == DynamicLayer.__name__ and isinstance(layer, Int8CacheLayer) else layer
+
+
 def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: str) -> None:
     """Put the tensors of a file into one layer of a cache.
 
@@ -212,13 +231,13 @@ def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: 
     if isinstance(layer, NHACacheLayer) and entry["kind"] == "nha" and "state_dtype" in entry:
         fill_packed(layer, parts, entry, where)
         return
-    is_nha = isinstance(layer, NHACacheLayer)
+    is_nha, is_int8 = isinstance(layer, NHACacheLayer), isinstance(layer, Int8CacheLayer)
     kind = "nha" if is_nha else type(layer).__name__
     if entry["kind"] != kind:
         raise ValueError(f"expected a layer of kind {kind!r}, got {entry['kind']!r} {where}")
-    required = (
-        {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"} if is_nha else {"keys", "values"}
-    )
+    required = set(ROWS) if is_int8 else {"keys", "values"}
+    if is_nha:
+        required = {"slot_key", "slot_value", "key", "value", "window_log_gate", "num_tokens"}
     optional = OPTIONAL_TENSORS if is_nha else set()
     missing, unknown = sorted(required - parts.keys()), sorted(parts.keys() - required - optional)
     if missing or unknown:
@@ -236,10 +255,29 @@ def fill_layer(layer: Any, parts: dict[str, Any], entry: dict[str, Any], where: 
     keys, values = parts["keys"], parts["values"]
     if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"expected 'values' {[*keys.shape[:3], 'Dv']} {where}, got {list(values.shape)}")
+    if is_int8:
+        fill_int8(layer, parts, entry["length"], where)
+        return
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = entry["length"]
+
+
+def fill_int8(layer: Any, parts: dict[str, Tensor], length: int, where: str) -> None:
+    """Put keys and values in 8 bits of a file into a layer, as `fill_layer` does."""
+    for name, scale in ((name, f"{name}_scale") for name in ("keys", "values")):
+        wanted = (
+            f"{torch.int8} {[*parts[name].shape[:2], length]}",
+            f"{torch.float32} {[*parts[name].shape[:2], length, 1]}",
+        )
+        x, y = parts[name], parts[scale]
+        got = f"{x.dtype} {[*x.shape[:3]]}", f"{y.dtype} {list(y.shape)}"
+        if got != wanted:
+            raise ValueError(f"expected {name!r} and its scale to be {wanted} {where}, got {got}")
+    layer.lazy_initialization(parts["keys"], parts["values"])
+    layer.keys, layer.values = (Int8Rows(parts[name], parts[f"{name}_scale"]) for name in ("keys", "values"))
+    layer.cumulative_length = length
 
 
 def fill_packed(layer: NHACacheLayer, parts: dict[str, Tensor], entry: dict[str, Any], where: str) -> None:

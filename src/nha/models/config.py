@@ -13,6 +13,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
+from nha.ops.int8_rows import check_kv_cache_dtype
 from nha.ops.packed_state import check_state_dtype
 from nha.settings import OUTPUT_NORMS, SLOT_FEATURES, SLOT_WRITES, VALUE_ACTIVATIONS, check_choice
 
@@ -150,16 +151,20 @@ class HybridConfigMixin:
         state_dtype: how caches keep slots and windows between two calls: "float32" as they are computed (windows in
             the model's dtype), "bfloat16" or "int8" in fewer bytes. A setting of serving: it may be changed at any
             time and counts for new caches.
+        kv_cache_dtype: how caches keep keys and values of layers and heads with full attention: "auto" in the model's
+            dtype, "int8" in half the bytes of 16 bits. A setting of serving too.
     """
 
     window_sizes: int | list[int | list[int]]
     state_dtype: str
+    kv_cache_dtype: str
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
         check_sizes(self)
         check_state_dtype(self.state_dtype)
+        check_kv_cache_dtype(self.kv_cache_dtype)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -194,6 +199,7 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     num_slots: int = 64
     num_sinks: int = 0
     state_dtype: str = "float32"
+    kv_cache_dtype: str = "auto"
     qk_norm: bool = False
     output_gate: bool = False
     slot_features: str = "none"
@@ -275,6 +281,7 @@ def hybrid_config_class(family: str) -> type[PreTrainedConfig]:
         "slot_write": (str, "soft"),
         "converted_from": (str | None, None),
         "state_dtype": (str, "float32"),
+        "kv_cache_dtype": (str, "auto"),
     }
     name = f"NHA{base.__name__}"
     body: dict[str, Any] = {field: default for field, (_, default) in fields.items()}
@@ -316,7 +323,7 @@ class HybridMultimodalConfigMixin:
 
     window_sizes, num_slots, num_sinks = _of_text("window_sizes"), _of_text("num_slots"), _of_text("num_sinks")
     slot_distance, slots_from_start = _of_text("slot_distance"), _of_text("slots_from_start")
-    state_dtype = _of_text("state_dtype")
+    state_dtype, kv_cache_dtype = _of_text("state_dtype"), _of_text("kv_cache_dtype")
     slot_write = _of_text("slot_write")
 
     def __post_init__(self, **kwargs: Any) -> None:

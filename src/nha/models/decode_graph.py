@@ -22,6 +22,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
 from nha.models.fused_step import after_layers
 from nha.models.head import read_last_token
+from nha.models.int8_cache import Int8CacheLayer
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
@@ -149,6 +150,10 @@ def static_layer(layer: Any, max_cache_len: int) -> Any:
     if isinstance(layer, NHACacheLayer):
         layer.make_static(max_cache_len)
         return layer
+    if isinstance(layer, Int8CacheLayer):
+        fixed = Int8CacheLayer(max_cache_len)
+        fixed.copy_from(layer, layer.get_seq_length())
+        return fixed
     new = StaticLayer(max_cache_len)
     new.update(layer.keys, layer.values)
     return new
@@ -160,6 +165,8 @@ def is_growing(layer: Any) -> bool:
         return all(is_growing(part) for part in layer.parts)
     if type(layer) is DynamicLayer:
         return True
+    if isinstance(layer, Int8CacheLayer):
+        return not layer.is_compileable
     return isinstance(layer, NHACacheLayer) and not layer.is_compileable and not layer.max_rollback
 
 
@@ -167,7 +174,9 @@ def static_bytes(model: Any, batch: int, max_cache_len: int) -> int:
     """Bytes of the full layers and heads of a static cache."""
     config = decoder(model).config
     heads = sum(per_head(window, config.num_key_value_heads).count(-1) for window in config.window_sizes)
-    return 2 * heads * attention_layers(model)[0].head_dim * batch * max_cache_len * model.dtype.itemsize
+    dim = attention_layers(model)[0].head_dim
+    row = dim * model.dtype.itemsize if config.kv_cache_dtype == "auto" else dim + 4
+    return 2 * heads * batch * max_cache_len * row
 
 
 def free_bytes(device: torch.device) -> float:

@@ -12,14 +12,15 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nha.ops import full_decode, full_prefill
+from nha.ops.int8_rows import Int8Rows
 from nha.ops.sliding_window import GROUPED
 
 
 def base_attention(
     module: Any,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Int8Rows,
+    value: Tensor | Int8Rows,
     mask: Tensor | None,
     *,
     softcap: float | None,
@@ -33,7 +34,7 @@ def base_attention(
 
     Args:
         query: [B, HQ, T, D].
-        key, value: [B, H, Tk, D].
+        key, value: [B, H, Tk, D], those of a single token perhaps in 8 bits.
         mask: [B, 1, T, Tk] bool, or None for causal.
         softcap: of the scores.
         appended: without a mask, the last query sees the last of Tk keys; else the first query sees the first.
@@ -44,6 +45,8 @@ def base_attention(
     length, scale, dropped = query.shape[2], kwargs.get("scaling"), kwargs.get("dropout") or 0.0
     if softcap is None and length == 1 and not dropped and kwargs.get("position_bias") is None:
         return full_decode(query, key, value, mask, scale), None
+    if isinstance(key, Int8Rows) or isinstance(value, Int8Rows):
+        key, value = (x if isinstance(x, Tensor) else x.dequantize(query.dtype) for x in (key, value))
     appended = appended and mask is None and 1 < length < key.shape[2]
     if softcap is None and appended:
         return full_prefill(query, key, value, scale, dropped), None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
 from nha.models.config import FULL, smallest_window
+from nha.models.int8_cache import Int8CacheLayer
 from nha.models.segment import Reading, Segment, attend
 from nha.ops.heads import HeadGroup, head_groups, join_heads, take_heads
 
@@ -70,8 +71,11 @@ def read_heads(
 def base_of_all(segment: Segment, reading: Reading, windows: Sequence[int], cache: LayerCache | None) -> Tensor | None:
     """The output of the unconverted layer, [B, T, HQ, Dv], for a first segment that the window of every head holds.
 
-    One call for all heads gives the same bits as the unconverted layer. None for other segments.
+    One call for all heads gives the same bits as the unconverted layer. None for other segments, and where the cache
+    rounds keys and values.
     """
+    if isinstance(cache, HeadGroupsCacheLayer) and any(isinstance(part, Int8CacheLayer) for part in cache.parts):
+        return None
     first = (cache is None or cache.state is None) and segment.cu_seqlens is None and reading.initial is None
     if not first or reading.base is None or segment.length > smallest_window([windows]):
         return None

@@ -28,7 +28,8 @@ TEXT = ("attention_mask", "position_ids", "use_cache", "past_key_values", "cache
 def widest(model: Any) -> int:
     """Elements of the widest activation of a token."""
     config = decoder(model).config
-    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(size) if isinstance(size, list | tuple) else size  # some families have one for each layer
 
 
 def piece_length(model: Any, batch: int, length: int) -> int | None:

@@ -29,6 +29,7 @@ from nha.models.cache import NHACacheLayer, cache_parts
 from nha.models.config import FULL
 from nha.models.decode_graph import is_plain
 from nha.models.fused_step import is_fusing
+from nha.models.int8_cache import Int8CacheLayer
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.prompt import has_padding, reads_text, widest
 from nha.models.windows import attention_layers, decoder
@@ -205,7 +206,7 @@ def parts_of(model: Any) -> tuple[Any, ...] | None:
     adapters off, and accelerate moves weights.
     """
     config = decoder(model).config
-    found: list[Any] = [is_fusing(), config.slots_from_start, config._attn_implementation]
+    found: list[Any] = [is_fusing(), config.slots_from_start, config._attn_implementation, config.kv_cache_dtype]
     found += [(x.window_size, x.ablation, x.nha.initial is None) for x in attention_layers(model)]
     for module in model.modules():
         if type(module).__module__.partition(".")[0] not in KNOWN or "forward" in vars(module):
@@ -252,6 +253,8 @@ def copy_cache(source: Cache, target: Cache, length: int) -> None:
             assert ours.state is not None
             new.lazy_initialization(ours.state.key, ours.state.value)
             new.state, new.length = ours.state.map(torch.clone), length
+        elif isinstance(ours, Int8CacheLayer):
+            new.copy_from(ours, length)
         else:
             new.update(ours.keys[:, :, :length], ours.values[:, :, :length])  # which copies them
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from nha.models.config import FULL, check_windows
 from nha.ops.heads import Window, all_windows, map_window, window_of
+from nha.ops.int8_rows import check_kv_cache_dtype
 from nha.ops.packed_state import check_state_dtype
 
 
@@ -120,6 +121,26 @@ def set_state_dtype(model: PreTrainedModel, state_dtype: str) -> None:
     hybrid_layers(model)
     check_state_dtype(state_dtype)
     decoder(model).config.state_dtype = state_dtype
+
+
+def set_kv_cache_dtype(model: PreTrainedModel, kv_cache_dtype: str) -> None:
+    """Choose how new caches of a hybrid keep keys and values of its layers and heads with full attention.
+
+    "auto" keeps them in the model's dtype. "int8" rounds each token's key and value of a head to 8 bits: a number is at
+    most 1 / 127 of the row's largest off. Caches that have read something stay as they are. With every window -1 this
+    is the original model with the same cache.
+
+    Raises ValueError for another name and for a model that is no hybrid.
+
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> model = NHAForCausalLM(NHAConfig.tiny(window_sizes=[16, -1]))
+    >>> set_kv_cache_dtype(model, "int8")
+    >>> model.config.kv_cache_dtype
+    'int8'
+    """
+    hybrid_layers(model)
+    check_kv_cache_dtype(kv_cache_dtype)
+    decoder(model).config.kv_cache_dtype = kv_cache_dtype
 
 
 @contextmanager

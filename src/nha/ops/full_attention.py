@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nha.ops import backends
 from nha.ops.autocast import cast_for_autocast
+from nha.ops.int8_rows import Int8Rows
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance, slot_dtype
 from nha.ops.validation import MAX_DIM, MAX_GROUPS, NARROW_DIM
@@ -91,7 +92,9 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return weights.to(v.dtype) @ v
 
 
-def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def full_decode(
+    q: Tensor, k: Tensor | Int8Rows, v: Tensor | Int8Rows, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Softmax attention of one token, [B, 1, HQ, Dv], that reads keys and values once and copies none.
 
     On a GPU a kernel loads only keys that are not masked and fills the GPU at any batch; its grid depends on Tk and B,
@@ -99,8 +102,8 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
     Args:
         q: [B, HQ, 1, D]; query head h reads KV head h // (HQ / H).
-        k: [B, H, Tk, D], any strides.
-        v: [B, H, Tk, Dv], any strides.
+        k: [B, H, Tk, D], any strides, or such rows in 8 bits.
+        v: [B, H, Tk, Dv], as `k`.
         mask: [B, 1, 1, Tk] or [1, 1, 1, Tk] bool, True = attend, or None for all keys.
         scale: of the scores, by default D ** -0.5.
 
@@ -109,23 +112,31 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     >>> full_decode(q, k, v, torch.tensor([True, True, False]).view(1, 1, 1, 3)).flatten().tolist()
     [0.5, 0.5, 3.5, 3.5]
     """
-    q, k, v = cast_for_autocast(q, k, v)
-    batch, query_heads, _, dim = q.shape
-    heads = k.shape[1]
-    if _has_kernel(q, k, v):
+    if isinstance(k, Int8Rows):
+        assert isinstance(v, Int8Rows)
+        (q,) = cast_for_autocast(q)
+        if not _has_kernel(q, k.numbers, v.numbers):
+            return full_decode(q, k.dequantize(q.dtype), v.dequantize(q.dtype), mask, scale)
         from nha.ops.triton.full_decode import full_decode as kernel
 
-        return kernel(q, k, v, mask, dim**-0.5 if scale is None else float(scale))
-    rows = q.reshape(batch, heads, query_heads // heads, dim)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
-    return out.reshape(batch, 1, query_heads, v.shape[3])
+        scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+        return kernel(q, k.numbers, v.numbers, mask, scale, k.scale, v.scale)
+    query, key, value = cast_for_autocast(q, k, v)
+    batch, query_heads, _, dim = query.shape
+    if _has_kernel(query, key, value):
+        from nha.ops.triton.full_decode import full_decode as kernel
+
+        return kernel(query, key, value, mask, dim**-0.5 if scale is None else float(scale))
+    rows = query.reshape(batch, key.shape[1], query_heads // key.shape[1], dim)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, 1, query_heads, value.shape[3])
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not backends.can_skip_autograd([q, k, v]):
         return False
     max_dim = {torch.float32: NARROW_DIM, torch.bfloat16: MAX_DIM, torch.float16: MAX_DIM}.get(q.dtype, 0)
-    supported = q.dtype == k.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= max_dim
+    supported = k.dtype in (q.dtype, torch.int8) and k.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= max_dim
     return supported and q.shape[1] // k.shape[1] <= MAX_GROUPS and k.shape[2] > 0
 
 

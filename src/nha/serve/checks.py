@@ -55,6 +55,9 @@ def check_model(config: Any) -> None:
         raise ValueError(f"expected slot_write='soft' in vLLM, got {write!r}; transformers can serve it")
     check_windows(config, windows)
     check_state_dtype(config.state_dtype)
+    if getattr(config, "kv_cache_dtype", "auto") != "auto":
+        got = config.kv_cache_dtype
+        raise ValueError(f"expected kv_cache_dtype='auto' in vLLM, which has --kv-cache-dtype of its own, got {got!r}")
 
 
 def check_run(vllm_config: Any) -> None:

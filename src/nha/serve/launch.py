@@ -50,6 +50,8 @@ def settings_refusal(settings: ServeSettings) -> str | None:
     """Why vLLM cannot serve with these settings, in one line; None if it can."""
     if settings.memory is not None:
         return "vLLM keeps no memory on disk; options after '--' such as --enable-prefix-caching keep it while it runs"
+    if settings.kv_cache_dtype == "int8":
+        return "vLLM keeps keys and values itself; its own --kv-cache-dtype can be given after '--'"
     return None
 
 
@@ -57,6 +59,8 @@ def choose(asked: str, source: Source, settings: ServeSettings) -> Choice:
     """The server for a model. Raises BadInput where the one asked for cannot run it, or not with these settings."""
     if settings.state_dtype is not None:
         check_hybrid(source, "--state-dtype")
+    if settings.kv_cache_dtype is not None:
+        check_hybrid(source, "--kv-cache-dtype")
     refusal = settings_refusal(settings) or vllm_refusal(source) if asked != "transformers" else None
     if asked == "vllm" and refusal is not None:
         raise BadInput(f"expected a model that vLLM can run, got {source.name}: {refusal}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nha.settings import DTYPES, STATE_DTYPES, check_settings, count, setting
+from nha.settings import DTYPES, KV_CACHE_DTYPES, STATE_DTYPES, check_settings, count, setting
 
 BACKENDS = ("auto", "vllm", "transformers")
 
@@ -22,6 +22,12 @@ class CacheSettings:
         None,
         "Number format of a hybrid's slots and windows between two tokens.",
         choices=STATE_DTYPES,
+        shown="as saved",
+    )
+    kv_cache_dtype: str | None = setting(
+        None,
+        "Number format of keys and values of a hybrid's full attention.",
+        choices=KV_CACHE_DTYPES,
         shown="as saved",
     )
     memory: str | None = setting(

@@ -14,7 +14,7 @@ from nha.memory import MemoryStore
 from nha.models.auto import hybrid_classes, register
 from nha.models.loading import Source, is_hybrid
 from nha.models.prompt_graph import warm_up
-from nha.models.windows import set_state_dtype
+from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 from nha.serve.limits import VARIABLE, Limits, Policy
 from nha.serve.memory import generate_through
 from nha.serve.settings import ServeSettings
@@ -57,6 +57,8 @@ def serve(source: Source, host: str, settings: ServeSettings, policy: Policy) ->
             held.model.generation_config.do_sample = True  # a temperature of 0 turns it off again
             if settings.state_dtype is not None:
                 set_state_dtype(held.model, settings.state_dtype)
+            if settings.kv_cache_dtype is not None:
+                set_kv_cache_dtype(held.model, settings.kv_cache_dtype)
             warm_up(held.model)
             if store is not None:
                 generate_through(held.model, store)

@@ -2,7 +2,8 @@
 
 The query heads of a KV head are the rows of one matrix. Where there are few KV heads the keys are split, one program
 per split, and a second kernel combines the splits. Split i takes blocks i, i + splits, i + 2 splits, ...: a mask that
-hides the end of a cache, or the padding at its start, then takes as much from each. Masked keys are not read.
+hides the end of a cache, or the padding at its start, then takes as much from each. Masked keys are not read. Keys and
+values in 8 bits are read as they are: their scales multiply scores and weights.
 """
 
 # Triton's types give a launch the signature of the kernel, without the options of the compiler.
@@ -35,6 +36,8 @@ def full_decode_kernel(
     p_q,
     p_k,
     p_v,
+    p_k_scale,
+    p_v_scale,
     p_mask,
     p_acc,
     p_max,
@@ -48,6 +51,8 @@ def full_decode_kernel(
     v_b,
     v_h,
     v_t,
+    scale_b,
+    scale_h,
     mask_b,
     mask_t,
     scale,
@@ -68,9 +73,9 @@ def full_decode_kernel(
 ):
     """Attention of the query heads of a KV head over a split of its keys; programs (row, KV head, split) in one axis.
 
-    q [B, HQ, D], k [B, H, Tk, D], v [B, H, Tk, DV], mask [B, Tk]; `scale` includes log2(e). SINGLE_SPLIT: the result is
-    out [B, HQ, DV]. Else each split stores a softmax in acc [B * H, splits, HQ / H, DV], max and sum [B * H, splits,
-    HQ / H].
+    q [B, HQ, D], k [B, H, Tk, D], v [B, H, Tk, DV], mask [B, Tk]; `scale` includes log2(e). Keys and values with scales
+    [B, H, Tk] are int8. SINGLE_SPLIT: the result is out [B, HQ, DV]. Else each split stores a softmax in acc [B * H,
+    splits, HQ / H, DV], max and sum [B * H, splits, HQ / H].
     """
     i_bh, i_split = (tl.program_id(0) // num_splits).to(tl.int64), tl.program_id(0) % num_splits
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -78,6 +83,7 @@ def full_decode_kernel(
     m_g = o_g < groups
     b_q = load_rows(p_q + i_b * q_b + i_h * groups * q_h, o_g * q_h, m_g, D, BLOCK_D)
     p_k, p_v = p_k + i_b * k_b + i_h * k_h, p_v + i_b * v_b + i_h * v_h
+    o_scale = i_b * scale_b + i_h * scale_h
     m_i, l_i = tl.full([BLOCK_G], float("-inf"), tl.float32), tl.zeros([BLOCK_G], tl.float32)
     b_acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     for i_block in tl.range(i_split, tl.cdiv(length, BLOCK_N), num_splits):
@@ -87,9 +93,13 @@ def full_decode_kernel(
             m_n = m_n & (tl.load(p_mask + i_b * mask_b + first * mask_t + o_n * mask_t, mask=m_n, other=0) != 0)
         b_k = load_rows(p_k + first * k_t, o_n * k_t, m_n, D, BLOCK_D)
         b_v = load_rows(p_v + first * v_t, o_n * v_t, m_n, DV, BLOCK_DV)
-        b_s = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION) * scale
+        b_s = matmul(b_q, tl.trans(b_k.to(DTYPE)), DTYPE, PRECISION) * scale
+        if p_k_scale is not None:
+            b_s *= tl.load(p_k_scale + o_scale + first + o_n, mask=m_n, other=0.0)[None, :]
         b_p, alpha, m_i = online_softmax(tl.where(m_n[None, :], b_s, float("-inf")), m_i)
         l_i = l_i * alpha + tl.sum(b_p, 1)
+        if p_v_scale is not None:
+            b_p *= tl.load(p_v_scale + o_scale + first + o_n, mask=m_n, other=0.0)[None, :]
         b_acc = b_acc * alpha[:, None] + matmul(b_p, b_v, DTYPE, PRECISION)
     if SINGLE_SPLIT:
         b_acc /= tl.where(l_i > 0, l_i, 1.0)[:, None]
@@ -156,14 +166,27 @@ def count_splits(length: int, pairs: int, block_n: int) -> int:
 
 
 @torch.library.custom_op("nha::full_decode", mutates_args=())
-def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """out [B, 1, HQ, Dv] of q [B, HQ, 1, D], k [B, H, Tk, D], v [B, H, Tk, Dv]; mask [B, 1, 1, Tk] bool."""
+def full_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """out [B, 1, HQ, Dv] of q [B, HQ, 1, D], k [B, H, Tk, D], v [B, H, Tk, Dv]; mask [B, 1, 1, Tk] bool.
+
+    With scales [B, H, Tk, 1] float32, k and v are int8.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, query_heads, _, dim = q.shape
     heads, length, value_dim = k.shape[1], k.shape[2], v.shape[3]
     groups, sizes = query_heads // heads, block_sizes(q.dtype, dim, value_dim)
     num_splits = count_splits(length, batch * heads, sizes.block_n)
-    out = v.new_empty(batch, 1, query_heads, value_dim)
+    if k_scale is not None and v_scale is not None and (k_scale.stride(2) != 1 or k_scale.stride() != v_scale.stride()):
+        k_scale, v_scale = k_scale.contiguous(), v_scale.contiguous()
+    out = q.new_empty(batch, 1, query_heads, value_dim)
     scratch = (batch * heads, num_splits, groups)
     single = num_splits == 1
     split_acc = out if single else q.new_empty(*scratch, value_dim, dtype=torch.float32)
@@ -174,6 +197,7 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
         q.stride(1),
         *k.stride()[:3],
         *v.stride()[:3],
+        *((0, 0) if k_scale is None else k_scale.stride()[:2]),
         *((0, 0) if bytes_mask is None else bytes_mask.stride()[::3]),
     )
     with device_guard(q):
@@ -181,6 +205,8 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
             q,
             k,
             v,
+            k_scale,
+            v_scale,
             bytes_mask,
             split_acc,
             split_max,
@@ -203,7 +229,7 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
             HAS_MASK=bytes_mask is not None,
             SINGLE_SPLIT=single,
             num_warps=4,
-            num_stages=3,
+            num_stages=4 if k_scale is not None else 3,
         )
         if not single:
             full_decode_combine_kernel[(batch * query_heads,)](
@@ -222,5 +248,5 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 
 @full_decode.register_fake
-def _(q, k, v, mask, scale):
-    return v.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
+def _(q, k, v, mask, scale, k_scale=None, v_scale=None):
+    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
