@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nha import nha_attention
-from nha.bench.op import LLAMA, SMOLLM, Row, make_row, run
+from nha.bench.op import LLAMA, QWEN, SMOLLM, Row, make_row, run
 from nha.bench.timing import DEVICE
 
 PASSES = ("fwd", "fwd+bwd")
@@ -41,7 +41,7 @@ def wanted_rows(tiny: bool) -> list[Row]:
             (LLAMA, [(16, 2048), (32, 1024), (1, 32768)], ("triton",)),
             (SMOLLM, [(16, 2048), (1, 32768)], ("triton",)),
             (LLAMA, [(32, 1024), (16, 2048)], ("sdpa-cudnn", "flex-window")),
-            (SMOLLM, [(16, 2048)], ("flex-window", "sdpa-cudnn")),
+            (SMOLLM, [(16, 2048), (32, 1024)], ("flex-window", "sdpa-cudnn")),
             (LLAMA, [(64, 2048), (1, 131072)], ("triton",)),
             (LLAMA, [(8, 4096), (4, 8192), (2, 16384)], ("triton",)),
             (SMOLLM, [(32, 1024), (8, 4096), (4, 8192), (2, 16384)], ("triton",)),
@@ -49,6 +49,10 @@ def wanted_rows(tiny: bool) -> list[Row]:
             (SMOLLM, [(1, 32768)], ("flex-window",)),
             (LLAMA, [(4, 8192), (8, 4096), (2, 16384)], ("flex-window",)),
             (SMOLLM, [(4, 8192), (8, 4096), (2, 16384)], ("flex-window",)),
+            (QWEN, [(16, 2048), (32, 1024)], ("triton", "flex-window", "sdpa-cudnn")),
+            (QWEN, [(1, 32768)], ("triton", "flex-window")),
+            (LLAMA, [(1, 131072)], ("flex-window",)),
+            (SMOLLM, [(1, 131072)], ("triton", "flex-window")),
         ]
     return [
         make_row(impl, kind, sizes, batch, length, 8 if tiny else WINDOW)

@@ -7,7 +7,7 @@ def test_rows_are_distinct_and_every_length_has_a_window_beside_it():
     rows = wanted_rows(tiny=False)
     assert len(set(rows)) == len(rows)
     lengths = {impl: {dict(row.shape)["T"] for row in rows if row.impl == impl} for impl in ("triton", "flex-window")}
-    assert lengths["triton"] - lengths["flex-window"] == {131072}
+    assert lengths["triton"] == lengths["flex-window"]
     assert {row.kind for row in wanted_rows(tiny=True)} == set(PASSES)
 
 
