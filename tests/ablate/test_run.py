@@ -16,6 +16,7 @@ from nha.ablate.arms import Arm
 from nha.ablate.run import Shard, claimed, read_row, row_file, run_table
 from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary
 from nha.ablate.table import Claim, built_in_tables, parse_table, read_table
+from nha.train.trainer import TrainingDiverged
 
 TINY = """
 name: tiny
@@ -148,16 +149,17 @@ def test_rows_that_do_not_fit_into_the_budget_are_named_and_not_written(table, t
     assert not (tmp_path / "rows").exists()
 
 
-def test_a_row_that_fails_does_not_take_the_others_along(table, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, TrainingDiverged])
+def test_a_row_that_fails_does_not_take_the_others_along(error, table, tmp_path, monkeypatch):
     def build(self, *args, **options):
         if self.name == "nha":
-            raise RuntimeError("no such\nkernel")
+            raise error("no such\nkernel")
         return original(self, *args, **options)
 
     original = Arm.build
     monkeypatch.setattr(Arm, "build", build)
     progress = run_table(table.only(lrs=[1e-3]), tmp_path)
-    assert progress.failed == ["tiny--nha--lr0.001--seed0 (RuntimeError: no such kernel)"]
+    assert progress.failed == [f"tiny--nha--lr0.001--seed0 ({error.__name__}: no such kernel)"]
     assert progress.made == ["tiny--window-only--lr0.001--seed0"]
 
 

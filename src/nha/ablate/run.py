@@ -24,6 +24,7 @@ from nha.distill.checkpoint import locked
 from nha.errors import OutOfTime, one_line
 from nha.evaluate.public.run import PERPLEXITY
 from nha.io import write_atomically
+from nha.train.trainer import TrainingDiverged
 
 ROWS, RUNS, LOCKS = "rows", "runs", "locks"
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
@@ -231,7 +232,7 @@ def _says_why(name: str, progress: Progress, log: Log) -> Iterator[None]:
     except OutOfTime as error:
         progress.late.append(name)
         log(f"{name}: {error}")
-    except (RuntimeError, ArithmeticError, ImportError) as error:
+    except (RuntimeError, ArithmeticError, ImportError, TrainingDiverged) as error:
         progress.failed.append(f"{name} ({type(error).__name__}: {one_line(error)[:200]})")
         log(f"{name}: failed: {one_line(error)[:200]}")
 
