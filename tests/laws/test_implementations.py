@@ -102,5 +102,6 @@ def test_chunked_operators_are_well_formed():
         0.0,
         False,
         True,
+        True,
     )
     torch.library.opcheck(torch.ops.nha.chunked.default, [a.detach() if torch.is_tensor(a) else a for a in args])

@@ -6,6 +6,8 @@ Per chunk, with `L` the running sum of its log-gates, `mid = L[last] / 2` and `s
     slots read at token i       q_decay_i * (half_decay * S + sum_{j <= i} k_decay_j (x) x_j)
     slots after the chunk       half_decay * half_decay * S + half_decay * sum_j k_decay_j (x) x_j
 
+The slots are kept as half_decay * S, so that no product with them needs another pass.
+
 With log-gates >= -5 no exponent exceeds 16 * 5 / 2 = 40 in size, so float32 holds every factor.
 """
 
@@ -65,6 +67,8 @@ def make_plan(batch: int, length: int, query_heads: int, slots: int, window: int
     chunk = min(CHUNK, length)
     tile = tile_size(chunk, min(window, length))
     group = group_size(batch, query_heads, slots, window)
+    count = -(-length // group)
+    group = -(-length // (count * tile)) * tile  # as many groups, of nearly one size
     return Plan(length, window, chunk, tile, group, key_blocks(window, tile))
 
 
@@ -79,6 +83,7 @@ class Workspace:
     def __init__(self, like: Tensor):
         self.like = like
         self.buffers: dict[str, Tensor] = {}
+        self.masks: dict[tuple[int, ...], Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The buffer of this name, uninitialised, with this shape; what was taken under the name before is gone."""
@@ -106,7 +111,7 @@ class Group(NamedTuple):
     q_decay: Tensor  # [B, H, n, chunk, M]
     k_decay: Tensor
     half_decay: Tensor  # [B, H, n, M, 1]
-    slots: Tensor  # [B, H, n, M, D + Dv], before each chunk
+    slots: Tensor  # [B, H, n, M, D + Dv], before each chunk, times its `half_decay`
 
     @property
     def token_key(self) -> Tensor:
@@ -178,14 +183,20 @@ def decays(
     return q_decay, k_decay, mid.exp_().transpose(-1, -2)
 
 
-def advance_slots(slots: Tensor, half_decay: Tensor, written: Tensor, space: Workspace) -> tuple[Tensor, Tensor]:
-    """Slots through the chunks of a group: (those before each one, those after the last)."""
-    decay, before = half_decay.square(), space.take("slots", *written.shape)
-    before[:, :, 0] = slots
-    last = written.shape[2] - 1
-    for index in range(last):
-        torch.addcmul(written[:, :, index], decay[:, :, index], before[:, :, index], out=before[:, :, index + 1])
-    return before, torch.addcmul(written[:, :, last], decay[:, :, last], before[:, :, last])
+def advance_slots(
+    slots: Tensor, tokens: Tensor, k_decay: Tensor, half_decay: Tensor, space: Workspace
+) -> tuple[Tensor, Tensor]:
+    """Slots through the chunks of a group: (those before each one times its `half_decay`, those after the last)."""
+    next_half = F.pad(half_decay[:, :, 1:], (0, 0, 0, 0, 0, 1), value=1.0)
+    decay = half_decay * next_half
+    decay_to_next = torch.mul(k_decay, decay.mT, out=space.take("decay_to_next", *k_decay.shape))
+    written = space.product("written", decay_to_next.mT, tokens)
+    before = space.take("slots", *written.shape)
+    torch.mul(slots, half_decay[:, :, 0], out=before[:, :, 0])
+    states, writes, factors = before.unbind(2), written.unbind(2), decay.unbind(2)
+    for state, write, factor, following in zip(states, writes, factors, states[1:], strict=False):
+        torch.addcmul(write, factor, state, out=following)
+    return before, torch.addcmul(writes[-1], factors[-1], states[-1])
 
 
 def load_group(
@@ -200,9 +211,7 @@ def load_group(
     pair = heads_first(k_slot, start, stop, size), heads_first(v, start, stop, size)
     tokens = space.take("tokens", *pair[0].shape[:3], slots.shape[3])
     tokens = torch.cat(pair, -1, out=tokens).unflatten(2, (-1, plan.chunk))
-    decay_to_end = torch.mul(k_decay, half_decay.mT, out=space.take("decay_to_end", *k_decay.shape))
-    written = space.product("written", decay_to_end.mT, tokens)
-    before, slots = advance_slots(slots, half_decay, written, space)
+    before, slots = advance_slots(slots, tokens, k_decay, half_decay, space)
     window_key = window_value = None
     if window:
         first, last = start + window - plan.lookback, start + window + size
@@ -224,18 +233,27 @@ def load_group(
     return group, slots
 
 
-def triangle(rows: int, chunk: int, device: torch.device) -> Tensor:
-    """[chunk * G, chunk] bool: the tokens of a chunk that are in the slots at each query."""
-    token = torch.arange(rows, device=device)[:, None] // (rows // chunk)
-    return token >= torch.arange(chunk, device=device)
+def triangle(rows: int, chunk: int, space: Workspace) -> Tensor:
+    """[chunk * G, chunk] of 0 and 1: the tokens of a chunk that are in the slots at each query."""
+    found = space.masks.get((rows, chunk))
+    if found is None:
+        device = space.like.device
+        token = torch.arange(rows, device=device)[:, None] // (rows // chunk)
+        found = space.masks[rows, chunk] = (token >= torch.arange(chunk, device=device)).to(space.like.dtype)
+    return found
 
 
-def band(plan: Plan, groups: int, like: Tensor) -> Tensor:
+def band(plan: Plan, groups: int, space: Workspace) -> Tensor:
     """[tile * G, blocks * tile] of 0 and -inf: the window as a band, its last column the query's own token."""
-    query = torch.arange(plan.tile * groups, device=like.device)[:, None] // groups
-    distance = query + plan.lookback - torch.arange(plan.blocks * plan.tile, device=like.device)
-    visible = (distance >= 0) & (distance < plan.window)
-    return torch.zeros_like(visible, dtype=like.dtype).masked_fill_(~visible, float("-inf"))
+    found = space.masks.get((groups,))
+    if found is None:
+        device = space.like.device
+        query = torch.arange(plan.tile * groups, device=device)[:, None] // groups
+        distance = query + plan.lookback - torch.arange(plan.blocks * plan.tile, device=device)
+        visible = (distance >= 0) & (distance < plan.window)
+        none = torch.zeros_like(visible, dtype=space.like.dtype)
+        found = space.masks[groups,] = none.masked_fill_(~visible, float("-inf"))
+    return found
 
 
 def score_group(
@@ -243,18 +261,21 @@ def score_group(
     plan: Plan,
     start: int,
     sink_key: Tensor,
-    first: Tensor,
+    first: Tensor | None,
     slots_active: bool,
     softcap: float,
     space: Workspace,
 ) -> Scores:
-    """Softmax weights of one group, whose first query is `start`, in the memory of `space`."""
+    """Softmax weights of one group, whose first query is `start`, in the memory of `space`.
+
+    `first` [B] is the first key position in use, None where all are and slots are active.
+    """
     batch, heads, chunks, rows, dim = group.slot_query.shape
     per_kv, sinks, num_slots = rows // plan.chunk, sink_key.shape[1], group.q_decay.shape[-1]
     score = space.take("score", batch, heads, chunks * rows, sinks + num_slots + plan.blocks * plan.tile)
     on_sink, on_slots, on_window = score.split([sinks, num_slots, plan.blocks * plan.tile], -1)
-    qk = mask_unwritten(space.product("qk", group.slot_query, group.token_key.mT), plan)
-    slot_scores = space.product("slot_scores", group.slot_query, group.slots[..., :dim].mT).mul_(group.half_decay.mT)
+    qk = mask_unwritten(space.product("qk", group.slot_query, group.token_key.mT), plan, space)
+    slot_scores = space.product("slot_scores", group.slot_query, group.slots[..., :dim].mT)
     slot_scores.flatten(0, 2).baddbmm_(qk.flatten(0, 2), group.k_decay.flatten(0, 2))
     times_q_decay(slot_scores, group, plan, on_slots.unflatten(2, (chunks, -1)))
     if sinks:
@@ -263,14 +284,14 @@ def score_group(
     if group.window_key is not None:
         tiles = on_window.unflatten(2, (group.window_key.shape[2], -1))
         scores = space.product("window_scores", group.query, group.window_key.mT)
-        tiles = tiles.copy_(scores) if softcap else torch.add(scores, band(plan, per_kv, score), out=tiles)
+        tiles = tiles.copy_(scores) if softcap else torch.add(scores, band(plan, per_kv, space), out=tiles)
     slope = None
     if softcap:
         score.div_(softcap).tanh_()
         slope = 1 - score.square()
         score.mul_(softcap)
-        tiles = None if tiles is None else tiles.add_(band(plan, per_kv, score))
-    if start < plan.window:
+        tiles = None if tiles is None else tiles.add_(band(plan, per_kv, space))
+    if first is not None and start < plan.window:
         if not slots_active:
             token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
             inactive = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
@@ -289,9 +310,9 @@ def times_q_decay(rows: Tensor, group: Group, plan: Plan, out: Tensor | None = N
     return torch.mul(rows.unflatten(3, (plan.chunk, -1)), group.q_decay.unsqueeze(4), out=wide).flatten(3, 4)
 
 
-def mask_unwritten(rows: Tensor, plan: Plan) -> Tensor:
+def mask_unwritten(rows: Tensor, plan: Plan, space: Workspace) -> Tensor:
     """Zero the tokens that are not in the slots yet, in place: rows [B, H, n, chunk * G, chunk]."""
-    return rows.mul_(triangle(rows.shape[3], plan.chunk, rows.device))
+    return rows.mul_(triangle(rows.shape[3], plan.chunk, space))
 
 
 def unpack(rows: Tensor, per_kv: int, out: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from nha.ops.backends import needs_grad
 from nha.ops.chunk_groups import (
     GATE_FLOOR,
     Group,
@@ -32,6 +33,7 @@ from nha.ops.chunk_groups import (
     times_q_decay,
     unpack,
 )
+from nha.ops.full_attention import causal_attention
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance, slot_dtype
 
@@ -47,19 +49,21 @@ def _forward(
     slots: Tensor,
     sink_key: Tensor,
     sink_value: Tensor,
-    first: Tensor,
+    first: Tensor | None,
     window: int,
     scale: float,
     softcap: float,
     slots_active: bool,
     with_mass: bool,
+    keep_starts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward pass over T queries; keys, values and gates begin W tokens before the first query.
 
     q, q_slot [B, T, HQ, D]; k, v, k_slot [B, W + T, H, ...]; log_gate [B, W + T, H, M]; slots [B, H, M, D + Dv];
-    first [B] is the first key position in use. All floating tensors share one dtype.
+    first [B] is the first key position in use, None where all are and slots are active. All floating tensors share one
+    dtype.
     Returns out [B, T, HQ, Dv], mass [B, T, HQ] (zeros unless `with_mass`), the slots after the segment, and those
-    before every group and after.
+    before every group and after (none unless `keep_starts`).
     """
     batch, length, query_heads, _ = q.shape
     sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
@@ -68,7 +72,8 @@ def _forward(
     mass = q.new_zeros(batch, length, query_heads)
     starts, space = [], Workspace(q)
     for start, stop in plan.spans():
-        starts.append(slots)
+        if keep_starts:
+            starts.append(slots)
         group, slots = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale, space)
         weights = score_group(group, plan, start, sink_key, first, slots_active, softcap, space).weights
         result = _read(group, plan, weights, sink_value, space)
@@ -76,7 +81,8 @@ def _forward(
         if with_mass:
             unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
     # Those after the segment too: a first dimension that may be 1 would be compiled apart.
-    return out, mass, slots.clone(), torch.stack([*starts, slots])
+    kept = torch.stack([*starts, slots]) if keep_starts else slots.new_empty(0, *slots.shape)
+    return out, mass, slots.clone(), kept
 
 
 def _read(group: Group, plan: Plan, weights: Tensor, sink_value: Tensor, space: Workspace) -> Tensor:
@@ -85,9 +91,8 @@ def _read(group: Group, plan: Plan, weights: Tensor, sink_value: Tensor, space: 
     on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
     on_slots = on_slots.unflatten(2, (group.q_decay.shape[2], -1))
     decayed = times_q_decay(on_slots, group, plan, space.take("decayed", *on_slots.shape))
-    token_weights = mask_unwritten(space.product("token_weights", decayed, group.k_decay.mT), plan)
+    token_weights = mask_unwritten(space.product("token_weights", decayed, group.k_decay.mT), plan, space)
     result = space.product("result", token_weights, group.token_value)
-    decayed.mul_(group.half_decay.mT)
     result.flatten(0, 2).baddbmm_(decayed.flatten(0, 2), group.slots[..., dim:].flatten(0, 2))
     result = result.flatten(2, 3)
     if group.window_value is not None:
@@ -98,11 +103,11 @@ def _read(group: Group, plan: Plan, weights: Tensor, sink_value: Tensor, space: 
 
 
 @_forward.register_fake
-def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, window, *_):
+def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, window, *options):
     batch, length, query_heads, _ = q.shape
     group = group_size(batch, query_heads, log_gate.shape[-1], window)
     out = q.new_empty(batch, length, query_heads, v.shape[-1])
-    starts = slots.new_empty((length + group - 1) // group + 1, *slots.shape)
+    starts = slots.new_empty((length + group - 1) // group + 1 if options[-1] else 0, *slots.shape)
     return out, q.new_empty(batch, length, query_heads), torch.empty_like(slots), starts
 
 
@@ -136,7 +141,7 @@ def _backward(
     log_gate: Tensor,
     sink_key: Tensor,
     sink_value: Tensor,
-    first: Tensor,
+    first: Tensor | None,
     window: int,
     scale: float,
     softcap: float,
@@ -168,7 +173,7 @@ def _backward(
         do = scaled_queries(grad_out, heads, span, size, 1.0, space, "do")
         dmass = scaled_queries(grad_mass[..., None], heads, span, size, 1.0, space, "dmass")
         raw = heads_first(log_gate, start, stop, size)
-        _add_group(grads, group, plan, span, scores, (sink_key, sink_value), raw, do, dmass, scale)
+        _add_group(grads, group, plan, span, scores, (sink_key, sink_value), raw, do, dmass, scale, space)
     if not window:
         grads.q.zero_()
     dk, dv = (_from_padded(x, plan, window + length) for x in (grads.window_key, grads.window_value))
@@ -188,19 +193,19 @@ def _add_group(
     do: Tensor,
     dmass: Tensor,
     scale: float,
+    space: Workspace,
 ) -> None:
     """Add one group's gradients: `do` [B, H, size * G, Dv] and `dmass` [B, H, size * G, 1] are those of its outputs."""
     start, stop = span
     sinks, num_slots, chunks = sink[0].shape[1], group.q_decay.shape[-1], group.q_decay.shape[2]
     tiles, per_kv = group.query.shape[2], group.slot_query.shape[3] // plan.chunk
-    group = group._replace(slots=group.slots * group.half_decay)
     slot_key, slot_value = group.slots.split([group.query.shape[-1], do.shape[-1]], -1)
     do_chunks = do.unflatten(2, (chunks, -1))
     sizes = [sinks, num_slots, plan.blocks * plan.tile]
     on_sink, on_slots, on_window = scores.weights.split(sizes, -1)
     on_slots = on_slots.unflatten(2, (chunks, -1))
     decayed = times_q_decay(on_slots, group, plan)
-    dtoken = mask_unwritten(do_chunks @ group.token_value.transpose(-1, -2), plan)
+    dtoken = mask_unwritten(do_chunks @ group.token_value.transpose(-1, -2), plan, space)
     ddecayed = dtoken @ group.k_decay + do_chunks @ slot_value.transpose(-1, -2)
     dweights = [times_q_decay(ddecayed, group, plan).flatten(2, 3) + dmass]
     if sinks:
@@ -218,8 +223,8 @@ def _add_group(
     # Scores read the slots with slot queries, outputs with the weights on the slots.
     dscores = times_q_decay(d_slots, group, plan)
     dq_decay = (d_slots * scores.slot_scores + on_slots * ddecayed).unflatten(3, (plan.chunk, per_kv)).sum(4)
-    dqk = mask_unwritten(dscores @ group.k_decay.transpose(-1, -2), plan)
-    token_weights = mask_unwritten(decayed @ group.k_decay.transpose(-1, -2), plan)
+    dqk = mask_unwritten(dscores @ group.k_decay.transpose(-1, -2), plan, space)
+    token_weights = mask_unwritten(decayed @ group.k_decay.transpose(-1, -2), plan, space)
     dk_decay = scores.qk.transpose(-1, -2) @ dscores + dtoken.transpose(-1, -2) @ decayed
     d_token_key = dqk.transpose(-1, -2) @ group.slot_query
     d_token_value = token_weights.transpose(-1, -2) @ do_chunks
@@ -291,14 +296,14 @@ def _(grad_out, grad_mass, grad_slots, starts, q, k, v, q_slot, k_slot, log_gate
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, q_slot, k_slot, log_gate, _, sink_key, sink_value, first, *ctx.options, _ = inputs
+    q, k, v, q_slot, k_slot, log_gate, _, sink_key, sink_value, first, *ctx.options, _, _ = inputs
     ctx.save_for_backward(output[3], q, k, v, q_slot, k_slot, log_gate, sink_key, sink_value, first)
     ctx.set_materialize_grads(True)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_mass: Tensor, grad_slots: Tensor, _: Any) -> tuple[Any, ...]:
     grads = _backward(grad_out, grad_mass, grad_slots, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -349,7 +354,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return *_TransformedBackward.apply(*grads[:3], *ctx.saved_tensors, *ctx.options), *[None] * 6
+        return *_TransformedBackward.apply(*grads[:3], *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 def _is_transformed() -> bool:
@@ -386,41 +391,55 @@ def chunked(
     past, length, dtype = state.key.shape[1], q.shape[1], slot_dtype(q.dtype)
     # A window wider than all tokens would hold no other one; `min` would keep the compiled window a symbol.
     window = state.window_size if past + length >= state.window_size else past + length
+    transformed, given = (
+        _is_transformed(),
+        (q, k, v, log_gate, q_slot, k_slot, *state.tensors().values(), *(sink or ())),
+    )
+    grad = transformed or needs_grad(given)
+    # Queries of a first segment that see nothing but the window are full attention; after them no key is missing.
+    # Not where a graph is made, which would serve fewer lengths.
+    first = not past and window < length and not state.slots_active
+    alone = window if first and not grad and not torch.compiler.is_compiling() else 0
     window_slot_key = state.key if state.window_slot_key is None else state.window_slot_key
 
     def joined(cached: Tensor, new: Tensor) -> Tensor:
-        if not window:
+        if alone or not window:
             return new.to(dtype)
         return torch.cat([F.pad(cached, (0, 0, 0, 0, window - past, 0)), new], 1).to(dtype)
 
-    gates = joined(state.window_log_gate, log_gate)[:, :length]
+    queries = length - alone
+    gates = joined(state.window_log_gate, log_gate)[:, :queries]
     if count is not None:
-        written = torch.arange(length, device=q.device) < count[:, None]
+        written = torch.arange(alone, length, device=q.device) < count[:, None]
         gates = torch.where(written[..., None, None], gates, 0)
     slots = torch.cat([state.slot_key, state.slot_value], -1)
     heads, dim = k.shape[2:]
     if sink is None:
         sink = (k.new_zeros(heads, 0, dim), v.new_zeros(heads, 0, v.shape[-1]))
-    forward = _Transformed.apply if _is_transformed() else _forward
+    forward = _Transformed.apply if transformed else _forward
     out, mass, slots, _ = forward(
-        q.to(dtype),
+        q[:, alone:].to(dtype),
         joined(state.key, k),
         joined(state.value, v),
-        q_slot.to(dtype),
-        joined(window_slot_key, k_slot)[:, :length],
+        q_slot[:, alone:].to(dtype),
+        joined(window_slot_key, k_slot)[:, :queries],
         gates,
         slots,
         sink[0].to(dtype),
         sink[1].to(dtype),
-        window - state.num_tokens.clamp_max(window),
+        None if alone else window - state.num_tokens.clamp_max(window),
         window,
         scale,
         softcap or 0.0,
         state.slots_active,
         with_mass,
+        grad,
     )
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)
+    if alone:
+        head = causal_attention(q[:, :alone], k[:, :alone], v[:, :alone], scale=scale, softcap=softcap)
+        out, mass = torch.cat([head, out], 1), F.pad(mass, (0, 0, alone, 0))
     if attention_mask is not None:
         out, mass = restore(attention_mask, out), restore(attention_mask, mass)
     return out, mass, after

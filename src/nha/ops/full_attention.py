@@ -53,20 +53,25 @@ def full_attention(
         query = past + torch.arange(length, device=q.device)[:, None]
         mask = (token <= query) & (token >= past - state.num_tokens[:, None, None])
         mask = mask[:, None]
-    heads = [aligned(x).transpose(1, 2) for x in (q, keys, values)]
-    if softcap is None:
-        grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # a comparison is no bool while compiling
-        causal = mask is None
-        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal, scale=scale, **grouped)
-        out = out.transpose(1, 2)
-    else:
-        out = capped_attention(*heads, mask=mask, scale=scale, softcap=softcap).transpose(1, 2)
+    out = causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
     mass = q.new_zeros((), dtype=slot_dtype(q.dtype)).expand(q.shape[:3])
     if keep:
         state = advance(state, k, v, log_gate, k_slot, (state.slot_key, state.slot_value), count)
     if attention_mask is not None:
         out = restore(attention_mask, out)
     return out, mass, state
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention [B, T, HQ, Dv] of q [B, T, HQ, D] to k, v [B, Tk, H, ...]: causal, or where `mask` [B, 1, T, Tk] is."""
+    heads = [aligned(x).transpose(1, 2) for x in (q, k, v)]
+    if softcap is not None:
+        return capped_attention(*heads, mask=mask, scale=scale, softcap=softcap).transpose(1, 2)
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # a comparison is no bool while compiling
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, scale=scale, **grouped)
+    return out.transpose(1, 2)
 
 
 def aligned(x: Tensor) -> Tensor:
