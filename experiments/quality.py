@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -206,6 +207,8 @@ class Shard:
 
     def prepare(self) -> None:
         """Load what all runs share."""
+        import torch
+
         from nha.evaluate.public.run import PARTS, PublicSettings, read_public
         from nha.models import loading
 
@@ -213,8 +216,6 @@ class Shard:
         self.source = prepare_model(options.model, options.work)
         self.print("model ready")
         self.tokenizer = loading.load_tokenizer(self.source)
-        self.corpus = prepare_corpus(options.data, options.work, self.tokenizer)
-        self.print(f"{self.corpus.meta['tokens']:,} tokens of {self.corpus.meta['documents']:,} documents ready")
         short = PublicSettings(
             parts=options.parts or PARTS,
             limit=options.limit,
@@ -226,6 +227,11 @@ class Shard:
         )
         self.public = read_public(options.data, short)
         self.tokenize_aside()
+        with ThreadPoolExecutor() as aside:  # the first model on a GPU takes as long as the tokens
+            if torch.cuda.is_available():
+                aside.submit(self.load)
+            self.corpus = prepare_corpus(options.data, options.work, self.tokenizer)
+        self.print(f"{self.corpus.meta['tokens']:,} tokens of {self.corpus.meta['documents']:,} documents ready")
 
     def load(self) -> Any:
         """The base model anew: a run converts it in place."""

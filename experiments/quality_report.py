@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.quality_curves import seeds_table, tokens_png
+from experiments.quality_curves import nearest_control, seeds_table, tokens_png
 from experiments.quality_targets import targets_table
 from nha.evaluate.bootstrap import LEVEL, RESAMPLES
 from nha.evaluate.public.run import KNOWLEDGE, relative
@@ -31,6 +31,7 @@ SHOWN = {
 AVERAGES = {"average": KNOWLEDGE, "without_boolq": tuple(name for name in KNOWLEDGE if name != "boolq")}
 PARTS = {"ppl_2k": "perplexity 2,048", "ppl_8k": "perplexity 8,192", "squad": "squad_qa"}
 DPI = 160
+MARK = "\n\\* beside the control of the nearest tokens and seed: none read the same batches.\n"
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -61,6 +62,13 @@ def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
     same = ("control", "tokens", "seed")
     matches = [r for r in runs if r["row"]["arm"] == "control" and all(r["row"][k] == row[k] for k in same)]
     return matches[0] if matches else None
+
+
+def beside(run: Run, runs: Sequence[Run]) -> tuple[dict[str, Any], str]:
+    """The shares of a run and its name, with a mark where the nearest control stands in for one of the same batches."""
+    control = find_control(run, runs)
+    mark = "" if control is not None else r" \*"
+    return shares(run, control or nearest_control(run, runs)), name_of(run["row"]) + mark
 
 
 def value_of(row: Mapping[str, Any], name: str) -> float | None:
@@ -149,8 +157,9 @@ def table(runs: Sequence[Run]) -> str:
     head = ["run, tokens", *SHOWN.values()]
     lines += ["", _line(head), _rule(head)]
     for run in others:
-        found = shares(run, find_control(run, runs))
-        lines.append(_line([name_of(run["row"]), *(share(found.get(name), name) for name in SHOWN)]))
+        found, named = beside(run, runs)
+        lines.append(_line([named, *(share(found.get(name), name) for name in SHOWN)]))
+    lines += MARK.splitlines() if any(find_control(run, runs) is None for run in others) else []
     lengths = sorted({int(n) for run in runs for n in run["row"]["needle"] or {}})
     edges = list(dict.fromkeys(edge for run in runs for part in distances(run) for edge in part))
     head = ["run, tokens", *(f"needle {n // 1024}K" for n in lengths), *(f"cloze {edge}" for edge in edges)]
@@ -336,15 +345,16 @@ def write_report(folder: Path) -> str:
     write_atomically(folder / "logs.jsonl", "\n".join(logs) + "\n")
     text = table(runs)
     write_atomically(folder / "table.md", text)
-    paired = [(run, shares(run, find_control(run, runs))) for run in runs if run["row"]["arm"] != "control"]
-    judged = [(run["row"], name_of(run["row"]), found) for run, found in paired if found]
-    seeds = seeds_table(runs, shares, SHOWN)
-    write_atomically(folder / "targets.md", targets_table(judged, SHOWN) + (f"\n{seeds}" if seeds else ""))
+    paired = [(run, *beside(run, runs)) for run in runs if run["row"]["arm"] != "control"]
+    judged = [(run["row"], named, found) for run, found, named in paired if found]
+    seeds, mark = seeds_table(runs, shares, SHOWN), MARK if any(named.endswith("*") for _, named, _ in judged) else ""
+    write_atomically(folder / "targets.md", targets_table(judged, SHOWN) + mark + (f"\n{seeds}" if seeds else ""))
     if find_spec("matplotlib") is not None:
         from nha.report.public import public_png
 
         measured = [run for run in runs if any(run["eval"][kind] for kind in ("sets", "needle", "perplexity"))]
-        first = [run for run in measured if not run["row"]["seed"]]
+        lowest = {(run["row"]["arm"], run["row"]["tokens"]): run for run in reversed(measured)}
+        first = [run for run in measured if any(run is one for one in lowest.values())]
         if any(shares(run, find_control(run, runs)) for run in runs):
             write_atomically(folder / "shares.png", shares_png(runs))
         curves = tokens_png(runs, shares)
