@@ -6,8 +6,9 @@ Every row is a held-out text of `--tokens` tokens and then a near cloze, all of 
 by the layers of the shipped hybrid of SmolLM2-135M: a packed state is rounded after each of these segments. A cloze is
 right where each token of its answer is the likeliest. Batches of `--batch` rows are read in every one of `--dtypes` and
 noted in DIR, where they are not read again; a run over `--budget-s` ends with the batches that it has. state_bytes.json
-gets the sums, and how the rows of a format differ from the same rows in the first one, with intervals of 95 %. --model
-tiny tries the script with random weights.
+gets the sums, and how the rows of a format differ from the same rows in the first one, with intervals of 95 %. A format
+is a `state_dtype`, or kv-int8: keys and values of full attention in 8 bits, which N layers, evenly apart, have with
+--full N (30: the original). --model tiny tries the script with random weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from experiments.shapes import build, synchronize
+from nha import set_windows
+from nha.bench.shapes import full_layers
 from nha.data.cloze import RANGES, make_clozes
 from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
 from nha.io import write_atomically
@@ -34,6 +37,7 @@ from nha.models.conversation import cache_keyword
 from nha.models.delta import apply_delta
 from nha.models.head import head_logits, token_losses
 from nha.models.smollm2 import DELTA, forget_gguf, gguf_path
+from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 from nha.report.results import to_json
 
 
@@ -47,6 +51,23 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
     forget_gguf(model)
     apply_delta(model, DELTA)
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval(), tokenizer
+
+
+KV_INT8 = "kv-int8"  # a format of full attention's keys and values, beside those of states
+
+
+def use_format(model: Any, name: str) -> None:
+    """Let new caches of a model have this format."""
+    set_state_dtype(model, "float32" if name == KV_INT8 else name)
+    set_kv_cache_dtype(model, "int8" if name == KV_INT8 else "auto")
+
+
+def with_full_layers(model: Any, count: int) -> None:
+    """Let `count` layers, evenly apart, have full attention; others keep their windows."""
+    windows = list(model.config.window_sizes)
+    for layer in full_layers(len(windows), count):
+        windows[layer] = -1
+    set_windows(model, windows)
 
 
 class Row(NamedTuple):
@@ -176,10 +197,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--segment", type=int, default=1)
     parser.add_argument("--dtypes", default="float32,int8")
+    parser.add_argument("--full", type=int, default=0)
     parser.add_argument("--budget-s", type=float, default=math.inf)
     options = parser.parse_args()
     end = time.perf_counter() + options.budget_s
     model, tokenizer = load(options.model, device)
+    if options.full:
+        with_full_layers(model, options.full)
     documents = read_documents(find_set(options.data, HELD_OUT))
     rows = make_rows(tokenizer, documents, options.rows, options.tokens)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -189,9 +213,10 @@ def main() -> None:
         read = []
         for name in names:
             stop = min(start + options.batch, len(rows))
-            path = options.out / f"{name}-{start}-{stop}-tokens-{options.tokens}-segment-{options.segment}.json"
+            about = f"tokens-{options.tokens}-segment-{options.segment}" + f"-full-{options.full}" * bool(options.full)
+            path = options.out / f"{name}-{start}-{stop}-{about}.json"
             if not path.exists():
-                model.config.state_dtype = name
+                use_format(model, name)
                 measured = measure(model, rows[start:stop], end, options.segment)
                 if measured is None:
                     break

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.state_bytes import Row, joined, measure, summary
+from experiments.state_bytes import KV_INT8, Row, joined, measure, summary, use_format, with_full_layers
 from tests.models.families import hybrid, tokens
 
 
@@ -30,6 +30,20 @@ def test_rows_cost_what_they_cost_in_one_forward_pass(state_dtype):
         assert found["answer"][number] == pytest.approx(loss[number, row.answer - 1 : last].sum().item(), rel=near)
     assert found["bytes per sequence, full layers"] > 0
     assert measure(model, rows, 0.0) is None
+
+
+def test_keys_and_values_of_full_layers_in_8_bits():
+    model: Any = hybrid("llama", [8, 8, 3])
+    with_full_layers(model, 3)
+    assert model.config.window_sizes == [-1, -1, -1]
+    found: list[dict[str, Any]] = []
+    for name in ("float32", KV_INT8):
+        use_format(model, name)
+        read = measure(model, [Row(tokens(1, 40)[0].tolist(), 35)], math.inf)
+        assert read is not None
+        found.append(read)
+    assert found[0]["text"] != found[1]["text"] == pytest.approx(found[0]["text"], rel=0.05)
+    assert found[1]["bytes per sequence, full layers"] < found[0]["bytes per sequence, full layers"] / 2
 
 
 def test_formats_are_compared_row_by_row():
