@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def summarise(run: Path) -> dict[str, Any]:
     speeds = [entry["tokens_per_s"] for entry in log if "tokens_per_s" in entry][SKIPPED:]
     return {
         "first_step_s": stages.get("first step"),
+        "align_s": round(stages["aligned"] - stages["converted"], 2) if "aligned" in stages else None,
         "compile_s": round(stages[BEGUN] - stages["aligned"], 2) if BEGUN in stages else None,
         "tokens_per_s": round(statistics.median(speeds)) if speeds else None,
         "steps": int(log[-1]["step"]) if log else 0,
@@ -131,7 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--megabytes", type=float, default=12, help="of the text that are read")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=110)
+    parser.add_argument("--work", type=Path, help="where text, runs and caches are kept; default: a temporary folder")
     parser.add_argument("--steps", type=int, help="of each command")
+    parser.add_argument("--commands", nargs="+", default=list(STEPS), choices=list(STEPS), help="which to run")
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     options, options.more = parser.parse_known_args(arguments)
     start = time.time()
@@ -141,14 +145,19 @@ def main(arguments: list[str] | None = None) -> int:
     options.left = lambda: start + options.budget_s - time.time()
     options.out.mkdir(parents=True, exist_ok=True)
     made = []
-    with tempfile.TemporaryDirectory(prefix="distill-speed-") as folder:
+    temporary = (
+        tempfile.TemporaryDirectory(prefix="distill-speed-") if options.work is None else nullcontext(options.work)
+    )
+    with temporary as folder:
         work = Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
         cut_text(options.text, work / "text.jsonl", options.megabytes)
         if str(options.model).endswith(".gguf"):
-            save_gguf(Path(options.model), work / "base")
+            if not (work / "base").exists():
+                save_gguf(Path(options.model), work / "base")
             options.model = work / "base"
         about = stamp("torch", "transformers", "triton", "nha")
-        for name in STEPS:
+        for name in options.commands:
             if options.left() < MIN_SECONDS:
                 print(f"{name} not run: {options.left():.0f} s are left")
                 return 1
@@ -167,7 +176,8 @@ def describe(row: dict[str, Any], printed: Path) -> str:
     """
     if row["steps"] < row["wanted_steps"]:
         return f"{row['run']}: {row['steps']} of {row['wanted_steps']} steps, see {printed}; {row['stages']}"
-    times = f"first step after {row['first_step_s']:.1f} s, compiled in {row['compile_s']:.1f} s"
+    aligned, compiled = row["align_s"], row["compile_s"]
+    times = f"first step after {row['first_step_s']:.1f} s, aligned in {aligned:.1f} s, compiled in {compiled:.1f} s"
     speed = f"{row['tokens_per_s']:,} tokens/s" if row["tokens_per_s"] else "too few steps for a speed"
     return f"{row['run']}: {times}, {speed}; {row['stages']}"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nha.models.config import FULL, LayerWindow, smallest_window
+from nha.models.decode_graph import can_capture, capture
 from nha.models.windows import hybrid_layers, set_windows
+from nha.ops.backends import compile_kernels
 
 GATE_LR, SINK_LR = 1e-2, 1e-3
+Tensors = tuple[Tensor, ...]
 
 
 def align(
@@ -45,6 +50,8 @@ def align(
         )
     generator = torch.Generator().manual_seed(seed)
     errors: list[tuple[float, float]] = []
+    recorded = can_capture(model.device)
+    pool = torch.cuda.graph_pool_handle() if recorded else None
 
     def train(module: Any, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
         index = len(errors)
@@ -53,16 +60,41 @@ def align(
         if windows[index] == FULL:
             errors.append((0.0, 0.0))
             return
+        if recorded and all(
+            error == (0.0, 0.0) for error in errors
+        ):  # the first: kernels of others are the same or alike
+            compile_layers(kwargs, output[0])
         module.training_now = True
         set_windows(model, [window if place == index else FULL for place, window in enumerate(windows)])
         try:
             with torch.enable_grad():
-                errors.append(_train_layer(module, kwargs, output[0], steps, batch_size, (gate_lr, sink_lr), generator))
+                task = Task(module, kwargs, output[0])
+                errors.append(_train_layer(task, steps, batch_size, (gate_lr, sink_lr), generator, pool))
         finally:
             module.training_now = False
             set_windows(model, FULL)
         if progress is not None:
             progress(index + 1, len(modules))
+
+    def compile_layers(kwargs: dict[str, Any], target: Tensor) -> None:
+        """Compile the kernels of all layers side by side: one after another they take a minute where windows differ."""
+        chosen = torch.arange(min(batch_size, len(target)), device=target.device)
+
+        def launch() -> None:
+            for module, window in zip(modules, windows, strict=True):
+                if window != FULL:
+                    Task(module, kwargs, target).gradients(chosen)
+
+        for module in modules:
+            module.training_now = True
+        set_windows(model, windows)
+        try:
+            with torch.enable_grad():
+                compile_kernels(launch)
+        finally:
+            set_windows(model, FULL)
+            for module in modules:
+                module.training_now = False
 
     was_training = model.training
     model.eval()
@@ -76,52 +108,93 @@ def align(
     return errors
 
 
-def _train_layer(
-    module: Any,
-    kwargs: dict[str, Any],
-    target: Tensor,
-    steps: int,
-    batch_size: int,
-    lrs: tuple[float, float],
-    generator: torch.Generator,
-) -> tuple[float, float]:
-    """Train one layer's slots on inputs `kwargs`; the errors before and after."""
-    hidden = kwargs["hidden_states"].detach()
-    tables = kwargs["position_embeddings"]
-    own = ("hidden_states", "position_embeddings", "past_key_values", "cache")
-    rest = {k: v for k, v in kwargs.items() if k not in own}
+class Task:
+    """The error of one layer's output on chosen sequences, and its gradients.
 
-    def error(chosen: Tensor) -> Tensor:
-        cut = None if tables is None else tuple(t[chosen] if t.shape[0] > 1 else t for t in tables)
-        out = module(hidden_states=hidden[chosen], position_embeddings=cut, **rest)[0]
-        wanted = target[chosen].float()
+    Args:
+        module: the hybrid attention module, whose window is the layer's own.
+        kwargs: the inputs of the layer, of all sequences.
+        target: its output with full attention [N, T, hidden].
+    """
+
+    def __init__(self, module: Any, kwargs: dict[str, Any], target: Tensor):
+        self.module, self.target = module, target
+        self.hidden: Tensor = kwargs["hidden_states"].detach()
+        self.tables = kwargs["position_embeddings"]
+        own = ("hidden_states", "position_embeddings", "past_key_values", "cache")
+        self.rest = {name: x for name, x in kwargs.items() if name not in own}
+        slots = module.nha
+        self.sinks = [slots.sink_key, slots.sink_value] if slots.sink_key.shape[1] else []
+        self.parameters = [*slots.g_proj.parameters(), *self.sinks]
+
+    def error(self, chosen: Tensor) -> Tensor:
+        """The error [] of some sequences: squared, relative to that of an output of zero."""
+
+        def choose(x: Tensor) -> Tensor:
+            return x.index_select(0, chosen)
+
+        cut = None if self.tables is None else tuple(choose(t) if t.shape[0] > 1 else t for t in self.tables)
+        out = self.module(hidden_states=choose(self.hidden), position_embeddings=cut, **self.rest)[0]
+        wanted = choose(self.target).float()
         return (out.float() - wanted).square().sum() / wanted.square().sum()
 
-    def measure() -> float:
-        with torch.no_grad():
-            parts = torch.arange(len(hidden)).split(batch_size)
-            return float(sum(error(part) * len(part) for part in parts) / len(hidden))
+    def gradients(self, chosen: Tensor) -> Tensors:
+        """The gradients of `parameters`."""
+        return torch.autograd.grad(self.error(chosen), self.parameters, materialize_grads=True)
 
-    before = measure()
-    slots = module.nha
-    groups = [{"params": list(slots.g_proj.parameters()), "lr": lrs[0]}]
-    if slots.sink_key.shape[1]:
-        groups.append({"params": [slots.sink_key, slots.sink_value], "lr": lrs[1]})
+    @torch.no_grad()
+    def measure(self, batch_size: int) -> float:
+        """The mean error of all sequences."""
+        parts = torch.arange(len(self.hidden), device=self.hidden.device).split(batch_size)
+        return float(sum(self.error(part) * len(part) for part in parts) / len(self.hidden))
+
+
+def _train_layer(
+    task: Task, steps: int, batch_size: int, lrs: tuple[float, float], generator: torch.Generator, pool: Any = None
+) -> tuple[float, float]:
+    """Train one layer's slots; the errors before and after.
+
+    On a GPU, steps from the second on are replays of a CUDA graph, which takes its memory from `pool`.
+    """
+    before = task.measure(batch_size)
+    groups = [{"params": task.parameters[: -len(task.sinks) or None], "lr": lrs[0]}]
+    if task.sinks:
+        groups.append({"params": task.sinks, "lr": lrs[1]})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    saved = [p.detach().clone() for p in slots.parameters()]
-    for _ in range(steps):
-        optimizer.zero_grad()
-        error(torch.randperm(len(hidden), generator=generator)[:batch_size]).backward()
+    saved = [p.detach().clone() for p in task.parameters]
+    chosen = torch.arange(min(batch_size, len(task.hidden)), device=task.hidden.device)
+    differentiate = partial(task.gradients, chosen)
+    for step in range(steps):
+        chosen.copy_(torch.randperm(len(task.hidden), generator=generator)[:batch_size])
+        if pool is not None and step == 1:
+            differentiate = _recorded(differentiate, pool)
+        for parameter, grad in zip(task.parameters, differentiate(), strict=True):
+            parameter.grad = grad
         optimizer.step()
         schedule.step()
-    after = measure()
+    after = task.measure(batch_size)
     if not after < before:  # a layer that training did not help stays as it was
         with torch.no_grad():
-            for parameter, value in zip(slots.parameters(), saved, strict=True):
+            for parameter, value in zip(task.parameters, saved, strict=True):
                 parameter.copy_(value)
         after = before
     return before, after
+
+
+def _recorded(run: Callable[[], Tensors], pool: Any) -> Callable[[], Tensors]:
+    """A function that computes the same as a call by a CUDA graph; the function itself where it cannot be recorded."""
+    try:
+        output, replay = capture(run, pool)
+    except RuntimeError as error:
+        warnings.warn(f"alignment goes on without a CUDA graph, which could not be recorded: {error}", stacklevel=2)
+        return run
+
+    def replayed() -> Tensors:
+        replay()
+        return output
+
+    return replayed
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 
@@ -79,6 +80,22 @@ def can_skip_dispatch(tensors: Sequence[object]) -> bool:
     found = [x for x in tensors if isinstance(x, Tensor)]
     wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
     return not needs_grad(found) and all(type(x) in (Tensor, Parameter) and not wrapped(x) for x in found)
+
+
+def compile_kernels(run: Callable[[], object]) -> None:
+    """Compile the kernels that a call and its gradients launch, side by side, and run none of them.
+
+    What the call computes from them is undefined, so `run` must change nothing. Where it fails, kernels are compiled
+    when they are launched.
+    """
+    if not HAS_TRITON:
+        return
+    from nha.ops.triton.threads import can_compile_in_threads, compiling
+
+    if can_compile_in_threads():
+        # Without threads of its own, autograd launches kernels from the thread that compiles them.
+        with suppress(Exception), compiling(), torch.autograd.set_multithreading_enabled(False):
+            run()
 
 
 @cache
