@@ -145,13 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.left = lambda: start + options.budget_s - time.time()
     options.out.mkdir(parents=True, exist_ok=True)
     made = []
-    temporary = (
-        tempfile.TemporaryDirectory(prefix="distill-speed-") if options.work is None else nullcontext(options.work)
-    )
-    with temporary as folder:
+    temporary = tempfile.TemporaryDirectory(prefix="distill-speed-")
+    with temporary if options.work is None else nullcontext(options.work) as folder:
         work = Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        cut_text(options.text, work / "text.jsonl", options.megabytes)
+        if not (work / "text.jsonl").exists():
+            cut_text(options.text, work / "text.jsonl", options.megabytes)
         if str(options.model).endswith(".gguf"):
             if not (work / "base").exists():
                 save_gguf(Path(options.model), work / "base")
