@@ -20,10 +20,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from experiments.shapes import synchronize
 from nha.bench.shapes import Variants
 from nha.data.cloze import Cloze, make_clozes
 from nha.evaluate.bootstrap import wilson
+from nha.evaluate.measure import plain_ids, tokenized
 from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicData, PublicSettings, counted, measure_public
 from nha.evaluate.public.sets import HELD_OUT, find_set, read_documents
 from nha.evaluate.public.written import begins_with, write
@@ -49,6 +51,24 @@ MODELS = ("hybrid", "original", "kernels", "yarn")
 NEAR = (72, 256)  # tokens from the source of a near cloze
 NEW = 32  # tokens written after each timed prompt
 Found = dict[str, dict[str, dict[str, Any]]]  # by model, part and length
+
+
+@cache
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a .gguf file or a directory."""
+    where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    return AutoTokenizer.from_pretrained(where, **options)
+
+
+def clozes_of(path: Path, documents: list[str], count: int, distances: tuple[int, int]) -> list[Cloze]:
+    """Clozes by the tokenizer of a model."""
+    return make_clozes(load_tokenizer(path), documents, count, distances)
+
+
+def maker() -> Executor:
+    """Makes clozes meanwhile: in a process on a GPU, since a thread would hold back what starts the kernels."""
+    cuda = torch.cuda.is_available()
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn")) if cuda else ThreadPoolExecutor(1)
 
 
 def load(path: Path, name: str, delta: Path, longest: int) -> Any:
@@ -188,29 +208,29 @@ class Session:
         """All parts of both models: time first, then what decides most."""
         options, lengths = self.options, self.options.lengths
         path = options.model or gguf_path()
-        where, named = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-        tokenizer = AutoTokenizer.from_pretrained(where, **named)
         documents = read_documents(find_set(options.data, HELD_OUT))
-        models = {name: load(path, name, options.delta, max(lengths)) for name in options.models}
-        ids = np.concatenate([tokenizer(x, verbose=False).input_ids for x in documents])
-        with ThreadPoolExecutor(1) as pool:  # seconds for each cloze, beside what the GPU measures
-            near = pool.submit(make_clozes, tokenizer, documents, options.clozes, NEAR)
-            coming = {n: pool.submit(make_clozes, tokenizer, documents, options.clozes, reach(n)) for n in lengths}
+        with maker() as pool:  # seconds for each cloze, beside what the GPU measures
+            near = pool.submit(clozes_of, path, documents, options.clozes, NEAR)
+            coming = {n: pool.submit(clozes_of, path, documents, options.clozes, reach(n)) for n in lengths}
+            tokenizer = load_tokenizer(path)
+            models = {name: load(path, name, options.delta, max(lengths)) for name in options.models}
+            ids = plain_ids(tokenizer, tokenized(tokenizer, documents))
+            kernels = models.pop("kernels", None)
             each = [(n, name, model) for n in lengths for name, model in models.items()]
             for n, name, model in each:
                 if name != "yarn":
                     self.add(name, "cost", n, partial(cost, model, n, options.rounds))
-            each = [one for one in each if one[1] != "kernels"]
             for part in (NEEDLE, PERPLEXITY):
                 for n, name, model in each:
-                    data = PublicData(settings_of(options, part, n), {}, documents, {})
+                    data = PublicData(settings_of(options, part, n), {}, documents, {}, ids)
                     self.add(name, part, n, partial(public_part, model, tokenizer, data))
             for n, name, model in each:
                 self.add(name, "cloze", n, partial(clozes_correct, model, tokenizer, coming[n], None))
-                text = Filler(ids, n)
+                text = Filler(np.concatenate(ids), n)
                 self.add(name, "near cloze", n, partial(clozes_correct, model, tokenizer, near, text))
-            for one in coming.values():
-                one.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for n in lengths if kernels is not None else ():
+                self.add("kernels", "cost", n, partial(cost, kernels, n, options.rounds))
 
 
 def cell(part: dict[str, Any] | None, name: str = "accuracy") -> str:

@@ -84,12 +84,23 @@ class PublicSettings:
 
 @dataclass
 class PublicData:
-    """The items of all parts, read once and checked before a model is loaded; made from held-out text on demand."""
+    """The items of all parts, read once and checked before a model is loaded; made from held-out text on demand.
+
+    Attributes:
+        ids: token ids of the documents of `held_out`, if they are known already.
+    """
 
     settings: PublicSettings
     items: dict[str, list[Item]]
     held_out: list[str]
     files: dict[str, str]
+    ids: list[np.ndarray] | None = None
+
+    def held_out_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+        """Token ids of the documents, the same for all models with this tokenizer."""
+        if self.ids is None:
+            self.ids = plain_ids(tokenizer, tokenized(tokenizer, self.held_out))
+        return self.ids
 
     def clozes(self, tokenizer: PreTrainedTokenizerBase, part: str) -> list[Cloze]:
         """The clozes of a part, the same for all models with this tokenizer."""
@@ -260,9 +271,9 @@ class _Session:
     def scorer(self) -> ContinuationScorer:
         return ContinuationScorer(self.model, self.max_batch_tokens)
 
-    @cached_property
+    @property
     def held_out_ids(self) -> list[np.ndarray]:
-        return plain_ids(self.tokenizer, tokenized(self.tokenizer, self.data.held_out))
+        return self.data.held_out_ids(self.tokenizer)
 
     def check_documents(self) -> None:
         """Make what needs held-out documents. Raises ValueError, with their file, if they are too short."""
