@@ -3,7 +3,7 @@
     PYTHONPATH=src python -m experiments.harness --data DATA --limit 100 --out results/quality/harness.json
 
 The harness reads PIQA and ARC-easy with its own prompts, tokenizes, scores and counts: `acc` is compared with the
-choice of `nha`. Needs lm-eval.
+choice of `nha`, in float32 and, where there is one, on a GPU. Needs lm-eval. Without --limit: all items.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nha.data.sources import json_rows
 from nha.evaluate.public.run import PublicSettings, measure_public, read_public, spaced
@@ -43,12 +45,14 @@ def harness_task(name: str, rows: list[dict[str, Any]], folder: Path) -> dict[st
     }
 
 
-def harness_scores(model: Any, tokenizer: Any, tasks: list[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+def harness_scores(
+    model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int
+) -> dict[str, dict[str, list[int]]]:
     """{task: {metric: 0 or 1 for every document}} by the harness."""
     from lm_eval import evaluator
     from lm_eval.models import huggingface
 
-    wrapped = vars(huggingface)["HFLM"](pretrained=model, tokenizer=tokenizer, batch_size=8)
+    wrapped = vars(huggingface)["HFLM"](pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found: Any = vars(evaluator)["simple_evaluate"](model=wrapped, tasks=tasks, bootstrap_iters=0, log_samples=True)
     scores = {}
     for task, samples in found["samples"].items():
@@ -62,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--limit", type=int, help="items of each set, evenly spaced")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the harness")
     parser.add_argument("--out", type=Path, default=Path("results/quality/harness.json"))
     options = parser.parse_args(arguments)
     model, tokenizer = loading.load(loading.find(options.model), dtype="float32")
@@ -73,8 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name in TASKS:
             rows = [row for _, row in json_rows(find_set(options.data, name))]
             tasks.append(harness_task(name, spaced(rows, options.limit), Path(folder)))
-        theirs = harness_scores(model, tokenizer, tasks)
-    result: dict[str, Any] = {"model": options.model, "lm_eval": importlib.metadata.version("lm_eval"), "sets": {}}
+        theirs = harness_scores(model, tokenizer, tasks, options.batch_size)
+    result: dict[str, Any] = {"model": options.model, "lm_eval": importlib.metadata.version("lm_eval")}
+    result |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "sets": {}}
     for name in TASKS:
         ours, acc = [int(c) for c in own[name]["correct"]], theirs[name]["acc"]
         differing = [i for i, (a, b) in enumerate(zip(ours, acc, strict=True)) if a != b]
