@@ -7,11 +7,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nha.convert.heads import load_plan, plan_heads, top_heads
+from nha.convert.heads import load_plan, plan_heads, tiered_windows
 from nha.distill.recipes import recipe_settings
 from nha.distill.settings import DistillSettings
 from nha.models.config import FULL
@@ -68,12 +67,7 @@ class Heads:
         if self.narrow is None:
             ((count, wide),) = self.wide
             return tuple(plan_heads(weights, heads=count, wide_window=wide))
-        own = [[self.narrow] * len(row or ()) for row in weights]
-        ranked = iter(top_heads(weights, sum(count for count, _ in self.wide)))
-        for count, window in self.wide:
-            for layer, head in islice(ranked, count):
-                own[layer][head] = window
-        return tuple(window_of(layer) for layer in own)
+        return tuple(window_of(layer) for layer in tiered_windows(weights, self.wide, self.narrow))
 
 
 @dataclass(frozen=True)

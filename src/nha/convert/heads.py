@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,27 @@ def plan_heads(
             plan.append(FULL)
             continue
         window = window_of([wide_window if (layer, head) in chosen else narrow for head in range(len(row))])
+        plan.append(window if isinstance(window, int) else list(window))
+    return plan
+
+
+def tiered_windows(
+    weights: Sequence[Sequence[float] | None], tiers: Sequence[tuple[int, int]], window_size: int = 64
+) -> list[LayerWindow]:
+    """Windows per KV head by rank: each (heads, window) for the next heads by weight, `window_size` for all others.
+
+    Copying near text takes more heads than copying far text, so long windows, or -1 for full attention, come first.
+    Raises ValueError for more heads than there are.
+
+    >>> tiered_windows([[0.1, 0.9], [0.5, 0.2], None], [(1, -1), (1, 256)])
+    [[64, -1], [256, 64], -1]
+    """
+    ranked = iter(top_heads(weights, sum(count for count, _ in tiers)))
+    chosen = {head: window for count, window in tiers for head in islice(ranked, count)}
+    plan: list[LayerWindow] = []
+    for layer, row in enumerate(weights):
+        own = [chosen.get((layer, head), window_size) for head in range(len(row or ()))]
+        window = window_of(own) if own else FULL
         plan.append(window if isinstance(window, int) else list(window))
     return plan
 
