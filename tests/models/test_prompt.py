@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from nha.models import decode_graph, prompt
 from nha.models.prompt import piece_length
@@ -43,6 +44,21 @@ def test_the_same_tokens(family, windows, lengths):
     found = generate(model, ids)
     assert lengths[:5] == [13, 13, 13, 11, 1]
     assert torch.equal(found, generate(model, ids, use_cache=False))
+
+
+def test_keys_and_values_of_pieces_are_written_into_their_place(lengths, monkeypatch):
+    places, update = [], prompt.ReservedLayer.update
+
+    def noted(self, *args, **kwargs):
+        found = update(self, *args, **kwargs)
+        places.append(found[0].data_ptr())
+        return found
+
+    monkeypatch.setattr(prompt.ReservedLayer, "update", noted)
+    found = generate(build(lengths), tokens(1, 50), return_dict_in_generate=True)
+    assert len(places) == 4 and len(set(places)) == 1
+    layer = found["cache" if "cache" in found else "past_key_values"].layers[1]
+    assert type(layer) is DynamicLayer and layer.get_seq_length() == 59 and not {"room", "held"} & vars(layer).keys()
 
 
 def test_a_left_padded_batch(lengths):
@@ -100,5 +116,4 @@ def test_lengths_of_pieces():
     assert piece_length(model, 1, 2 * size) is None
     assert piece_length(model, 1, 2 * size + 1) == -(-(2 * size + 1) // 3)
     assert piece_length(hybrid("llama", [-1, -1, -1]), 1, 4 * size) is None
-    model.config.intermediate_size = [16, 48, 32]  # some families have one for each layer
-    assert piece_length(model, 1, 2 * size) is None and piece_length(model, 1, 4 * size)
+    assert piece_length(hybrid("gemma3n_text", [8, -1, 0]), 1, 4 * size)  # which has one MLP size for each layer

@@ -1,4 +1,4 @@
-"""Compile the kernels between a layer's products for a GPU that is not present, as `compile_decode` does."""
+"""Compile the kernels between the products of a layer, or parts of its attention, for a GPU that is not present."""
 
 import torch
 
@@ -7,6 +7,7 @@ from tests.triton import compile_chunk
 
 def call(dtype="bfloat16", length=4096, hidden=4096, inner=14336, dim=128, heads=(32, 8), slots=64):
     """The launches of one layer, without running anything."""
+    from nha.ops.triton.merge import merge
     from nha.ops.triton.pointwise import add_norm, attention_inputs, silu_product
 
     def empty(*shape):
@@ -20,6 +21,8 @@ def call(dtype="bfloat16", length=4096, hidden=4096, inner=14336, dim=128, heads
     tables, distance = (empty(1, length, dim),) * 2, (empty(1, 1, dim),) * 2
     for logits in (empty(1, length, heads[1], slots), None):
         attention_inputs(q, k, logits, tables, distance)
+    by_head, sums = q.transpose(1, 2), torch.empty(1, heads[0], length, 1)
+    merge(by_head.float(), sums, by_head, sums)
 
 
 if __name__ == "__main__":

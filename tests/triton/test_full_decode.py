@@ -205,3 +205,18 @@ def test_autocast():
     with torch.autocast(DEVICE, torch.float16):
         found = full_decode(q, k, v, None)
     assert torch.equal(found, full_decode(q.half(), k.half(), v.half(), None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_parts_of_attention_are_merged_by_one_kernel(dtype):
+    from nha.ops.triton.merge import merge
+
+    generator = torch.Generator().manual_seed(0)
+    out, part = (torch.randn(2, 37, 3, 24, generator=generator).transpose(1, 2).to(DEVICE) for _ in range(2))
+    total, lse = (20 * torch.randn(2, 3, 37, 1, generator=generator).to(DEVICE) for _ in range(2))
+    part = part.to(dtype)
+    weight = torch.sigmoid((lse - total).double())
+    exact = torch.lerp(out.double(), part.double(), weight), torch.logaddexp(total.double(), lse.double())
+    merge(out, total, part, lse)
+    for found, wanted in zip((out, total), exact, strict=True):
+        assert error(found, wanted) <= 4 * rounding(wanted, torch.float32)

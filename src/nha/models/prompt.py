@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationConfig
 
-from nha.models.cache import layer_parts
+from nha.models.cache import cache_parts, layer_parts
 from nha.models.config import FULL
 from nha.models.decode_graph import ATTRIBUTE, graph_of, is_growing
 from nha.models.masks import cache_argument
@@ -73,6 +74,39 @@ def has_padding(ids: Tensor, kwargs: dict[str, Any]) -> bool:
     return position is not None and (position.shape[-1] != ids.shape[1] or not bool((position == counted).all()))
 
 
+class ReservedLayer(DynamicLayer):
+    """A layer with room for a whole prompt: one that grows copies everything that it holds with every piece."""
+
+    room = 0  # tokens
+    held: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.held = tuple(x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states))  # type: ignore[assignment]
+        stop = start + key_states.shape[2]
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[:, :, start:stop] = new
+        self.keys, self.values = (held[:, :, :stop] for held in self.held)
+        return self.keys, self.values
+
+
+@contextmanager
+def reserving(cache: Cache, length: int) -> Iterator[None]:
+    """Within the block, empty layers that grow have room for `length` tokens."""
+    layers: list[Any] = [part for part in cache_parts(cache) if type(part) is DynamicLayer]
+    for layer in layers:
+        layer.__class__, layer.room = ReservedLayer, length
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = DynamicLayer
+            vars(layer).pop("room")
+            vars(layer).pop("held", None)
+
+
 @contextmanager
 def in_pieces(model: Any, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Iterator[None]:
     """Within the block, let transformers read a long prompt in pieces, and none of them with the graph of a step."""
@@ -85,7 +119,8 @@ def in_pieces(model: Any, ids: Tensor, config: GenerationConfig, kwargs: dict[st
     if graph is not None:
         delattr(cache, ATTRIBUTE)
     try:
-        yield
+        with reserving(cache, ids.shape[1]):
+            yield
     finally:
         config.prefill_chunk_size = None
         if graph is not None:

@@ -173,19 +173,41 @@ def full_prefill(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dr
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, **grouped).transpose(1, 2)
     past, size = keys - length, max(length, MIN_PART)
     out, total = attend(q, k[:, :, past:], v[:, :, past:], True, scale)
+    out, total = out.to(total.dtype), total.contiguous()
     for start in range(0, past, size):
         stop = min(start + size, past)
-        part, lse = attend(q, k[:, :, start:stop], v[:, :, start:stop], False, scale)
-        out = torch.lerp(out, part, torch.sigmoid(lse - total))
-        total = torch.logaddexp(total, lse)
+        merge_parts(out, total, *attend(q, k[:, :, start:stop], v[:, :, start:stop], False, scale))
     return out.to(q.dtype).transpose(1, 2)
+
+
+def merge_parts(out: Tensor, total: Tensor, part: Tensor, lse: Tensor) -> None:
+    """Let attention to some keys include a further part of them, in place.
+
+    Args:
+        out: [B, HQ, T, D], in the dtype of `total`.
+        total: log-sum-exps of the scores, [B, HQ, T, 1] contiguous.
+        part: [B, HQ, T, D], the outputs of the part.
+        lse: [B, HQ, T, 1], its log-sum-exps.
+
+    >>> out, total = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 1)
+    >>> merge_parts(out, total, torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 1))
+    >>> out.flatten().tolist(), round(total.item(), 4)
+    ([0.5, 0.5], 0.6931)
+    """
+    if backends.can_skip_autograd([out]) and backends.can_skip_dispatch([out, part]):
+        from nha.ops.triton.merge import merge
+
+        merge(out, total, part, lse)
+        return
+    out.lerp_(part.to(out.dtype), torch.sigmoid(lse - total))
+    torch.logaddexp(total, lse, out=total)
 
 
 SquareKernel = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], tuple[Tensor, Tensor]]
 
 
 def _square_kernel(q: Tensor, k: Tensor, v: Tensor) -> SquareKernel | None:
-    """A kernel that returns float32 outputs [B, HQ, T, D] and log-sum-exps [B, HQ, T, 1], causal or not; or None."""
+    """A kernel that returns outputs [B, HQ, T, D] and log-sum-exps [B, HQ, T, 1], causal or not; or None."""
     if backends.needs_grad([q, k, v]) or q.shape[3] != v.shape[3]:
         return None
     if q.device.type == "cpu":
@@ -193,7 +215,7 @@ def _square_kernel(q: Tensor, k: Tensor, v: Tensor) -> SquareKernel | None:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
             out, lse = operator(q, k, v, 0.0, causal, scale=scale)
-            return out.to(lse.dtype), lse[..., None]
+            return out, lse[..., None]
 
         return attend
     grouped = q.shape[1] != k.shape[1]
@@ -204,6 +226,6 @@ def _square_kernel(q: Tensor, k: Tensor, v: Tensor) -> SquareKernel | None:
 
     def attend_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
         results = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-        return results[0].float(), results[1].reshape(*q.shape[:3], 1)
+        return results[0], results[1].reshape(*q.shape[:3], 1)
 
     return attend_cudnn
