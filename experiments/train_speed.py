@@ -5,7 +5,8 @@
 Both train in the same loop, on random tokens, with compiled layers. `full-cudnn` and `full-flash` name the kernel of
 full attention. `learn` is no timing: the first hundred steps on real text (the Python reference, as bytes). Rows go to
 OUT/train_speed.csv and .jsonl at once; a case that is there already is not run again. On several GPUs:
-`torchrun --nproc-per-node 2 experiments/train_speed.py`.
+`torchrun --nproc-per-node 2 experiments/train_speed.py`. --report prints the rows of OUT as the table of
+docs/training.md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ VOCABULARY = 32000
 STEP_TOKENS = 1 << 15  # on each GPU
 BACKENDS = {"full-cudnn": SDPBackend.CUDNN_ATTENTION, "full-flash": SDPBackend.FLASH_ATTENTION}
 FULL_LAYERS = (5, 11, 17, 23)
+NAMES = {"nha": "NHA", "full-cudnn": "full attention, cuDNN", "full-flash": "full attention, FlashAttention"}
+NAMES |= {"nha-4-full": "NHA, 4 of 24 layers full", "nha-muon": "NHA, Muon"}
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,23 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
         writer.writerows(read_rows(out / "train_speed.jsonl"))
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The timed rows in Markdown, by GPUs and length; beside each its speed over full attention through cuDNN."""
+    timed = sorted((row for row in rows if row["case"] != "learn"), key=lambda row: (row["gpus"], row["seq_len"]))
+    full = {(row["gpus"], row["seq_len"]): row["tokens_per_s"] for row in timed if row["case"] == "full-cudnn"}
+    lines = [
+        "| GPUs | context | model | tokens/s | over full attention | of the peak | memory of each |",
+        "|---" * 7 + "|",
+    ]
+    for row in timed:
+        other = full.get((row["gpus"], row["seq_len"]))
+        ratio = f"{row['tokens_per_s'] / other:.2f}" if other else ""
+        share = f"{100 * row['mfu']:.0f} %" if row["mfu"] else ""
+        cells = [row["gpus"], f"{row['seq_len']:,}", NAMES[row["case"]], f"{row['tokens_per_s']:,}", ratio, share]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_gib']:.1f} GiB"])) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/from_scratch")))
@@ -185,6 +205,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--compile", default="auto", choices=["auto", "layers", "nothing"])
     parser.add_argument("--tiny", action="store_true", help="short sequences of the preset tiny, for a CPU")
+    parser.add_argument("--report", action="store_true", help="print the rows as a table, and stop")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.preset, options.step_tokens = "tiny", 192
@@ -195,6 +216,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases that are not there yet. Returns 0, 1 for a failure or 3 where time was short."""
     options = parse_options(arguments)
+    if options.report:
+        print(table(read_rows(options.out / "train_speed.jsonl")))
+        return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options.out.mkdir(parents=True, exist_ok=True)
     there = {(row["case"], row["seq_len"], row["gpus"]) for row in read_rows(options.out / "train_speed.jsonl")}
