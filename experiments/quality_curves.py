@@ -94,6 +94,50 @@ def tokens_png(runs: Sequence[Run], shares: Shares) -> bytes | None:
     return to_png(figure)
 
 
+FACT_RUNS = {"hybrid": False, "long": True, "long_quarter": True, "long_recall": True}  # ends in sequences of 8,192
+FACT_DISTANCES = ("512", "1900", "4096", "8044")
+
+
+def facts_png(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Recall of template facts by tokens for hybrids with windows of 64, rows of `results/hybridize`; needs matplotlib.
+
+    A mark for every run, filled where the last tokens came in sequences of 8,192, and a line through the means.
+    """
+    from matplotlib.figure import Figure
+
+    from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
+
+    some = [row for row in rows if row["run"] in FACT_RUNS and row["slots"]]
+    figure = Figure(figsize=(4.9, 6.2), dpi=160, layout="constrained", facecolor=LIGHT.background)
+    panels = figure.subplots(2, 1, sharex=True)
+    styles = line_styles([f"{int(distance):,} tokens back" for distance in FACT_DISTANCES])
+    for axes, (task, title) in zip(
+        panels, (("one_fact", "One fact, %"), ("four_facts", "One of four facts, %")), strict=True
+    ):
+        for index, (distance, (label, (colour, dash))) in enumerate(zip(FACT_DISTANCES, styles.items(), strict=True)):
+            dots: dict[float, list[float]] = {}
+            for row in some:
+                found = row["recall"][task].get(distance)
+                if found is None:
+                    continue
+                x, y = row["tokens"] / 1e6, 100 * found["exact"]
+                dots.setdefault(x, []).append(y)
+                inside = colour if FACT_RUNS[row["run"]] else "none"
+                axes.plot(x, y, MARKERS[index], color=colour, markerfacecolor=inside, markersize=5)
+            means = [_mean(dots[x]) for x in sorted(dots)]
+            axes.plot(sorted(dots), means, color=colour, linestyle=dash, label=label if task == "one_fact" else None)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks([6, 12, 25, 50, 100], ["6", "12", "25", "50", "100"])
+        axes.minorticks_off()
+        axes.set_ylim(-3, 103)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=LIGHT.line, linewidth=0.8)
+    panels[1].set_xlabel("million tokens; filled: the last ones in sequences of 8,192")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+    return to_png(figure)
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.quality_curves import nearest_control, seeds_table, tokens_png
+from experiments.quality_curves import facts_png, nearest_control, seeds_table, tokens_png
 from experiments.quality_targets import targets_table
 from nha.evaluate.bootstrap import LEVEL, RESAMPLES
 from nha.evaluate.public.run import KNOWLEDGE, relative
@@ -357,6 +357,9 @@ def write_report(folder: Path) -> str:
         first = [run for run in measured if any(run is one for one in lowest.values())]
         if any(shares(run, find_control(run, runs)) for run in runs):
             write_atomically(folder / "shares.png", shares_png(runs))
+        facts = folder.parent / "hybridize" / "summary.json"
+        if facts.is_file():
+            write_atomically(folder / "facts.png", facts_png(json.loads(facts.read_text(encoding="utf-8"))))
         curves = tokens_png(runs, shares)
         if curves is not None:
             write_atomically(folder / "tokens.png", curves)
