@@ -279,3 +279,9 @@ def test_a_dry_run_of_8_billion_parameters_says_what_fits(tmp_path):
     assert "8,089 M parameters" in shown and shown.replace("\n", "").count("--gradient-checkpointing") == 2
     fits = runner.invoke(app, [*arguments, "--batch-size", "4", "--gradient-checkpointing"]).stdout
     assert "--gradient-checkpointing" not in fits and "41.2 GiB" in fits and "3B and 8B" in " ".join(fits.split())
+    two = [*arguments, "--batch-size", "4", "--gradient-checkpointing", "--gpu", "H200:2"]
+    sharded = " ".join(runner.invoke(app, two).stdout.split())
+    assert "on 2 x H200" in sharded and "measured with 3B and 8B" in sharded and "on one H100" not in sharded
+    for wrong, message in (("P100", "to be one of H100, H200"), ("H100:no", "as NAME or NAME:COUNT")):
+        refused = runner.invoke(app, [*arguments, "--gpu", wrong])
+        assert refused.exit_code == 2 and message in refused.stderr.replace("\n", " ")

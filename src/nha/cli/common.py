@@ -114,6 +114,20 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def parse_gpus(text: str | None) -> tuple[str | None, int]:
+    """A GPU's name and how many there are. Raises BadInput for no number.
+
+    >>> parse_gpus("H100:8"), parse_gpus("A100"), parse_gpus(None)
+    (('H100', 8), ('A100', 1), (None, 1))
+    """
+    if text is None:
+        return None, 1
+    name, _, count = text.partition(":")
+    if count and not (count.isascii() and count.isdigit() and int(count)):
+        raise BadInput(f"expected --gpu as NAME or NAME:COUNT, got {text!r}")
+    return name, int(count or 1)
+
+
 def parse_ints(text: str, what: str) -> list[int]:
     """Integers separated by commas.
 

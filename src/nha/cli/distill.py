@@ -85,6 +85,22 @@ class TextOptions:
 DEFAULT_TEXT = TextOptions()
 
 
+@dataclass(frozen=True)
+class DryRunOptions:
+    """Options for an estimate in place of a run."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory, steps and time of the run, and stop.")
+    ] = False
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPUs that --dry-run estimates for, such as H100 or H100:8.", show_default="the one here"),
+    ] = None
+
+
+DEFAULT_RUN = DryRunOptions()
+
+
 @command
 @with_groups
 @with_settings(DistillSettings)
@@ -101,10 +117,7 @@ def distill(
         typer.Option(help=WINDOWS_HELP, show_default=False),
     ] = None,
     recipe: RecipeOption = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print parameters, memory, steps and time of the run, and stop."),
-    ] = False,
+    estimated: DryRunOptions = DEFAULT_RUN,
     control: ControlOption = None,
     dtype: Annotated[
         str,
@@ -122,7 +135,7 @@ def distill(
     stop = Stop(settings.budget)
     try:
         with handle_signals(stop):
-            text.check(needed=not dry_run)
+            text.check(needed=not estimated.dry_run)
             common.check_choice("--dtype", dtype, DTYPES)
             if control not in (None, ALSO, ONLY) and not Path(control).is_dir():
                 raise BadInput(
@@ -141,8 +154,8 @@ def distill(
             size = settings.window_size
             check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
             note_context(source, settings)
-            if dry_run:
-                report_estimate(source, settings, as_json)
+            if estimated.dry_run:
+                report_estimate(source, settings, estimated.gpu, as_json)
                 return
             check_writable(output)
             timeline = Timeline()
@@ -247,12 +260,15 @@ def note_context(source: loading.Source, settings: DistillSettings) -> None:
         err.print(note, soft_wrap=True)
 
 
-def report_estimate(source: loading.Source, settings: DistillSettings, as_json: bool) -> None:
-    """Print what a run will cost, from the model's configuration alone."""
-    from nha.distill.estimate import estimate
+def report_estimate(source: loading.Source, settings: DistillSettings, gpu: str | None, as_json: bool) -> None:
+    """Print what a run on GPUs such as "H100:8", or on what is here, will cost, from the model's configuration."""
+    from nha.distill.estimate import PEAKS, estimate
 
+    device, world = common.parse_gpus(gpu) if gpu is not None else (None, world_size())
+    if device is not None and not any(name in device for name in PEAKS):
+        raise BadInput(f"expected --gpu to be one of {', '.join(PEAKS)}, got {device!r}")
     config = loading.read_config(source)
-    found = estimate(config, settings, world=world_size())
+    found = estimate(config, settings, world=world, device=device)
     elsewhere = None if found.device != "CPU" else estimate(config, settings, device="H100")
     recomputing = dataclasses.replace(settings, gradient_checkpointing=True)
     if as_json:
@@ -262,7 +278,7 @@ def report_estimate(source: loading.Source, settings: DistillSettings, as_json: 
     table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
     memory = f"about {found.memory_bytes / 2**30:.1f} GiB on each device"
     if found.memory_bytes > LARGE_MEMORY and not settings.gradient_checkpointing:
-        less = estimate(config, recomputing, world=world_size())
+        less = estimate(config, recomputing, world=world, device=device)
         memory += f", with --gradient-checkpointing {less.memory_bytes / 2**30:.1f} GiB"
     time = f"about {common.duration(found.seconds)} on {found.device}, at {found.assumed}"
     for name, text in (

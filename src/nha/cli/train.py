@@ -67,7 +67,7 @@ def train(
     """
     if dry_run:
         common.check_range("--mfu", mfu, above=0, at_most=1)
-        report_estimate(settings, tokenizer, (*parse_gpus(gpu), mfu), as_json)
+        report_estimate(settings, tokenizer, (*common.parse_gpus(gpu), mfu), as_json)
         return
     stop = Stop(settings.budget)
     try:
@@ -121,20 +121,6 @@ def read_text(
     if text is None:
         return loaded, open_corpus(cache, loaded)
     return loaded, prepare_corpus(text, cache, loaded, field, held_out)
-
-
-def parse_gpus(text: str | None) -> tuple[str | None, int]:
-    """A GPU's name and how many there are. Raises BadInput for no number.
-
-    >>> parse_gpus("H100:8"), parse_gpus("A100"), parse_gpus(None)
-    (('H100', 8), ('A100', 1), (None, 1))
-    """
-    if text is None:
-        return None, 1
-    name, _, count = text.partition(":")
-    if count and not (count.isascii() and count.isdigit() and int(count)):
-        raise BadInput(f"expected --gpu as NAME or NAME:COUNT, got {text!r}")
-    return name, int(count or 1)
 
 
 def report_estimate(
