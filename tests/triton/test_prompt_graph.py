@@ -12,6 +12,7 @@ import nha.ops.backends
 from nha import set_windows
 from nha.models import decode_graph, prompt_graph
 from nha.models.cache import nha_layers
+from nha.models.windows import set_kv_cache_dtype
 from tests.models.families import hybrid, tokens
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -79,6 +80,14 @@ def test_the_same_tokens_at_the_first_and_later_prompts(family, windows, turns, 
         reads.clear()
         assert torch.equal(model.generate(ids, **OPTIONS), plain(model, ids))
         assert reads == expected
+
+
+def test_keys_and_values_in_8_bits(reads):
+    model, ids = build(windows=(8, -1, -1)), tokens(1, 13)
+    set_kv_cache_dtype(model, "int8")
+    options = OPTIONS | {"max_new_tokens": 8}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, disable_compile=True, **options))
+    assert reads == FIRST
 
 
 def test_a_cache_as_after_a_prompt_that_is_called(reads):
