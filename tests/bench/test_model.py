@@ -30,7 +30,7 @@ def measured(tmp_path_factory):
 def test_originals_and_hybrids_stand_in_one_table(measured):
     _, rows = measured
     assert {row["variant"] for row in rows} == {"original", "original-kernels", "hybrid-1", "hybrid-0"}
-    assert {row["task"] for row in rows} == {"prefill", "decode", "throughput", model.LIMITED}
+    assert {row["task"] for row in rows} == {"prefill", "decode", "throughput", model.LIMITED, model.LIMITED_INT8}
     assert all(row["status"] == "ok" and row["ms"] > 0 and row["nha"] and row["date"] for row in rows)
     assert {"eager", "graph", "generate"} <= {row["how"] for row in rows if row["task"] == "decode"}
 
