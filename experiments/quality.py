@@ -34,7 +34,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -47,6 +46,7 @@ LONG_NEEDLE = "long needle"
 ORDER = ("perplexity", "cloze_near", "cloze_far", "squad_qa", "needle", "lambada_openai", "piqa", "arc_easy")
 ORDER += ("arc_challenge", "boolq", "copa", LONG_NEEDLE, "hellaswag")
 KNOWN = Path("results/quality")
+TOKENIZE_S = 20.0  # that an evaluation waits for sets which another process tokenizes, at most
 TIMES = ("tokens_per_s", "loss", "kl", "cross_entropy", "answer_accuracy")
 
 
@@ -207,8 +207,6 @@ class Shard:
 
     def prepare(self) -> None:
         """Load what all runs share."""
-        import torch
-
         from nha.evaluate.public.run import PARTS, PublicSettings, read_public
         from nha.models import loading
 
@@ -227,10 +225,7 @@ class Shard:
         )
         self.public = read_public(options.data, short)
         self.tokenize_aside()
-        with ThreadPoolExecutor() as aside:  # the first model on a GPU takes as long as the tokens
-            if torch.cuda.is_available():
-                aside.submit(self.load)
-            self.corpus = prepare_corpus(options.data, options.work, self.tokenizer)
+        self.corpus = prepare_corpus(options.data, options.work, self.tokenizer)
         self.print(f"{self.corpus.meta['tokens']:,} tokens of {self.corpus.meta['documents']:,} documents ready")
 
     def load(self) -> Any:
@@ -266,14 +261,18 @@ class Shard:
         end.close()
 
     def take_tokenized(self) -> None:
-        """The sets as the other process tokenized them, if it could."""
-        if self.tokenized is not None:
-            try:
+        """The sets as the other process tokenized them, if it has: it began before the training did."""
+        if self.tokenized is None:
+            return
+        try:
+            if self.tokenized.poll(TOKENIZE_S):
                 self.public = self.tokenized.recv()
-            except EOFError:
-                self.print("sets were not tokenized aside")
-            self.tokenized.close()
-            self.tokenized = None
+            else:
+                self.print("sets are still being tokenized aside: not waited for")
+        except EOFError:
+            self.print("sets were not tokenized aside")
+        self.tokenized.close()
+        self.tokenized = None
 
     def train(self, run: Run, settings: Any = None) -> Any:
         """The trained model of a run, or None if the time was up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +286,16 @@ def test_rows_of_several_seeds_and_tokens_stand_beside_the_nearest_control():
     assert "| a, 25 M | squad | 75 | 80 / 60 | 70 | 1 of 2 |" in seeds_table(runs, ratios, {})
     assert seeds_table([control, first], ratios, {}) == ""
     assert tokens_png(runs, ratios)[:4] == b"\x89PNG" and tokens_png([control, first, second], ratios) is None
+
+
+def test_an_evaluation_does_not_wait_for_sets_that_another_process_never_tokenizes(monkeypatch):
+    monkeypatch.setattr(quality, "TOKENIZE_S", 0.05)
+    for ended in (False, True):
+        shard = quality.Shard.__new__(quality.Shard)
+        shard.public, shard.print = "own", lambda *words: None
+        shard.tokenized, end = multiprocessing.Pipe(duplex=False)
+        if ended:
+            end.close()
+        shard.take_tokenized()
+        shard.take_tokenized()
+        assert shard.public == "own" and shard.tokenized is None
