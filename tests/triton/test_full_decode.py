@@ -106,7 +106,7 @@ def test_few_sequences_fill_a_gpu_and_many_end_in_small_waves():
 
     assert [count_splits(n, 8, 64) for n in (1, 448, 512, 4096, 2**15, 2**17)] == [1, 1, 2, 16, 66, 66]
     assert [count_splits(2**15, pairs, 64) for pairs in (64, 264, 265, 872, 5280)] == [8, 16, 16, 5, 1]
-    assert [count_splits(n, 872, 64) for n in (1, 1024, 2048, 4096, 2**17)] == [1, 1, 2, 4, 5]
+    assert [count_splits(n, 872, 64) for n in (1, 1024, 2048, 4096, 2**17)] == [1, 1, 1, 2, 5]
 
 
 def test_offsets_beyond_32_bits(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.triton.compilation import compiled
+from tests.triton.compilation import SHARED_MEMORY, compiled
 
 SMALL = 99 * 1024  # shared memory per block on consumer GPUs (sm_89, sm_120)
 SHAPES = [
@@ -35,10 +35,11 @@ def test_the_kernels_fit_and_do_not_spill(shapes_of):
 
 
 def test_the_kernels_of_a_cache_in_8_bits_fit_and_do_not_spill():
-    shapes = [{"int8": True}, {"int8": True, "dtype": "float16", "dim": 64}]
-    shapes += [{"int8": True, "dim": 256, "capability": 120}, {"int8": True, "dtype": "float32"}]
-    shapes += [{"int8": True, "capability": gpu} for gpu in (80, 89, 100, 120)]
-    kernels = compiled("compile_full_decode", *shapes)
+    shapes: list[dict] = [{}, {"capability": 100}, {"dtype": "float16", "dim": 64}, {"dtype": "float32"}]
+    shapes += [{"capability": gpu, "shared": SMALL} for gpu in (80, 89, 120)]
+    shapes += [{"dim": 256, "capability": 120, "shared": SMALL}]
+    kernels = compiled("compile_full_decode", *({"int8": True} | shape for shape in shapes))
     assert len({row["kernel"] for row in kernels}) == 3
     for row in kernels:
-        assert row["stack"] == 0 and row["shared"] <= SMALL, row
+        limit = SMALL if "shared" in row["shape"] else SHARED_MEMORY[90] // 2  # for two programs
+        assert row["stack"] == 0 and row["shared"] <= limit, row

@@ -38,6 +38,7 @@ from nha.ops.heads import all_windows
 
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
 PREPARED = 4096
+CALLED = 2  # lengths that are called before they are recorded: the shortest prompts may have a kernel of their own
 MAX_TOKENS = 16384
 MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
 KNOWN = ("torch", "transformers", "nha")  # libraries whose modules compute the same as long as their parts are
@@ -144,15 +145,16 @@ class PromptGraphs:
         return graph.output, graph.cache
 
     def prepare(self, model: Any, device: torch.device, name: str) -> None:
-        """Record the graphs of all lengths up to `PREPARED`, each after a call, which loads its kernels."""
+        """Record the graphs of all lengths up to `PREPARED`: the first ones after a call, which loads their kernels."""
         lengths = [length for length in padded_lengths(PREPARED) if graph_length(model, length) == length]
         graphs = [self._graph(length, device) for length in lengths]
         with torch.inference_mode(False), torch.no_grad():
             if graphs and HAS_TRITON:
-                compile_kernels(model, graphs[:2], name)  # the shortest prompts may have a kernel of their own
-            for graph in graphs:
+                compile_kernels(model, graphs[:CALLED], name)
+            for place, graph in enumerate(graphs):
                 graph.num_tokens.fill_(graph.ids.shape[1])
-                graph.run(model, name)
+                if place < CALLED:
+                    graph.run(model, name)
                 self._record(graph, model, name)
 
     def _graph(self, length: int, device: torch.device) -> PromptGraph:
@@ -189,8 +191,7 @@ def compile_kernels(model: Any, graphs: list[PromptGraph], name: str) -> None:
             length = graph.ids.shape[1]
             decode_graph.make_static(cache, length + 1)
             position = torch.full((1, 1), length, device=graph.ids.device)
-            options = {"attention_mask": decode_graph.UNPADDED, "position_ids": position, "use_cache": True}
-            model(graph.ids[:, :1], **options, **{name: cache})
+            model(graph.ids[:, :1], position_ids=position, use_cache=True, **{name: cache})
     _compiled.add(key)
 
 
