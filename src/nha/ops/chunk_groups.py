@@ -83,15 +83,20 @@ class Workspace:
     def __init__(self, like: Tensor):
         self.like = like
         self.buffers: dict[str, Tensor] = {}
+        self.views: dict[tuple[object, ...], Tensor] = {}
         self.masks: dict[tuple[int, ...], Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The buffer of this name, uninitialised, with this shape; what was taken under the name before is gone."""
-        size = math.prod(shape)
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape[0] < size:
-            buffer = self.buffers[name] = self.like.new_empty(size)
-        return buffer[:size].view(shape)
+        view = self.views.get((name, *shape))
+        if view is None:
+            size = math.prod(shape)
+            buffer = self.buffers.get(name)
+            if buffer is None or buffer.shape[0] < size:
+                buffer = self.buffers[name] = self.like.new_empty(size)
+                self.views = {key: own for key, own in self.views.items() if key[0] != name}
+            view = self.views[name, *shape] = buffer[:size].view(shape)
+        return view
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """`a @ b` with equal batch dimensions, in the buffer of this name."""
