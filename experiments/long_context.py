@@ -15,6 +15,7 @@ and the picture of what is there.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -71,11 +72,18 @@ def maker() -> Executor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn")) if cuda else ThreadPoolExecutor(1)
 
 
-def load(path: Path, name: str, delta: Path, longest: int) -> Any:
-    """A model of `MODELS`, from the original in a .gguf file or a directory; bfloat16 on a GPU, else float32."""
+@cache
+def load_original(path: Path) -> Any:
+    """The original in a .gguf file, which takes seconds to read, or in a directory."""
     where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     model: Any = AutoModelForCausalLM.from_pretrained(where, **options)
     forget_gguf(model)
+    return model
+
+
+def load(path: Path, name: str, delta: Path, longest: int) -> Any:
+    """A model of `MODELS`, from the original in a .gguf file or a directory; bfloat16 on a GPU, else float32."""
+    model = copy.deepcopy(load_original(path))
     if name == "hybrid":
         apply_delta(model, delta)
     elif name == "yarn":
@@ -238,13 +246,14 @@ def cell(part: dict[str, Any] | None, name: str = "accuracy") -> str:
     if not part or name not in part:
         return "out of memory" if part and "out of memory" in part else ""
     if name != "accuracy":
-        return f"{part[name]:,.2f}" if part[name] < 100 else f"{part[name]:,.0f}"
+        digits = 3 if part[name] < 1 else 2 if part[name] < 100 else 0
+        return f"{part[name]:,.{digits}f}"
     low, high = part["interval"]
     return f"{100 * part[name]:.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def table(found: Found) -> str:
-    """A Markdown table, a row for each length and model."""
+    """A Markdown table, a row for each length and model; columns of what was not measured are left out."""
     columns = {"cache, MB": "cost", "peak beyond the weights, MiB": "cost", "first token, s": "cost"}
     columns |= {"token, ms": "cost"}
     head = [
@@ -258,7 +267,7 @@ def table(found: Found) -> str:
         "of the last tokens",
         *columns,
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows: list[list[str]] = []
     lengths = sorted({int(n) for parts in found.values() for part in parts.values() for n in part})
     for n in lengths:
         for name in MODELS:
@@ -276,9 +285,10 @@ def table(found: Found) -> str:
                 cell(parts.get("near cloze")),
                 cell(text, "ppl") if text else "",
             ]
-            cells += [last, *(cell(parts.get(part), column) for column, part in columns.items())]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([*cells, last, *(cell(parts.get(part), column) for column, part in columns.items())])
+    known = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows)]  # columns of what was measured
+    lines = [[head[i] for i in known], ["---"] * len(known), *([row[i] for i in known] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def needles_by_distance(needle: dict[str, dict[str, Any]]) -> str:

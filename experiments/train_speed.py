@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nha.bench.timing import stamp
 from nha.data.text import calibration_text
+from nha.distill.trainer import Reports
 from nha.io import append_line, atomic_write
 from nha.models.nha import NHAForCausalLM
 from nha.train.estimate import estimate
@@ -131,7 +132,12 @@ def run_case(case: Case, options: argparse.Namespace, world: int) -> dict[str, A
     kernel = sdpa_kernel(backend) if backend is not None and torch.cuda.is_available() else nullcontext()
     with tempfile.TemporaryDirectory() as folder, kernel:
         shared = Path(tempfile.gettempdir()) / f"nha-train-speed-{os.getppid()}-{case}"  # torchrun's process id
-        found = train(data, Path(folder) / "run" if world == 1 else shared, settings)
+        begun = time.monotonic()
+
+        def log(entry: dict[str, Any]) -> None:
+            print(f"{case}: {time.monotonic() - begun:.0f} s, step {entry.get('step')}", flush=True)
+
+        found = train(data, Path(folder) / "run" if world == 1 else shared, settings, reports=Reports(log=log))
     return describe(case, settings, found, world)
 
 
