@@ -38,6 +38,11 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MIN_SECONDS = 15.0  # a command is not started with less
 SKIPPED = 2  # entries of the log at its beginning that are no steady speed
 POLL_SECONDS = 0.2
+TRACED = """
+import faulthandler, runpy
+faulthandler.dump_traceback_later({seconds}, repeat=True, file=open({path!r}, "w"))
+runpy.run_module("nha", run_name="__main__", alter_sys=True)
+"""
 
 
 def save_gguf(path: Path, folder: Path) -> None:
@@ -100,7 +105,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_command(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The row of one of the two commands, run until it has logged its steps; what it prints goes to OUT/NAME.txt."""
     steps, run = options.steps or STEPS[name], work / name
-    command = [sys.executable, "-m", "nha", "distill", str(options.model), str(run), "--text", str(work / "text.jsonl")]
+    begin = ["-m", "nha"]
+    if options.trace_s:
+        begin = ["-c", TRACED.format(seconds=options.trace_s, path=str(options.out / f"{name}-trace.txt"))]
+    command = [sys.executable, *begin, "distill", str(options.model), str(run), "--text", str(work / "text.jsonl")]
     command += ["--corpus", str(work / "corpus"), "--tokens", str(steps * options.step_tokens), "--log-every", "5"]
     environment = os.environ | {variable: str(work / variable) for variable in CACHES}
     with (options.out / f"{name}.txt").open("w") as printed:
@@ -135,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=110)
     parser.add_argument("--work", type=Path, help="where text, runs and caches are kept; default: a temporary folder")
     parser.add_argument("--steps", type=int, help="of each command")
+    parser.add_argument("--trace-s", type=float, default=0, help="write what all threads do every so many seconds")
     parser.add_argument("--commands", nargs="+", default=list(STEPS), choices=list(STEPS), help="which to run")
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     options, options.more = parser.parse_known_args(arguments)

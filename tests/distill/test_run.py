@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import nha.distill.run
 import nha.distill.student
 import nha.distill.trainer
 from nha.distill.checkpoint import latest_checkpoint, step_of
@@ -53,17 +52,6 @@ def whole_run(given, tmp_path_factory):
     corpus, tokenizer = given
     run = tmp_path_factory.mktemp("runs") / "whole"
     return distill(tiny(), tokenizer, corpus, run, settings()), run
-
-
-def test_compiling_kernels_ahead_changes_no_bit(given, whole_run, tmp_path, monkeypatch):
-    corpus, tokenizer = given
-    ahead = []
-    monkeypatch.setattr(nha.distill.run, "compiles", lambda model, what="auto": what == "auto")
-    monkeypatch.setattr(nha.distill.run, "compile_kernels", lambda launch: ahead.append(launch()))
-    found = distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(compile="nothing"))
-    assert len(ahead) == 1
-    for name, weight in whole_run[0].model.state_dict().items():
-        assert torch.equal(weight, found.model.state_dict()[name]), name
 
 
 def start_worker(place, run):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nha.models.config import FULL, LayerWindow, smallest_window
-from nha.models.decode_graph import can_capture, capture
 from nha.models.windows import hybrid_layers, set_windows
 from nha.ops.backends import compile_kernels
 
@@ -50,8 +47,6 @@ def align(
         )
     generator = torch.Generator().manual_seed(seed)
     errors: list[tuple[float, float]] = []
-    recorded = can_capture(model.device)
-    pool = torch.cuda.graph_pool_handle() if recorded else None
 
     def train(module: Any, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
         index = len(errors)
@@ -60,16 +55,14 @@ def align(
         if windows[index] == FULL:
             errors.append((0.0, 0.0))
             return
-        if recorded and all(
-            error == (0.0, 0.0) for error in errors
-        ):  # the first: kernels of others are the same or alike
+        if all(window == FULL for window in windows[:index]):  # the first hybrid layer
             compile_layers(kwargs, output[0])
         module.training_now = True
         set_windows(model, [window if place == index else FULL for place, window in enumerate(windows)])
         try:
             with torch.enable_grad():
                 task = Task(module, kwargs, output[0])
-                errors.append(_train_layer(task, steps, batch_size, (gate_lr, sink_lr), generator, pool))
+                errors.append(_train_layer(task, steps, batch_size, (gate_lr, sink_lr), generator))
         finally:
             module.training_now = False
             set_windows(model, FULL)
@@ -90,7 +83,7 @@ def align(
         set_windows(model, windows)
         try:
             with torch.enable_grad():
-                compile_kernels(launch)
+                compile_kernels(launch, target.device)
         finally:
             set_windows(model, FULL)
             for module in modules:
@@ -150,12 +143,9 @@ class Task:
 
 
 def _train_layer(
-    task: Task, steps: int, batch_size: int, lrs: tuple[float, float], generator: torch.Generator, pool: Any = None
+    task: Task, steps: int, batch_size: int, lrs: tuple[float, float], generator: torch.Generator
 ) -> tuple[float, float]:
-    """Train one layer's slots; the errors before and after.
-
-    On a GPU, steps from the second on are replays of a CUDA graph, which takes its memory from `pool`.
-    """
+    """Train one layer's slots; the errors before and after."""
     before = task.measure(batch_size)
     groups = [{"params": task.parameters[: -len(task.sinks) or None], "lr": lrs[0]}]
     if task.sinks:
@@ -164,12 +154,9 @@ def _train_layer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     saved = [p.detach().clone() for p in task.parameters]
     chosen = torch.arange(min(batch_size, len(task.hidden)), device=task.hidden.device)
-    differentiate = partial(task.gradients, chosen)
-    for step in range(steps):
+    for _ in range(steps):
         chosen.copy_(torch.randperm(len(task.hidden), generator=generator)[:batch_size])
-        if pool is not None and step == 1:
-            differentiate = _recorded(differentiate, pool)
-        for parameter, grad in zip(task.parameters, differentiate(), strict=True):
+        for parameter, grad in zip(task.parameters, task.gradients(chosen), strict=True):
             parameter.grad = grad
         optimizer.step()
         schedule.step()
@@ -180,21 +167,6 @@ def _train_layer(
                 parameter.copy_(value)
         after = before
     return before, after
-
-
-def _recorded(run: Callable[[], Tensors], pool: Any) -> Callable[[], Tensors]:
-    """A function that computes the same as a call by a CUDA graph; the function itself where it cannot be recorded."""
-    try:
-        output, replay = capture(run, pool)
-    except RuntimeError as error:
-        warnings.warn(f"alignment goes on without a CUDA graph, which could not be recorded: {error}", stacklevel=2)
-        return run
-
-    def replayed() -> Tensors:
-        replay()
-        return output
-
-    return replayed
 
 
 @contextmanager

@@ -52,7 +52,6 @@ from nha.models.config import FULL, largest_window, plan_windows, smallest_windo
 from nha.models.families import check_family
 from nha.models.head import check_head
 from nha.models.windows import attention_layers
-from nha.ops.backends import compile_kernels
 from nha.ops.heads import Window, all_windows
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
@@ -260,19 +259,6 @@ def compiles(model: torch.nn.Module, what: str = "auto") -> bool:
     return what == "layers" or (what == "auto" and single_gpu)
 
 
-def compile_step_kernels(student: Distillation, stream: Stream, step: int) -> None:
-    """Compile the kernels of a step side by side: layers compiled later find them, and would compile one by one."""
-    _, batch = min(stream[step], key=lambda part: part[1]["ids"].numel())  # the kernels are those of any length
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    device, max_seq_len = parameters[0].device, stream.shape(step)[1]
-
-    def launch() -> None:
-        loss, _ = student(**{name: x.to(device) for name, x in batch.items()}, max_seq_len=max_seq_len)
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    compile_kernels(launch)
-
-
 def with_timeline(reports: Reports, run: Path, start: int) -> Reports:
     """Reports that also take down the first steps after `start`, on the first of several devices."""
     first = os.environ.get("RANK", "0") == "0"
@@ -478,10 +464,10 @@ def _train(
         start = 0 if checkpoint is None else step_of(checkpoint)
         aligned = [] if checkpoint else align_student(student, ids, stream, settings, reports, stop)
         reports.timeline.mark("aligned")
+        if _place()[0] == 0:
+            reports.timeline.write(run)
         if start < len(stream):
             student.train()
-            if compiles(student):
-                compile_step_kernels(student, stream, start)
             if compiles(student, settings.compile):
                 student.compile_layers()
             trainer = make_trainer(student, stream, run, settings, start, with_timeline(reports, run, start), stop)

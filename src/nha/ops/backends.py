@@ -82,13 +82,13 @@ def can_skip_dispatch(tensors: Sequence[object]) -> bool:
     return not needs_grad(found) and all(type(x) in (Tensor, Parameter) and not wrapped(x) for x in found)
 
 
-def compile_kernels(run: Callable[[], object]) -> None:
+def compile_kernels(run: Callable[[], object], device: torch.device) -> None:
     """Compile the kernels that a call and its gradients launch, side by side, and run none of them.
 
     What the call computes from them is undefined, so `run` must change nothing. Where it fails, kernels are compiled
     when they are launched.
     """
-    if not HAS_TRITON:
+    if not HAS_TRITON or device.type != "cuda":
         return
     from nha.ops.triton.threads import can_compile_in_threads, compiling
 
