@@ -44,6 +44,8 @@ def test_a_model_that_is_no_hybrid_is_refused():
 def test_exact_slots_are_refused():
     with pytest.raises(ValueError, match="slot_write.*exact"):
         check_model(NHAConfig.tiny(slot_write="exact"))
+    with pytest.raises(ValueError, match="kv_cache_dtype='auto'.*got 'int8'"):
+        check_model(NHAConfig.tiny(kv_cache_dtype="int8"))
 
 
 @pytest.mark.parametrize("changes", [{"output_gate": True}, {"output_norm": "rms"}])

@@ -93,3 +93,12 @@ def test_packed_states_are_for_hybrids_and_vllm_learns_of_them(source):
     assert pairs["--hf-overrides"] == '{"state_dtype": "int8"}'
     with pytest.raises(BadInput, match="hybrid for --state-dtype"):
         choose("auto", Source("plain", LlamaConfig(), source.directory), ServeSettings(state_dtype="int8"))
+
+
+def test_keys_and_values_in_8_bits_are_for_hybrids_and_transformers(source, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: object())
+    assert choose("auto", source, ServeSettings(kv_cache_dtype="int8")).backend == "transformers"
+    with pytest.raises(BadInput, match="its own --kv-cache-dtype"):
+        choose("vllm", source, ServeSettings(kv_cache_dtype="int8"))
+    with pytest.raises(BadInput, match="hybrid for --kv-cache-dtype"):
+        choose("auto", Source("plain", LlamaConfig(), source.directory), ServeSettings(kv_cache_dtype="int8"))
