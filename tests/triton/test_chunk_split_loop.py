@@ -102,6 +102,6 @@ def test_the_loop_is_split_in_16_bits_from_a_window_of_256_on():
     assert sizes(512, torch.float16).split_inner_loop
     assert not sizes(512, torch.float32).split_inner_loop and not sizes(512, dim=256).split_inner_loop
     assert [sizes(512, groups=n).block_h for n in (1, 2, 3, 4, 5, 7)] == [1, 2, 1, 2, 2, 2]
-    assert sizes(255) == block_sizes(torch.bfloat16, 128, 128, 64, 0)
+    assert sizes(255) == block_sizes(torch.bfloat16, 128, 128, 64, 0, groups=4)
     for made in (sizes(512), sizes(512, torch.float16)):
         assert made.chunk % made.block_n == 0 and made.chunk % made.bwd_block_n == 0

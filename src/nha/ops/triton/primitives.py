@@ -18,6 +18,9 @@ In most chunks the log-gates sum to at least -MAX_DECAY in every slot: L* is hal
 MAX_DECAY / 2. Any other chunk needs one pass per subchunk of 16 queries, each with its own L* and exponents up to
 16 * 5 / 2 = 40. The sums are matrix products with 0, 1/2 and 1, exact for 16-bit gates.
 
+Passes. The body of a loop over passes is one condition, always true: Triton moves whatever is the same in all passes to
+before the loop, where it fills registers that chunks of one pass need, but it moves nothing out of a condition.
+
 Names. As in flash-linear-attention: `p_` pointer, `b_` block of values, `m_` mask, `o_` offsets, `i_` index. BLOCK_M,
 BLOCK_D, BLOCK_DV and BLOCK_S are M, D, DV and S rounded up to what a tile may have.
 """
@@ -169,11 +172,11 @@ def sum_gates(b_weight, b_gate):
 
 
 @triton.jit
-def chunk_needs_subchunks(p_decay, m, M: tl.constexpr, BLOCK_M: tl.constexpr):
-    """1 if one of a chunk's summed log-gates [M] is below -MAX_DECAY, else 0; 0 where the scalar `m` is False."""
+def load_decay(p_decay, m, M: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(a chunk's summed log-gates [BLOCK_M], 1 if one of them is below -MAX_DECAY, else 0); 0 where `m` is False."""
     o_m = tl.arange(0, BLOCK_M)
     b_decay = tl.load(p_decay + o_m, mask=(o_m < M) & m, other=0.0)
-    return tl.max((b_decay < -MAX_DECAY).to(tl.int32), 0)
+    return b_decay, tl.max((b_decay < -MAX_DECAY).to(tl.int32), 0)
 
 
 @triton.jit
@@ -220,6 +223,25 @@ def token_decay(b_gate, i_sub, needs_subchunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def gate_factors(b_gate, b_decay, i_sub, needs_subchunks, CHUNK: tl.constexpr):
+    """(q_decay, chunk_decay, token_decay) of a pass, for one query head a step, from one sum for all three.
+
+    b_decay: the sum of the chunk's log-gates.
+    """
+    o_t = tl.arange(0, CHUNK)
+    b_reference = reference_weights(i_sub, needs_subchunks, CHUNK)
+    b_weight = tl.where(o_t[None, :] <= o_t[:, None], 1 - b_reference[None, :], -b_reference[None, :])
+    b_sums = sum_gates(b_weight, b_gate) * LOG2_E
+    b_q_decay = tl.exp2(tl.where(in_subchunk(o_t, i_sub, needs_subchunks)[:, None], b_sums, 0.0))
+    beyond = (o_t - i_sub * SUBCHUNK - SUBCHUNK) * needs_subchunks
+    b_token_decay = tl.exp2(tl.where((beyond < 1 - needs_subchunks)[:, None], -b_sums, float("-inf")))
+    b_sum = b_decay * 0.5
+    if needs_subchunks:
+        b_sum = tl.sum(b_gate.to(tl.float32) * b_reference[:, None], 0)
+    return b_q_decay, tl.exp2(b_sum * LOG2_E), b_token_decay
+
+
+@triton.jit
 def decay_to_end(b_gate, CHUNK: tl.constexpr):
     """exp of the sum of later log-gates of a chunk [CHUNK, BLOCK_M]: what remains of each token at its end."""
     o_t = tl.arange(0, CHUNK)
@@ -256,6 +278,46 @@ def _cumsum_dot(b_weight, b_x, DTYPE: tl.constexpr):
 def matmul(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b in float32 with operands rounded to DTYPE."""
     return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision=PRECISION)
+
+
+@triton.jit
+def window_tile(
+    b_own,
+    b_next,
+    m_causal,
+    u_start,
+    u,
+    o_seen,
+    first_key,
+    window,
+    m_chunk,
+    CHUNK: tl.constexpr,
+    HAS_PREFIX_MASK: tl.constexpr,
+    COVERS_CHUNK: tl.constexpr,
+):
+    """Scores [rows, CHUNK] of the tokens in each query's window, -inf for others.
+
+    b_own: those of the chunk from token `u_start` on, of which there are none where the scalar `m_chunk` is False;
+    o_seen: its tokens, those that nobody sees moved below every window. b_next, or None: those of the next chunk, where
+    the window is no longer than a chunk. It holds at most one of the two chunks' j-th tokens, so that one tile has room
+    for both. m_causal: whether the query writes the token or a later one. COVERS_CHUNK: a query's window holds all
+    later tokens of its chunk.
+    """
+    o_own = u_start + tl.arange(0, CHUNK)
+    b_s = b_own
+    o_key = o_seen[None, :]
+    if b_next is not None:
+        b_s = tl.where(m_causal, b_next, b_own)
+        o_next = tl.where(o_own + CHUNK < first_key, -window - CHUNK, o_own + CHUNK)
+        o_key = tl.where(m_causal, o_next[None, :], o_key)
+    if HAS_PREFIX_MASK or not COVERS_CHUNK:
+        m_window = (o_key - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
+        b_s = tl.where(m_window, b_s, float("-inf"))
+    elif b_next is None:
+        b_s = tl.where(m_causal, float("-inf"), b_s)
+    elif not m_chunk:
+        b_s = tl.where(m_causal, b_s, float("-inf"))
+    return b_s
 
 
 @triton.jit

@@ -9,9 +9,9 @@ from nha.ops.triton.primitives import (
     LOG2_E,
     SUBCHUNK,
     chunk_decay,
-    chunk_needs_subchunks,
     chunk_of_block,
     in_subchunk,
+    load_decay,
     load_decayed_slots,
     load_gates,
     load_rows,
@@ -384,134 +384,136 @@ def nha_chunk_bwd_kernel_dq(
     m_t = m_chunk & (u_start + o_t < seqlen - offset)
     p_gate = p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
     m_causal = o_t[None, :] <= o_row[:, None]
-    needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, m_chunk, M, BLOCK_M)
-    for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
-        m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
-        b_gate = load_gates(p_gate, o_t * g_t, m_t, M, BLOCK_M)
-        b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
-        b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
-        b_slot_k = load_decayed_slots(p_slot_k + i_state * M * D, b_chunk_decay, m_chunk, M, BLOCK_M, D, BLOCK_D)
-        b_slot_k = b_slot_k.to(GATE_DTYPE)
-        b_slot_v = load_decayed_slots(p_slot_v + i_state * M * DV, b_chunk_decay, m_chunk, M, BLOCK_M, DV, BLOCK_DV)
-        b_slot_v = b_slot_v.to(GATE_DTYPE)
-        i_pass = i_bh * (CHUNK // SUBCHUNK) + i_sub
-        tl.store(p_chunk_decays + i_pass * BLOCK_M + tl.arange(0, BLOCK_M), b_chunk_decay)
-        b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK) * one_minus_exp(b_gate, DTYPE)
-        b_k_decay = b_k_decay.to(GATE_DTYPE)
-        for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
-            m_row = m_sub & (i_g + o_h < groups)
-            i_hq = i_h * groups + i_g
-            o_out = (i_b * length + query0) * q_heads + i_hq
-            o_out_row = o_row * q_heads + o_h
-            b_do = load_rows(p_do + o_out * DV, o_out_row * DV, m_row, DV, BLOCK_DV)
-            b_out = load_rows(p_out + o_out * DV, o_out_row * DV, m_row, DV, BLOCK_DV)
-            b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-            b_slot_delta = b_delta
-            if HAS_DMASS:
-                b_dmass = tl.load(p_dmass + o_out + o_out_row, mask=m_row, other=0.0).to(tl.float32)
-                b_delta += tl.load(p_mass + o_out + o_out_row, mask=m_row, other=0.0) * b_dmass
-                b_slot_delta = b_delta - b_dmass
-            tl.store(p_delta + o_out + o_out_row, b_delta, mask=m_row)
-            b_lse = tl.load(p_lse + o_out + o_out_row, mask=m_row, other=float("inf"))
-            p_q_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
-            b_q = load_rows(p_q_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
-            b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            if m_chunk:
-                i_saved = (i_bh * groups + i_g) * CHUNK
-                b_dq = dq_of_slots(
-                    b_q,
-                    b_do,
-                    p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h),
-                    p_v,
-                    ks_t,
-                    v_t,
-                    token0,
-                    b_slot_k,
-                    b_slot_v,
-                    b_q_decay,
-                    b_k_decay,
-                    b_lse,
-                    b_slot_delta,
-                    p_key_scores,
-                    p_value_scores,
-                    p_q_decay_grads,
-                    i_saved,
-                    m_causal,
-                    m_t,
-                    m_row,
-                    u,
-                    first_active,
-                    scale,
-                    M,
-                    D,
-                    DV,
-                    BLOCK_M,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    CHUNK,
-                    DTYPE,
-                    GATE_DTYPE,
-                    PRECISION,
-                    HAS_PREFIX_MASK,
-                )
-                if S > 0:
-                    b_dq += dq_of_sink(
+    _, needs_subchunks = load_decay(p_decay + i_state * M, m_chunk, M, BLOCK_M)
+    passes = 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1)
+    for i_sub in tl.range(0, passes, disable_licm=True):
+        if i_sub < passes:  # always true, see `primitives`
+            m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
+            b_gate = load_gates(p_gate, o_t * g_t, m_t, M, BLOCK_M)
+            b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
+            b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+            b_slot_k = load_decayed_slots(p_slot_k + i_state * M * D, b_chunk_decay, m_chunk, M, BLOCK_M, D, BLOCK_D)
+            b_slot_k = b_slot_k.to(GATE_DTYPE)
+            b_slot_v = load_decayed_slots(p_slot_v + i_state * M * DV, b_chunk_decay, m_chunk, M, BLOCK_M, DV, BLOCK_DV)
+            b_slot_v = b_slot_v.to(GATE_DTYPE)
+            i_pass = i_bh * (CHUNK // SUBCHUNK) + i_sub
+            tl.store(p_chunk_decays + i_pass * BLOCK_M + tl.arange(0, BLOCK_M), b_chunk_decay)
+            b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK) * one_minus_exp(b_gate, DTYPE)
+            b_k_decay = b_k_decay.to(GATE_DTYPE)
+            for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
+                m_row = m_sub & (i_g + o_h < groups)
+                i_hq = i_h * groups + i_g
+                o_out = (i_b * length + query0) * q_heads + i_hq
+                o_out_row = o_row * q_heads + o_h
+                b_do = load_rows(p_do + o_out * DV, o_out_row * DV, m_row, DV, BLOCK_DV)
+                b_out = load_rows(p_out + o_out * DV, o_out_row * DV, m_row, DV, BLOCK_DV)
+                b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+                b_slot_delta = b_delta
+                if HAS_DMASS:
+                    b_dmass = tl.load(p_dmass + o_out + o_out_row, mask=m_row, other=0.0).to(tl.float32)
+                    b_delta += tl.load(p_mass + o_out + o_out_row, mask=m_row, other=0.0) * b_dmass
+                    b_slot_delta = b_delta - b_dmass
+                tl.store(p_delta + o_out + o_out_row, b_delta, mask=m_row)
+                b_lse = tl.load(p_lse + o_out + o_out_row, mask=m_row, other=float("inf"))
+                p_q_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
+                b_q = load_rows(p_q_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
+                b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+                if m_chunk:
+                    i_saved = (i_bh * groups + i_g) * CHUNK
+                    b_dq = dq_of_slots(
                         b_q,
                         b_do,
-                        p_sink_k + i_h * S * D,
-                        p_sink_v + i_h * S * DV,
+                        p_k_slot + i_b * ks_b + token0 * ks_t + offset_i64(i_h, ks_h),
+                        p_v,
+                        ks_t,
+                        v_t,
+                        token0,
+                        b_slot_k,
+                        b_slot_v,
+                        b_q_decay,
+                        b_k_decay,
                         b_lse,
                         b_slot_delta,
-                        p_sink_scores,
-                        p_sink_weights,
+                        p_key_scores,
+                        p_value_scores,
+                        p_q_decay_grads,
                         i_saved,
-                        m_chunk,
+                        m_causal,
+                        m_t,
                         m_row,
                         u,
                         first_active,
                         scale,
+                        M,
                         D,
                         DV,
-                        S,
+                        BLOCK_M,
                         BLOCK_D,
                         BLOCK_DV,
-                        BLOCK_S,
+                        CHUNK,
                         DTYPE,
+                        GATE_DTYPE,
                         PRECISION,
                         HAS_PREFIX_MASK,
                     )
-            if HAS_SLOT_QK:
-                store_rows(p_dq_slot + o_out * D, o_out_row * D, m_row, b_dq, D, BLOCK_D)
-                b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-                p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
-                b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
-            if HAS_WINDOW:
-                b_dq = dq_of_window(
-                    b_q,
-                    b_do,
-                    p_k,
-                    p_v,
-                    k_t,
-                    v_t,
-                    k_start,
-                    first_key,
-                    past + seqlen,
-                    u_start,
-                    u,
-                    window,
-                    scale,
-                    b_lse,
-                    b_delta,
-                    b_dq,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    CHUNK,
-                    STAGES,
-                    DTYPE,
-                    PRECISION,
-                    SPLIT_INNER_LOOP,
-                )
-            store_rows(p_dq + o_out * D, o_out_row * D, m_row, b_dq, D, BLOCK_D)
+                    if S > 0:
+                        b_dq += dq_of_sink(
+                            b_q,
+                            b_do,
+                            p_sink_k + i_h * S * D,
+                            p_sink_v + i_h * S * DV,
+                            b_lse,
+                            b_slot_delta,
+                            p_sink_scores,
+                            p_sink_weights,
+                            i_saved,
+                            m_chunk,
+                            m_row,
+                            u,
+                            first_active,
+                            scale,
+                            D,
+                            DV,
+                            S,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            BLOCK_S,
+                            DTYPE,
+                            PRECISION,
+                            HAS_PREFIX_MASK,
+                        )
+                if HAS_SLOT_QK:
+                    store_rows(p_dq_slot + o_out * D, o_out_row * D, m_row, b_dq, D, BLOCK_D)
+                    b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+                    p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
+                    b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
+                if HAS_WINDOW:
+                    b_dq = dq_of_window(
+                        b_q,
+                        b_do,
+                        p_k,
+                        p_v,
+                        k_t,
+                        v_t,
+                        k_start,
+                        first_key,
+                        past + seqlen,
+                        u_start,
+                        u,
+                        window,
+                        scale,
+                        b_lse,
+                        b_delta,
+                        b_dq,
+                        D,
+                        DV,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        BLOCK_N,
+                        CHUNK,
+                        STAGES,
+                        DTYPE,
+                        PRECISION,
+                        SPLIT_INNER_LOOP,
+                    )
+                store_rows(p_dq + o_out * D, o_out_row * D, m_row, b_dq, D, BLOCK_D)

@@ -8,9 +8,9 @@ import triton.language as tl
 from nha.ops.triton.primitives import (
     LOG2_E,
     SUBCHUNK,
-    chunk_needs_subchunks,
     chunk_of_block,
     in_subchunk,
+    load_decay,
     load_gates,
     load_rows,
     load_slots,
@@ -178,78 +178,80 @@ def nha_chunk_bwd_kernel_dstate(
     p_q_slot = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
     p_do = p_do + ((i_b * length + query0) * q_heads + i_hq) * DV
     i_saved = i_bh * groups * CHUNK
-    needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, True, M, BLOCK_M)
-    for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
-        m_sub = m_t & in_subchunk(o_t, i_sub, needs_subchunks)
-        i_pass = i_bh * (CHUNK // SUBCHUNK) + i_sub
-        b_chunk_decay = tl.load(p_chunk_decays + i_pass * BLOCK_M + tl.arange(0, BLOCK_M))
-        b_dk_decay = accumulate_side(
-            p_q_slot,
-            qs_t,
-            qs_h,
-            p_k_slot,
-            ks_t,
-            p_key_scores + i_saved * (CHUNK + BLOCK_M),
-            p_sink_scores + i_saved * S,
-            b_chunk_decay,
-            p_dk_slot + o_token * D,
-            p_dslot_k + i_state * M * D,
-            p_dsinks + i_state * S * (D + DV),
-            m_sub,
-            m_t,
-            i_sub,
-            heads,
-            groups,
-            tl.zeros([CHUNK, BLOCK_M], tl.float32),
-            M,
-            D,
-            S,
-            BLOCK_M,
-            BLOCK_D,
-            BLOCK_S,
-            CHUNK,
-            DTYPE,
-            GATE_DTYPE,
-            PRECISION,
-        )
-        b_dk_decay = accumulate_side(
-            p_do,
-            q_heads * DV,
-            DV,
-            p_v,
-            v_t,
-            p_value_scores + i_saved * (CHUNK + BLOCK_M),
-            p_sink_weights + i_saved * S,
-            b_chunk_decay,
-            p_dv + o_token * DV,
-            p_dslot_v + i_state * M * DV,
-            p_dsinks + i_state * S * (D + DV) + S * D,
-            m_sub,
-            m_t,
-            i_sub,
-            heads,
-            groups,
-            b_dk_decay,
-            M,
-            DV,
-            S,
-            BLOCK_M,
-            BLOCK_DV,
-            BLOCK_S,
-            CHUNK,
-            DTYPE,
-            GATE_DTYPE,
-            PRECISION,
-        )
-        b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
-        b_dweight = b_dk_decay * token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
-        b_dgate = -one_minus_exp(b_gate, DTYPE) * b_dweight
-        for i_g in range(0, groups):
-            p_grad = p_q_decay_grads + (i_saved + i_g * CHUNK) * BLOCK_M
-            b_dgate += load_rows(p_grad, o_t * BLOCK_M, m_sub, BLOCK_M, BLOCK_M).to(tl.float32)
-        b_dgate = reverse_cumsum(b_dgate, CHUNK, DTYPE) - tl.exp2(b_gate.to(tl.float32) * LOG2_E) * b_dweight
-        if i_sub > 0:
-            b_dgate += load_rows(p_dgate + o_token * M, o_t * (heads * M), m_t, M, BLOCK_M).to(tl.float32)
+    _, needs_subchunks = load_decay(p_decay + i_state * M, True, M, BLOCK_M)
+    passes = 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1)
+    for i_sub in tl.range(0, passes, disable_licm=True):
+        if i_sub < passes:  # always true, see `primitives`
+            m_sub = m_t & in_subchunk(o_t, i_sub, needs_subchunks)
+            i_pass = i_bh * (CHUNK // SUBCHUNK) + i_sub
+            b_chunk_decay = tl.load(p_chunk_decays + i_pass * BLOCK_M + tl.arange(0, BLOCK_M))
+            b_dk_decay = accumulate_side(
+                p_q_slot,
+                qs_t,
+                qs_h,
+                p_k_slot,
+                ks_t,
+                p_key_scores + i_saved * (CHUNK + BLOCK_M),
+                p_sink_scores + i_saved * S,
+                b_chunk_decay,
+                p_dk_slot + o_token * D,
+                p_dslot_k + i_state * M * D,
+                p_dsinks + i_state * S * (D + DV),
+                m_sub,
+                m_t,
+                i_sub,
+                heads,
+                groups,
+                tl.zeros([CHUNK, BLOCK_M], tl.float32),
+                M,
+                D,
+                S,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_S,
+                CHUNK,
+                DTYPE,
+                GATE_DTYPE,
+                PRECISION,
+            )
+            b_dk_decay = accumulate_side(
+                p_do,
+                q_heads * DV,
+                DV,
+                p_v,
+                v_t,
+                p_value_scores + i_saved * (CHUNK + BLOCK_M),
+                p_sink_weights + i_saved * S,
+                b_chunk_decay,
+                p_dv + o_token * DV,
+                p_dslot_v + i_state * M * DV,
+                p_dsinks + i_state * S * (D + DV) + S * D,
+                m_sub,
+                m_t,
+                i_sub,
+                heads,
+                groups,
+                b_dk_decay,
+                M,
+                DV,
+                S,
+                BLOCK_M,
+                BLOCK_DV,
+                BLOCK_S,
+                CHUNK,
+                DTYPE,
+                GATE_DTYPE,
+                PRECISION,
+            )
+            b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
+            b_dweight = b_dk_decay * token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+            b_dgate = -one_minus_exp(b_gate, DTYPE) * b_dweight
+            for i_g in range(0, groups):
+                p_grad = p_q_decay_grads + (i_saved + i_g * CHUNK) * BLOCK_M
+                b_dgate += load_rows(p_grad, o_t * BLOCK_M, m_sub, BLOCK_M, BLOCK_M).to(tl.float32)
+            b_dgate = reverse_cumsum(b_dgate, CHUNK, DTYPE) - tl.exp2(b_gate.to(tl.float32) * LOG2_E) * b_dweight
+            if i_sub > 0:
+                b_dgate += load_rows(p_dgate + o_token * M, o_t * (heads * M), m_t, M, BLOCK_M).to(tl.float32)
+                tl.debug_barrier()
+            store_rows(p_dgate + o_token * M, o_t * (heads * M), m_t, b_dgate, M, BLOCK_M)
             tl.debug_barrier()
-        store_rows(p_dgate + o_token * M, o_t * (heads * M), m_t, b_dgate, M, BLOCK_M)
-        tl.debug_barrier()

@@ -12,9 +12,10 @@ import triton.language as tl
 from nha.ops.triton.primitives import (
     SUBCHUNK,
     chunk_decay,
-    chunk_needs_subchunks,
     chunk_of_block,
+    gate_factors,
     in_subchunk,
+    load_decay,
     load_decayed_slots,
     load_gates,
     load_rows,
@@ -29,15 +30,19 @@ from nha.ops.triton.primitives import (
     skip_inner,
     store_rows,
     token_decay,
+    window_tile,
 )
 
 
 @triton.jit
 def attend_chunk(
     b_q,
-    b_k,
+    b_qk,
+    b_window,
     b_v,
-    o_seen,
+    p_v_next,
+    v_t,
+    m_next,
     b_slot_k,
     b_slot_v,
     b_q_decay,
@@ -45,10 +50,9 @@ def attend_chunk(
     p_sink_k,
     p_sink_v,
     m_chunk,
+    m_causal,
     u,
-    u_start,
     first_active,
-    window,
     scale,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -63,35 +67,31 @@ def attend_chunk(
     GATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_PREFIX_MASK: tl.constexpr,
-    SHARED_QK: tl.constexpr,
-    COVERS_CHUNK: tl.constexpr,
+    WINDOW_IN_TILE: tl.constexpr,
 ):
-    """(m_i, l_i, l_slots, b_acc) of the softmax over sink, slots and, with SHARED_QK, window keys of the chunk.
+    """(m_i, l_i, l_slots, b_acc) of the softmax over sink, slots and the window keys whose scores are b_window, if any.
 
     The slots are read in two parts, without materialising one per query: those before the chunk, and the chunk's own
-    tokens up to the query's. SHARED_QK: the window sees the chunk's other tokens by the same products.
+    tokens up to the query's, whose scores b_qk has. WINDOW_IN_TILE: b_window is that of two chunks, and
+    the chunk may be one without slots.
     """
-    m_causal = (u_start + tl.arange(0, CHUNK))[None, :] <= u[:, None]
-    b_qk = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION)
     b_s = matmul(b_q, tl.trans(b_slot_k), GATE_DTYPE, PRECISION)
     b_s += matmul(tl.where(m_causal, b_qk, 0.0), b_k_decay, GATE_DTYPE, PRECISION)
-    b_s *= b_q_decay
+    if WINDOW_IN_TILE:
+        b_s = b_s * b_q_decay + tl.where(m_chunk, 0.0, float("-inf"))
+    else:
+        b_s *= b_q_decay
     if M < BLOCK_M:
         b_s = tl.where((tl.arange(0, BLOCK_M) < M)[None, :], b_s, float("-inf"))
     if HAS_PREFIX_MASK:
         b_s = tl.where((u >= first_active)[:, None], b_s, float("-inf"))
     m_i = tl.max(b_s, 1)
-    if SHARED_QK:
-        if COVERS_CHUNK and not HAS_PREFIX_MASK:
-            b_qk = tl.where(m_causal, float("-inf"), b_qk)
-        else:
-            m_window = (o_seen[None, :] - (u + 1)[:, None]).to(tl.uint32) < window.to(tl.uint32)
-            b_qk = tl.where(m_window, b_qk, float("-inf"))
-        m_i = tl.maximum(m_i, tl.max(b_qk, 1))
+    if b_window is not None:
+        m_i = tl.maximum(m_i, tl.max(b_window, 1))
     if S > 0:
         b_sink = load_slots(p_sink_k, m_chunk, S, BLOCK_S, D, BLOCK_D)
         b_sink_s = matmul(b_q, tl.trans(b_sink), DTYPE, PRECISION)
-        b_sink_s = tl.where((tl.arange(0, BLOCK_S) < S)[None, :], b_sink_s, float("-inf"))
+        b_sink_s = tl.where(((tl.arange(0, BLOCK_S) < S) & m_chunk)[None, :], b_sink_s, float("-inf"))
         if HAS_PREFIX_MASK:
             b_sink_s = tl.where((u >= first_active)[:, None], b_sink_s, float("-inf"))
         m_i = tl.maximum(m_i, tl.max(b_sink_s, 1))
@@ -104,17 +104,21 @@ def attend_chunk(
         l_slots += tl.sum(b_sink_p, 1)
         b_sink = load_slots(p_sink_v, m_chunk, S, BLOCK_S, DV, BLOCK_DV)
         b_acc = matmul(b_sink_p, b_sink, DTYPE, PRECISION)
+    if WINDOW_IN_TILE:
+        b_v_next = load_rows(p_v_next, tl.arange(0, CHUNK) * v_t, m_next, DV, BLOCK_DV)
     b_p_decayed = (b_p * b_q_decay).to(GATE_DTYPE)
     b_acc += matmul(b_p_decayed, b_slot_v, GATE_DTYPE, PRECISION)
     b_p_token = matmul(b_p_decayed, tl.trans(b_k_decay), GATE_DTYPE, PRECISION)
     l_i = l_slots
-    if SHARED_QK:
-        b_p = tl.exp2(b_qk * scale - m_scaled[:, None])
+    if b_window is not None:
+        b_p = tl.exp2(b_window * scale - m_scaled[:, None])
         l_i += tl.sum(b_p, 1)
         b_p_token = tl.where(m_causal, b_p_token, b_p)
     else:
         b_p_token = tl.where(m_causal, b_p_token, 0.0)
     b_acc += matmul(b_p_token, b_v, DTYPE, PRECISION)
+    if WINDOW_IN_TILE:
+        b_acc += matmul(tl.where(m_causal, b_p, 0.0), b_v_next, DTYPE, PRECISION)
     return m_i, l_i, l_slots, b_acc
 
 
@@ -335,6 +339,7 @@ def nha_chunk_fwd_kernel(
     HAS_WINDOW: tl.constexpr,
     SHARED_QK: tl.constexpr,
     COVERS_CHUNK: tl.constexpr,
+    WINDOW_IN_TILE: tl.constexpr,
     HAS_SLOT_QK: tl.constexpr,
     SPLIT_INNER_LOOP: tl.constexpr,
 ):
@@ -342,9 +347,9 @@ def nha_chunk_fwd_kernel(
 
     `scale` includes log2(e). HAS_PREFIX_MASK: keys before `first` are empty, and queries before it see no slots unless
     SLOTS_ACTIVE. SHARED_QK: there is a window, and slots see its queries and keys. COVERS_CHUNK: a query's window holds
-    all later tokens of its chunk. HAS_SLOT_QK: q_slot is not q.
-    SPLIT_INNER_LOOP: window keys that all queries of the block see have a loop without masks. STAGES: loads of window
-    keys in flight.
+    all later tokens of its chunk. WINDOW_IN_TILE: the window is no longer than a chunk, and its scores are one tile.
+    HAS_SLOT_QK: q_slot is not q. SPLIT_INNER_LOOP: window keys that all queries of the block see have a loop without
+    masks. STAGES: loads of window keys in flight.
     """
     ROWS: tl.constexpr = BLOCK_H * CHUNK
     i_n, i_block = locate_program(tl.program_id(0), p_table, blocks, PACKED)
@@ -374,98 +379,135 @@ def nha_chunk_fwd_kernel(
     # The window's tokens reach beyond those written. Those that nobody sees are moved below every window.
     m_seen = m_chunk & (u_start + o_t < past + seqlen)
     o_seen = tl.where(m_seen & (u_start + o_t >= first_key), u_start + o_t, -window - CHUNK)
+    m_causal = o_t[None, :] <= o_row[:, None]
+    m_next = u_start + CHUNK + o_t < past + seqlen
     b_k = load_rows(p_k_slot, o_t * ks_t, m_seen, D, BLOCK_D)
     b_v = load_rows(p_v + token0 * v_t, o_t * v_t, m_seen, DV, BLOCK_DV)
-    needs_subchunks = chunk_needs_subchunks(p_decay + i_state * M, m_chunk, M, BLOCK_M)
-    for i_sub in tl.range(0, 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1), disable_licm=True):
-        m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
-        b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
-        b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
-        b_slot_k = load_decayed_slots(p_slot_k + i_state * M * D, b_chunk_decay, m_chunk, M, BLOCK_M, D, BLOCK_D)
-        b_slot_k = b_slot_k.to(GATE_DTYPE)
-        b_slot_v = load_decayed_slots(p_slot_v + i_state * M * DV, b_chunk_decay, m_chunk, M, BLOCK_M, DV, BLOCK_DV)
-        b_slot_v = b_slot_v.to(GATE_DTYPE)
-        b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK) * one_minus_exp(b_gate, DTYPE)
-        b_k_decay = b_k_decay.to(GATE_DTYPE)
-        for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
-            m_row = m_sub & (i_g + o_h < groups)
-            i_hq = i_h * groups + i_g
-            p_q_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
-            b_q = load_rows(p_q_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
-            m_i = tl.full([ROWS], float("-inf"), tl.float32)
-            l_i = tl.zeros([ROWS], tl.float32)
-            l_slots = tl.zeros([ROWS], tl.float32)
-            b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-            if m_chunk:
-                m_i, l_i, l_slots, b_acc = attend_chunk(
-                    b_q,
-                    b_k,
-                    b_v,
-                    o_seen,
-                    b_slot_k,
-                    b_slot_v,
-                    b_q_decay,
-                    b_k_decay,
-                    p_sink_k + i_h * S * D if S > 0 else None,
-                    p_sink_v + i_h * S * DV if S > 0 else None,
-                    m_chunk,
-                    u,
-                    u_start,
-                    first_active,
-                    window,
-                    scale,
-                    M,
-                    D,
-                    DV,
-                    S,
-                    BLOCK_M,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    BLOCK_S,
-                    CHUNK,
-                    DTYPE,
-                    GATE_DTYPE,
-                    PRECISION,
-                    HAS_PREFIX_MASK,
-                    SHARED_QK,
-                    COVERS_CHUNK,
-                )
-            if HAS_WINDOW:
-                if HAS_SLOT_QK:
-                    p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
+    b_decay, needs_subchunks = load_decay(p_decay + i_state * M, m_chunk, M, BLOCK_M)
+    passes = 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1)
+    for i_sub in tl.range(0, passes, disable_licm=True):
+        if i_sub < passes:  # always true, see `primitives`
+            m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
+            if WINDOW_IN_TILE:
+                b_q_decay, b_chunk_decay, b_k_decay = gate_factors(b_gate, b_decay, i_sub, needs_subchunks, CHUNK)
+            else:
+                b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
+                b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+            b_slot_k = load_decayed_slots(p_slot_k + i_state * M * D, b_chunk_decay, m_chunk, M, BLOCK_M, D, BLOCK_D)
+            b_slot_k = b_slot_k.to(GATE_DTYPE)
+            b_slot_v = load_decayed_slots(p_slot_v + i_state * M * DV, b_chunk_decay, m_chunk, M, BLOCK_M, DV, BLOCK_DV)
+            b_slot_v = b_slot_v.to(GATE_DTYPE)
+            if not WINDOW_IN_TILE:
+                b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+            b_k_decay = (b_k_decay * one_minus_exp(b_gate, DTYPE)).to(GATE_DTYPE)
+            for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
+                m_row = m_sub & (i_g + o_h < groups)
+                i_hq = i_h * groups + i_g
+                p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
+                p_q_slot_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
+                if WINDOW_IN_TILE and not SHARED_QK:
                     b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
-                m_i, l_i, l_slots, b_acc = attend_window(
-                    b_q,
-                    p_k,
-                    p_v,
-                    k_t,
-                    v_t,
-                    k_start,
-                    first_key,
-                    past + seqlen,
-                    u_start,
-                    u,
-                    window,
-                    scale,
-                    m_i,
-                    l_i,
-                    l_slots,
-                    b_acc,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    CHUNK,
-                    STAGES,
-                    DTYPE,
-                    PRECISION,
-                    SHARED_QK,
-                    SPLIT_INNER_LOOP,
-                )
-            o_out = (i_b * length + query0) * q_heads + i_hq
-            o_out_row = o_row * q_heads + o_h
-            l_i = tl.where(l_i > 0, l_i, 1.0)
-            store_rows(p_out + o_out * DV, o_out_row * DV, m_row, b_acc * (1 / l_i)[:, None], DV, BLOCK_DV)
-            tl.store(p_lse + o_out + o_out_row, m_i * scale + tl.log2(l_i), mask=m_row)
-            tl.store(p_mass + o_out + o_out_row, l_slots / l_i, mask=m_row)
+                    b_k_own = load_rows(p_k + token0 * k_t, o_t * k_t, m_seen, D, BLOCK_D)
+                    b_own = matmul(b_q, tl.trans(b_k_own), DTYPE, PRECISION)
+                    b_k_next = load_rows(p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+                    b_next = matmul(b_q, tl.trans(b_k_next), DTYPE, PRECISION)
+                b_q = load_rows(p_q_slot_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
+                m_i = tl.full([ROWS], float("-inf"), tl.float32)
+                l_i = tl.zeros([ROWS], tl.float32)
+                l_slots = tl.zeros([ROWS], tl.float32)
+                b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+                if WINDOW_IN_TILE or m_chunk:
+                    b_qk = matmul(b_q, tl.trans(b_k), DTYPE, PRECISION)
+                    b_window = None
+                    if SHARED_QK:
+                        b_own = b_qk
+                        if WINDOW_IN_TILE:
+                            b_k_next = load_rows(p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+                            b_next = matmul(b_q, tl.trans(b_k_next), DTYPE, PRECISION)
+                    if WINDOW_IN_TILE or SHARED_QK:
+                        b_window = window_tile(
+                            b_own,
+                            b_next if WINDOW_IN_TILE else None,
+                            m_causal,
+                            u_start,
+                            u,
+                            o_seen,
+                            first_key,
+                            window,
+                            m_chunk,
+                            CHUNK,
+                            HAS_PREFIX_MASK,
+                            COVERS_CHUNK,
+                        )
+                    m_i, l_i, l_slots, b_acc = attend_chunk(
+                        b_q,
+                        b_qk,
+                        b_window,
+                        b_v,
+                        p_v + (token0 + CHUNK) * v_t,
+                        v_t,
+                        m_next,
+                        b_slot_k,
+                        b_slot_v,
+                        b_q_decay,
+                        b_k_decay,
+                        p_sink_k + i_h * S * D if S > 0 else None,
+                        p_sink_v + i_h * S * DV if S > 0 else None,
+                        m_chunk,
+                        m_causal,
+                        u,
+                        first_active,
+                        scale,
+                        M,
+                        D,
+                        DV,
+                        S,
+                        BLOCK_M,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        BLOCK_S,
+                        CHUNK,
+                        DTYPE,
+                        GATE_DTYPE,
+                        PRECISION,
+                        HAS_PREFIX_MASK,
+                        WINDOW_IN_TILE,
+                    )
+                if HAS_WINDOW and not WINDOW_IN_TILE:
+                    if HAS_SLOT_QK:
+                        b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
+                    m_i, l_i, l_slots, b_acc = attend_window(
+                        b_q,
+                        p_k,
+                        p_v,
+                        k_t,
+                        v_t,
+                        k_start,
+                        first_key,
+                        past + seqlen,
+                        u_start,
+                        u,
+                        window,
+                        scale,
+                        m_i,
+                        l_i,
+                        l_slots,
+                        b_acc,
+                        D,
+                        DV,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        BLOCK_N,
+                        CHUNK,
+                        STAGES,
+                        DTYPE,
+                        PRECISION,
+                        SHARED_QK,
+                        SPLIT_INNER_LOOP,
+                    )
+                o_out = (i_b * length + query0) * q_heads + i_hq
+                o_out_row = o_row * q_heads + o_h
+                l_i = tl.where(l_i > 0, l_i, 1.0)
+                store_rows(p_out + o_out * DV, o_out_row * DV, m_row, b_acc * (1 / l_i)[:, None], DV, BLOCK_DV)
+                tl.store(p_lse + o_out + o_out_row, m_i * scale + tl.log2(l_i), mask=m_row)
+                tl.store(p_mass + o_out + o_out_row, l_slots / l_i, mask=m_row)

@@ -165,6 +165,7 @@ def outputs(call: Call, states: ChunkStates) -> tuple[Tensor, Tensor, Tensor]:
         SLOTS_ACTIVE=inputs.slots_active,
         SHARED_QK=plan.window > 0 and inputs.q_slot is None and inputs.k_slot is None,
         COVERS_CHUNK=plan.window >= sizes.chunk,
+        WINDOW_IN_TILE=sizes.window_in_tile,
         HAS_SLOT_QK=inputs.q_slot is not None,
         num_warps=sizes.warps,
         num_stages=1,

@@ -43,6 +43,7 @@ class BlockSizes(NamedTuple):
     split_inner_loop: bool  # whether keys that all queries of a block see are read without masks, and vice versa
     block_n: int  # window keys of one step of a block of queries
     bwd_block_n: int  # the same in the backward pass, and queries of one step of a chunk of keys
+    window_in_tile: bool  # with block_h 1: whether a tile of a chunk's width has the scores of whole windows
     stages: int  # loads of window keys in flight, in both passes
     warps: int
     dstate_warps: int
@@ -108,6 +109,10 @@ def block_sizes(
     # Prefetch where shared memory has room for it beside another block: not for one head of 128.
     small_heads = max_width <= 64 and gate_operand == tl.bfloat16 and shared >= H100_SHARED_MEMORY and not low_occupancy
     prefetch = small_heads or (large_steps and rows > chunk)
+    large_tiles = gate_operand == tl.bfloat16 and not (low_occupancy or small_memory)
+    # Not for one query head a KV head: there the registers that the tile takes cost more than it saves.
+    in_tile = large_tiles and 0 < window <= chunk and groups > 1
+    few_warps = large_tiles and sinks == 0 and groups == 1  # more heads, or a sink, make four warps spill
     wide_gates = gate_dtype == torch.float32 and max_width > 64  # a chunk of them takes the room of a third load
     return BlockSizes(
         block_m=padded_width(slots, row),
@@ -119,10 +124,11 @@ def block_sizes(
         split_inner_loop=split,
         block_n=16 if is_fp32 else 64 if large_steps else 32,
         bwd_block_n=16 if is_fp32 else 32,
+        window_in_tile=in_tile,
         stages=(2 if wide_gates else 3) if prefetch else 1,
         warps=4 if is_fp32 and low_occupancy else 8 if low_occupancy else rows // 16,
-        dstate_warps=4 if small_memory or small_heads else 8,
-        dstate_stages=1 if small_memory else 3,
+        dstate_warps=4 if small_memory or small_heads or few_warps else 8,
+        dstate_stages=1 if small_memory else 2 if few_warps and not small_heads else 3,
         scan_stages=8 if is_fp32 or small_memory else 16,
         dkv_warps=8 if (is_fp32 and max_width > 64) or (low_occupancy and chunk > 16) else 4,
         dkv_stages=1 if is_fp32 or low_occupancy or small_memory else 3,
