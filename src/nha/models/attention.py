@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ def read_layer(
 
 
 # One graph before attention and one behind it serve layers of any windows, which no guard reads then.
-read_outside_graph: Callable[..., tuple[Tensor, Tensor | None]] = torch.compiler.disable(read_layer)
+read_outside_graph = cast(Callable[..., tuple[Tensor, Tensor | None]], torch.compiler.disable(read_layer))
 
 
 def next_exact_token(
@@ -218,12 +218,12 @@ def slot_inputs(
 
 
 def observation(
-    module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scale: float, softcap: float | None
+    module: Any, inputs: Sequence[Tensor | Int8Rows], nha: LayerInputs, scale: float, softcap: float | None
 ) -> Observation:
     """The inputs of an attention module, keys without positions among them, for its observer."""
-    query, key, value = (
-        (x.dequantize(inputs[0].dtype) if isinstance(x, Int8Rows) else x).transpose(1, 2) for x in inputs
-    )
+    dtype = nha.hidden.dtype
+    query, key, value = (x.dequantize(dtype) if isinstance(x, Int8Rows) else x for x in inputs)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     slot_key = key
     if nha.tables is not None:
         slot_key = unrotate(key, *nha.tables, interleaved=module.rotary_style.interleaved)
