@@ -103,13 +103,13 @@ def measure(step: Callable[[], None]) -> dict[str, Any]:
     groups: dict[str, float] = {}
     for kernel in kernels:
         group = group_of(kernel["name"])
-        groups[group] = round(groups.get(group, 0.0) + kernel["ms"], 3)
+        groups[group] = groups.get(group, 0.0) + kernel["ms"]
     return {
         "step_ms": round(1e3 * taken / TIMED_STEPS, 3),
         "host_ms": round(1e3 * host / TIMED_STEPS, 3),
         "prepare_s": round(prepared, 1),
         "kernels_ms": round(sum(kernel["ms"] for kernel in kernels), 3),
-        "groups": groups,
+        "groups": {name: round(ms, 3) for name, ms in groups.items()},
         "kernels": kernels,
     }
 
