@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nha.evaluate.bootstrap import interval
+from nha.models.conversation import cache_keyword
 from nha.models.head import batch_tokens, check_head, hidden_states, token_losses
 
 SEGMENT = 1024
@@ -115,7 +117,8 @@ def perplexity(
             if segment == length:
                 hidden = hidden_states(model, part)
             else:
-                output = model.get_decoder()(part, past_key_values=cache, use_cache=True)
+                decoder: Any = model.get_decoder()
+                output = decoder(part, use_cache=True, **{cache_keyword(decoder): cache})
                 hidden, cache = output.last_hidden_state, output.past_key_values
             target = batch[:, at + 1 : at + segment + 1]
             hidden = hidden[:, : target.shape[1]]

@@ -19,6 +19,7 @@ from nha.data.recall.facts import draw_facts, filler_tokens, pieces_of
 from nha.data.recall.words import EVALUATION
 from nha.evaluate.public.needle import DIGITS
 from nha.evaluate.public.written import begins_with, first_line
+from nha.models.conversation import cache_keyword
 from nha.report.results import RecallAt, Sample
 
 MORE = 2  # tokens written after as many as the number has
@@ -78,7 +79,7 @@ def ask(
 def read(model: PreTrainedModel, cache: DynamicCache, ids: Sequence[int]) -> Tensor:
     """Read tokens into a cache; the logits [V] after the last."""
     given = torch.tensor([ids], device=model.device)
-    return model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    return model(given, use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache}).logits[0, -1]
 
 
 def write(model: PreTrainedModel, cache: DynamicCache, ids: Sequence[int], count: int) -> list[int]:
