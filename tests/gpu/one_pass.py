@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 import nha.ops.triton
+from nha.ops.int8_rows import Int8Rows
 from nha.ops.triton.full_decode import full_decode as full_decode_op
+from nha.ops.triton.int8_rows import write_rows
+from nha.ops.triton.merge import merge
 from nha.ops.triton.pointwise import add_norm, attention_inputs, silu_product
 from nha.ops.triton.ring import ring_after_prompt
 from nha.ops.triton.token import Norm, token_inputs, token_linear, token_mlp
@@ -68,6 +71,21 @@ def layer_results(device: str) -> list[torch.Tensor]:
     return [y for y in found if y is not None]
 
 
+def cache_differences(device: str) -> list[str]:
+    """Wrong results of the kernels of a cache with full attention: rows in 8 bits, and the merging of two parts."""
+    wrong = []
+    x, start = torch.randn(2, 2, 3, 16, device=device), torch.tensor(1, device=device)
+    rows = Int8Rows(torch.zeros(2, 2, 4, 16, dtype=torch.int8, device=device), torch.ones(2, 2, 4, 1, device=device))
+    write_rows(x, *rows, start)
+    if not all(torch.equal(held[:, :, 1:], new) for held, new in zip(rows, Int8Rows.of(x), strict=True)):
+        wrong.append("rows in 8 bits are not those of the definition")
+    out, total = torch.zeros_like(x), torch.zeros(2, 2, 3, 1, device=device)
+    merge(out, total, x, total.clone())
+    if not (torch.allclose(out, x / 2) and torch.allclose(total, torch.full_like(total, 2).log())):
+        wrong.append("two parts of equal mass are not merged into their mean")
+    return wrong
+
+
 def one_pass(setting: Setting) -> None:
     """Launch every kernel, forward, backward and decoding, on a few small cases; every result is finite."""
     whole = interpretable(setting)
@@ -101,6 +119,7 @@ def one_pass(setting: Setting) -> None:
                 wrong.append(f"the ring after {length} tokens does not hold the last of them")
         if not all(x.isfinite().all() for x in layer_results(setting.device)):
             wrong.append("a kernel around attention is not finite")
+        wrong += cache_differences(setting.device)
     missing = sorted(kernels().keys() - names)
     expect_none(wrong + [f"{name} was not launched" for name in missing])
 
