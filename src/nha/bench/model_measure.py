@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nha.bench.timing import CUDA, DEVICE, captured, is_out_of_memory, median_ms, synchronize
+from nha.ops.int8_rows import row_bytes
 
 GIB = 2**30
 SPARE = 4  # GiB that throughput leaves free for activations
@@ -143,11 +144,9 @@ def cache_bytes(model: Any, length: int, slots: int) -> int:
     config = model.config.get_text_config()
     windows = getattr(config, "window_sizes", None) or [-1] * config.num_hidden_layers
     size, dim = model.dtype.itemsize, getattr(config, "head_dim", None)
-    wide = config.num_key_value_heads * (dim or config.hidden_size // config.num_attention_heads)
-    of_row = wide * size
-    if getattr(config, "kv_cache_dtype", "auto") == "int8":
-        of_row = wide + 4 * config.num_key_value_heads
-    of_full = 2 * of_row * (length + ROOM)
+    dim = dim or config.hidden_size // config.num_attention_heads
+    wide, row = config.num_key_value_heads * dim, row_bytes(getattr(config, "kv_cache_dtype", "auto"), dim, size)
+    of_full = 2 * config.num_key_value_heads * row * (length + ROOM)
     gates = config.num_key_value_heads * slots * size
     return sum(
         of_full if window < 0 else 2 * wide * (slots * 4 + 2 * window * size) + window * (gates + wide * size)
@@ -180,14 +179,16 @@ def kv_cache_dtype(model: Any, name: str) -> Iterator[None]:
     """Within the block, new caches of a hybrid keep keys and values of full attention so; others stay as they are."""
     from nha.models.windows import set_kv_cache_dtype
 
-    if not hasattr(model.config.get_text_config(), "window_sizes"):
+    config = model.config.get_text_config()
+    if not hasattr(config, "window_sizes"):
         yield
         return
+    own = config.kv_cache_dtype
     set_kv_cache_dtype(model, name)
     try:
         yield
     finally:
-        set_kv_cache_dtype(model, "auto")
+        set_kv_cache_dtype(model, own)
 
 
 def decode(model: Any, how: str, length: int, window: int) -> dict[str, Any]:

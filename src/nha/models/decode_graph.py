@@ -26,6 +26,7 @@ from nha.models.int8_cache import Int8CacheLayer
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
+from nha.ops.int8_rows import row_bytes
 
 MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
 UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
@@ -174,8 +175,7 @@ def static_bytes(model: Any, batch: int, max_cache_len: int) -> int:
     """Bytes of the full layers and heads of a static cache."""
     config = decoder(model).config
     heads = sum(per_head(window, config.num_key_value_heads).count(-1) for window in config.window_sizes)
-    dim = attention_layers(model)[0].head_dim
-    row = dim * model.dtype.itemsize if config.kv_cache_dtype == "auto" else dim + 4
+    row = row_bytes(config.kv_cache_dtype, attention_layers(model)[0].head_dim, model.dtype.itemsize)
     return 2 * heads * batch * max_cache_len * row
 
 

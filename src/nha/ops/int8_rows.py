@@ -22,6 +22,15 @@ def check_kv_cache_dtype(kv_cache_dtype: object) -> None:
     check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
 
 
+def row_bytes(kv_cache_dtype: str, dim: int, itemsize: int) -> int:
+    """Bytes of one token's key or value of a head in such a cache, `itemsize` those of a number of the model's dtype.
+
+    >>> row_bytes("auto", 64, 2), row_bytes("int8", 64, 2)
+    (128, 68)
+    """
+    return dim + torch.float32.itemsize if kv_cache_dtype == "int8" else dim * itemsize
+
+
 class Int8Rows(NamedTuple):
     """Rows of D numbers [B, H, T, D] int8 and their scales [B, H, T, 1] float32, which are powers of 2."""
 

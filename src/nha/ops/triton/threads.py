@@ -42,7 +42,8 @@ class Loader(ThreadPoolExecutor):
     def _load(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kernel = fn(*args, **kwargs)
         with torch.cuda.device(self.device) if torch.cuda.is_available() else nullcontext():
-            assert kernel.run is not None  # reading it builds the launcher and loads the kernel
+            if kernel.run is None:  # reading it builds the launcher and loads the kernel
+                raise RuntimeError("expected a launcher of a compiled kernel, got None")
         return kernel
 
 
