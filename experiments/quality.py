@@ -39,7 +39,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.quality_arms import ARMS, DEFAULT_ARMS, Run, budget_of, control_of, deal, make_runs
+from experiments.quality_arms import ARMS, DEFAULT_ARMS, Arm, Run, budget_of, control_of, deal, make_runs
 
 # What decides most comes first: where time is up, a run is kept without the rest.
 LONG_NEEDLE = "long needle"
@@ -403,7 +403,7 @@ class Shard:
         import torch
 
         from nha.io import write_atomically
-        from nha.models.windows import set_state_dtype
+        from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 
         cuda = torch.cuda.is_available()
         if cuda:
@@ -420,8 +420,9 @@ class Shard:
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")
         model = self.shipped(run, found) if run.arm and run.arm.shipped and not from_file else found.model
-        if run.arm and run.arm.state_dtype != "float32":
+        if run.arm:
             set_state_dtype(model, run.arm.state_dtype)
+            set_kv_cache_dtype(model, run.arm.kv_cache_dtype)
         if self.options.files and run.arm and not run.arm.source and not run.arm.shipped:
             self.write_file(run, found)
         begun = time.monotonic()
@@ -500,6 +501,12 @@ def cache_bytes(model: Any, tokens: int) -> int:
     return int(cache_nbytes(filled_cache(model, ids, tokens)))
 
 
+def cache_formats(arm: Arm) -> dict[str, str]:
+    """How an arm's caches keep numbers, where it is not the default."""
+    found = {"state_dtype": arm.state_dtype, "kv_cache_dtype": arm.kv_cache_dtype}
+    return {name: dtype for name, dtype in found.items() if dtype not in ("float32", "auto")}
+
+
 def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, float]]) -> dict[str, Any]:
     """The row of a run."""
     import statistics
@@ -519,7 +526,7 @@ def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, f
         "tokens": int(log[-1]["tokens"]) if log else 0,
         "teacher_tokens": run.settings.teacher_tokens if run.arm else 0,
         "bytes_16k": held,
-        **({"state_dtype": run.arm.state_dtype} if run.arm and run.arm.state_dtype != "float32" else {}),
+        **(cache_formats(run.arm) if run.arm else {}),
         "windows": list(config.window_sizes),
         "slots": config.num_slots if run.arm else 0,
         **{name: numbers.get(name) for name in ("ppl_2k", "ppl_8k", "sets", "average", "squad")},

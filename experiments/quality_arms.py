@@ -87,6 +87,7 @@ class Arm:
         source: the arm whose run is measured in another way: as an "svd" or "packed" file, or with other states.
         teacher_fraction: of the tokens, which train the teacher first.
         state_dtype: how caches keep states while the arm is measured (see `nha.models.windows.set_state_dtype`).
+        kv_cache_dtype: how they keep keys and values of full heads meanwhile (see `set_kv_cache_dtype` there).
     """
 
     name: str
@@ -99,6 +100,7 @@ class Arm:
     source: str | None = None
     teacher_fraction: float = 0.0
     state_dtype: str = "float32"
+    kv_cache_dtype: str = "auto"
 
 
 RECALL = {"answer_weight": 0.75}  # of the hybrid alone: slots learn recall more slowly than perplexity
@@ -110,6 +112,12 @@ MIXED4 = Heads(((6, FULL), (14, 7008)), plan=MEAN_PLAN)
 MIXED1 = Heads(((12, 3600), (8, 720)), plan=MEAN_PLAN)
 # MIXED1 answers many questions wrongly, and some answers in training are beyond all its windows: two heads reach them.
 WIDE1 = Heads(((2, FULL), (10, 2144), (8, 896)), plan=MEAN_PLAN)
+# In 8 bits a token takes 136 bytes in a full head and 262 in a window, in bfloat16 256 and 512. So more heads are full,
+# and the windows of all others are as long as a passage, within which near text is copied.
+FLOOR4 = Heads(((22, FULL),), 304, MEAN_PLAN)
+FLOOR1 = Heads(((2, FULL), (13, 2240)), 256, MEAN_PLAN)
+FLOOR0 = Heads(((12, 1088),), 64, MEAN_PLAN)
+INT8 = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in the
@@ -152,6 +160,9 @@ ARMS = {
             teacher_fraction=HALF,
             state_dtype="int8",
         ),
+        Arm("4full_floor", "4full", "constant", {}, FLOOR4, (32768,), teacher_fraction=HALF, **INT8),
+        Arm("1full_floor", "1full", "constant", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
+        Arm("constant_floor", "constant", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
         Arm("1full_mixed", "1full", "constant", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
         Arm("constant_heads", "constant", "constant", {}, NARROW, LONG),
         Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, NARROW, LONG),

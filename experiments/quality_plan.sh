@@ -6,7 +6,9 @@
 #     FIRST=1full_half,1full_int8 OTHER=none FILES= ...    # states in float32, then in int8; no small files
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
-# What is to run next, each alone on a card:
+# What is to run next, each alone on a card (the pair shares one, and the teacher of the first to train it):
+#     FIRST=4full_floor OTHER=1full_floor FILES= SECONDS_GIVEN=520
+#     FIRST=constant_floor OTHER=none FILES= SECONDS_GIVEN=500
 #     FIRST=1full_int8 OTHER=none FILES= LONG= FIRST_EXTRA="--seeds 1" SECONDS_GIVEN=340
 #     FIRST=4full_int8 OTHER=none FILES= SECONDS_GIVEN=400
 #     FIRST=constant_recall OTHER=none FIRST_EXTRA="--seeds 1" SECONDS_GIVEN=400      # and seed 2

@@ -35,6 +35,8 @@ def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cac
     import torch
 
     from nha.models.cache import NHACacheLayer, cache_parts
+    from nha.models.int8_cache import Int8CacheLayer
+    from nha.ops.int8_rows import Int8Rows
 
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -42,10 +44,19 @@ def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cac
         if isinstance(layer, NHACacheLayer):
             layer.length = context
         elif not getattr(layer, "is_sliding", False):
-            repeats = -(-context // layer.keys.shape[2])
-            layer.keys = layer.keys.repeat(1, 1, repeats, 1)[:, :, :context].contiguous()
-            layer.values = layer.values.repeat(1, 1, repeats, 1)[:, :, :context].contiguous()
+            if isinstance(layer, Int8CacheLayer):
+                layer.keys, layer.values = (
+                    Int8Rows(*(lengthened(x, context) for x in rows)) for rows in (layer.keys, layer.values)
+                )
+                layer.cumulative_length = context
+            else:
+                layer.keys, layer.values = lengthened(layer.keys, context), lengthened(layer.values, context)
     return cache
+
+
+def lengthened(x: torch.Tensor, context: int) -> torch.Tensor:
+    """Tokens [B, H, T, D] repeated until there are `context` of them."""
+    return x.repeat(1, 1, -(-context // x.shape[2]), 1)[:, :, :context].contiguous()
 
 
 def token_milliseconds(model: PreTrainedModel, ids: torch.Tensor, context: int, steps: int = 5) -> tuple[int, float]:
