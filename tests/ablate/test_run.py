@@ -13,7 +13,7 @@ import yaml
 
 from nha.ablate import run
 from nha.ablate.arms import Arm
-from nha.ablate.run import Shard, claimed, read_row, row_file, run_table
+from nha.ablate.run import Shard, claimed, processes_for, read_row, row_file, run_table
 from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary
 from nha.ablate.table import Claim, built_in_tables, parse_table, read_table
 from nha.train.trainer import TrainingDiverged
@@ -105,6 +105,14 @@ def test_rows_are_made_once_and_kept(table, tmp_path):
     assert row_file(tmp_path, first.made[0]).read_bytes() == before
     row_file(tmp_path, first.made[0]).unlink()
     assert run_table(small, tmp_path).made == first.made
+
+
+def test_a_process_is_started_for_three_missing_rows_and_at_most_one_a_core(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    table = read_table("recall-cpu")
+    assert [processes_for(table.only(seeds=range(n)), tmp_path) for n in (1, 2, 3)] == [1, 3, 4]
+    assert processes_for(read_table("language-cpu"), tmp_path) == 1
 
 
 def test_rows_that_are_trained_together_are_those_made_one_by_one(table, tmp_path):

@@ -27,6 +27,13 @@ def test_a_table_is_made_and_the_same_command_finds_it_done(table, tmp_path):
     assert (tmp_path / "out" / "summary.json").exists()
 
 
+def test_processes_share_the_rows_of_one_command(table, tmp_path):
+    result = runner.invoke(app, ["ablate", str(table), "--output", str(tmp_path / "out"), "--processes", "2", "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and len(set(found["made"])) == len(found["made"]) == 4
+    assert not any(found[name] for name in ("late", "failed", "elsewhere"))
+
+
 def test_a_budget_that_is_too_short_leaves_with_code_3_and_names_the_rows(table, tmp_path):
     result = runner.invoke(app, ["ablate", str(table), "--output", str(tmp_path / "out"), "--budget", "0"])
     assert result.exit_code == 3 and "tiny--window-only--lr0.001--seed0" in result.stderr
@@ -53,6 +60,7 @@ def test_the_built_in_tables_are_listed(tmp_path):
         (["no-such-table"], ("recall-cpu", "no-such-table")),
         (["recall-cpu", "--arms", "mamba"], ("nha", "mamba")),
         (["recall-cpu", "--shard", "3/2"], ("3/2",)),
+        (["recall-cpu", "--shard", "1/2", "--processes", "2"], ("--processes", "1/2")),
         (["recall-cpu", "--lrs", "fast"], ("--lrs", "fast")),
         (["recall-cpu", "--budget", "-1"], ("--budget", "-1")),
         (["language"], ("--corpus", "--data")),

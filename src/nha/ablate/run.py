@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from nha.train.trainer import TrainingDiverged
 
 ROWS, RUNS, LOCKS = "rows", "runs", "locks"
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
+ROWS_OF_A_PROCESS = 3  # at least, since a process takes seconds to start
 MEASURE_SECONDS = 2.0  # of a recall model, at most what it took an H200
 Log = Callable[[str], None]
 Data = dict[str, Any]
@@ -76,6 +79,21 @@ class Progress:
     elsewhere: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+
+    @classmethod
+    def merged(cls, found: Sequence[Progress]) -> Progress:
+        """That of several processes as one: a row that one of them has made was made by no other process.
+
+        >>> Progress.merged([Progress(made=["a"]), Progress(present=["a"], elsewhere=["b"], late=["c"])])
+        Progress(made=['a'], present=[], elsewhere=['b'], late=['c'], failed=[])
+        """
+        names = {
+            entry.name: dict.fromkeys(n for own in found for n in getattr(own, entry.name)) for entry in fields(cls)
+        }
+        settled = {*names["made"], *names["late"], *(name.partition(" (")[0] for name in names["failed"])}
+        for rest in ("present", "elsewhere"):
+            names[rest] = dict.fromkeys(name for name in names[rest] if name not in settled)
+        return cls(**{name: list(found) for name, found in names.items()})
 
 
 def row_file(out: Path, name: str) -> Path:
@@ -170,6 +188,30 @@ def run_table(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return progress
+
+
+def processes_for(table: Table, out: Path) -> int:
+    """How many processes should share the rows that `out` does not have: on a CPU at most one a core, else one."""
+    if torch.cuda.is_available() or table.kind != "recall":
+        return 1
+    missing = sum(not row_file(out, row.name(table.name)).exists() for row in table.rows)
+    return max(1, min(torch.get_num_threads(), missing // ROWS_OF_A_PROCESS))
+
+
+def run_in_processes(table: Table, out: Path, count: int, **options: Any) -> Progress:
+    """`run_table` in `count` processes that share the rows and the threads of this one.
+
+    Args:
+        table, out: as `run_table` takes them.
+        count: processes.
+        options: further arguments of `run_table`, which are sent to the processes.
+    """
+    threads = max(1, torch.get_num_threads() // count)
+    spawned = multiprocessing.get_context("spawn")  # a GPU and threads do not survive a fork
+    with ProcessPoolExecutor(count, spawned, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        shards = [Shard(index, count) for index in range(1, count + 1)]
+        running = [pool.submit(run_table, table, out, shard=shard, **options) for shard in shards]
+        return Progress.merged([each.result() for each in running])
 
 
 def best_lr(rows: Sequence[Data]) -> float:

@@ -19,9 +19,11 @@ from nha.models import loading
 
 if TYPE_CHECKING:
     from nha.ablate.language import Sources
+    from nha.ablate.run import Progress, Shard
     from nha.ablate.table import Table
 
 UNFINISHED = 3
+ONE_SHARD = "1/1"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,14 @@ class Selection:
     ] = None
     shard: Annotated[
         str, typer.Option(help="I/N: one of N processes that share the rows, on GPU I of the machine.")
-    ] = "1/1"
+    ] = ONE_SHARD
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that this command starts to share the rows.",
+            show_default="on a CPU one a core for tables of recall, else one",
+        ),
+    ] = None
     budget: Annotated[
         float | None,
         typer.Option(help="Seconds; a row that does not fit into what is left is not made.", show_default="no limit"),
@@ -133,7 +142,11 @@ def ablate(
         common.check_at_least("--budget", rows.budget, 0)
     common.check_at_least("--reserve", rows.reserve, 0)
     common.check_at_least("--together", rows.together, 1)
-    from nha.ablate.run import Shard, run_table
+    if rows.processes is not None:
+        common.check_at_least("--processes", rows.processes, 1)
+        if rows.processes > 1 and rows.shard != ONE_SHARD:
+            raise BadInput(f"expected --processes without --shard, got {rows.processes} and {rows.shard}")
+    from nha.ablate.run import Shard
     from nha.ablate.summary import remember, write_summary
     from nha.ablate.table import read_table
 
@@ -142,21 +155,7 @@ def ablate(
     sources = text.open(chosen)
     remember(read_table(table), output, name_of(table))
 
-    def log(line: str) -> None:
-        err.print(line, markup=False, soft_wrap=True, highlight=False)
-
-    progress = run_table(
-        chosen,
-        output,
-        shard=own,
-        budget=math.inf if rows.budget is None else rows.budget,
-        sources=sources,
-        reserve=rows.reserve,
-        together=rows.together,
-        best_lr_only=rows.best_lr,
-        compile_layers=rows.compile_layers,
-        log=log,
-    )
+    progress = make_rows(chosen, output, own, rows, sources)
     page = write_summary(output)
     if as_json:
         print_json({"page": str(page), **vars(progress)})
@@ -166,6 +165,30 @@ def ablate(
         raise typer.Exit(1)
     if progress.late:
         raise typer.Exit(UNFINISHED)
+
+
+def make_rows(table: Table, output: Path, shard: Shard, rows: Selection, sources: Sources | None) -> Progress:
+    """Make the rows of a table in this process, or in several."""
+    from nha.ablate.run import processes_for, run_in_processes, run_table
+
+    options: dict[str, Any] = {
+        "budget": math.inf if rows.budget is None else rows.budget,
+        "sources": sources,
+        "reserve": rows.reserve,
+        "together": rows.together,
+        "best_lr_only": rows.best_lr,
+        "compile_layers": rows.compile_layers,
+        "log": log_line,
+    }
+    count = rows.processes or (processes_for(table, output) if rows.shard == ONE_SHARD else 1)
+    if count > 1:
+        return run_in_processes(table, output, count, **options)
+    return run_table(table, output, shard=shard, **options)
+
+
+def log_line(line: str) -> None:
+    """Print a line about the progress."""
+    err.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
 def name_of(table: str) -> str:
@@ -190,7 +213,7 @@ def write_page(table: str, output: Path, sources: list[Path]) -> None:
     out.print(f"[green]✓[/] {escape(str(write_summary(output)))}", soft_wrap=True)
 
 
-def report(progress: Any, page: Path) -> None:
+def report(progress: Progress, page: Path) -> None:
     """Print what became of the rows."""
     words = {
         "made": "made",
