@@ -87,12 +87,12 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
     """The batches of a run on `world` devices.
 
     A control reads the same batches; the weight of the KL divergence, which would be 0, goes to the cross-entropy.
+    Windows do not count, so that one control serves hybrids of all windows: with windows beyond 64 tokens some
+    questions are answered by these.
     """
     steps = max(1, round((settings.tokens - settings.long_tokens) / (settings.batch_size * settings.seq_len * world)))
     long_size = max(1, settings.batch_size * settings.seq_len // settings.long_seq_len)
     long_steps = round(settings.long_tokens / (long_size * settings.long_seq_len * world))
-    given = settings.window_size
-    window = max(smallest_window([each]) for each in ([given] if isinstance(given, int) else given))
     defaults = RecallSettings()
     return Mixture(
         steps=steps + long_steps,
@@ -103,7 +103,6 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
         recall_fraction=settings.recall_fraction,
         recall=RecallSettings(
             facts=(min(defaults.facts[0], settings.max_facts), settings.max_facts),
-            distances=(max(defaults.distances[0], window + 8), max(defaults.distances[1], window + 8)),
             long_range_fraction=settings.long_range_fraction,
         ),
         fact_warmup=settings.fact_warmup,
