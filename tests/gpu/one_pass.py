@@ -65,7 +65,13 @@ def layer_results(device: str) -> list[torch.Tensor]:
     q, k, v, gate = ((random(rows, 32), None) for rows in (32, 32, 32, 16))
     token = token_inputs(x, norm, (q, k, v), gate, turns, turns, head_dim=16, num_slots=8)
     inner = token_mlp(x, norm, random(48, 32), random(48, 32))
-    found = [*token, inner, token_linear(inner, random(32, 48), x), *add_norm(x, *norm, x), silu_product(inner, inner)]
+    found = [
+        *token,
+        inner,
+        token_linear(inner, random(32, 48), x),
+        *add_norm(x, *norm, x),
+        silu_product(inner.clone(), inner),
+    ]
     positions: Any = [t.expand(1, 3, 16) for t in turns]
     found += attention_inputs(random(1, 3, 2, 16), random(1, 3, 2, 16), random(1, 3, 2, 8), positions, turns)
     return [y for y in found if y is not None]

@@ -110,7 +110,7 @@ def hybrid_attention(
         return keep_in_graph(out, unused_slots(module, nha.hidden)), weights
     check_dropout(dropout)
     state = None if nha.cache is None else nha.cache.state
-    slots = slot_inputs(module, nha, mask.padding, cu)
+    slots = slot_inputs(module, nha, mask.padding, cu) if nha.slots is None else nha.slots
     gate, sink, kept = slots.log_gate, slots.sink, slots.num_kept
     if sink is not None:
         sink = (sink[0].to(key.dtype), sink[1].to(value.dtype))

@@ -6,7 +6,7 @@ are those of one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationConfig
 
-from nha.models.cache import cache_parts, layer_parts
+from nha.models.cache import layer_parts
 from nha.models.config import FULL
 from nha.models.decode_graph import ATTRIBUTE, graph_of, is_growing
 from nha.models.masks import cache_argument
@@ -77,34 +77,50 @@ def has_padding(ids: Tensor, kwargs: dict[str, Any]) -> bool:
 class ReservedLayer(DynamicLayer):
     """A layer with room for a whole prompt: one that grows copies everything that it holds with every piece."""
 
-    room = 0  # tokens
-    held: tuple[Tensor, Tensor]
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room  # tokens
+        self.buffers: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
+        new = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.held = tuple(x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states))  # type: ignore[assignment]
+            self.lazy_initialization(*new)
+            self.buffers = tuple(x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in new)
         stop = start + key_states.shape[2]
-        for held, new in zip(self.held, (key_states, value_states), strict=True):
-            held[:, :, start:stop] = new
-        self.keys, self.values = (held[:, :, :stop] for held in self.held)
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[:, :, start:stop] = x
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
         return self.keys, self.values
+
+    def growing(self) -> DynamicLayer:
+        """A layer that grows and holds the same tokens."""
+        layer = DynamicLayer()
+        if self.keys is not None and self.values is not None:
+            layer.lazy_initialization(self.keys, self.values)
+            layer.keys, layer.values = self.keys, self.values
+        return layer
+
+
+def map_parts(cache: Cache, function: Callable[[Any], Any]) -> None:
+    """Put `function` of every layer of a cache, and of every part of a layer with windows per head, in its place."""
+    layers: list[Any] = cache.layers
+    for place, layer in enumerate(layers):
+        if hasattr(layer, "parts"):
+            layer.parts[:] = [function(part) for part in layer.parts]
+        else:
+            layers[place] = function(layer)
 
 
 @contextmanager
 def reserving(cache: Cache, length: int) -> Iterator[None]:
     """Within the block, empty layers that grow have room for `length` tokens."""
-    layers: list[Any] = [part for part in cache_parts(cache) if type(part) is DynamicLayer]
-    for layer in layers:
-        layer.__class__, layer.room = ReservedLayer, length
+    map_parts(cache, lambda part: ReservedLayer(length) if type(part) is DynamicLayer else part)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = DynamicLayer
-            vars(layer).pop("room")
-            vars(layer).pop("held", None)
+        map_parts(cache, lambda part: part.growing() if isinstance(part, ReservedLayer) else part)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,7 +32,7 @@ from nha.models.int8_cache import Int8CacheLayer
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.prompt import has_padding, reads_text, widest
 from nha.models.windows import attention_layers, decoder
-from nha.ops.backends import HAS_TRITON
+from nha.ops.backends import compile_kernels
 from nha.ops.heads import all_windows
 
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
@@ -149,8 +148,8 @@ class PromptGraphs:
         lengths = [length for length in padded_lengths(PREPARED) if graph_length(model, length) == length]
         graphs = [self._graph(length, device) for length in lengths]
         with torch.inference_mode(False), torch.no_grad():
-            if graphs and HAS_TRITON:
-                compile_kernels(model, graphs[:CALLED], name)
+            if graphs:
+                compile_ahead(model, graphs[:CALLED], name)
             for place, graph in enumerate(graphs):
                 graph.num_tokens.fill_(graph.ids.shape[1])
                 if place < CALLED:
@@ -172,27 +171,27 @@ class PromptGraphs:
             (graph.output, graph.cache), graph.replay = decode_graph.capture(lambda: graph.run(model, name), self.pool)
 
 
-def compile_kernels(model: Any, graphs: list[PromptGraph], name: str) -> None:
-    """Compile the kernels of prompts of these lengths, and of tokens after them, in threads; nothing is computed.
+def compile_ahead(model: Any, graphs: list[PromptGraph], name: str) -> None:
+    """Compile the kernels of prompts of these lengths, and of tokens after them, side by side; nothing is computed.
 
     Within a process the kernels of models of the same sizes are compiled once.
     """
-    from nha.ops.triton.threads import can_compile_in_threads, compiling
-
-    config = decoder(model).config
+    config, device = decoder(model).config, model.device
     key = model.dtype, str(config.window_sizes), config.hidden_size, config.num_attention_heads, config.num_slots
-    if key in _compiled or not can_compile_in_threads():
+    if key in _compiled:
         return
-    # A head start: what fails here fails again, and is said, where the call computes.
-    with suppress(Exception), compiling():
-        for graph in graphs:
-            graph.num_tokens.fill_(graph.ids.shape[1])
-            _, cache = graph.run(model, name)
-            length = graph.ids.shape[1]
-            decode_graph.make_static(cache, length + 1)
-            position = torch.full((1, 1), length, device=graph.ids.device)
-            model(graph.ids[:, :1], position_ids=position, use_cache=True, **{name: cache})
     _compiled.add(key)
+
+    def launch() -> None:
+        for graph in graphs:
+            length = graph.ids.shape[1]
+            graph.num_tokens.fill_(length)
+            _, cache = graph.run(model, name)
+            decode_graph.make_static(cache, length + 1)
+            position = torch.full((1, 1), length, device=device)
+            model(graph.ids[:, :1], position_ids=position, use_cache=True, **{name: cache})
+
+    compile_kernels(launch, device)
 
 
 _compiled: set[tuple[Any, ...]] = set()

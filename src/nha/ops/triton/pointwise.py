@@ -40,8 +40,8 @@ def add_norm_kernel(p_x, p_residual, p_weight, p_sum, p_out, eps, K: tl.constexp
 
 
 @triton.jit
-def silu_product_kernel(p_gate, p_up, p_out, size, BLOCK: tl.constexpr):
-    """silu(gate) * up of `size` elements."""
+def silu_product_kernel(p_gate, p_up, size, BLOCK: tl.constexpr):
+    """silu(gate) * up of `size` elements, in the place of gate."""
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < size
     b_gate = tl.load(p_gate + o_x, mask=m_x, other=0.0)
@@ -49,7 +49,7 @@ def silu_product_kernel(p_gate, p_up, p_out, size, BLOCK: tl.constexpr):
     b_gate = b_gate.to(tl.float32)
     b_silu = (b_gate / (1 + tl.exp2(-b_gate * LOG2_E))).to(dtype).to(tl.float32)
     b_up = tl.load(p_up + o_x, mask=m_x, other=0.0).to(tl.float32)
-    tl.store(p_out + o_x, (b_silu * b_up).to(dtype), mask=m_x)
+    tl.store(p_gate + o_x, (b_silu * b_up).to(dtype), mask=m_x)
 
 
 @triton.jit
@@ -143,14 +143,12 @@ def add_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of contiguous tensors of one shape."""
-    out = torch.empty_like(gate)
+    """silu(gate) * up of contiguous tensors of one shape, in the place of `gate`: a third tensor would be the peak of
+    a long prompt's memory."""
     if gate.numel():
         with device_guard(gate):
-            silu_product_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-                gate, up, out, gate.numel(), BLOCK=BLOCK, num_warps=4
-            )
-    return out
+            silu_product_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, gate.numel(), BLOCK=BLOCK, num_warps=4)
+    return gate
 
 
 def attention_inputs(
