@@ -17,7 +17,7 @@ START=$SECONDS WORK=$(mktemp -d) CORPUS=${CORPUS:-/tmp/nha-scratch-corpus} PARTS
 mkdir -p "$OUT" "$OUT-logs" "$WORK/data"
 [ -n "${TABLES:-}" ] || cp -r results/from_scratch/rows "$OUT/"
 left() { echo $((LIMIT - 6 - (SECONDS - START))); }
-jobs_of() { # NAME OPTIONS JOB ...; a job is TABLE:SEEDS:ARMS, of no arms for all
+jobs_of() { # NAME OPTIONS JOB ...; a job is TABLE:SEEDS:ARMS, without ARMS for all models of the table
   local name=$1 options=$2 table seeds arms seconds
   shift 2
   for job in "$@"; do

@@ -41,7 +41,7 @@ class Arm:
             attention; a language table has them under `train`.
         peer: a model of flash-linear-attention in place of all that (`nha.ablate.peers`).
         config: further settings of `NHAConfig`, or of the peer's configuration.
-        train: settings of `nha train` that are the arm's own, in a language table.
+        train: settings of `nha train` that are the model's own, in a language table.
 
     >>> Arm("hybrid of layers", windows=(0, 0, 0, -1)).layer_windows(8)
     [0, 0, 0, -1, 0, 0, 0, -1]
@@ -92,7 +92,7 @@ class Arm:
         return self.fusion == SOFTMAX and not self.convolution
 
     def readable(self, windows: Sequence[int]) -> tuple[int, ...]:
-        """Those of the windows, in tokens, that a trained model of this arm can have at run time.
+        """Those of the windows, in tokens, that such a trained model can have at run time.
 
         >>> Arm("nha").readable((0, 8, -1)), Arm("transformer", windows=-1).readable((0, 8, -1))
         ((0, 8, -1), (-1,))
@@ -116,7 +116,7 @@ class Arm:
         Args:
             shape: the configuration without windows and slots.
             seed: of the weights.
-            match: an arm whose number of parameters the width of the feed-forward layers makes up for.
+            match: a model whose number of parameters the width of the feed-forward layers makes up for.
 
         Raises:
             ValueError: windows that do not fit the layers.
@@ -128,7 +128,7 @@ class Arm:
         return self._make(config, seed)
 
     def settings(self, shape: NHAConfig) -> NHAConfig:
-        """The configuration of this arm. For a model without slots it has one that nothing reads."""
+        """The configuration of this model. For a model without slots it has one that nothing reads."""
         config = copy.deepcopy(shape)
         windows = self.layer_windows(config.num_hidden_layers)
         reads_slots = self.slots and any(window != FULL for window in windows)

@@ -51,7 +51,7 @@ class AveragedAttention(UncachedAttention):
         q_slot, k_slot = features(q_slot), features(k_slot)
         order = write_order(hidden_states, None, None, None)
         gate, window = self.gates(self.g_proj(hidden_states), order)[0], self.window_size
-        assert isinstance(window, int)  # an arm has one window for all heads of a layer
+        assert isinstance(window, int)  # a table gives one window for all heads of a layer
         near = attend(Segment(q, k, v, gate[..., :0], None, None, None, None), Reading(window))[0]
         delayed = [delay(x, window) for x in (k_slot, v, gate)]
         far = nha_attention(q_slot, delayed[0], delayed[1], delayed[2], window_size=0).out

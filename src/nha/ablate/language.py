@@ -22,7 +22,7 @@ from nha.train.presets import preset_config
 from nha.train.run import TrainResult, train
 from nha.train.settings import TrainSettings
 
-# Attention may read across documents: not every arm has boundaries within a row.
+# Attention may read across documents: not every model has boundaries within a row.
 SHARED_SETTINGS = {"packing": "joined"}
 
 
@@ -81,7 +81,7 @@ class LanguagePlan:
         )
 
     def config(self, vocab_size: int) -> NHAConfig:
-        """The configuration that all arms share."""
+        """The configuration that all models share."""
         return preset_config(self.preset, vocab_size, **self.shape)
 
 
@@ -124,8 +124,8 @@ def train_language(
 ) -> LanguageOutcome:
     """Train a model in the directory `run`, which is resumed if it holds a part of that, and measure it.
 
-    `own` are settings of the arm; `windows` are those that it is measured at besides its own. Models without a cache
-    write nothing: they get no clozes.
+    `own` are settings of this model alone; `windows` are those that it is measured at besides its own. Models without a
+    cache write nothing: they get no clozes.
 
     Raises:
         OutOfTime: training was stopped `reserve` seconds before `time_left` were over; its checkpoint is kept.

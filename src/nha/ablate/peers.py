@@ -27,7 +27,7 @@ def peer_model(name: str, shape: NHAConfig, settings: dict[str, Any]) -> PreTrai
     Raises ImportError, with the line that installs it, if the library is absent.
     """
     if find_spec("fla") is None:
-        raise ImportError(f"expected the package fla for the arm {name}, got none: pip install 'nha[peers]'")
+        raise ImportError(f"expected the package fla for the model {name}, got none: pip install 'nha[peers]'")
     models: Any = import_module("fla.models")
 
     sizes: dict[str, Any] = {

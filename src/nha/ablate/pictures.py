@@ -110,7 +110,7 @@ def windows_png(points: Sequence[WindowPoint]) -> bytes:
 
 
 def accuracy_png(rows: Sequence[Data]) -> bytes:
-    """Accuracy against the bytes of one sequence's state: a panel a size, a point an arm, bars from lowest to highest
+    """Accuracy against the bytes of one sequence's state: a panel a size, a point a model, bars from lowest to highest
     seed."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     sizes = list(dict.fromkeys(f"{s['task']} {s['size']}" for row in rows for s in row["sizes"]))
@@ -170,7 +170,7 @@ def _doubling_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def position_png(rows: Sequence[Data]) -> bytes:
-    """Perplexity by position in the longest documents, one line an arm (mean loss over seeds)."""
+    """Perplexity by position in the longest documents, one line a model (mean loss over seeds)."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     longest = max(int(s["size"]) for row in rows for s in row["sizes"] if s["task"] == "perplexity")
     named, head = _legend_room(arms)

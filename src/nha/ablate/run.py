@@ -156,7 +156,7 @@ def run_table(
         sources: text, for a language table.
         reserve: seconds that measuring a language model takes.
         together: rows of recall that are trained at once.
-        best_lr_only: after an arm's first seed, make rows alone of the learning rate that was best so far.
+        best_lr_only: after a model's first seed, make rows alone of the learning rate that was best so far.
         compile_layers: compile the layers of recall models on a GPU.
         log: gets lines about the progress.
 
@@ -231,7 +231,7 @@ def best_lr(rows: Sequence[Data]) -> float:
 
 
 def with_best_lr(table: Table, rows: list[Row], out: Path) -> list[Row]:
-    """Those of the rows that may be made now if the seeds in `out` choose the learning rate of an arm's other seeds.
+    """Those of the rows that may be made now if the seeds in `out` choose the learning rate of a model's other seeds.
 
     All rates of the first seed come first.
     """

@@ -23,7 +23,7 @@ from nha.train.loss import cross_entropy
 
 WEIGHT_DECAY, MAX_GRAD_NORM, BETAS = 0.1, 1.0, (0.9, 0.98)
 WARMUP_STEPS = 2  # of each shape before its graph is captured: they compile
-RECOMPILE_LIMIT = 256  # a process trains several arms, each with graphs of its own
+RECOMPILE_LIMIT = 256  # a process trains several models, each with graphs of its own
 
 
 class Batch(NamedTuple):

@@ -32,7 +32,7 @@ PLAIN = ("accuracy", "ppl", "loss", "recall", "repeats", "interval", "count", "e
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much an arm is better than another, with its 95 % interval.
+    """By how much a model is better than another, with its 95 % interval.
 
     Attributes:
         mean: over `count` pairs of measurements.
@@ -69,7 +69,7 @@ def read_rows(out: Path) -> list[Data]:
 
 
 def best_rows(rows: Sequence[Data]) -> list[Data]:
-    """The rows of each arm's best learning rate, chosen by the mean over seeds on validation data.
+    """The rows of each model's best learning rate, chosen by the mean over seeds on validation data.
 
     Learning rates that have fewer seeds than another are left out.
     """
@@ -84,7 +84,7 @@ def best_rows(rows: Sequence[Data]) -> list[Data]:
 
 
 def flat(rows: Sequence[Data]) -> list[Data]:
-    """One entry an arm, task, size and seed, with its measures."""
+    """One entry a model, task, size and seed, with its measures."""
     found = []
     for row in rows:
         for size in row["sizes"]:
@@ -265,7 +265,7 @@ def overview_lines(tables: Sequence[Data], rows: Sequence[Data]) -> list[str]:
 
 
 def devices_text(rows: Sequence[Data]) -> str:
-    """The devices of rows; of several each with its arms and seeds.
+    """The devices of rows; of several each with its models and seeds.
 
     >>> devices_text([{"device": "CPU", "arm": "nha", "seed": 0}, {"device": "H200", "arm": "nha", "seed": 1}])
     'CPU (nha: seed 0); H200 (nha: seed 1)'
@@ -350,9 +350,9 @@ def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
 
 
 def recall_lines(rows: Sequence[Data]) -> list[str]:
-    """Accuracy by arm and size, in percent, mean over seeds."""
+    """Accuracy by model and size, in percent, mean over seeds."""
     sizes = list(dict.fromkeys(f"{s['task']} {s['size']}" for row in rows for s in row["sizes"]))
-    lines = [f"| arm | lr | state, KiB | {' | '.join(sizes)} |", "|---|---|---|" + "---|" * len(sizes)]
+    lines = [f"| model | lr | state, KiB | {' | '.join(sizes)} |", "|---|---|---|" + "---|" * len(sizes)]
     for name in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == name]
         values = [
@@ -368,13 +368,13 @@ def recall_lines(rows: Sequence[Data]) -> list[str]:
 
 
 def window_lines(rows: Sequence[Data]) -> list[str]:
-    """Perplexity and recall of a text that is read twice, by arm and window at run time, mean over seeds."""
+    """Perplexity and recall of a text that is read twice, by model and window at run time, mean over seeds."""
     sizes = list(dict.fromkeys(s["size"] for row in rows for s in row["sizes"] if s["task"] == WINDOW))
     heads = " | ".join("full" if size == "-1" else size for size in sizes)
     lines = [
         "Perplexity / recall (%) of a text that is read twice, with these windows at run time:",
         "",
-        f"| arm | {heads} |",
+        f"| model | {heads} |",
         "|---|" + "---|" * len(sizes),
     ]
     for name in dict.fromkeys(row["arm"] for row in rows):
@@ -392,7 +392,7 @@ def language_lines(rows: Sequence[Data]) -> list[str]:
     """Perplexity by length and accuracy by set, mean over seeds."""
     keys = list(dict.fromkeys((s["task"], s["size"]) for row in rows for s in row["sizes"] if s["task"] != WINDOW))
     heads = [f"perplexity {int(size):,}" if task == "perplexity" else task for task, size in keys]
-    lines = [f"| arm | lr | state at the longest, KiB | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
+    lines = [f"| model | lr | state at the longest, KiB | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
     for name in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == name]
         cells = []

@@ -1,4 +1,4 @@
-"""Tables in YAML: arms, what they learn and are measured on, and what the paper says about the outcome."""
+"""Tables in YAML: models, what they learn and are measured on, and what the paper says about the outcome."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Claim:
 
     Attributes:
         says: the statement in words.
-        arm, against: the arms that it compares.
+        arm, against: the models that it compares.
         expect: how the first does beside the second: "above", "at least" or "equal".
         measure: what is compared: "accuracy", or the name of a set or "perplexity" of language tables.
         sizes: labels of sizes that count; none means all.
@@ -68,22 +68,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Arms, learning rates and seeds, of which every combination is a row.
+    """Models, learning rates and seeds, of which every combination is a row.
 
     Attributes:
         name: as it stands in results and names of files.
         title: one line for the page.
         kind: "recall" trains on tasks of random tokens (`recall`), "language" on text (`language`).
         arms: the models.
-        lrs: learning rates; the page shows each arm's best on validation data.
+        lrs: learning rates; the page shows each model's best on validation data.
         seeds: of weights and data.
-        shape: settings of `NHAConfig` that all arms share (recall).
-        match: name of the arm whose number of parameters all others have.
+        shape: settings of `NHAConfig` that all models share (recall).
+        match: name of the model whose number of parameters all others have.
         claims: what is tested.
         notes: sentences for the page: why an outcome is as it is.
         recall, language: how the models are trained and measured, by kind.
-        pictured: names of the arms that pictures show; none means all.
-        chosen: names of the arms that have rows; none means all.
+        pictured: names of the models that pictures show; none means all.
+        chosen: names of the models that have rows; none means all.
     """
 
     name: str
@@ -128,12 +128,12 @@ class Table:
 
     @property
     def matched(self) -> Arm | None:
-        """The arm whose number of parameters all others have."""
+        """The model whose number of parameters all others have."""
         return next((arm for arm in self.arms if arm.name == self.match), None)
 
     @property
     def recall_shape(self) -> NHAConfig:
-        """The configuration that all arms of a recall table share."""
+        """The configuration that all models of a recall table share."""
         assert self.recall is not None
         return NHAConfig.tiny(**({"vocab_size": self.recall.vocab_size, "tie_word_embeddings": True} | self.shape))
 
@@ -149,9 +149,9 @@ class Table:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
     def only(self, arms: Sequence[str] = (), seeds: Sequence[int] = (), lrs: Sequence[float] = ()) -> Table:
-        """The table with some of its arms, and with other seeds or learning rates.
+        """The table with some of its models, and with other seeds or learning rates.
 
-        Raises ValueError for an arm that it does not have.
+        Raises ValueError for a model that it does not have.
         """
         names = [arm.name for arm in self.arms]
         unknown = [name for name in arms if name not in names]

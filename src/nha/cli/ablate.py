@@ -30,7 +30,7 @@ ONE_SHARD = "1/1"
 class Selection:
     """Options for the rows to make."""
 
-    arms: Annotated[str | None, typer.Option(help="Arms to make, separated by commas.", show_default="all")] = None
+    arms: Annotated[str | None, typer.Option(help="Models to make, separated by commas.", show_default="all")] = None
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.", show_default="the table's")] = None
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates, separated by commas.", show_default="the table's")
@@ -55,7 +55,7 @@ class Selection:
     ] = 1
     best_lr: Annotated[
         bool,
-        typer.Option("--best-lr", help="After an arm's first seed, only the learning rate that was best so far."),
+        typer.Option("--best-lr", help="After a model's first seed, only the learning rate that was best so far."),
     ] = False
     compile_layers: Annotated[
         bool,
@@ -122,7 +122,7 @@ def ablate(
     show_list: Annotated[bool, typer.Option("--list", help="Show the built-in tables and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Train and measure the arms of a table, each from scratch, and say what of the paper's claims was seen.
+    """Train and measure the models of a table, each from scratch, and say what of the paper's claims was seen.
 
     Writes summary.json, rows.csv, pictures and README.md. Run the same command again to resume; rows that are there are
     not made again. Exit code 3: rows are missing for lack of time; 1: rows failed.
@@ -244,7 +244,7 @@ def show_tables(as_json: bool) -> None:
         )
         return
     for name, t in found.items():
-        out.print(f"[bold]{name}[/]: {escape(t.title)}; {len(t.arms)} arms, {len(t.rows)} rows", soft_wrap=True)
+        out.print(f"[bold]{name}[/]: {escape(t.title)}; {len(t.arms)} models, {len(t.rows)} rows", soft_wrap=True)
 
 
 def parse_floats(text: str, option: str) -> list[float]:
