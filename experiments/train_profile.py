@@ -3,8 +3,9 @@
     python -m experiments.train_profile --out results/train_profile
 
 Compiled layers, bfloat16 and the optimizer are those of `nha train`; tokens are random. Kernels go to OUT/CASE.json
-with their time and number of launches in a step, and the longest are printed. Milliseconds of a step are taken without
-the profiler.
+with their time and number of launches in a step, and the longest are printed; `idle_ms` is what lies between them.
+Milliseconds of a step are taken without the profiler. A case "nha+graph" runs forward and backward pass as one CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.train_speed import BACKENDS, STEP_TOKENS, VOCABULARY, Case, settings_of
+from nha.distill.cuda_graphs import CUDAGraphs
 from nha.models.nha import NHAForCausalLM
 from nha.train.loss import LanguageModel
 from nha.train.optimizers import make_optimizer
@@ -31,6 +33,7 @@ from nha.train.presets import model_config
 
 CASES = ("nha", "full-cudnn")
 WARMUP_STEPS, TIMED_STEPS, SHOWN = 4, 8, 40
+GRAPH = "+graph"
 GROUPS = {  # the first whose word is part of a kernel's name
     "attention": ("nha_", "cudnn", "fmha", "flash", "sdpa"),
     "products": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
@@ -48,8 +51,20 @@ def group_of(name: str) -> str:
     return next((group for group, words in GROUPS.items() if any(w in name.lower() for w in words)), "other")
 
 
-def make_step(case: Case, options: argparse.Namespace) -> Callable[[], None]:
-    """One step of training on random tokens."""
+def idle_ms(intervals: list[tuple[float, float]]) -> float:
+    """Milliseconds between the first start and the last end, in microseconds, in which nothing runs.
+
+    >>> idle_ms([(0.0, 1000.0), (500.0, 2000.0), (5000.0, 6000.0)])
+    3.0
+    """
+    idle, ends = 0.0, min((start for start, _ in intervals), default=0.0)
+    for start, end in sorted(intervals):
+        idle, ends = idle + max(0.0, start - ends), max(ends, end)
+    return idle / 1e3
+
+
+def make_step(case: Case, options: argparse.Namespace, graph: bool) -> Callable[[], None]:
+    """One step of training on random tokens; forward and backward pass become one CUDA graph after `WARMUP_STEPS`."""
     settings = settings_of(case, options, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -62,13 +77,23 @@ def make_step(case: Case, options: argparse.Namespace) -> Callable[[], None]:
     shape = (settings.batch_size, case.seq_len)
     ids, targets = (torch.randint(VOCABULARY, shape, device=device) for _ in range(2))
 
-    def step() -> None:
+    def forward_backward() -> Any:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(ids, targets)
         loss.backward()
+
+    steps, replay = 0, None
+
+    def step() -> None:
+        nonlocal steps, replay
+        steps += 1
+        if graph and steps == WARMUP_STEPS and device.type == "cuda":
+            replay = CUDAGraphs()("step", forward_backward)[1]
+        (replay or forward_backward)()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
+        if replay is None:  # a graph writes over its gradients
+            optimizer.zero_grad()
 
     return step
 
@@ -90,11 +115,11 @@ def measure(step: Callable[[], None]) -> dict[str, Any]:
     host = time.perf_counter() - begun
     wait()
     taken = time.perf_counter() - begun
-    activities = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
-    with profile(activities=activities) as found:
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         step()
         wait()
-    on_gpu = torch.cuda.is_available()
+    events = [e for e in found.events() or () if e.device_type.name == "CUDA"]
     kernels = [
         {"name": e.key, "ms": (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, "count": e.count}
         for e in found.key_averages()
@@ -109,14 +134,16 @@ def measure(step: Callable[[], None]) -> dict[str, Any]:
         "host_ms": round(1e3 * host / TIMED_STEPS, 3),
         "prepare_s": round(prepared, 1),
         "kernels_ms": round(sum(kernel["ms"] for kernel in kernels), 3),
+        "launches": len(events),
+        "idle_ms": round(idle_ms([(e.time_range.start, e.time_range.end) for e in events]), 3),
         "groups": {name: round(ms, 3) for name, ms in groups.items()},
         "kernels": kernels,
     }
 
 
-def show(case: Case, found: dict[str, Any]) -> None:
+def show(name: str, found: dict[str, Any]) -> None:
     """Print what took longest."""
-    print(f"{case}: " + json.dumps({key: value for key, value in found.items() if key != "kernels"}))
+    print(f"{name}: " + json.dumps({key: value for key, value in found.items() if key != "kernels"}))
     for kernel in found["kernels"][:SHOWN]:
         print(f"{kernel['ms']:9.3f} ms {kernel['count']:5d} x {kernel['name'][:130]}")
     sys.stdout.flush()
@@ -136,15 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.budget_s
     for name in options.cases.split(","):
-        case, backend = Case(name, options.seq_len), BACKENDS.get(name)
+        base = name.removesuffix(GRAPH)
+        case, backend = Case(base, options.seq_len), BACKENDS.get(base)
         if time.monotonic() > ends:
-            print(f"{case}: no time left")
+            print(f"{name}: no time left")
             return 3
         use_backend = backend is not None and torch.cuda.is_available()
         with torch.nn.attention.sdpa_kernel(backend) if use_backend and backend is not None else nullcontext():
-            found = measure(make_step(case, options))
-        (options.out / f"{case}.json").write_text(json.dumps(found, indent=1) + "\n")
-        show(case, found)
+            found = measure(make_step(case, options, base != name))
+        (options.out / f"{name}-{options.seq_len}.json").write_text(json.dumps(found, indent=1) + "\n")
+        show(name, found)
         torch._dynamo.reset()
         gc.collect()
     return 0
