@@ -6,9 +6,9 @@ Two commands run one after the other, each a process of its own: "cold" with tex
 kernels, "warm" with the tokens and caches that it left. Their seconds are those of RUN/timeline.json and their tokens a
 second those of RUN/log.jsonl, batches and log included; a CUDA graph is captured before the third step. A command is
 stopped once it has logged its steps, so that saving takes no time. A row a command is added to OUT/distill_speed.jsonl,
-also for one that was stopped or failed earlier, with its stages until then; what it printed lies beside it. MODEL is a
-directory, a Hub id, smollm2, or a .gguf file, which is saved as a directory first. Other options are handed to
-`nha distill`. Exit status 1 if a command did not make its steps.
+also for one that was stopped or failed earlier, with its stages until then and the status it ended with; what it
+printed lies beside it. MODEL is a directory, a Hub id, smollm2, or a .gguf file, which is saved as a directory first.
+Other options are handed to `nha distill`. Exit status 1 if a command did not make its steps.
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MIN_SECONDS = 15.0  # a command is not started with less
 SKIPPED = 2  # entries of the log at its beginning that are no steady speed
 POLL_SECONDS = 0.2
-TRACED = """
-import faulthandler, runpy
-faulthandler.dump_traceback_later({seconds}, repeat=True, file=open({path!r}, "w"))
-runpy.run_module("nha", run_name="__main__", alter_sys=True)
-"""
 
 
 def save_gguf(path: Path, folder: Path) -> None:
@@ -105,10 +100,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_command(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The row of one of the two commands, run until it has logged its steps; what it prints goes to OUT/NAME.txt."""
     steps, run = options.steps or STEPS[name], work / name
-    begin = ["-m", "nha"]
-    if options.trace_s:
-        begin = ["-c", TRACED.format(seconds=options.trace_s, path=str(options.out / f"{name}-trace.txt"))]
-    command = [sys.executable, *begin, "distill", str(options.model), str(run), "--text", str(work / "text.jsonl")]
+    command = [sys.executable, "-m", "nha", "distill", str(options.model), str(run), "--text", str(work / "text.jsonl")]
     command += ["--corpus", str(work / "corpus"), "--tokens", str(steps * options.step_tokens), "--log-every", "5"]
     environment = os.environ | {variable: str(work / variable) for variable in CACHES}
     with (options.out / f"{name}.txt").open("w") as printed:
@@ -122,9 +114,10 @@ def run_command(name: str, options: argparse.Namespace, work: Path) -> dict[str,
         try:
             while process.poll() is None and options.left() > 0 and not done(run, steps):
                 time.sleep(POLL_SECONDS)
+            status = process.poll()
         finally:
             stop(process)
-    return summarise(run) | {"wanted_steps": steps}
+    return summarise(run) | {"wanted_steps": steps, "status": status}
 
 
 def done(run: Path, steps: int) -> bool:
@@ -143,7 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=110)
     parser.add_argument("--work", type=Path, help="where text, runs and caches are kept; default: a temporary folder")
     parser.add_argument("--steps", type=int, help="of each command")
-    parser.add_argument("--trace-s", type=float, default=0, help="write what all threads do every so many seconds")
     parser.add_argument("--commands", nargs="+", default=list(STEPS), choices=list(STEPS), help="which to run")
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
     options, options.more = parser.parse_known_args(arguments)
@@ -179,11 +171,12 @@ def main(arguments: list[str] | None = None) -> int:
 def describe(row: dict[str, Any], printed: Path) -> str:
     """A row as a line.
 
-    >>> describe({"run": "cold", "steps": 0, "wanted_steps": 25, "stages": {}}, Path("cold.txt"))
-    'cold: 0 of 25 steps, see cold.txt; {}'
+    >>> describe({"run": "cold", "steps": 0, "wanted_steps": 25, "status": -11, "stages": {}}, Path("cold.txt"))
+    'cold: 0 of 25 steps, ended with status -11, see cold.txt; {}'
     """
     if row["steps"] < row["wanted_steps"]:
-        return f"{row['run']}: {row['steps']} of {row['wanted_steps']} steps, see {printed}; {row['stages']}"
+        ended = "" if row["status"] is None else f", ended with status {row['status']}"
+        return f"{row['run']}: {row['steps']} of {row['wanted_steps']} steps{ended}, see {printed}; {row['stages']}"
     aligned, compiled = row["align_s"], row["compile_s"]
     times = f"first step after {row['first_step_s']:.1f} s, aligned in {aligned:.1f} s, compiled in {compiled:.1f} s"
     speed = f"{row['tokens_per_s']:,} tokens/s" if row["tokens_per_s"] else "too few steps for a speed"

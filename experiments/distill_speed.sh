@@ -1,12 +1,12 @@
 # Cold start and speed of `nha distill` on one GPU: windows per head (one window for most heads, 20 heads of three wider kinds), then
 # one window for all, each with empty caches of compiled kernels and then with those. A command that has not begun to train after its
-# seconds is stopped; its stages, and what all its threads did every 5 seconds (*-trace.txt), say where the time went.
+# seconds is stopped; its stages say where the time went.
 #
 #     TEXT=train.jsonl MODEL=/path/SmolLM2-135M-Instruct.gguf OUT=OUT bash experiments/distill_speed.sh 400
 #     ... bash experiments/distill_speed.sh 400 --steps 4 --step-tokens 640 --seq-len 320 --batch-size 2     # further options
 #
-# An H200 whose host ran other jobs needed 29 s from the command to a converted model and 30 s to align layers with windows per head;
-# allow 200 s for the first command. Rows go to OUT/heads/distill_speed.jsonl and OUT/equal/distill_speed.jsonl as they are known.
+# An H200 whose host ran other jobs needed 25 to 29 s from the command to a converted model and 17 to 30 s to align layers with windows
+# per head; allow 200 s for the first command. Rows go to OUT/heads/distill_speed.jsonl and OUT/equal/distill_speed.jsonl as they are known.
 L=$((${1:-400} - 4)) B=$(date +%s)
 shift
 left() { echo $((L - $(date +%s) + B)); }
@@ -21,7 +21,7 @@ go() { # folder, at most so many seconds, command, further options
     [ "$seconds" -gt 20 ] || { echo "$folder $name not run: $seconds s are left"; return; }
     mkdir -p "$OUT/$folder"
     timeout -k 5 $((seconds + 3)) python3 -m experiments.distill_speed --model "$MODEL" --text "$TEXT" --out "$OUT/$folder" \
-        --work "$W/$folder" --budget-s "$seconds" --commands "$name" --steps 40 --trace-s 5 "$@" 2>&1 | tee -a "$OUT/log.txt"
+        --work "$W/$folder" --budget-s "$seconds" --commands "$name" --steps 40 "$@" 2>&1 | tee -a "$OUT/log.txt"
     [ ! -d "$W/$folder/base" ] || MODEL=$W/$folder/base
 }
 go heads 220 cold --windows "$WIDE" "$@"
