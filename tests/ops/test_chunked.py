@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nha.ops import NHAState
+from nha import nha_attention
+from nha.ops import NHAState, chunk_groups, fused_window
 from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, Workspace, decays, make_plan
 from nha.ops.packed_state import PackedState
 from nha.ops.state import MAX_WINDOW
 from nha.settings import STATE_DTYPES
-from tests.inputs import Case, call, leaves, make
+from tests.inputs import Case, assert_close_to, call, gradients, leaves, make, random_loss
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "math.md").read_text()
@@ -73,3 +74,50 @@ def test_no_operation_needs_float64_or_a_number_from_the_device(monkeypatch):
                     out.sum().backward()
     assert {"bmm", "addcmul", "_softmax_backward_data"} <= operators
     assert torch.float64 not in dtypes and "_local_scalar_dense" not in operators
+
+
+@pytest.mark.parametrize("window, length", [(1, 40), (7, 33), (31, 70), (32, 64), (40, 75), (64, 97)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_of_the_fused_kernel_equal_the_reference(window, length, padded, monkeypatch):
+    """Outputs, slot mass, states and gradients, over segments, with sinks and padding."""
+    monkeypatch.setattr(fused_window, "MIN_WINDOW", 1)
+    case = Case(length=length, query_heads=6, heads=2, dim=4, value_dim=4, sinks=1)
+    mask = torch.arange(length) < torch.tensor([[length], [length - 9]]) if padded else None
+    found = {}
+    for impl in ("chunked", "reference"):
+        flat, state, losses, kept = leaves(make(case)), None, [], []
+        for start, stop in ((0, 12), (12, 13), (13, length)):
+            part = {n: x[:, start:stop] if x.dim() == 4 and x.shape[1] == length else x for n, x in flat.items()}
+            options = {"window_size": window, "return_state": True, "return_slot_mass": True, "impl": impl}
+            padding = None if mask is None else mask[:, start:stop]
+            result = call(part, nha_attention, state=state, attention_mask=padding, **options)
+            state = result.state
+            losses.append(random_loss(result))
+            kept += [result.out, result.slot_mass]
+        found[impl] = [*kept, state.slot_key, state.slot_value, *gradients(flat, sum(losses)).values()]
+        with torch.no_grad():
+            whole = call(flat, nha_attention, attention_mask=mask, **options)
+        found[impl] += [whole.out, whole.slot_mass, whole.state.slot_key]
+    for ours, exact in zip(*found.values(), strict=True):
+        assert_close_to(ours, exact)
+
+
+def test_results_outlive_the_memory_that_passes_share():
+    """A pass writes where the one before it did: neither outputs nor states are views of that memory."""
+    options = {"window_size": 5, "return_state": True, "return_slot_mass": True, "impl": "chunked"}
+    for dim, window in ((4, 5), (4, 130)):
+        options["window_size"] = window
+        inputs = make(Case(length=150, dim=dim, value_dim=dim), torch.float32)
+        first = nha_attention(**inputs, **options)
+        results = [first.out, first.slot_mass, *first.state.tensors().values()]
+        copies = [x.clone() for x in results]
+        assert any(space.nbytes for space in chunk_groups._spare.values())
+        nha_attention(**{name: 2 * x for name, x in inputs.items()}, **options)
+        assert all(torch.equal(x, copy) for x, copy in zip(results, copies, strict=True))
+
+
+def test_the_memory_of_a_large_pass_is_given_back(monkeypatch):
+    monkeypatch.setattr(chunk_groups, "_spare", {})
+    monkeypatch.setattr(chunk_groups, "MAX_SPARE", 100)
+    nha_attention(**make(Case(length=50), torch.float32), window_size=5, impl="chunked")
+    assert not chunk_groups._spare

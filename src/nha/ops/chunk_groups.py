@@ -14,6 +14,8 @@ With log-gates >= -5 no exponent exceeds 16 * 5 / 2 = 40 in size, so float32 hol
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ CHUNK = 16  # tokens whose gates are factorised together: bounds the exponents
 MAX_TILE = 128  # queries of a window block
 GATE_FLOOR = -5.0
 GROUP_ELEMENTS = 1 << 18  # scores of one group: it and its slots stay in the cache
+MAX_SPARE = 1 << 25  # bytes of a workspace that is kept
+MAX_VIEWS = 1 << 10  # of a workspace that is kept: every length of a segment adds some
 
 
 class Plan(NamedTuple):
@@ -72,8 +76,17 @@ def make_plan(batch: int, length: int, query_heads: int, slots: int, window: int
     return Plan(length, window, chunk, tile, group, key_blocks(window, tile))
 
 
+def slots_only(plan: Plan, batch: int, query_heads: int, slots: int, same_groups: bool) -> Plan:
+    """The plan of a segment whose windows are read elsewhere, in larger groups unless they must stay the same."""
+    if not same_groups:
+        plan = make_plan(batch, plan.length, query_heads, slots, 0)
+    return plan._replace(window=0, tile=plan.chunk, blocks=0)
+
+
 class Workspace:
-    """Memory that the groups of a pass use in turn: what is allocated anew costs a page fault for every 4 KiB.
+    """Memory that the groups of a pass use in turn, and one pass after another (`workspace`).
+
+    What is allocated anew costs a page fault for every 4 KiB, which takes as long as some of the products.
 
     >>> space = Workspace(torch.zeros(1))
     >>> space.take("x", 2, 3).data_ptr() == space.take("x", 5).data_ptr()
@@ -81,10 +94,15 @@ class Workspace:
     """
 
     def __init__(self, like: Tensor):
-        self.like = like
+        self.like = like.new_empty(0)
         self.buffers: dict[str, Tensor] = {}
         self.views: dict[tuple[object, ...], Tensor] = {}
-        self.masks: dict[tuple[int, ...], Tensor] = {}
+        self.masks: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in self.buffers.values())
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The buffer of this name, uninitialised, with this shape; what was taken under the name before is gone."""
@@ -103,6 +121,29 @@ class Workspace:
         out = self.take(name, *a.shape[:-1], b.shape[-1])
         torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
         return out
+
+
+_spare: dict[tuple[object, ...], Workspace] = {}  # workspaces of passes that are over
+
+
+@contextmanager
+def workspace(like: Tensor) -> Iterator[Workspace]:
+    """A workspace for tensors like this one; a CPU's is kept for the next pass, unless it is large.
+
+    A pass takes it out of the store, so that threads never share one.
+
+    >>> with workspace(torch.zeros(1)) as one:
+    ...     with workspace(torch.zeros(1)) as other:
+    ...         one is other
+    False
+    """
+    # What inference mode made cannot be written outside it.
+    key = like.dtype, torch.is_inference_mode_enabled()
+    kept = type(like) is Tensor and like.device.type == "cpu"
+    space = (_spare.pop(key, None) if kept else None) or Workspace(like)
+    yield space
+    if kept and space.nbytes <= MAX_SPARE and len(space.views) + len(space.masks) <= MAX_VIEWS:
+        _spare[key] = space
 
 
 class Group(NamedTuple):
@@ -240,24 +281,25 @@ def load_group(
 
 def triangle(rows: int, chunk: int, space: Workspace) -> Tensor:
     """[chunk * G, chunk] of 0 and 1: the tokens of a chunk that are in the slots at each query."""
-    found = space.masks.get((rows, chunk))
+    found = space.masks.get(key := (rows, chunk))
     if found is None:
         device = space.like.device
         token = torch.arange(rows, device=device)[:, None] // (rows // chunk)
-        found = space.masks[rows, chunk] = (token >= torch.arange(chunk, device=device)).to(space.like.dtype)
+        found = space.masks[key] = (token >= torch.arange(chunk, device=device)).to(space.like.dtype)
     return found
 
 
 def band(plan: Plan, groups: int, space: Workspace) -> Tensor:
     """[tile * G, blocks * tile] of 0 and -inf: the window as a band, its last column the query's own token."""
-    found = space.masks.get((groups,))
+    key = plan.tile, plan.window, groups
+    found = space.masks.get(key)
     if found is None:
         device = space.like.device
         query = torch.arange(plan.tile * groups, device=device)[:, None] // groups
         distance = query + plan.lookback - torch.arange(plan.blocks * plan.tile, device=device)
         visible = (distance >= 0) & (distance < plan.window)
         none = torch.zeros_like(visible, dtype=space.like.dtype)
-        found = space.masks[groups,] = none.masked_fill_(~visible, float("-inf"))
+        found = space.masks[key] = none.masked_fill_(~visible, float("-inf"))
     return found
 
 
@@ -270,15 +312,20 @@ def score_group(
     slots_active: bool,
     softcap: float,
     space: Workspace,
+    log_sum: Tensor | None = None,
 ) -> Scores:
     """Softmax weights of one group, whose first query is `start`, in the memory of `space`.
 
-    `first` [B] is the first key position in use, None where all are and slots are active.
+    `first` [B] is the first key position in use, None where all are and slots are active. Where the window is read
+    elsewhere, `log_sum` [B, tokens, HQ] is its log-sum-exp, and the last column of the weights that of its output.
     """
     batch, heads, chunks, rows, dim = group.slot_query.shape
     per_kv, sinks, num_slots = rows // plan.chunk, sink_key.shape[1], group.q_decay.shape[-1]
-    score = space.take("score", batch, heads, chunks * rows, sinks + num_slots + plan.blocks * plan.tile)
-    on_sink, on_slots, on_window = score.split([sinks, num_slots, plan.blocks * plan.tile], -1)
+    width = plan.blocks * plan.tile if log_sum is None else 1
+    score = space.take("score", batch, heads, chunks * rows, sinks + num_slots + width)
+    on_sink, on_slots, on_window = score.split([sinks, num_slots, width], -1)
+    if log_sum is not None:
+        pack(log_sum[..., None], per_kv, on_window)
     qk = mask_unwritten(space.product("qk", group.slot_query, group.token_key.mT), plan, space)
     slot_scores = space.product("slot_scores", group.slot_query, group.slots[..., :dim].mT)
     slot_scores.flatten(0, 2).baddbmm_(qk.flatten(0, 2), group.k_decay.flatten(0, 2))
@@ -296,7 +343,7 @@ def score_group(
         slope = 1 - score.square()
         score.mul_(softcap)
         tiles = None if tiles is None else tiles.add_(band(plan, per_kv, space))
-    if first is not None and start < plan.window:
+    if first is not None:
         if not slots_active:
             token = torch.arange(start, start + chunks * plan.chunk, device=first.device)
             inactive = (token < first[:, None]).repeat_interleave(per_kv, 1)[:, None, :, None]
@@ -320,8 +367,19 @@ def mask_unwritten(rows: Tensor, plan: Plan, space: Workspace) -> Tensor:
     return rows.mul_(triangle(rows.shape[3], plan.chunk, space))
 
 
+def pack(x: Tensor, per_kv: int, out: Tensor) -> None:
+    """Values [B, T, H * G, ...] into the rows [B, H, size * G, ...] of a group; zeros behind the last token."""
+    count, heads = x.shape[1], out.shape[1]
+    rows = out.unflatten(2, (-1, per_kv))
+    rows[:, :, :count] = x.unflatten(2, (heads, per_kv)).transpose(1, 2)
+    rows[:, :, count:] = 0
+
+
 def unpack(rows: Tensor, per_kv: int, out: Tensor) -> None:
     """Rows [B, H, size * G, ...] into out [B, T, H * G, ...], without the padding of the last group."""
-    count, heads = out.shape[1], rows.shape[1]
-    rows = rows.unflatten(2, (-1, per_kv))[:, :, :count]
-    out.unflatten(2, (heads, per_kv)).copy_(rows.transpose(1, 2))
+    out.unflatten(2, (rows.shape[1], per_kv)).copy_(by_token(rows, per_kv, out.shape[1]))
+
+
+def by_token(rows: Tensor, per_kv: int, count: int) -> Tensor:
+    """Rows [B, H, size * G, ...] as [B, count, H, G, ...], without the padding of the last group."""
+    return rows.unflatten(2, (-1, per_kv))[:, :, :count].transpose(1, 2)

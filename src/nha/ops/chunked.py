@@ -1,14 +1,14 @@
 """NHA in plain PyTorch for any device: exact, chunkwise, O(T) memory, differentiable in every tensor input.
 
 The sequence is processed in groups of a few hundred tokens, sized so that a group's scores stay in the cache. Inside a
-group, slots advance in chunks of 16 tokens and window scores are computed in tiles of queries. The backward pass
-recomputes one group at a time from the slots before it.
+group, slots advance in chunks of 16 tokens and window scores are computed in tiles of queries; forward on a CPU a fused
+kernel reads the windows (`nha.ops.fused_window`). The backward pass recomputes one group at a time from the slots before it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from nha.ops.chunk_groups import (
     Plan,
     Scores,
     Workspace,
+    by_token,
     group_size,
     heads_first,
     load_group,
@@ -29,13 +30,71 @@ from nha.ops.chunk_groups import (
     mask_unwritten,
     scaled_queries,
     score_group,
+    slots_only,
     sum_tiles,
     times_q_decay,
     unpack,
+    workspace,
 )
 from nha.ops.full_attention import causal_attention
+from nha.ops.fused_window import fused_window_attention, has_fused_window
 from nha.ops.padding import align_left, restore
 from nha.ops.state import NHAState, advance, slot_dtype
+
+
+class Options(NamedTuple):
+    """How `_forward` reads a segment: its arguments of these names."""
+
+    window: int
+    scale: float
+    softcap: float
+    slots_active: bool
+    with_mass: bool
+    keep_starts: bool
+
+
+def _compute(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_slot: Tensor,
+    k_slot: Tensor,
+    log_gate: Tensor,
+    slots: Tensor,
+    sink_key: Tensor,
+    sink_value: Tensor,
+    first: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Like `_forward`, into `out`: slot mass, slots after the segment, and those before each group (`keep_starts`)."""
+    batch, length, query_heads, _ = q.shape
+    window, scale, softcap, slots_active, with_mass, keep_starts = options
+    sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
+    plan = make_plan(batch, length, query_heads, num_slots, window)
+    log_sum = None
+    if has_fused_window(q, v, window, softcap):
+        log_sum = fused_window_attention(q, k, v, window=window, scale=scale, first=first, out=out)
+        plan = slots_only(plan, batch, query_heads, num_slots, keep_starts)
+    mass = q.new_zeros(batch, length, query_heads)
+    starts = []
+    with workspace(q) as space:
+        for start, stop in plan.spans():
+            if keep_starts:
+                starts.append(slots)
+            group, slots = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale, space)
+            unused = first if start < window else None
+            sums = None if log_sum is None else log_sum[:, start:stop]
+            weights = score_group(group, plan, start, sink_key, unused, slots_active, softcap, space, sums).weights
+            result = by_token(_read(group, plan, weights, sink_value, space), per_kv, stop - start)
+            own = out[:, start:stop].unflatten(2, (-1, per_kv))
+            if log_sum is None:
+                own.copy_(result)
+            else:
+                torch.addcmul(result, own, by_token(weights[..., -1:], per_kv, stop - start), out=own)
+            if with_mass:
+                unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
+    return mass, slots, starts
 
 
 @torch.library.custom_op("nha::chunked", mutates_args=())
@@ -65,21 +124,10 @@ def _forward(
     Returns out [B, T, HQ, Dv], mass [B, T, HQ] (zeros unless `with_mass`), the slots after the segment, and those
     before every group and after (none unless `keep_starts`).
     """
-    batch, length, query_heads, _ = q.shape
-    sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
-    plan = make_plan(batch, length, query_heads, num_slots, window)
-    out = q.new_empty(batch, length, query_heads, v.shape[-1])
-    mass = q.new_zeros(batch, length, query_heads)
-    starts, space = [], Workspace(q)
-    for start, stop in plan.spans():
-        if keep_starts:
-            starts.append(slots)
-        group, slots = load_group((q, k, v, q_slot, k_slot, log_gate), plan, (start, stop), slots, scale, space)
-        weights = score_group(group, plan, start, sink_key, first, slots_active, softcap, space).weights
-        result = _read(group, plan, weights, sink_value, space)
-        unpack(result, per_kv, out[:, start:stop])
-        if with_mass:
-            unpack(weights[..., : sinks + num_slots].sum(-1), per_kv, mass[:, start:stop])
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    options = Options(window, scale, softcap, slots_active, with_mass, keep_starts)
+    inputs = (q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value)
+    mass, slots, starts = _compute(out, *inputs, first, options)
     # Those after the segment too: a first dimension that may be 1 would be compiled apart.
     kept = torch.stack([*starts, slots]) if keep_starts else slots.new_empty(0, *slots.shape)
     return out, mass, slots.clone(), kept
@@ -88,7 +136,7 @@ def _forward(
 def _read(group: Group, plan: Plan, weights: Tensor, sink_value: Tensor, space: Workspace) -> Tensor:
     """The outputs [B, H, size * G, Dv] of a group with these softmax weights."""
     sinks, num_slots, dim = sink_value.shape[1], group.q_decay.shape[-1], group.query.shape[-1]
-    on_sink, on_slots, on_window = weights.split([sinks, num_slots, plan.blocks * plan.tile], -1)
+    on_sink, on_slots, on_window = weights.tensor_split([sinks, sinks + num_slots], -1)
     on_slots = on_slots.unflatten(2, (group.q_decay.shape[2], -1))
     decayed = times_q_decay(on_slots, group, plan, space.take("decayed", *on_slots.shape))
     token_weights = mask_unwritten(space.product("token_weights", decayed, group.k_decay.mT), plan, space)
@@ -164,16 +212,17 @@ def _backward(
         sink_value=torch.zeros_like(sink_value),
         slots=grad_slots,
     )
-    space = Workspace(q)
-    for index, (start, stop) in reversed(list(enumerate(plan.spans()))):
-        span = start, stop
-        group, _ = load_group((q, k, v, q_slot, k_slot, log_gate), plan, span, starts[index], scale, space)
-        scores = score_group(group, plan, start, sink_key, first, slots_active, softcap, space)
-        size = plan.chunk * group.q_decay.shape[2]
-        do = scaled_queries(grad_out, heads, span, size, 1.0, space, "do")
-        dmass = scaled_queries(grad_mass[..., None], heads, span, size, 1.0, space, "dmass")
-        raw = heads_first(log_gate, start, stop, size)
-        _add_group(grads, group, plan, span, scores, (sink_key, sink_value), raw, do, dmass, scale, space)
+    with workspace(q) as space:
+        for index, (start, stop) in reversed(list(enumerate(plan.spans()))):
+            span = start, stop
+            group, _ = load_group((q, k, v, q_slot, k_slot, log_gate), plan, span, starts[index], scale, space)
+            unused = first if start < window else None
+            scores = score_group(group, plan, start, sink_key, unused, slots_active, softcap, space)
+            size = plan.chunk * group.q_decay.shape[2]
+            do = scaled_queries(grad_out, heads, span, size, 1.0, space, "do")
+            dmass = scaled_queries(grad_mass[..., None], heads, span, size, 1.0, space, "dmass")
+            raw = heads_first(log_gate, start, stop, size)
+            _add_group(grads, group, plan, span, scores, (sink_key, sink_value), raw, do, dmass, scale, space)
     if not window:
         grads.q.zero_()
     dk, dv = (_from_padded(x, plan, window + length) for x in (grads.window_key, grads.window_value))
@@ -416,8 +465,7 @@ def chunked(
     heads, dim = k.shape[2:]
     if sink is None:
         sink = (k.new_zeros(heads, 0, dim), v.new_zeros(heads, 0, v.shape[-1]))
-    forward = _Transformed.apply if transformed else _forward
-    out, mass, slots, _ = forward(
+    given = (
         q[:, alone:].to(dtype),
         joined(state.key, k),
         joined(state.value, v),
@@ -428,18 +476,18 @@ def chunked(
         sink[0].to(dtype),
         sink[1].to(dtype),
         None if alone else window - state.num_tokens.clamp_max(window),
-        window,
-        scale,
-        softcap or 0.0,
-        state.slots_active,
-        with_mass,
-        grad,
     )
+    options = Options(window, scale, softcap or 0.0, state.slots_active, with_mass, grad)
+    if grad or torch.compiler.is_compiling():
+        out, mass, slots, _ = (_Transformed.apply if transformed else _forward)(*given, *options)
+    else:
+        out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
+        mass, slots, _ = _compute(out[:, alone:], *given, options)
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)
     if alone:
-        head = causal_attention(q[:, :alone], k[:, :alone], v[:, :alone], scale=scale, softcap=softcap)
-        out, mass = torch.cat([head, out], 1), F.pad(mass, (0, 0, alone, 0))
+        out[:, :alone] = causal_attention(q[:, :alone], k[:, :alone], v[:, :alone], scale=scale, softcap=softcap)
+        mass = F.pad(mass, (0, 0, alone, 0)) if with_mass else mass.new_zeros(()).expand(out.shape[:3])
     if attention_mask is not None:
         out, mass = restore(attention_mask, out), restore(attention_mask, mass)
     return out, mass, after
