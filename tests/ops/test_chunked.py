@@ -91,12 +91,15 @@ def test_windows_of_the_fused_kernel_equal_the_reference(window, length, padded,
             options = {"window_size": window, "return_state": True, "return_slot_mass": True, "impl": impl}
             padding = None if mask is None else mask[:, start:stop]
             result = call(part, nha_attention, state=state, attention_mask=padding, **options)
+            assert result.state is not None
             state = result.state
             losses.append(random_loss(result))
             kept += [result.out, result.slot_mass]
+        assert state is not None
         found[impl] = [*kept, state.slot_key, state.slot_value, *gradients(flat, sum(losses)).values()]
         with torch.no_grad():
             whole = call(flat, nha_attention, attention_mask=mask, **options)
+        assert whole.state is not None
         found[impl] += [whole.out, whole.slot_mass, whole.state.slot_key]
     for ours, exact in zip(*found.values(), strict=True):
         assert_close_to(ours, exact)
@@ -109,6 +112,7 @@ def test_results_outlive_the_memory_that_passes_share():
         options["window_size"] = window
         inputs = make(Case(length=150, dim=dim, value_dim=dim), torch.float32)
         first = nha_attention(**inputs, **options)
+        assert first.state is not None
         results = [first.out, first.slot_mass, *first.state.tensors().values()]
         copies = [x.clone() for x in results]
         assert any(space.nbytes for space in chunk_groups._spare.values())

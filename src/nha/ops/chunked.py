@@ -1,8 +1,8 @@
 """NHA in plain PyTorch for any device: exact, chunkwise, O(T) memory, differentiable in every tensor input.
 
 The sequence is processed in groups of a few hundred tokens, sized so that a group's scores stay in the cache. Inside a
-group, slots advance in chunks of 16 tokens and window scores are computed in tiles of queries; forward on a CPU a fused
-kernel reads the windows (`nha.ops.fused_window`). The backward pass recomputes one group at a time from the slots before it.
+group, slots advance in chunks of 16 tokens and window scores are computed in tiles of queries; wide windows are read by
+a fused kernel (`nha.ops.fused_window`). The backward pass recomputes one group at a time from the slots before it.
 """
 
 from __future__ import annotations

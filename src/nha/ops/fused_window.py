@@ -16,7 +16,7 @@ MIN_WINDOW = 128  # narrower ones take less time in products of many blocks at o
 
 
 def has_fused_window(q: Tensor, v: Tensor, window: int, softcap: float) -> bool:
-    """Whether `fused_window_attention` reads inputs like these: wide windows on a CPU, heads of one size, no softcap."""
+    """Whether `fused_window_attention` reads these inputs: wide windows on a CPU, heads of one size, no softcap."""
     return window >= MIN_WINDOW and q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and not softcap
 
 
