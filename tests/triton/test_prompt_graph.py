@@ -32,7 +32,8 @@ def reads(monkeypatch):
         output, cache = last[0]
 
         def replay():
-            again, other = run()
+            with torch.inference_mode(False), torch.no_grad():  # as where it was recorded
+                again, other = run()
             output.logits.copy_(again.logits)
             cache.layers[:] = other.layers
             found[-1] = "replayed"
@@ -114,6 +115,7 @@ def test_other_prompts_are_called(other, reads):
 
 def test_a_model_whose_scores_are_capped_is_called(reads):
     model, ids = build("gemma2"), tokens(1, 12)
+    found = ids
     for _ in range(2):
         found = model.generate(ids, **OPTIONS | {"max_new_tokens": 1})
         assert reads == ["called"]  # which found out
@@ -151,3 +153,37 @@ def test_a_server_reads_a_prompt_before_the_first_request(reads, monkeypatch):
     monkeypatch.setattr(decode_graph, "can_capture", lambda device: False)
     prompt_graph.warm_up(model)  # as on a CPU
     assert reads == FIRST
+
+
+def test_other_lengths_are_recorded_once_the_first_prompt_is_answered(reads, monkeypatch):
+    monkeypatch.setattr(prompt_graph, "PREPARED", 48)
+    model, order = build(), []
+    sample, record = type(model)._sample, prompt_graph.PromptGraphs._record
+
+    def noted_record(self, graph, model):
+        order.append(graph.ids.shape[1])
+        return record(self, graph, model)
+
+    def noted_sample(self, *args, **kwargs):
+        found = sample(self, *args, **kwargs)
+        order.append("returned")
+        return found
+
+    monkeypatch.setattr(prompt_graph.PromptGraphs, "_record", noted_record)
+    monkeypatch.setattr(type(model), "_sample", noted_sample)
+    ids = [tokens(1, length, seed=length) for length in (20, 40, 12)]
+    for prompt in ids:
+        assert torch.equal(model.generate(prompt, **OPTIONS), plain(model, prompt))
+    assert order[:4] == [32, 48, 16, "returned"] and all(x == "returned" for x in order[4:])
+
+
+def test_recorded_lengths_share_the_tensors_of_their_caches(reads):
+    model = build()
+    for length in (12, 20, 12, 20):
+        model.generate(tokens(1, length), **OPTIONS)
+    graphs = prompt_graph._graphs[model]
+    addresses = [
+        [x.data_ptr() for layer in nha_layers(graph.cache) if layer.state for x in layer.state.tensors().values()]
+        for graph in graphs.graphs.values()
+    ]
+    assert len(addresses) == 2 and addresses[0] == addresses[1] != []

@@ -48,7 +48,7 @@ from nha.models.head import watch_head
 from nha.models.masks import NAME, cache_argument, mark_packing
 from nha.models.next_token import token_attention
 from nha.models.prompt import in_pieces
-from nha.models.prompt_graph import replay_prompt
+from nha.models.prompt_graph import record_lengths, replay_prompt
 from nha.models.rotary import rotary_style
 from nha.models.slots import SlotParameters
 from nha.models.windows import attention_layers, decoder, follow_config, freeze_unused, set_module_window
@@ -96,6 +96,13 @@ class HybridGenerationMixin:
             return found
         with in_pieces(self, *given):
             return parent._prefill(*given, *args, **kwargs)  # type: ignore[misc]
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample; behind the tokens of the first prompt of a model the lengths of later ones are recorded."""
+        parent: Any = super()
+        found = parent._sample(*args, **kwargs)
+        record_lengths(self)
+        return found
 
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inputs of a step; assisted decoding from a filled cache would read the whole prompt again."""

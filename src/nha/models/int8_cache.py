@@ -95,7 +95,7 @@ class Int8CacheLayer(CacheLayerMixin):
             self.cumulative_length.fill_(length)
         else:
             self.keys, self.values = other.keys, other.values
-            self._map(lambda x: x[:, :, :length].clone())
+            self.map(lambda x: x[:, :, :length].clone())
             self.cumulative_length = length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -116,7 +116,7 @@ class Int8CacheLayer(CacheLayerMixin):
         if not self.is_initialized or not tokens_to_remove:
             return
         if not isinstance(self.cumulative_length, Tensor):
-            self._map(lambda x: x[:, :, :tokens_to_remove])
+            self.map(lambda x: x[:, :, :tokens_to_remove])
         self.cumulative_length += tokens_to_remove
 
     def reset(self) -> None:
@@ -126,21 +126,21 @@ class Int8CacheLayer(CacheLayerMixin):
             self.keys = self.values = None
             self.cumulative_length, self.is_initialized = 0, False
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = (Int8Rows(*map(function, rows)) for rows in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, 0))
+        self.map(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
+        self.map(lambda x: x[indices])
 
     def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
+        self.map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._map(lambda x: x.to(self.device, non_blocking=True))
+        self.map(lambda x: x.to(self.device, non_blocking=True))

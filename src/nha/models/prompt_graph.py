@@ -2,13 +2,14 @@
 
 A prompt of one sequence is padded on the right to one of a few lengths, so that few graphs serve all prompts. No token
 sees the padding, and states end with the last token (`HybridMask.num_tokens`). The first prompt of a model waits for
-kernels that are loaded or compiled, some seconds. So graphs of all lengths up to `PREPARED` are recorded with it, and
-later prompts are replayed: the same kernels on inputs of the same shapes. The first of a longer length is called, and
-its graph recorded by the second; so is any length once windows or weights of the model were exchanged.
+kernels that are loaded or compiled, some seconds. Once it is answered, graphs of all lengths up to `PREPARED` are
+recorded, and later prompts are replayed: the same kernels on inputs of the same shapes. The first of a longer length is
+called, and its graph recorded by the second; so is any length once windows or weights of the model were exchanged.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections import OrderedDict
@@ -36,39 +37,50 @@ from nha.ops.backends import compile_kernels
 from nha.ops.heads import all_windows
 
 STEP = 256  # tokens between the lengths up to 1,024; beyond there are four lengths from a power of two to the next
+HOST_WORK = 4e12  # tokens times parameters; for more the GPU takes longer than its host, and padding is seen
 PREPARED = 4096
 CALLED = 2  # lengths that are called before they are recorded: the shortest prompts may have a kernel of their own
 MAX_TOKENS = 16384
 MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
 KNOWN = ("torch", "transformers", "nha")  # libraries whose modules compute the same as long as their parts are
-MAX_GRAPHS = 24  # of a model, the most recently used
+MAX_GRAPHS = 48  # of a model, the most recently used
 
 
-def padded_length(length: int) -> int:
-    """The length to which a prompt is padded.
+def padded_length(length: int, parameters: int = 0) -> int:
+    """The length to which a prompt is padded, for a model with so many parameters.
 
     >>> [padded_length(length) for length in (1, 256, 257, 1025, 2049)]
     [256, 256, 512, 1280, 2560]
+    >>> [padded_length(length, 8 * 10**9) for length in (1, 257, 700, 1025)]
+    [256, 512, 704, 1152]
     """
-    step = max(STEP, 1 << max((length - 1).bit_length() - 3, 0))
+    octave = 1 << max(length - 1, 1).bit_length() - 1  # the largest power of two below the length
+    step = max(STEP, octave // 4)
+    if length > STEP and length * parameters > HOST_WORK:
+        step = max(STEP // 4, octave // 8)
     return -(-length // step) * step
 
 
-def padded_lengths(longest: int) -> list[int]:
+def padded_lengths(longest: int, parameters: int = 0) -> list[int]:
     """All lengths up to `longest` to which prompts are padded.
 
     >>> padded_lengths(2100)
     [256, 512, 768, 1024, 1280, 1536, 1792, 2048]
+    >>> padded_lengths(1200, 8 * 10**9)
+    [256, 512, 576, 640, 704, 768, 832, 896, 960, 1024, 1152]
     """
     lengths = [STEP]
-    while (following := padded_length(lengths[-1] + 1)) <= longest:
+    while (following := padded_length(lengths[-1] + 1, parameters)) <= longest:
         lengths.append(following)
     return lengths
 
 
 @dataclass
 class PromptGraph:
-    """A prompt of `length` tokens: its inputs, where its outputs are, and what computes them again."""
+    """A prompt of `length` tokens: its inputs, where its outputs are, and what computes them again.
+
+    The cache lies in tensors that all graphs of a model share: it is copied before another is replayed.
+    """
 
     ids: Tensor  # [1, length]
     num_tokens: Tensor  # [1] int64
@@ -110,51 +122,78 @@ class PromptGraphs:
     graphs: OrderedDict[int, PromptGraph] = field(default_factory=OrderedDict)
     refused: bool = False
     prepared: bool = False
+    name: str = "past_key_values"  # of the model's argument that is the cache
+    pending: list[int] = field(default_factory=list)  # lengths that are recorded once the first prompt is answered
     pool: Any = None
+    held: list[Tensor] = field(default_factory=list)  # of the cache of every graph, as long as the longest needs them
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def renew(self, parts: tuple[Any, ...]) -> None:
         """Forget what was recorded with other parts of the model."""
         if parts != self.parts:
             self.parts, self.refused, self.pool = parts, False, None
-            self.graphs.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        for x in (self.graphs, self.held, self.pending):
+            x.clear()
+
+    def refuse(self, error: Exception) -> None:
+        """Record no prompt of these parts of the model again."""
+        self.refused = True
+        self.forget()
+        if not isinstance(error, NotImplementedError):
+            warnings.warn(f"prompts go on without CUDA graphs, which could not be recorded: {error}", stacklevel=3)
 
     def read(self, model: Any, ids: Tensor, length: int, name: str) -> tuple[Any, Cache] | None:
         """Output and cache for a prompt [1, T] padded to `length`, which the next call overwrites; None where the
         model cannot read padding."""
+        self.name = name
         try:
             if not self.prepared:
                 self.prepared = True
-                self.prepare(model, ids.device, name)
+                self.prepare(model, ids.device, length)
             first = length not in self.graphs
             graph = self._graph(length, ids.device)
             graph.fill(ids)
             if first:
                 return graph.run(model, name)
             if graph.replay is None:
-                self._record(graph, model, name)
+                self._record(graph, model)
         except (NotImplementedError, RuntimeError) as error:
-            self.refused = True
-            self.graphs.clear()
-            if not isinstance(error, NotImplementedError):
-                warnings.warn(f"prompts go on without CUDA graphs, which could not be recorded: {error}", stacklevel=2)
+            self.refuse(error)
             return None
         assert graph.replay is not None
         graph.replay()
         return graph.output, graph.cache
 
-    def prepare(self, model: Any, device: torch.device, name: str) -> None:
-        """Record the graphs of all lengths up to `PREPARED`: the first ones after a call, which loads their kernels."""
-        lengths = [length for length in padded_lengths(PREPARED) if graph_length(model, length) == length]
-        graphs = [self._graph(length, device) for length in lengths]
+    def prepare(self, model: Any, device: torch.device, length: int) -> None:
+        """Load the kernels of the prompts up to `PREPARED` by calls of the shortest, and let `length` be called, too,
+        if it is one of them: it is recorded now, the others by `record_pending`."""
+        lengths = padded_lengths(PREPARED, count_parameters(model))
+        self.pending = [each for each in lengths if graph_length(model, each) == each]
+        graphs = [PromptGraph.of(each, device) for each in self.pending[:CALLED]]
         with torch.inference_mode(False), torch.no_grad():
             if graphs:
-                compile_ahead(model, graphs[:CALLED], name)
-            for place, graph in enumerate(graphs):
+                compile_ahead(model, graphs, self.name)
+            for graph in graphs:
                 graph.num_tokens.fill_(graph.ids.shape[1])
-                if place < CALLED:
-                    graph.run(model, name)
-                self._record(graph, model, name)
+                graph.run(model, self.name)
+        if length in self.pending:
+            self.pending.remove(length)
+            self._graph(length, device)
+
+    def record_pending(self, model: Any) -> None:
+        """Record the lengths that are not yet, the longest first: the others then find their memory in the pool."""
+        try:
+            while self.pending:
+                graph = self._graph(self.pending.pop(), model.device)
+                if graph.replay is None:
+                    graph.num_tokens.fill_(graph.ids.shape[1])
+                    self._record(graph, model)
+        except (NotImplementedError, RuntimeError) as error:
+            self.refuse(error)
 
     def _graph(self, length: int, device: torch.device) -> PromptGraph:
         """The graph of a length, the most recently used from now on."""
@@ -164,11 +203,17 @@ class PromptGraphs:
             self.graphs.popitem(last=False)
         return graph
 
-    def _record(self, graph: PromptGraph, model: Any, name: str) -> None:
+    def _record(self, graph: PromptGraph, model: Any) -> None:
         if self.pool is None and graph.ids.is_cuda:
             self.pool = torch.cuda.graph_pool_handle()
+
+        def run() -> tuple[Any, Cache]:
+            output, cache = graph.run(model, self.name)
+            hold_cache(cache, self.held)
+            return replace(output, **{self.name: None}), cache
+
         with torch.inference_mode(False), torch.no_grad():
-            (graph.output, graph.cache), graph.replay = decode_graph.capture(lambda: graph.run(model, name), self.pool)
+            (graph.output, graph.cache), graph.replay = decode_graph.capture(run, self.pool)
 
 
 def compile_ahead(model: Any, graphs: list[PromptGraph], name: str) -> None:
@@ -240,23 +285,73 @@ def graph_length(model: Any, length: int) -> int | None:
     windows = [window for window in all_windows(decoder(model).config.window_sizes) if window != FULL]
     if not windows or length <= min(windows):
         return None
-    padded = padded_length(max(length, max(windows) + 1))
-    if padded > min(2 * padded_length(length), MAX_TOKENS) or padded * count_parameters(model) > MAX_WORK:
+    count = count_parameters(model)
+    padded = padded_length(max(length, max(windows) + 1), count)
+    if padded > min(2 * padded_length(length, count), MAX_TOKENS) or padded * count > MAX_WORK:
         return None
     return padded if 4 * prompt_bytes(model, padded) < decode_graph.free_bytes(model.device) else None
 
 
+def map_tensors(cache: Cache, function: Callable[[Tensor], Tensor]) -> None:
+    """Put `function` of every tensor of a cache in its place."""
+    for part in cache_parts(cache):
+        if isinstance(part, NHACacheLayer):
+            part.state = None if part.state is None else part.state.map(function)
+        elif isinstance(part, Int8CacheLayer):
+            part.map(function)
+        elif part.is_initialized:
+            part.keys, part.values = function(part.keys), function(part.values)
+
+
+def hold_cache(cache: Cache, held: list[Tensor]) -> None:
+    """Move a cache of prompts to tensors that are there already, as far as they are long enough, and add the others."""
+    place, pairs = itertools.count(), []
+
+    def hold(x: Tensor) -> Tensor:
+        index = next(place)
+        if index == len(held):
+            held.append(torch.empty_like(x))
+        elif any(size < new for size, new in zip(held[index].shape, x.shape, strict=True)):
+            held[index] = torch.empty_like(x)
+        target = held[index] if held[index].shape == x.shape else held[index][:, :, : x.shape[2]]
+        pairs.append((target, x))
+        return target
+
+    map_tensors(cache, hold)
+    copy_tensors(pairs)
+
+
+def copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of every pair to the first, in few launches where their layouts agree."""
+    groups: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for target, source in pairs:
+        if target.stride() == source.stride():
+            groups.setdefault(target.dtype, []).append((target, source))
+        else:
+            target.copy_(source)
+    for group in groups.values():
+        targets, sources = zip(*group, strict=True)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def copy_cache(source: Cache, target: Cache, length: int) -> None:
     """Give the empty layers of one cache the first `length` tokens of another's; states end there already."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def copied(x: Tensor) -> Tensor:
+        pairs.append((torch.empty_like(x), x))
+        return pairs[-1][0]
+
     for ours, new in zip(cache_parts(source), cache_parts(target), strict=True):
         if isinstance(ours, NHACacheLayer):
             assert ours.state is not None
             new.lazy_initialization(ours.state.key, ours.state.value)
-            new.state, new.length = ours.state.map(torch.clone), length
+            new.state, new.length = ours.state.map(copied), length
         elif isinstance(ours, Int8CacheLayer):
             new.copy_from(ours, length)
         else:
             new.update(ours.keys[:, :, :length], ours.values[:, :, :length])  # which copies them
+    copy_tensors(pairs)
 
 
 def replay_prompt(
@@ -292,6 +387,18 @@ def replay_prompt(
         own = cache_argument(kwargs)
         copy_cache(cache, own, ids.shape[1])
         return replace(output, **{name: own})
+    finally:
+        graphs.lock.release()
+
+
+def record_lengths(model: Any) -> None:
+    """After an answer of `generate`: record the lengths of prompts that its first prompt left to be recorded."""
+    graphs = _graphs.get(model)
+    if graphs is None or not graphs.pending or not graphs.lock.acquire(blocking=False):
+        return
+    try:
+        if parts_of(model) == graphs.parts:
+            graphs.record_pending(model)
     finally:
         graphs.lock.release()
 
