@@ -49,8 +49,10 @@ from nha.report.results import to_json
 
 RESULT = "long_context.json"
 MODELS = ("hybrid", "original", "kernels", "yarn")
+COST, CLOZE = "cost", "cloze"
+PARTS = (COST, NEEDLE, PERPLEXITY, CLOZE)
 NEAR = (72, 256)  # tokens from the source of a near cloze
-NEW = 32  # tokens written after each timed prompt
+NEW, LATER = 32, 96  # tokens written after a timed prompt; between them a recorded step is replayed, if there is one
 Found = dict[str, dict[str, dict[str, Any]]]  # by model, part and length
 
 
@@ -105,31 +107,35 @@ def stretch(model: Any, length: int) -> None:
 
 @torch.no_grad()
 def cost(model: Any, length: int, rounds: int) -> dict[str, Any]:
-    """Seconds until the first token and for each that follows, and memory, of one prompt of this length."""
+    """Seconds until the first token and for one that follows, and memory, of one prompt of this length.
+
+    Tokens are timed after the 32nd, when a step that `generate` records is there. It records none where it is to return
+    its cache, so that the cache is of a call of its own.
+    """
     device = model.device.type
     ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    ids, times = ids.to(model.device), {1: [], NEW: []}
-    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    ids, times = ids.to(model.device), {1: [], NEW: [], LATER: []}
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     before = 0
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    cache = 0
+    cache = cache_nbytes(model.generate(ids, max_new_tokens=1, return_dict_in_generate=True, **options).past_key_values)
     for number in range(rounds + 1):  # the first is not counted: it compiles
         for new in times:
             synchronize(device)
             start = time.perf_counter()
-            made = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **options
-            )
+            model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
             synchronize(device)
             if number:
                 times[new].append(time.perf_counter() - start)
-            cache = cache_nbytes(made.past_key_values)
-            del made
-    first, last = (min(times[new]) for new in (1, NEW))  # kernels may still be compiled beside the first rounds
-    found = {"first token, s": round(first, 4), "token, ms": round(1000 * (last - first) / (NEW - 1), 3)}
+    first, some, all_of_them = (min(times[new]) for new in times)  # kernels may still be compiled in the first rounds
+    found = {
+        "first token, s": round(first, 4),
+        f"{NEW} tokens, s": round(some, 4),
+        "token, ms": round(1000 * (all_of_them - some) / (LATER - NEW), 3),
+    }
     if device == "cuda":
         found["peak beyond the weights, MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     return found | {"cache, MB": round(cache / 1e6, 2), "rounds": rounds}
@@ -218,27 +224,29 @@ class Session:
         path = options.model or gguf_path()
         documents = read_documents(find_set(options.data, HELD_OUT))
         with maker() as pool:  # seconds for each cloze, beside what the GPU measures
-            near = pool.submit(clozes_of, path, documents, options.clozes, NEAR)
-            coming = {n: pool.submit(clozes_of, path, documents, options.clozes, reach(n)) for n in lengths}
+            coming = {}
+            if CLOZE in options.parts:
+                near = pool.submit(clozes_of, path, documents, options.clozes, NEAR)
+                coming = {n: (pool.submit(clozes_of, path, documents, options.clozes, reach(n)), near) for n in lengths}
             tokenizer = load_tokenizer(path)
             models = {name: load(path, name, options.delta, max(lengths)) for name in options.models}
             ids = plain_ids(tokenizer, tokenized(tokenizer, documents))
-            kernels = models.pop("kernels", None)
+            if COST in options.parts:
+                each = [(n, name) for n in lengths for name in models if name not in ("kernels", "yarn")]
+                for n, name in each + [(n, "kernels") for n in lengths if "kernels" in models]:
+                    self.add(name, COST, n, partial(cost, models[name], n, options.rounds))
+            models.pop("kernels", None)
             each = [(n, name, model) for n in lengths for name, model in models.items()]
-            for n, name, model in each:
-                if name != "yarn":
-                    self.add(name, "cost", n, partial(cost, model, n, options.rounds))
-            for part in (NEEDLE, PERPLEXITY):
+            for part in (part for part in (NEEDLE, PERPLEXITY) if part in options.parts):
                 for n, name, model in each:
                     data = PublicData(settings_of(options, part, n), {}, documents, {}, ids)
                     self.add(name, part, n, partial(public_part, model, tokenizer, data))
-            for n, name, model in each:
-                self.add(name, "cloze", n, partial(clozes_correct, model, tokenizer, coming[n], None))
+            for n, name, model in each if coming else ():
+                far, near = coming[n]
+                self.add(name, CLOZE, n, partial(clozes_correct, model, tokenizer, far, None))
                 text = Filler(np.concatenate(ids), n)
                 self.add(name, "near cloze", n, partial(clozes_correct, model, tokenizer, near, text))
             pool.shutdown(wait=False, cancel_futures=True)
-            for n in lengths if kernels is not None else ():
-                self.add("kernels", "cost", n, partial(cost, kernels, n, options.rounds))
 
 
 def cell(part: dict[str, Any] | None, name: str = "accuracy") -> str:
@@ -370,6 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[8192, 32768, 65536, 131072]
     )
     parser.add_argument("--models", type=lambda s: s.split(","), default=["hybrid", "original"])
+    parser.add_argument("--parts", type=lambda s: s.split(","), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--needles", type=int, default=5, help="of each length and depth (5 depths)")
     parser.add_argument("--clozes", type=int, default=24, help="of each length")
     parser.add_argument("--documents", type=int, default=8, help="for perplexity, of each length")
@@ -386,8 +395,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.data is None or options.out is None:
         parser.error("expected --data and --out")
-    if not set(options.models) <= set(MODELS):
-        parser.error(f"expected models out of {', '.join(MODELS)}, got {', '.join(options.models)}")
+    for name, known in (("models", MODELS), ("parts", PARTS)):
+        given = getattr(options, name)
+        if not set(given) <= set(known):
+            parser.error(f"expected {name} out of {', '.join(known)}, got {', '.join(given)}")
     Session(options).measure()
     return 0
 
