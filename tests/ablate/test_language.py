@@ -33,6 +33,8 @@ language:
   sets: [piqa, cloze_near]
   limit: 4
   clozes: 2
+  needle_lengths: [192]
+  needles: 1
   knob: [0, 8, -1]
 claims:
   - {says: better, arm: nha, against: transformer, measure: perplexity}
@@ -61,7 +63,7 @@ def test_every_arm_is_trained_on_as_many_tokens_and_measured(table, sources, tmp
     rows = {row["arm"]: row for row in read_rows(out)}
     assert {row["tokens"] for row in rows.values()} == {512}
     tasks = {arm: {size["task"] for size in row["sizes"]} for arm, row in rows.items()}
-    assert tasks["nha"] == tasks["transformer"] == {"perplexity", "piqa", "cloze_near", "window"}
+    assert tasks["nha"] == tasks["transformer"] == {"perplexity", "piqa", "cloze_near", "needle", "window"}
     assert tasks["two"] == {"perplexity", "piqa", "window"}  # writes nothing: it has no cache
     windows = {arm: [s["size"] for s in row["sizes"] if s["task"] == "window"] for arm, row in rows.items()}
     assert windows == {"nha": ["0", "8", "-1"], "random": ["0", "8", "-1"], "two": ["8"], "transformer": ["-1"]}
@@ -70,7 +72,7 @@ def test_every_arm_is_trained_on_as_many_tokens_and_measured(table, sources, tmp
     remember(table, out)
     page = write_summary(out).read_text()
     assert "perplexity 128" in page and "nha ablate text --corpus CORPUS --data DATA" in page
-    assert "| arm | 0 | 8 | full |" in page and "one for every window" in page
+    assert "| model | 0 | 8 | full |" in page and "needle 192" in page and "one for every window" in page
     assert (out / "text-windows.png").read_bytes()[:4] == b"\x89PNG"
     entries = json.loads((out / "summary.json").read_text())
     assert {"ppl", "by_position"} <= next(e for e in entries if e["task"] == "perplexity").keys()

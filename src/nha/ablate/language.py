@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nha.data.cloze import RANGES
 from nha.data.corpus import Corpus
 from nha.errors import OutOfTime
-from nha.evaluate.public.run import PERPLEXITY, PublicData, PublicSettings, measure_public, read_public
+from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicData, PublicSettings, measure_public, read_public
 from nha.models.config import FULL, NHAConfig
 from nha.train.knob import turn_knob
 from nha.train.presets import preset_config
@@ -24,6 +24,7 @@ from nha.train.settings import TrainSettings
 
 # Attention may read across documents: not every model has boundaries within a row.
 SHARED_SETTINGS = {"packing": "joined"}
+WRITTEN = (*RANGES, NEEDLE)  # parts whose answers a model writes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LanguagePlan:
         sets: parts of `nha eval public`.
         limit: items of a set, at most.
         clozes: near, and far clozes.
+        needle_lengths, needles: tokens of a prompt that hides a needle, and needles of each length and depth; none by
+            default.
         knob: windows that every trained model is measured at, in tokens; -1 is full attention.
     """
 
@@ -50,6 +53,8 @@ class LanguagePlan:
     sets: tuple[str, ...] = ("lambada_openai", "piqa", "cloze_near", "cloze_far")
     limit: int | None = None
     clozes: int = 200
+    needle_lengths: tuple[int, ...] = ()
+    needles: int = 4
     knob: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,9 +78,11 @@ class LanguagePlan:
     def public(self) -> PublicSettings:
         """The parts to measure, and their sizes."""
         return PublicSettings(
-            parts=(*self.sets, PERPLEXITY),
+            parts=(*self.sets, *([NEEDLE] if self.needle_lengths else []), PERPLEXITY),
             limit=self.limit,
             clozes=self.clozes,
+            needle_lengths=self.needle_lengths or PublicSettings.needle_lengths,
+            needles=self.needles,
             lengths=self.lengths,
             documents=self.documents,
         )
@@ -125,7 +132,7 @@ def train_language(
     """Train a model in the directory `run`, which is resumed if it holds a part of that, and measure it.
 
     `own` are settings of this model alone; `windows` are those that it is measured at besides its own. Models without a
-    cache write nothing: they get no clozes.
+    cache write nothing: they get neither clozes nor needles.
 
     Raises:
         OutOfTime: training was stopped `reserve` seconds before `time_left` were over; its checkpoint is kept.
@@ -139,7 +146,7 @@ def train_language(
     model = trained.model.eval()
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)  # type: ignore[arg-type]
-    parts = tuple(part for part in sources.public.settings.parts if has_cache or part not in RANGES)
+    parts = tuple(part for part in sources.public.settings.parts if has_cache or part not in WRITTEN)
     measures = measure_public(model, sources.tokenizer, with_parts(sources.public, parts))
     rows: list[dict[str, Any]] = []
     if windows:

@@ -24,7 +24,7 @@ from nha.ablate.steps import Steps
 from nha.ablate.table import Row, Table
 from nha.distill.checkpoint import locked
 from nha.errors import OutOfTime, one_line
-from nha.evaluate.public.run import PERPLEXITY
+from nha.evaluate.public.run import NEEDLE, PERPLEXITY
 from nha.io import write_atomically
 from nha.train.trainer import TrainingDiverged
 
@@ -420,6 +420,10 @@ def language_row(table: Table, row: Row, out: Path, sources: Sources, left: floa
     sizes += [
         {"task": name, "size": str(context), "state_bytes": of_context} | values
         for name, values in found["sets"].items()
+    ]
+    sizes += [
+        {"task": NEEDLE, "size": length, "state_bytes": state_bytes(model, int(length))} | values
+        for length, values in found[NEEDLE].items()
     ]
     sizes += [
         {"task": WINDOW, "size": str(entry.pop("window")), "state_bytes": entry.pop("cache_bytes")}

@@ -24,6 +24,7 @@ MIN_PAIRS = 3  # an interval of fewer says nothing
 MIN_SEEDS = 3  # of fewer, an interval does not hold what another seed would change
 UNDECIDED, UNMEASURED = "undecided", "not measured"
 FEW = ", "  # between a verdict and its number of seeds
+BY_LENGTH = ("perplexity", "needle")  # tasks of several lengths
 LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
 COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
@@ -391,7 +392,7 @@ def window_lines(rows: Sequence[Data]) -> list[str]:
 def language_lines(rows: Sequence[Data]) -> list[str]:
     """Perplexity by length and accuracy by set, mean over seeds."""
     keys = list(dict.fromkeys((s["task"], s["size"]) for row in rows for s in row["sizes"] if s["task"] != WINDOW))
-    heads = [f"perplexity {int(size):,}" if task == "perplexity" else task for task, size in keys]
+    heads = [f"{task} {int(size):,}" if task in BY_LENGTH else task for task, size in keys]
     lines = [f"| model | lr | state at the longest, KiB | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
     for name in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == name]
