@@ -77,8 +77,7 @@ class Arm:
     Attributes:
         name: of the row.
         budget: the column of the targets that its bytes fit.
-        recipe: of `nha distill --recipe`.
-        changes: settings that differ from the recipe's.
+        changes: settings that differ from those of `nha distill --recipe quality`; windows of 64 unless they say so.
         heads: windows per KV head.
         long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
         shipped: measure the small file of gates, sinks and changes of weights instead of the trained model; "lora" for
@@ -92,7 +91,6 @@ class Arm:
 
     name: str
     budget: str
-    recipe: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     heads: Heads | None = None
     long_needles: tuple[int, ...] = ()
@@ -128,20 +126,19 @@ TEACHER = 0.4
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("quality", "4full", "quality", {}, None, (32768,)),
-        Arm("balanced", "1full", "balanced", {}, None, (32768,)),
-        Arm("constant", "constant", "constant", {}, None, LONG),
-        Arm("4full", "4full", "constant", {"full_layers": FULL_LAYERS}, None, (32768,), teacher_fraction=TEACHER),
-        Arm("1full", "1full", "constant", {"full_layers": (18,)}, None, (32768,), teacher_fraction=TEACHER),
-        Arm("4full_heads", "4full", "constant", {}, Heads(((12, FULL),)), (32768,), teacher_fraction=TEACHER),
-        Arm("1full_heads", "1full", "constant", {}, Heads(((15, 3264),)), (32768,), teacher_fraction=TEACHER),
-        Arm("4full_mixed", "4full", "constant", {}, MIXED4, (32768,), teacher_fraction=TEACHER),
-        Arm("4full_half", "4full", "constant", {}, MIXED4, (32768,), teacher_fraction=HALF),
-        Arm("1full_half", "1full", "constant", {}, WIDE1, (32768,), teacher_fraction=HALF),
+        Arm("quality", "4full", {"full_layers": FULL_LAYERS}, None, (32768,)),
+        Arm("balanced", "1full", {"full_layers": (18,)}, None, (32768,)),
+        Arm("constant", "constant", {}, None, LONG),
+        Arm("4full", "4full", {"full_layers": FULL_LAYERS}, None, (32768,), teacher_fraction=TEACHER),
+        Arm("1full", "1full", {"full_layers": (18,)}, None, (32768,), teacher_fraction=TEACHER),
+        Arm("4full_heads", "4full", {}, Heads(((12, FULL),)), (32768,), teacher_fraction=TEACHER),
+        Arm("1full_heads", "1full", {}, Heads(((15, 3264),)), (32768,), teacher_fraction=TEACHER),
+        Arm("4full_mixed", "4full", {}, MIXED4, (32768,), teacher_fraction=TEACHER),
+        Arm("4full_half", "4full", {}, MIXED4, (32768,), teacher_fraction=HALF),
+        Arm("1full_half", "1full", {}, WIDE1, (32768,), teacher_fraction=HALF),
         Arm(
             "4full_int8",
             "4full",
-            "constant",
             {},
             MIXED4,
             (32768,),
@@ -152,7 +149,6 @@ ARMS = {
         Arm(
             "1full_int8",
             "1full",
-            "constant",
             {},
             WIDE1,
             (32768,),
@@ -160,18 +156,17 @@ ARMS = {
             teacher_fraction=HALF,
             state_dtype="int8",
         ),
-        Arm("4full_floor", "4full", "constant", {}, FLOOR4, (32768,), teacher_fraction=HALF, **INT8),
-        Arm("1full_floor", "1full", "constant", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
-        Arm("constant_floor", "constant", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
-        Arm("1full_mixed", "1full", "constant", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
-        Arm("constant_heads", "constant", "constant", {}, NARROW, LONG),
-        Arm("constant_exact", "constant", "constant", {"slot_write": "exact"}, NARROW, LONG),
-        Arm("constant_teacher", "constant", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
-        Arm("constant_recall", "constant", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
-        Arm("constant64_teacher", "constant", "constant", {}, None, LONG, teacher_fraction=TEACHER),
+        Arm("4full_floor", "4full", {}, FLOOR4, (32768,), teacher_fraction=HALF, **INT8),
+        Arm("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
+        Arm("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
+        Arm("1full_mixed", "1full", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
+        Arm("constant_heads", "constant", {}, NARROW, LONG),
+        Arm("constant_exact", "constant", {"slot_write": "exact"}, NARROW, LONG),
+        Arm("constant_teacher", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
+        Arm("constant_recall", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
+        Arm("constant64_teacher", "constant", {}, None, LONG, teacher_fraction=TEACHER),
         Arm(
             "shipped",
-            "constant",
             "constant",
             RECALL,
             NARROW,
@@ -180,12 +175,11 @@ ARMS = {
             source="constant_recall",
             teacher_fraction=0.2,
         ),
-        Arm("ship", "constant", "constant", LORA, None, LONG, shipped="lora"),
-        Arm("ship_svd", "constant", "constant", {}, None, LONG, shipped="svd", source="constant"),
-        Arm("ship_heads", "constant", "constant", LORA, NARROW, LONG, shipped="lora"),
+        Arm("ship", "constant", LORA, None, LONG, shipped="lora"),
+        Arm("ship_svd", "constant", {}, None, LONG, shipped="svd", source="constant"),
+        Arm("ship_heads", "constant", LORA, NARROW, LONG, shipped="lora"),
         Arm(
             "ship_teacher",
-            "constant",
             "constant",
             {},
             NARROW,
@@ -281,11 +275,11 @@ def make_runs(
         for name in names:
             arm = ARMS[name]
             count = tokens.get(name, tokens.get(arm.budget, TOKENS[arm.budget]))
-            changes: dict[str, Any] = {"teacher_tokens": arm.teacher_fraction * count}
+            changes: dict[str, Any] = {"full_layers": (), "teacher_tokens": arm.teacher_fraction * count}
             changes |= {"save_every": 400, **arm.changes, **(given or {}), "tokens": count, "seed": seed}
             if arm.heads:
                 changes["window_size"] = arm.heads.windows()
-            run = Run(arm, arm.budget, recipe_settings(arm.recipe, layers, EMBEDDED_ID, changes), name)
+            run = Run(arm, arm.budget, recipe_settings("quality", layers, EMBEDDED_ID, changes), name)
             control = control_of(run)
             if controls:
                 found.setdefault(control.name, control)

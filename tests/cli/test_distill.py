@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 
 from experiments.cost import shape_config
 from nha.cli import app
+from nha.convert.heads import windows_from_plan
 from nha.convert.search import SearchResult, save_search
+from nha.distill import heads
 from nha.distill.timeline import Timeline
 from nha.errors import BadInput
 from nha.models import loading
@@ -210,10 +213,11 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     result = runner.invoke(app, [*arguments, "--recipe", "constant"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["settings"]["long_tokens"] == 2e7 and found["steps"] > 0 and found["on_h100"]["seconds"] > 0
+    assert found["settings"]["long_tokens"] == 1.25e7 and found["steps"] > 0 and found["on_h100"]["seconds"] > 0
     again = runner.invoke(app, [*arguments, "--recipe", "constant", "--recall-fraction", "0.125", "--tokens", "1e6"])
     settings = json.loads(again.stdout)["settings"]
     assert (settings["recall_fraction"], settings["long_tokens"], settings["long_range_fraction"]) == (0.125, 5e5, 0.5)
+    assert settings["window_size"].count(25) == 2 and "spread evenly" in again.stderr.replace("\n", " ")
     table = runner.invoke(app, arguments[:-1])
     assert table.exit_code == 0 and all(word in table.stdout for word in ("memory", "on one H100", "measured"))
     long = runner.invoke(app, [*arguments, "--seq-len", "500000"])
@@ -221,6 +225,20 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     wrong = runner.invoke(app, [*arguments, "--recipe", "best"])
     assert wrong.exit_code == 2 and "quality, balanced, constant" in wrong.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_ranks_the_heads_of_a_model_once_and_keeps_the_plan(place, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "SEARCHES", tuple(replace(one, steps=1) for one in heads.SEARCHES))
+    run = tmp_path / "run"
+    arguments = ["distill", str(place / "tiny"), str(run), "--corpus", str(corpus), *SHORT[2:], "--long-tokens", "0"]
+    arguments += ["--recipe", "balanced", "--teacher-tokens", "0", "--json"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    windows = json.loads(result.stdout)["settings"]["window_size"]
+    assert windows == windows_from_plan(tmp_path / "run.heads.json")
+    assert sorted({w for own in windows for w in ([own] if isinstance(own, int) else own)}) == [-1, 64, 896, 2144]
+    monkeypatch.setattr(heads, "search_heads", lambda *_, **__: pytest.fail("searched again"))
+    assert json.loads(runner.invoke(app, arguments).stdout)["settings"]["window_size"] == windows
 
 
 def test_a_teacher_is_trained_first_and_the_summary_says_so(place, corpus, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,19 @@ import torch
 from transformers import LlamaConfig
 
 from experiments.cost import shape_config
-from nha.distill import run
+from experiments.quality_arms import make_runs
+from nha.convert.head_ranks import HeadRanks, searched_heads, spread_heads
+from nha.convert.heads import load_plan, top_heads, windows_from_plan
+from nha.data.prepare import prepare
+from nha.distill import heads, run
 from nha.distill.estimate import empty_model, estimate, trained_parameters
 from nha.distill.recipes import RECIPES, choose_full_layers, recipe_settings, recipes_table
 from nha.distill.settings import DistillSettings
 from nha.distill.student import Distillation
 from nha.models.adapter import to_hybrid
+from nha.models.config import FULL
+from nha.ops.heads import per_head
+from tests.data.tokenizers import small_tokenizer
 from tests.models.families import teacher
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +49,54 @@ def test_recipes_keep_some_few_and_no_full_layers():
     assert recipe_settings("balanced", 12, "other").full_layers == (6,)
 
 
+def test_recipes_of_the_embedded_model_have_the_windows_that_were_measured():
+    """`constant` was measured with the ranks of one search, whose fifteenth head is another one than in the mean."""
+    plan = load_plan(ROOT / "results/plans/smollm2-heads20.json")
+    ranks = searched_heads(SMOLLM2, [3] * 30)
+    assert ranks is not None and list(ranks.ranked) == top_heads(plan.weights, len(ranks.ranked))
+    for name, arm in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_recall")):
+        settings, (_, measured) = recipe_settings(name, 30, ranks=ranks), make_runs([arm], [0], {})
+        pairs = zip(*(per_layer(one.window_size, 3) for one in (settings, measured.settings)), strict=True)
+        assert sum(own != other for own, other in pairs) == (2 if name == "constant" else 0)
+        assert dataclasses.replace(settings, window_size=64, save_every=400) == dataclasses.replace(
+            measured.settings, window_size=64
+        )
+
+
+def test_windows_of_heads_are_in_proportion_and_what_is_given_overrides_them():
+    ranks = spread_heads([8, 0, 8, 8])
+    windows = per_layer(recipe_settings("balanced", 4, ranks=ranks).window_size, 8)
+    assert windows.pop(1) == [FULL] * 8
+    assert [sum(own.count(w) for own in windows) for w in (FULL, 2144, 896, 64)] == [1, 3, 2, 18]
+    for given in ({"full_layers": (1,)}, {"window_size": 32}, {"window_size": (64, -1, 64, 64)}):
+        assert recipe_settings("balanced", 4, given=given, ranks=ranks) == recipe_settings("balanced", 4, given=given)
+    with pytest.raises(ValueError, match="20"):
+        HeadRanks((30,), ((0, 1),)).windows([(20, -1)], 64)
+
+
+def per_layer(windows, heads):
+    return [per_head(window, heads) for window in windows]
+
+
+def test_heads_of_an_unknown_model_are_ranked_on_the_text_of_the_run_once(tmp_path, monkeypatch):
+    tokenizer = small_tokenizer("digits")
+    model = teacher(vocab_size=len(tokenizer))
+    (tmp_path / "text.txt").write_text(
+        " ".join(f"The town of Number{i} was founded in {i}00 by a man." for i in range(9))
+    )
+    corpus = prepare([str(tmp_path / "text.txt")], tmp_path / "corpus", tokenizer, held_out_fraction=0.0)
+    monkeypatch.setattr(heads, "SEARCHES", tuple(dataclasses.replace(one, steps=2) for one in heads.SEARCHES))
+    place, steps = tmp_path / "heads.json", []
+    plan = heads.find_heads("balanced", model, tokenizer, corpus, place, progress=lambda *at: steps.append(at))
+    assert steps == [(n, 4) for n in range(1, 5)] and windows_from_plan(place) == plan.windows
+    kinds = [w for layer in per_layer(plan.windows, model.config.num_key_value_heads) for w in layer]
+    assert kinds.count(FULL) == kinds.count(2144) == kinds.count(896) == 1
+    again = heads.find_heads("quality", model, tokenizer, corpus, place, progress=lambda *_: pytest.fail("searched"))
+    assert again.weights == plan.weights and again.windows != plan.windows
+    with pytest.raises(ValueError, match="weights"):
+        heads.find_heads("quality", teacher(vocab_size=len(tokenizer), seed=1), tokenizer, corpus, place)
+
+
 def test_full_layers_are_inside_the_model_whatever_its_size():
     for layers in (1, 2, 5, 30, 80):
         for recipe in RECIPES.values():
@@ -60,11 +116,12 @@ def test_what_is_given_overrides_a_recipe():
 def test_recipes_train_the_teacher_first_where_whole_matrices_are_trained():
     for name in RECIPES:
         settings = recipe_settings(name, 30, SMOLLM2)
-        assert settings.teacher_tokens == 0.4 * settings.tokens and settings.long_tokens == 0.5 * settings.tokens
+        assert settings.teacher_tokens == RECIPES[name].teacher_fraction * settings.tokens > 0
+        assert settings.long_tokens == 0.5 * settings.tokens
         for trainable in ("lora", "slots"):
             assert recipe_settings(name, 30, given={"trainable": trainable}).teacher_tokens == 0
         assert recipe_settings(name, 30, given={"teacher_tokens": 0.0}).teacher_tokens == 0
-    assert recipe_settings("constant", 30, given={"tokens": 1e6, "long_tokens": 9e5}).teacher_tokens == 1e5
+    assert recipe_settings("quality", 30, given={"tokens": 1e6, "long_tokens": 9e5}).teacher_tokens == 1e5
 
 
 @pytest.mark.parametrize("context, lengths", [(8192, (2048, 8192)), (4096, (2048, 4096)), (1024, (1024, 1024))])

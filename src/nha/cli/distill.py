@@ -21,7 +21,8 @@ from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.evaluate_options import with_groups
 from nha.cli.hybridize import WINDOWS_HELP, check_convertible, searched_windows
 from nha.cli.options import given_options, make_settings, with_settings
-from nha.distill.recipes import RECIPES, recipe_values
+from nha.convert.head_ranks import HeadRanks, searched_heads, spread_heads
+from nha.distill.recipes import RECIPES, recipe_values, takes_heads
 from nha.distill.settings import CONTROL, TEACHER, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.timeline import BEGUN, Timeline
@@ -146,8 +147,11 @@ def distill(
             if windows is not None:
                 found = searched_windows(windows, source, settings.window_size, settings.full_layers)
                 given |= {"window_size": tuple(found), "full_layers": ()}
+            unknown = False
             if recipe is not None:
-                values = recipe_values(recipe, layers_of(source), source.base, given, context_of(source))
+                ranks, unknown = ranks_of(source)
+                values = recipe_values(recipe, layers_of(source), source.base, given, context_of(source), ranks)
+                unknown = unknown and takes_heads(given)
             else:
                 values = dataclasses.asdict(settings) | given
             settings = make_settings(DistillSettings, values)
@@ -155,6 +159,8 @@ def distill(
             check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
             note_context(source, settings)
             if estimated.dry_run:
+                if unknown:
+                    err.print("note: heads are ranked when the run begins; here they are spread evenly", soft_wrap=True)
                 report_estimate(source, settings, estimated.gpu, as_json)
                 return
             check_writable(output)
@@ -165,6 +171,10 @@ def distill(
                 report_corpus(read_text(source, text, cache), as_json)
                 return
             opened, loaded = load_beside(source, dtype, timeline, lambda: read_text(source, text, cache))
+            if unknown and recipe is not None:
+                place = output.with_name(output.name + ".heads.json")
+                settings = with_ranked_heads(recipe, settings, source, loaded, opened, place)
+                timeline.mark("heads ranked")
             run(Job(source, opened, output, settings, dtype, control, as_json, timeline), loaded, stop)
     except KeyboardInterrupt:
         reason = stop.reason or "SIGINT"
@@ -249,6 +259,35 @@ def context_of(source: loading.Source) -> int | None:
     """The tokens that a model was made for, as its configuration has them, None for the embedded model."""
     config: Any = source.config
     return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def ranks_of(source: loading.Source) -> tuple[HeadRanks, bool]:
+    """The ranks of a model's KV heads, and whether they only stand in for those that a search has yet to find."""
+    from nha.convert.search import candidate_layers
+    from nha.models.smollm2 import KV_HEADS, LAYERS
+
+    counts = [KV_HEADS] * LAYERS
+    if source.config is not None:
+        config: Any = source.config.get_text_config()
+        own = set(candidate_layers(config))
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        counts = [heads if layer in own else 0 for layer in range(config.num_hidden_layers)]
+    known = searched_heads(source.base, counts)
+    return known or spread_heads(counts), known is None
+
+
+def with_ranked_heads(
+    recipe: str, settings: DistillSettings, source: loading.Source, loaded: tuple[Any, Any], corpus: Corpus, path: Path
+) -> DistillSettings:
+    """The settings with a recipe's windows for the heads that copy, which `path` keeps; one process finds them."""
+    from nha.distill.heads import find_heads, wait_for_heads
+    from nha.ops.heads import window_of
+
+    if rank() != 0:
+        wait_for_heads(path)
+    with common.steps(f"learning which heads of {source.label} copy") as advance:
+        plan = find_heads(recipe, *loaded, corpus, path, progress=advance)
+    return dataclasses.replace(settings, window_size=tuple(map(window_of, plan.windows)))
 
 
 def note_context(source: loading.Source, settings: DistillSettings) -> None:

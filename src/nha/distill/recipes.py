@@ -1,4 +1,4 @@
-"""Recipes of a distillation: measured settings for some, few or no full layers, which every option overrides.
+"""Recipes of a distillation: measured settings for some, few or no full heads, which every option overrides.
 
 Imports no PyTorch: the command line needs this file to print its help.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from nha.convert.head_ranks import FULL, HeadRanks
 from nha.convert.settings import FULL_FRACTION, fraction_of, searched_layers
 from nha.distill.settings import DistillSettings
 from nha.settings import option_name
@@ -21,25 +22,65 @@ class Recipe:
 
     Attributes:
         meaning: one sentence for the command line and the docs.
-        full_fraction: fraction of the layers that keep full attention, at least one if it is not 0.
-        long_fraction: fraction of the tokens that come in longer sequences.
+        tiers: (fraction of the KV heads, window) for the first heads by rank, then for those that follow; -1 is full
+            attention.
+        window_size: tokens in the window of all other heads.
+        full_fraction: fraction of the layers that keep full attention where heads have no ranks, at least one if it is
+            not 0.
         teacher_fraction: fraction of the tokens that train the original first, where whole matrices are trained.
         changes: other settings that are not the default.
+        long_fraction: fraction of the tokens that come in longer sequences.
     """
 
     meaning: str
+    tiers: tuple[tuple[float, int], ...]
+    window_size: int
     full_fraction: float
-    long_fraction: float
     teacher_fraction: float
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any]
+    long_fraction: float = 0.5
+
+    def head_tiers(self, total: int) -> tuple[tuple[int, int], ...]:
+        """(heads, window) of a model with so many KV heads, at least one of each kind while there are any.
+
+        >>> RECIPES["balanced"].head_tiers(90), RECIPES["balanced"].head_tiers(4)
+        (((2, -1), (10, 2144), (8, 896)), ((1, -1), (1, 2144), (1, 896)))
+        """
+        left, found = total, []
+        for fraction, window in self.tiers:
+            count = min(left, fraction_of(total, fraction))
+            left -= count
+            found.append((count, window))
+        return tuple(found)
 
 
 # One mixture for all three, so that they share a control; measured in results/quality with 25 M tokens.
 MIXTURE = {"tokens": 25e6, "long_range_fraction": 0.5, "recall_fraction": 0.25}
 RECIPES = {
-    "quality": Recipe("some full layers, 4 of 30: the most recall", FULL_FRACTION, 0.5, 0.4, MIXTURE),
-    "balanced": Recipe("few full layers, 1 of 30: a third of the cache of quality", 1 / 30, 0.5, 0.4, MIXTURE),
-    "constant": Recipe("no full layer: memory that does not grow", 0.0, 0.5, 0.4, {**MIXTURE, "tokens": 40e6}),
+    "quality": Recipe(
+        "some full heads, 6 of 90, and long windows: the most recall",
+        ((6 / 90, FULL), (14 / 90, 7008)),
+        64,
+        FULL_FRACTION,
+        0.5,
+        MIXTURE,
+    ),
+    "balanced": Recipe(
+        "few full heads, 2 of 90: a third of the cache of quality",
+        ((2 / 90, FULL), (10 / 90, 2144), (8 / 90, 896)),
+        64,
+        1 / 30,
+        0.5,
+        MIXTURE,
+    ),
+    "constant": Recipe(
+        "no full head: memory that does not grow",
+        ((15 / 90, 256),),
+        25,
+        0.0,
+        0.2,
+        {**MIXTURE, "answer_weight": 0.75},  # slots learn recall more slowly than perplexity
+    ),
 }
 SEARCHED_SINGLE: dict[tuple[int, ...], tuple[int, ...]] = {
     (8, 18, 20, 23): (18,)
@@ -47,7 +88,7 @@ SEARCHED_SINGLE: dict[tuple[int, ...], tuple[int, ...]] = {
 
 
 def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ...]:
-    """The layers that keep full attention: those that a search found for this model, else evenly spaced ones.
+    """The layers that keep full attention, where heads have no ranks: searched ones, else evenly spaced ones.
 
     >>> choose_full_layers("HuggingFaceTB/SmolLM2-135M-Instruct", 30, 4 / 30)
     (8, 18, 20, 23)
@@ -63,16 +104,23 @@ def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ..
 
 
 def recipe_values(
-    name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None, context: int | None = None
+    name: str,
+    layers: int,
+    base: str = "",
+    given: Mapping[str, Any] | None = None,
+    context: int | None = None,
+    ranks: HeadRanks | None = None,
 ) -> dict[str, Any]:
     """The settings of a recipe that are not the default, by name; those `given` override the recipe's.
 
-    A window per layer, or full layers, override the recipe's full layers. No sequence is longer than `context`, the
-    tokens that the model was made for: beyond it the teacher has nothing to teach. Raises ValueError for an unknown
-    recipe.
+    Windows go to heads by their `ranks`; without them whole layers keep full attention, and others the default window.
+    Windows or full layers that are given override both. No sequence is longer than `context`, the tokens that the model
+    was made for: beyond it the teacher has nothing to teach. Raises ValueError for an unknown recipe.
 
     >>> recipe_values("quality", 12, given={"tokens": 1e6})["full_layers"]
     (3, 9)
+    >>> recipe_values("quality", 2, ranks=HeadRanks((2, 2), ((0, 1), (1, 0))))["window_size"]
+    ((64, -1), (7008, 64))
     >>> short = recipe_values("constant", 12, context=1024)
     >>> short["seq_len"], short["long_tokens"]
     (1024, 0.0)
@@ -88,9 +136,20 @@ def recipe_values(
     values.setdefault("long_tokens", recipe.long_fraction * tokens if longer else 0.0)
     if values.get("trainable", "attention") in ("attention", "layers"):  # others cannot train a teacher
         values.setdefault("teacher_tokens", min(recipe.teacher_fraction * tokens, tokens - values["long_tokens"]))
-    if not isinstance(values.get("window_size", 0), (tuple, list)):
+    if ranks is not None and takes_heads(given):
+        values["window_size"] = ranks.windows(recipe.head_tiers(ranks.total), recipe.window_size)
+    elif not isinstance(values.get("window_size", 0), (tuple, list)):
         values.setdefault("full_layers", choose_full_layers(base, layers, recipe.full_fraction))
     return values
+
+
+def takes_heads(given: Mapping[str, Any]) -> bool:
+    """Whether a recipe's windows per head are used beside settings that are given.
+
+    >>> takes_heads({"tokens": 1e6}), takes_heads({"full_layers": (1,)})
+    (True, False)
+    """
+    return not given.keys() & {"window_size", "full_layers"}
 
 
 def _within(context: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -100,14 +159,19 @@ def _within(context: int, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe_settings(
-    name: str, layers: int, base: str = "", given: Mapping[str, Any] | None = None, context: int | None = None
+    name: str,
+    layers: int,
+    base: str = "",
+    given: Mapping[str, Any] | None = None,
+    context: int | None = None,
+    ranks: HeadRanks | None = None,
 ) -> DistillSettings:
     """The settings of a recipe for a model of so many layers, as `recipe_values` has them.
 
     >>> recipe_settings("constant", 24, given={"tokens": 1e6}).long_tokens
     500000.0
     """
-    return DistillSettings(**recipe_values(name, layers, base, given, context))
+    return DistillSettings(**recipe_values(name, layers, base, given, context, ranks))
 
 
 def changed_settings(settings: DistillSettings, names: Collection[str] | None = None) -> dict[str, Any]:
@@ -121,14 +185,17 @@ def changed_settings(settings: DistillSettings, names: Collection[str] | None = 
     return {n: v for n, v in found.items() if v != getattr(plain, n) and (names is None or n in names)}
 
 
-def recipes_table(layers: int = 30, base: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> str:
-    """A Markdown table of all recipes and their settings for a model."""
-    lines = ["| recipe | meaning | settings for SmolLM2-135M |", "|---|---|---|"]
+def recipes_table(heads: int = 90) -> str:
+    """A Markdown table of all recipes: the windows of a model with so many KV heads, by rank, and the settings."""
+    lines = [f"| recipe | meaning | windows of {heads} KV heads | settings |", "|---|---|---|---|"]
     options = {entry.name: option_name(entry) for entry in dataclasses.fields(DistillSettings)}
     for name, recipe in RECIPES.items():
-        settings = changed_settings(recipe_settings(name, layers, base))
+        tiers = recipe.head_tiers(heads)
+        kinds = [*tiers, (heads - sum(count for count, _ in tiers), recipe.window_size)]
+        windows = ", ".join(f"{n} full" if window == FULL else f"{n} of {window:,}" for n, window in kinds)
+        settings = changed_settings(recipe_settings(name, 1, given={"full_layers": ()}))
         words = [f"`{options[n]} {_text(value)}`" for n, value in settings.items()]
-        lines.append(f"| `{name}` | {recipe.meaning} | {', '.join(words)} |")
+        lines.append(f"| `{name}` | {recipe.meaning} | {windows} | {', '.join(words)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,97 @@
+"""The order in which a recipe gives a model's KV heads wide windows: learned on the text of the run, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nha.convert.head_ranks import HeadRanks
+from nha.convert.heads import HeadPlan, Weights, count_weights, load_plan, save_plan, search_heads, top_heads
+from nha.convert.settings import HeadSearchSettings
+from nha.data.corpus import Corpus
+from nha.distill.recipes import RECIPES
+from nha.models.cache_file import fingerprint
+
+# Their mean ranks heads: the first finds few heads for near text, the second more of them, for farther text as well.
+SEARCHES = (HeadSearchSettings(), HeadSearchSettings(penalty=0.005, max_distance=512, seed=1))
+DOCUMENTS, DOCUMENT_TOKENS = 256, 8192
+
+
+def head_ranks(weights: Weights) -> HeadRanks:
+    """KV heads by mixing weight, the largest first; layers without weights keep a window of their own.
+
+    >>> head_ranks([[0.1, 0.9], None, [0.5, 0.2]])
+    HeadRanks(counts=(2, 0, 2), ranked=((0, 1), (2, 0), (2, 1), (0, 0)))
+    """
+    return HeadRanks(tuple(len(row or ()) for row in weights), tuple(top_heads(weights, count_weights(weights))))
+
+
+def mean_weights(found: list[Weights]) -> Weights:
+    """The mean of the mixing weights of several searches.
+
+    >>> mean_weights([[[1.0, 0.0], None], [[0.0, 0.0], None]])
+    [[0.5, 0.0], None]
+    """
+    return [
+        None if rows[0] is None else [round(sum(w) / len(w), 4) for w in zip(*rows, strict=True)]
+        for rows in zip(*found, strict=True)
+    ]
+
+
+def recipe_plan(name: str, settings: dict[str, Any], weights: Weights) -> HeadPlan:
+    """The plan of a recipe for learned weights."""
+    ranks, recipe = head_ranks(weights), RECIPES[name]
+    tiers = recipe.head_tiers(ranks.total)
+    windows = [w if isinstance(w, int) else list(w) for w in ranks.windows(tiers, recipe.window_size)]
+    return HeadPlan(settings, weights, sum(count for count, _ in tiers), tiers[0][1], windows)
+
+
+def find_heads(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    path: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeadPlan:
+    """The plan of a recipe for a model whose heads nobody has ranked yet; `path` keeps it for the next time.
+
+    Clozes are made of documents to train on, and of the built-in text where these give too few. Raises ValueError for
+    a file at `path` that is of another model or corpus.
+    """
+    about: dict[str, Any] = {"weights": fingerprint(model), "dtype": str(model.dtype), "corpus": corpus.identity}
+    about["mean_of"] = [one.identity() for one in SEARCHES]
+    if path.is_file():
+        return recipe_plan(name, about, load_plan(path, about).weights)
+    drawn = np.random.default_rng(0).permutation(corpus.train_indices)[:DOCUMENTS]
+    texts = [str(tokenizer.decode(corpus.document(int(index))[:DOCUMENT_TOKENS])) for index in drawn]
+    steps, found = sum(one.steps for one in SEARCHES), []
+    for number, settings in enumerate(SEARCHES):
+
+        def advance(done: int, _: int, before: int = number * settings.steps) -> None:
+            if progress is not None:
+                progress(before + done, steps)
+
+        try:
+            plan = search_heads(model, tokenizer, texts, settings, progress=advance)
+        except ValueError:
+            plan = search_heads(model, tokenizer, None, settings, progress=advance)
+        found.append(plan.weights)
+    plan = recipe_plan(name, about, mean_weights(found))
+    save_plan(plan, path)
+    return plan
+
+
+def wait_for_heads(path: Path, seconds: float = 3600.0) -> None:
+    """Wait until the first of several processes has ranked the heads. Raises TimeoutError."""
+    until = time.monotonic() + seconds
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise TimeoutError(f"expected {path} of the first process within {seconds:.0f} s, got none")
+        time.sleep(0.1)
