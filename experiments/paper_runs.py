@@ -2,8 +2,9 @@
 
     python experiments/paper_runs.py --speed results/from_scratch/train_speed.jsonl
 
-Settings are those of `examples/settings`; the utilisation is that of the row `nha` at the paper's context which
-`experiments/train_speed.py` wrote. Nothing is assumed to be lost between GPUs, so that the time is a lower bound.
+Settings are those of `examples/settings`; the utilisation is that of the row `nha` of this size, or of 340M, at the
+paper's context which `experiments/train_speed.py` wrote. Nothing is assumed to be lost between GPUs, so that the time
+is a lower bound.
 """
 
 from __future__ import annotations
@@ -24,39 +25,47 @@ from nha.train.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 RUNS = (("340m-15b.yaml", 8), ("1.3b-100b.yaml", 32))  # settings, and the paper's number of GPUs
+MEASURED = "340m"  # stands for sizes that were not
 VOCABULARY = 49152  # SmolLM2's
 
 
-def measured_speed(path: Path, seq_len: int = 2048) -> dict[str, Any]:
-    """The last row of NHA on one GPU at a length. Raises ValueError if there is none."""
+def measured_speed(path: Path, preset: str = MEASURED, seq_len: int = 2048) -> dict[str, Any]:
+    """The last row of NHA of a size, or of 340M, on one GPU at a length. Raises ValueError if there is none."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     found = [row for row in rows if (row["case"], row["seq_len"], row["gpus"]) == ("nha", seq_len, 1) and row["mfu"]]
-    if not found:
+    of_size = [row for row in found if row["preset"] == preset] or [row for row in found if row["preset"] == MEASURED]
+    if not of_size:
         raise ValueError(f"expected a row of nha at {seq_len} tokens on one GPU in {path}, got none")
-    return found[-1]
+    return of_size[-1]
 
 
-def estimate_run(name: str, gpus: int, utilisation: float) -> Estimate:
-    """The estimate of a settings file's run on H100s."""
-    settings = TrainSettings(**read_settings(TrainSettings, ROOT / "examples" / "settings" / name))
+def run_settings(name: str) -> TrainSettings:
+    """The settings of a file in `examples/settings`."""
+    return TrainSettings(**read_settings(TrainSettings, ROOT / "examples" / "settings" / name))
+
+
+def estimate_run(settings: TrainSettings, gpus: int, utilisation: float) -> Estimate:
+    """The estimate of a run on H100s."""
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, VOCABULARY))
     return estimate(model, settings, world=gpus, device="H100", utilisation=utilisation)
 
 
-def table(speed: dict[str, Any]) -> str:
-    """The table in Markdown."""
-    percent = f"{100 * speed['mfu']:.0f} %"
+def table(path: Path) -> str:
+    """The table in Markdown, from the rows in a file of JSON lines."""
     lines = [
-        f"| settings | parameters | tokens | GPUs | tokens/s each | memory each | time at {percent} of the peak |",
-        "|---|---|---|---|---|---|---|",
+        "| settings | parameters | tokens | GPUs | of the peak, measured with | tokens/s each | memory each | time |",
+        "|---" * 8 + "|",
     ]
     for name, gpus in RUNS:
-        found = estimate_run(name, gpus, speed["mfu"])
+        settings = run_settings(name)
+        speed = measured_speed(path, settings.preset)
+        found = estimate_run(settings, gpus, speed["mfu"])
         assert found.seconds is not None
         each = found.tokens / found.seconds / gpus
         lines.append(
-            f"| `{name}` | {found.parameters / 1e6:,.0f} M | {found.tokens / 1e9:.0f} B | {gpus} | {each:,.0f} | "
+            f"| `{name}` | {found.parameters / 1e6:,.0f} M | {found.tokens / 1e9:.0f} B | {gpus} | "
+            f"{100 * speed['mfu']:.0f} %, {speed['preset']} | {each:,.0f} | "
             f"about {found.total_bytes / 1e9:.0f} GB | {found.seconds / 3600:.1f} hours |"
         )
     return "\n".join(lines)
@@ -66,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", type=Path, default=ROOT / "results" / "from_scratch" / "train_speed.jsonl")
-    print(table(measured_speed(parser.parse_args(arguments).speed)))
+    print(table(parser.parse_args(arguments).speed))
     return 0
 
 

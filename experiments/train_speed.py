@@ -184,17 +184,22 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The timed rows in Markdown, by GPUs and length; beside each its speed over full attention through cuDNN."""
-    timed = sorted((row for row in rows if row["case"] != "learn"), key=lambda row: (row["gpus"], row["seq_len"]))
-    full = {(row["gpus"], row["seq_len"]): row["tokens_per_s"] for row in timed if row["case"] == "full-cudnn"}
+
+    def setting(row: dict[str, Any]) -> tuple[int, bool, int]:
+        return row["gpus"], row["preset"] != "340m", row["seq_len"]
+
+    timed = sorted((row for row in rows if row["case"] != "learn"), key=setting)
+    full = {setting(row): row["tokens_per_s"] for row in timed if row["case"] == "full-cudnn"}
     lines = [
         "| GPUs | context | model | tokens/s | over full attention | of the peak | memory of each |",
         "|---" * 7 + "|",
     ]
     for row in timed:
-        other = full.get((row["gpus"], row["seq_len"]))
+        other = full.get(setting(row))
         ratio = f"{row['tokens_per_s'] / other:.2f}" if other else ""
         share = f"{100 * row['mfu']:.0f} %" if row["mfu"] else ""
-        cells = [row["gpus"], f"{row['seq_len']:,}", NAMES[row["case"]], f"{row['tokens_per_s']:,}", ratio, share]
+        name = NAMES[row["case"]] + ("" if row["preset"] == "340m" else f", {row['preset']}")
+        cells = [row["gpus"], f"{row['seq_len']:,}", name, f"{row['tokens_per_s']:,}", ratio, share]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_gib']:.1f} GiB"])) + " |")
     return "\n".join(lines) + "\n"
 
@@ -227,11 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options.out.mkdir(parents=True, exist_ok=True)
-    there = {(row["case"], row["seq_len"], row["gpus"]) for row in read_rows(options.out / "train_speed.jsonl")}
+    there = {
+        (row["preset"], row["case"], row["seq_len"], row["gpus"])
+        for row in read_rows(options.out / "train_speed.jsonl")
+    }
     status = 0
     for case in cases(options.tiny):
         named = not options.only or case.name in options.only.split(",") or str(case) in options.only.split(",")
-        if not named or (case.name, case.seq_len, world) in there:
+        if not named or (options.preset, case.name, case.seq_len, world) in there:
             continue
         if time.monotonic() + options.case_s > options.ends:
             print(f"{case}: no time left", flush=True)

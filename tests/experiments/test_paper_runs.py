@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments.paper_runs import ROOT, estimate_run, measured_speed, table
+from experiments.paper_runs import ROOT, estimate_run, measured_speed, run_settings, table
 
 SPEED = ROOT / "results" / "from_scratch" / "train_speed.jsonl"
 
@@ -14,12 +14,12 @@ SPEED = ROOT / "results" / "from_scratch" / "train_speed.jsonl"
 def test_the_table_on_the_page_is_that_of_the_measured_speed():
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- paper runs -->\n")[2].partition("<!-- /paper runs -->")[0]
-    assert shown.strip() == table(measured_speed(SPEED))
+    assert shown.strip() == table(SPEED)
 
 
 def test_the_time_is_that_of_the_measured_tokens_per_second():
     speed = measured_speed(SPEED)
-    found = estimate_run("340m-15b.yaml", 8, speed["mfu"])
+    found = estimate_run(run_settings("340m-15b.yaml"), 8, speed["mfu"])
     assert found.seconds is not None
     # The measured model has a vocabulary of 32,000, hence somewhat fewer operations for each token.
     assert found.tokens / found.seconds / 8 == pytest.approx(speed["tokens_per_s"], rel=0.06)
@@ -27,6 +27,9 @@ def test_the_time_is_that_of_the_measured_tokens_per_second():
 
 def test_a_record_without_a_row_of_one_gpu_is_refused(tmp_path):
     path = tmp_path / "speed.jsonl"
-    path.write_text(json.dumps({"case": "nha", "seq_len": 2048, "gpus": 2, "mfu": 0.4}))
+    row = {"case": "nha", "preset": "340m", "seq_len": 2048, "gpus": 2, "mfu": 0.4}
+    path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match="2048"):
         measured_speed(path)
+    path.write_text(json.dumps(row | {"gpus": 1}) + "\n" + json.dumps(row | {"gpus": 1, "preset": "1.3b", "mfu": 0.5}))
+    assert [measured_speed(path, preset)["mfu"] for preset in ("340m", "1.3b", "60m")] == [0.4, 0.5, 0.4]
