@@ -60,6 +60,12 @@ def test_a_table_has_a_row_for_every_arm_rate_and_seed(table):
     assert len(table.only(["nha"], seeds=[1, 2], lrs=[0.1]).rows) == 2
 
 
+def test_a_table_makes_its_chosen_models_unless_others_are_named():
+    table = parse_table(changed(chosen=["nha"]))
+    assert {row.arm.name for row in table.only(seeds=[1]).rows} == {"nha"} and len(table.every_row) == 4
+    assert {row.arm.name for row in table.only(["window only"]).rows} == {"window only"}
+
+
 @pytest.mark.parametrize("name", built_in_tables())
 def test_built_in_tables_are_whole(name):
     table = read_table(name)
@@ -72,6 +78,7 @@ def test_built_in_tables_are_whole(name):
         (changed(arms={"nha": {"window": 4}}), ("window", "windows", "arm nha")),
         (changed(kind="poetry"), ("poetry", "recall", "language")),
         (changed(match="x"), ("x", "nha", "window only")),
+        (changed(chosen=["x"]), ("x", "nha", "window only")),
         (changed(lrs=[]), ("learning rates",)),
         (changed(arms={}), ("arms", "none")),
         (changed(recall={"train": [{"task": "copy", "seq_len": 8}], "test": []}), ("copy", "mqar")),

@@ -157,7 +157,7 @@ def add_rows(source: Path, out: Path) -> tuple[int, int]:
         raise ValueError(f"expected rows of tables in {source / ROWS}, got none")
     new: dict[Path, str] = {}
     tables = {name: read_table(name) for name in built_in_tables()}
-    expected = {row.name(name): table.digest(row) for name, table in tables.items() for row in table.rows}
+    expected = {row.name(name): table.digest(row) for name, table in tables.items() for row in table.every_row}
     for path in paths:
         text = path.read_text(encoding="utf-8")
         found = read_row(path, expected.get(path.stem))

@@ -83,7 +83,7 @@ class Table:
         notes: sentences for the page: why an outcome is as it is.
         recall, language: how the models are trained and measured, by kind.
         pictured: names of the models that pictures show; none means all.
-        chosen: names of the models that have rows; none means all.
+        chosen: names of the models that are made unless others are named; none means all.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Table:
             raise ValueError(
                 f"expected kind to be one of {', '.join(KINDS)} with a plan of that name, got {self.kind!r}"
             )
-        named = [*self.pictured, *([self.match] if self.match else [])]
+        named = [*self.pictured, *self.chosen, *([self.match] if self.match else [])]
         named += [name for claim in self.claims for name in (claim.arm, claim.against)]
         unknown = [name for name in named if name not in names]
         if unknown:
@@ -122,9 +122,13 @@ class Table:
 
     @property
     def rows(self) -> list[Row]:
-        """All rows, seed by seed, so that a table that is stopped has whole comparisons."""
-        arms = [arm for arm in self.arms if not self.chosen or arm.name in self.chosen]
-        return [Row(arm, lr, seed) for seed, lr, arm in itertools.product(self.seeds, self.lrs, arms)]
+        """The rows of the chosen models, seed by seed, so that a table that is stopped has whole comparisons."""
+        return [row for row in self.every_row if not self.chosen or row.arm.name in self.chosen]
+
+    @property
+    def every_row(self) -> list[Row]:
+        """The rows of all models."""
+        return [Row(arm, lr, seed) for seed, lr, arm in itertools.product(self.seeds, self.lrs, self.arms)]
 
     @property
     def matched(self) -> Arm | None:
@@ -149,7 +153,7 @@ class Table:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
     def only(self, arms: Sequence[str] = (), seeds: Sequence[int] = (), lrs: Sequence[float] = ()) -> Table:
-        """The table with some of its models, and with other seeds or learning rates.
+        """The table with some of its models in place of the chosen ones, and with other seeds or learning rates.
 
         Raises ValueError for a model that it does not have.
         """
@@ -157,7 +161,7 @@ class Table:
         unknown = [name for name in arms if name not in names]
         if unknown:
             raise ValueError(f"expected arms out of {', '.join(names)}, got {unknown[0]!r}")
-        changes: dict[str, Any] = {"chosen": tuple(arms)}
+        changes: dict[str, Any] = {"chosen": tuple(arms)} if arms else {}
         changes |= {"seeds": tuple(seeds)} if seeds else {}
         changes |= {"lrs": tuple(lrs)} if lrs else {}
         return dataclasses.replace(self, **changes)

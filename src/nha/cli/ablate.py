@@ -30,7 +30,9 @@ ONE_SHARD = "1/1"
 class Selection:
     """Options for the rows to make."""
 
-    arms: Annotated[str | None, typer.Option(help="Models to make, separated by commas.", show_default="all")] = None
+    arms: Annotated[
+        str | None, typer.Option(help="Models to make, separated by commas.", show_default="the table's")
+    ] = None
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.", show_default="the table's")] = None
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates, separated by commas.", show_default="the table's")
