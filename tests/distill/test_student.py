@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from nha import hybridize
 from nha.data.packing import pack
 from nha.distill.student import Distillation, TeacherStudentLinear, linear_layers
+from nha.distill.trainer import short_windows
 from nha.models.windows import attention_layers
 from tests.inputs import assert_close_to
 from tests.models.families import FAMILIES, hybrid, teacher, tokens
@@ -205,6 +206,18 @@ def test_compiled_layers_compute_the_same_and_are_released():
     model = student.release()
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
     torch._dynamo.reset()
+
+
+def test_the_pass_that_names_kernels_changes_nothing(monkeypatch):
+    runs = []
+    monkeypatch.setattr("nha.distill.student.compile_kernels", lambda run, device: runs.append(run))
+    student = Distillation(hybrid("llama", [8, (8, 16), -1]))
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    student.compile_kernels(32, student.windows, short_windows(student.windows))
+    runs[0]()
+    assert all(torch.equal(before[name], x) for name, x in student.state_dict().items())
+    assert all(p.grad is None for p in student.parameters())
+    assert student.current_windows == (8, (8, 16), -1)
 
 
 def test_all_layers_of_a_kind_share_one_compiled_graph():

@@ -16,6 +16,7 @@ from nha.models.config import FULL, sliding_layers
 from nha.models.families import FAMILIES, KEEP_POSITIONS
 from nha.models.observe import Observation, observe
 from nha.models.windows import hybrid_layers, temporary_windows
+from nha.ops.backends import compile_kernels
 from nha.ops.heads import map_window
 
 TOKENS = 6
@@ -173,17 +174,23 @@ def _check_slot_keys(model: PreTrainedModel, ids: Tensor) -> None:
 
 def _check_cache(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> None:
     """Compare the prediction for the last token, read with a cache, with that of one pass without a cache."""
-    ids = ids.to(model.device)
-    with torch.no_grad():
-        first = model(input_ids=ids[:, :-1], use_cache=True)
-        name = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
-        last = model(input_ids=ids[:, -1:], use_cache=True, **{name: first[name]}).logits
+    compile_kernels(lambda: _read_last(model, ids), model.device)
+    last = _read_last(model, ids)
     found, wanted = last[:, -1].float(), whole[:, -1].float()
     error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if error > _tolerance(model, 1):
         raise ValueError(
             f"expected {_family(model)} to read with a cache as without one, got logits that differ by {error:.1%}"
         )
+
+
+@torch.no_grad()
+def _read_last(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [1, 1, V] of the last token, after the others were read into a cache."""
+    ids = ids.to(model.device)
+    first = model(input_ids=ids[:, :-1], use_cache=True)
+    name = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
+    return model(input_ids=ids[:, -1:], use_cache=True, **{name: first[name]}).logits
 
 
 def _tolerance(model: PreTrainedModel, distance: int) -> float:

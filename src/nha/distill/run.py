@@ -46,7 +46,7 @@ from nha.distill.settings import TEACHER, DistillSettings, width_scale
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.student import Distillation, linear_layers
 from nha.distill.timeline import start_compiler
-from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback
+from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback, short_windows
 from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, largest_window, plan_windows, smallest_window
 from nha.models.families import check_family
@@ -468,6 +468,9 @@ def _train(
         if start < len(stream):
             student.train()
             if compiles(student, settings.compile):
+                short = [short_windows(student.windows)] if settings.window_dropout else []
+                student.compile_kernels(settings.seq_len, student.windows, *short)
+                reports.timeline.mark("kernels compiled")
                 student.compile_layers()
             trainer = make_trainer(student, stream, run, settings, start, with_timeline(reports, run, start), stop)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

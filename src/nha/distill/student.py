@@ -18,6 +18,7 @@ from nha.distill.settings import TRAINABLE
 from nha.models.config import FULL, LayerWindow
 from nha.models.quantized import check_unpacked
 from nha.models.windows import attention_layers, hybrid_layers, temporary_windows
+from nha.ops.backends import compile_kernels
 from nha.ops.heads import Window, window_of
 from nha.settings import check_choice
 
@@ -159,6 +160,25 @@ class Distillation(nn.Module):
                     setattr(slots, sink, nn.Parameter(getattr(slots, sink).detach().float()))
         self._no_split_modules = model._no_split_modules
         self.embedding_hook: Any = None
+
+    def compile_kernels(self, seq_len: int, *windows: Sequence[Window]) -> None:
+        """Compile the kernels of packed sequences for these windows of all layers, side by side, on a GPU.
+
+        In a first pass they are compiled one after another. Call it before `compile_layers`.
+        """
+        device = next(self.parameters()).device
+        ids = torch.zeros(1, 2 * seq_len, dtype=torch.long, device=device)
+        position_ids = torch.arange(seq_len, device=device).repeat(2)[None]
+        cu_seqlens = torch.tensor([0, seq_len, 2 * seq_len], dtype=torch.int32, device=device)
+
+        def launch() -> None:
+            for each in windows:
+                with self.using(each):
+                    hidden = self.hidden(ids, position_ids, cu_seqlens, seq_len)
+                    trained = [p for p in self.parameters() if p.requires_grad]
+                    torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
+
+        compile_kernels(launch, device)
 
     def compile_layers(self, **options: Any) -> None:
         """Run decoder layers compiled from now on; `options` are those of `torch.compile`.

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from nha.distill.stopping import Stop
 from nha.distill.student import SUMS, Distillation
 from nha.distill.timeline import Timeline
 from nha.io import write_atomically
-from nha.ops.heads import map_window
+from nha.ops.heads import Window, map_window
 
 Log = dict[str, float]
 Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the stage "teacher", "align" or "train"
@@ -44,6 +44,15 @@ class Reports:
     teacher_log: Callable[[Log], None] | None = None
     progress: Progress | None = None
     timeline: Timeline = field(default_factory=Timeline)
+
+
+def short_windows(windows: Sequence[Window]) -> list[Window]:
+    """The windows of layers in a step that shortens them: a quarter of each.
+
+    >>> short_windows([64, (256, -1)])
+    [16, (64, -1)]
+    """
+    return [map_window(lambda w: w // 4 if w > 0 else w, own) for own in windows]
 
 
 class DistillTrainer(ResumableTrainer):
@@ -101,9 +110,8 @@ class DistillTrainer(ResumableTrainer):
         step = self.state.global_step
         if self.last_log is None:
             self._begin(model, step)
-        dropped = self.drops_window(step)
-        windows = [map_window(lambda w: w // 4 if dropped and w > 0 else w, own) for own in self.model.windows]
-        with self.model.using(windows):
+        windows = self.model.windows
+        with self.model.using(short_windows(windows) if self.drops_window(step) else windows):
             parts, losses = self._gradients(model, inputs, self.stream.shape(step)[1])
         loss = torch.zeros((), device=self.args.device)
         for own, sums in losses:
