@@ -169,8 +169,10 @@ class PromptGraphs:
         return graph.output, graph.cache
 
     def prepare(self, model: Any, device: torch.device, length: int) -> None:
-        """Load the kernels of the prompts up to `PREPARED` by calls of the shortest, and let `length` be called, too,
-        if it is one of them: it is recorded now, the others by `record_pending`."""
+        """Load the kernels of prompts by calls of the shortest lengths up to `PREPARED`.
+
+        `length` is recorded next, where it is one of those, and the others by `record_pending`.
+        """
         lengths = padded_lengths(PREPARED, count_parameters(model))
         self.pending = [each for each in lengths if graph_length(model, each) == each]
         graphs = [PromptGraph.of(each, device) for each in self.pending[:CALLED]]
