@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nha import NHAConfig
@@ -102,6 +104,21 @@ def test_all_layers_of_a_kind_and_later_models_share_one_compiled_graph(window, 
         assert graphs.frame_count == 1
     finally:
         torch._dynamo.reset()
+
+
+def test_gradients_sent_in_small_buckets_do_not_split_the_graph_of_a_layer(tmp_path, monkeypatch):
+    graphs, compiled = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled(self, backend=graphs, **options))
+    model = LanguageModel(NHAForCausalLM(preset_config("tiny", 64, window_sizes=8)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):  # as PyTorch begins
+            model.compile_layers()
+            replicated = DistributedDataParallel(model, bucket_cap_mb=1e-3)  # type: ignore[arg-type]
+            replicated(**Sequences(Copying(), LENGTH).batch(0, 3)).backward()
+    finally:
+        dist.destroy_process_group()
+    assert graphs.frame_count == 1
 
 
 def test_a_comparison_in_compiled_code_subtracts_as_a_scatter_does():

@@ -136,7 +136,12 @@ class LanguageModel(nn.Module):
         return self.causal.config
 
     def compile_layers(self) -> None:
-        """Run decoder layers compiled from now on; one graph serves all layers of a kind."""
+        """Run decoder layers compiled from now on; one graph serves all layers of a kind.
+
+        DDP would split the graph of a layer where a bucket of gradients is full. That is left out: gradients are sent
+        as each layer's backward pass ends.
+        """
+        torch._dynamo.config.optimize_ddp = False
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.causal.get_decoder().layers:
             stack_projections(layer)
