@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,10 @@ class TeacherStudentLinear(nn.Linear):
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().to(self.dtype))
         return layer
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose first part is all that is wanted."""
 
 
 def _require_grad(embedding: nn.Module, inputs: tuple, hidden: Tensor) -> Tensor:
@@ -167,18 +171,37 @@ class Distillation(nn.Module):
         In a first pass they are compiled one after another. Call it before `compile_layers`.
         """
         device = next(self.parameters()).device
+        modules = attention_layers(self.causal)
+
+        def launch() -> None:
+            given = self._attention_inputs(seq_len)
+            for each in windows:
+                with self.using(each):
+                    for module in {window_of(x): module for x, module in zip(each, modules, strict=True)}.values():
+                        out = module(**given)[0]
+                        trained = [p for p in module.parameters() if p.requires_grad]
+                        torch.autograd.grad(out.float().sum(), [given["hidden_states"], *trained], allow_unused=True)
+
+        compile_kernels(launch, device)
+
+    def _attention_inputs(self, seq_len: int) -> dict[str, Any]:
+        """The arguments of the first attention layer for two packed sequences of one token, again and again."""
+        device, found = next(self.parameters()).device, {}
+
+        def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found.update(kwargs)
+            raise _Stop
+
         ids = torch.zeros(1, 2 * seq_len, dtype=torch.long, device=device)
         position_ids = torch.arange(seq_len, device=device).repeat(2)[None]
         cu_seqlens = torch.tensor([0, seq_len, 2 * seq_len], dtype=torch.int32, device=device)
-
-        def launch() -> None:
-            for each in windows:
-                with self.using(each):
-                    hidden = self.hidden(ids, position_ids, cu_seqlens, seq_len)
-                    trained = [p for p in self.parameters() if p.requires_grad]
-                    torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
-
-        compile_kernels(launch, device)
+        hook = attention_layers(self.causal)[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with suppress(_Stop):
+                self.hidden(ids, position_ids, cu_seqlens, seq_len)
+        finally:
+            hook.remove()
+        return found | {"hidden_states": found["hidden_states"].detach().requires_grad_()}
 
     def compile_layers(self, **options: Any) -> None:
         """Run decoder layers compiled from now on; `options` are those of `torch.compile`.
