@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from nha.ops import NHAState, nha_attention
 from nha.ops.exact import WriteOrder, exact_log_gate
 from nha.ops.rotary import rotate
-from nha.ops.stacked import stacked_linear
 from nha.ops.state import check_state, check_window_size
 from nha.ops.validation import check_cu_seqlens, check_factors, check_mask
 from nha.ops.varlen import sequence_of
@@ -146,7 +145,6 @@ class NativeHybridAttention(nn.Module):
         check_factors(rope_theta=rope_theta)
         check_choice("slot_write", slot_write, SLOT_WRITES)
         self.slot_write = slot_write
-        self.stacked = False  # whether compiled training computes projections of the same input as one product
         self.head_dim = head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_slots, self.window_size, self.rope_theta = num_slots, window_size, rope_theta
@@ -166,14 +164,10 @@ class NativeHybridAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, HQ, D], keys [B, T, H, D] and values [B, T, H, D] of x [B, T, hidden], no positions yet."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        return self.to_heads(stacked_linear(x, layers) if self.stacked else [project(x) for project in layers])
+        return self.to_heads([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)])
 
     def project_with_gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `project`, and the gate's logits [B, T, H * M], or scores [B, T, H] of exact slots."""
-        if self.stacked and self.g_proj.bias is None:
-            *heads, logits = stacked_linear(x, (self.q_proj, self.k_proj, self.v_proj, self.g_proj))
-            return *self.to_heads(heads), logits
         return *self.project(x), self.g_proj(x)
 
     def to_heads(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

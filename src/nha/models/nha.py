@@ -24,7 +24,6 @@ from nha.models.segment import Reading, Segment
 from nha.models.windows import freeze_unused
 from nha.ops.heads import window_of
 from nha.ops.rotary import rotate
-from nha.ops.stacked import can_stack
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "silu": F.silu, "relu": F.relu}
 
@@ -129,17 +128,6 @@ class NHAAttention(NativeHybridAttention):
         else:
             out = read_heads(segment, reading, window, layer, full)
         return self.output(out, hidden_states), None
-
-
-def stack_projections(layer: Any, stacked: bool = True) -> None:
-    """Let a decoder layer project queries, keys, values and gates by one product, where those are plain linear layers.
-
-    It pays where the layer is compiled and trained: in any other place it costs a copy of the weights.
-    """
-    attention = layer.self_attn
-    if isinstance(attention, NHAAttention):
-        gate = () if attention.g_proj.bias is not None else (attention.g_proj,)  # exact slots call it by itself
-        attention.stacked = stacked and can_stack((attention.q_proj, attention.k_proj, attention.v_proj, *gate))
 
 
 class NHAModel(LlamaModel):

@@ -11,27 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nha.distill.loss import Head
-from nha.models.nha import stack_projections
 from nha.train.rows import IGNORED
 
 MAX_LOGITS = 1 << 28  # in one chunk, on a GPU
 MAX_LOGITS_CPU = 1 << 24  # copies of more are fetched from memory again and again
 
 Chunk = tuple[Tensor, Tensor, Tensor]
-
-
-def subtract_at(x: Tensor, columns: Tensor, amounts: Tensor) -> Tensor:
-    """x [n, V] less amounts [n] in one column [n] of each row; may write to x.
-
-    Compiled code fuses a comparison with what computes x, but writes x out in float32 for a scatter.
-
-    >>> subtract_at(torch.ones(2, 3), torch.tensor([2, 0]), torch.tensor([0.5, 1.0])).tolist()
-    [[1.0, 1.0, 0.5], [0.0, 1.0, 1.0]]
-    """
-    if not torch.compiler.is_compiling():
-        return x.scatter_add_(1, columns[:, None], -amounts[:, None])
-    wanted = columns[:, None] == torch.arange(x.shape[1], device=x.device)
-    return x - torch.where(wanted, amounts[:, None], 0.0)
 
 
 def chunk_loss(
@@ -46,7 +31,8 @@ def chunk_loss(
         raw, slope = capped * cap, 1 - capped.square()
     log_p = raw - raw.logsumexp(-1, keepdim=True)
     loss = -(log_p.gather(1, targets[:, None])[:, 0] * token_weight).sum()
-    grad = subtract_at(log_p.exp() * token_weight[:, None], targets, token_weight)
+    grad = log_p.exp() * token_weight[:, None]
+    grad = grad.scatter_add(1, targets[:, None], -token_weight[:, None])
     if slope is not None:
         grad = grad * slope
     grad = (grad * scale).to(hidden.dtype)
@@ -144,7 +130,6 @@ class LanguageModel(nn.Module):
         torch._dynamo.config.optimize_ddp = False
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.causal.get_decoder().layers:
-            stack_projections(layer)
             layer.compile(dynamic=False)
 
     def forward(
@@ -176,6 +161,5 @@ class LanguageModel(nn.Module):
         if self.residual_hook is not None:
             self.residual_hook.remove()
         for layer in self.causal.get_decoder().layers:
-            stack_projections(layer, False)
             layer._compiled_call_impl = None
         return self.causal
