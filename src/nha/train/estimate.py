@@ -28,6 +28,7 @@ PEAK_OPERATIONS = {
 }
 ASSUMED_UTILISATION = 0.35  # of the peak, where nothing has been measured
 BACKWARD = 2  # operations of the backward pass, relative to those of the forward pass
+STATE_TOKENS = 64  # between states of the slots that the backward pass reads
 LOGIT_COPIES = 3  # of a chunk in float32: logits, log-probabilities, gradient
 
 
@@ -124,20 +125,35 @@ def operations_per_token(model: PreTrainedModel, seq_len: int) -> float:
     return (1 + BACKWARD) * (2.0 * matrices + attention_operations(model.config, seq_len))
 
 
+def layer_numbers(config: Any, window: Any, seq_len: int, compiled: bool) -> float:
+    """Numbers of a token that one layer keeps for the backward pass, about.
+
+    Compiled, these are inputs and outputs of norms, projections and attention, and three times the width of the
+    feed-forward part; uncompiled, norms and the activation keep more. Slots keep their own queries and keys, gates
+    twice, and a state every 64 tokens.
+    """
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 1)
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads, inner = getattr(config, "num_key_value_heads", None) or heads, getattr(config, "intermediate_size", 0)
+    windows = all_windows([window])  # one, or one for each KV head
+    share = sum(w != FULL and w < seq_len for w in windows) / len(windows)
+    slots = getattr(config, "num_slots", 0) * kv_heads  # gates of exact slots as well: they are made of scores
+    of_slots = (heads + kv_heads) * dim + 2 * slots + 2 * slots * dim / STATE_TOKENS
+    numbers = 4 * hidden + 2 * (heads + kv_heads) * dim + share * of_slots + 3 * (inner or hidden)
+    return numbers if compiled else numbers + 2 * hidden + (inner or hidden)
+
+
 def activation_bytes(config: Any, settings: TrainSettings, seq_len: int, world: int, size: int) -> float:
     """Memory of the activations of one micro-batch, about; `size` is the bytes of a number.
 
-    A layer keeps the inputs and outputs of its norms, projections and attention, and four times the width of its
-    feed-forward part. With gradient checkpointing only one layer does, and the others keep their input.
+    With gradient checkpointing only one layer keeps all of its own, and the others their input.
     """
     tokens = settings.micro_batch(world)[0] * seq_len
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    heads = getattr(config, "num_attention_heads", 1)
-    dim = getattr(config, "head_dim", None) or hidden // heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * dim
-    gates = getattr(config, "num_slots", 0) * kv // dim  # of exact slots as well: they are made of scores
-    one = 6 * hidden + 3 * heads * dim + 4 * kv + 3 * gates + 4 * (getattr(config, "intermediate_size", None) or hidden)
-    numbers = layers * hidden + one if settings.gradient_checkpointing else layers * one
+    compiled = settings.compile == "layers" or (settings.compile == "auto" and size == 2)
+    windows = getattr(config, "window_sizes", None) or [FULL] * layers
+    kept = [layer_numbers(config, window, seq_len, compiled) for window in windows]
+    numbers = layers * hidden + max(kept) if settings.gradient_checkpointing else sum(kept)
     logits = min(tokens * config.vocab_size, MAX_LOGITS) * 4 * LOGIT_COPIES
     return float(tokens * (numbers + 4 * hidden) * size + logits)
 
