@@ -18,7 +18,7 @@ SHORT = Case(batch=2, length=70, query_heads=2, heads=1, window=9, separate=Fals
 
 @pytest.fixture(autouse=True)
 def _one_tile(changed):  # noqa: F811
-    changed(window_in_tile=True, block_h=1, warps=2)
+    changed(window_in_tile=True, one_gate_sum=True, block_h=1, warps=2)
 
 
 @pytest.mark.parametrize("case", [WHOLE, APART, SHORT], ids=["a whole chunk", "slots apart", "shorter"])

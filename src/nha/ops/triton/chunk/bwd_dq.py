@@ -10,6 +10,7 @@ from nha.ops.triton.primitives import (
     SUBCHUNK,
     chunk_decay,
     chunk_of_block,
+    gate_factors,
     in_subchunk,
     load_decay,
     load_decayed_slots,
@@ -347,11 +348,13 @@ def nha_chunk_bwd_kernel_dq(
     HAS_SLOT_QK: tl.constexpr,
     HAS_DMASS: tl.constexpr,
     SPLIT_INNER_LOOP: tl.constexpr,
+    ONE_GATE_SUM: tl.constexpr,
 ):
     """dq [T, HQ, D] and delta [T, HQ] of one block; programs and options as in `nha_chunk_fwd_kernel`.
 
     delta = out . do + mass * dmass is what the softmax subtracts from the gradient of every score. HAS_SLOT_QK: the
-    part through the slots goes to dq_slot. HAS_DMASS: there is a dmass.
+    part through the slots goes to dq_slot. HAS_DMASS: there is a dmass. ONE_GATE_SUM, with BLOCK_H 1: one sum gives all
+    factors of the gates.
 
     For `nha_chunk_bwd_kernel_dstate`, from block `first_block` on: key_scores [blocks, HQ, CHUNK, CHUNK + BLOCK_M]
     multiplies the chunk's tokens, and the slots before it times `chunk_decay`, in the gradient of a query;
@@ -384,22 +387,26 @@ def nha_chunk_bwd_kernel_dq(
     m_t = m_chunk & (u_start + o_t < seqlen - offset)
     p_gate = p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h)
     m_causal = o_t[None, :] <= o_row[:, None]
-    _, needs_subchunks = load_decay(p_decay + i_state * M, m_chunk, M, BLOCK_M)
+    b_decay, needs_subchunks = load_decay(p_decay + i_state * M, m_chunk, M, BLOCK_M)
     passes = 1 + needs_subchunks * (CHUNK // SUBCHUNK - 1)
     for i_sub in tl.range(0, passes, disable_licm=True):
         if i_sub < passes:  # always true, see `primitives`
             m_sub = m_q & in_subchunk(o_row, i_sub, needs_subchunks)
             b_gate = load_gates(p_gate, o_t * g_t, m_t, M, BLOCK_M)
-            b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
-            b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+            if ONE_GATE_SUM:
+                b_q_decay, b_chunk_decay, b_k_decay = gate_factors(b_gate, b_decay, i_sub, needs_subchunks, CHUNK)
+            else:
+                b_q_decay = q_decay(b_gate, i_sub, needs_subchunks, CHUNK, BLOCK_H)
+                b_chunk_decay = chunk_decay(b_gate, i_sub, needs_subchunks, CHUNK)
             b_slot_k = load_decayed_slots(p_slot_k + i_state * M * D, b_chunk_decay, m_chunk, M, BLOCK_M, D, BLOCK_D)
             b_slot_k = b_slot_k.to(GATE_DTYPE)
             b_slot_v = load_decayed_slots(p_slot_v + i_state * M * DV, b_chunk_decay, m_chunk, M, BLOCK_M, DV, BLOCK_DV)
             b_slot_v = b_slot_v.to(GATE_DTYPE)
             i_pass = i_bh * (CHUNK // SUBCHUNK) + i_sub
             tl.store(p_chunk_decays + i_pass * BLOCK_M + tl.arange(0, BLOCK_M), b_chunk_decay)
-            b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK) * one_minus_exp(b_gate, DTYPE)
-            b_k_decay = b_k_decay.to(GATE_DTYPE)
+            if not ONE_GATE_SUM:
+                b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
+            b_k_decay = (b_k_decay * one_minus_exp(b_gate, DTYPE)).to(GATE_DTYPE)
             for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
                 m_row = m_sub & (i_g + o_h < groups)
                 i_hq = i_h * groups + i_g

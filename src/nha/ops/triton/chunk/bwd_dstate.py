@@ -149,13 +149,15 @@ def nha_chunk_bwd_kernel_dstate(
     GATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
+    GATE_STAGES: tl.constexpr,
 ):
     """dk_slot, dv [past + T, H, ...] and dgate [past + T, H, M] of one chunk's tokens, dslot_* [chunks, H, M, ...] of
     the slots before it and dsinks [chunks, H, S D + S DV] float32, keys before values, from the scores that
     `nha_chunk_bwd_kernel_dq` stored. Programs: (block, KV head).
 
     A log-gate reaches the scores through the running sums in `q_decay` and `k_decay`. A sum over later tokens of the
-    chunk turns the gradients of those sums into the gradient of the gates.
+    chunk turns the gradients of those sums into the gradient of the gates. GATE_STAGES: loads of q_decay_grads
+    in flight.
     """
     i_n, i_block = locate_program(first_block + tl.program_id(0), p_table, blocks, PACKED)
     if i_n < 0:
@@ -246,7 +248,7 @@ def nha_chunk_bwd_kernel_dstate(
             b_gate = load_gates(p_gate + i_b * g_b + token0 * g_t + offset_i64(i_h, g_h), o_t * g_t, m_t, M, BLOCK_M)
             b_dweight = b_dk_decay * token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
             b_dgate = -one_minus_exp(b_gate, DTYPE) * b_dweight
-            for i_g in range(0, groups):
+            for i_g in tl.range(0, groups, num_stages=GATE_STAGES):
                 p_grad = p_q_decay_grads + (i_saved + i_g * CHUNK) * BLOCK_M
                 b_dgate += load_rows(p_grad, o_t * BLOCK_M, m_sub, BLOCK_M, BLOCK_M).to(tl.float32)
             b_dgate = reverse_cumsum(b_dgate, CHUNK, DTYPE) - tl.exp2(b_gate.to(tl.float32) * LOG2_E) * b_dweight

@@ -35,11 +35,21 @@ from nha.ops.triton.primitives import (
 
 
 @triton.jit
+def kept_rows(b_kept, p_base, o_row, m_row, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows that are kept, or where those are None rows from memory, as `load_rows`."""
+    if b_kept is None:
+        return load_rows(p_base, o_row, m_row, DIM, WIDTH)
+    else:
+        return b_kept
+
+
+@triton.jit
 def attend_chunk(
     b_q,
     b_qk,
     b_window,
     b_v,
+    b_v_next,
     p_v_next,
     v_t,
     m_next,
@@ -73,7 +83,7 @@ def attend_chunk(
 
     The slots are read in two parts, without materialising one per query: those before the chunk, and the chunk's own
     tokens up to the query's, whose scores b_qk has. WINDOW_IN_TILE: b_window is that of two chunks, and
-    the chunk may be one without slots.
+    the chunk may be one without slots. b_v_next, or None: the values of the next chunk, which are read late then.
     """
     b_s = matmul(b_q, tl.trans(b_slot_k), GATE_DTYPE, PRECISION)
     b_s += matmul(tl.where(m_causal, b_qk, 0.0), b_k_decay, GATE_DTYPE, PRECISION)
@@ -105,7 +115,7 @@ def attend_chunk(
         b_sink = load_slots(p_sink_v, m_chunk, S, BLOCK_S, DV, BLOCK_DV)
         b_acc = matmul(b_sink_p, b_sink, DTYPE, PRECISION)
     if WINDOW_IN_TILE:
-        b_v_next = load_rows(p_v_next, tl.arange(0, CHUNK) * v_t, m_next, DV, BLOCK_DV)
+        b_v_next = kept_rows(b_v_next, p_v_next, tl.arange(0, CHUNK) * v_t, m_next, DV, BLOCK_DV)
     b_p_decayed = (b_p * b_q_decay).to(GATE_DTYPE)
     b_acc += matmul(b_p_decayed, b_slot_v, GATE_DTYPE, PRECISION)
     b_p_token = matmul(b_p_decayed, tl.trans(b_k_decay), GATE_DTYPE, PRECISION)
@@ -352,6 +362,11 @@ def nha_chunk_fwd_kernel(
     masks. STAGES: loads of window keys in flight.
     """
     ROWS: tl.constexpr = BLOCK_H * CHUNK
+    # All heads read the same keys and values: once, where shared memory has room to keep them beside another block.
+    # Beside heads of 128 that are the next chunk's keys; beside heads of 64 all, and mostly the next head's queries.
+    KEEP_ALL: tl.constexpr = WINDOW_IN_TILE and BLOCK_D + BLOCK_DV <= 128
+    KEEP_KEYS: tl.constexpr = WINDOW_IN_TILE and SHARED_QK and S == 0
+    HEAD_STAGES: tl.constexpr = 2 if KEEP_ALL and (SHARED_QK or S == 0) else 1
     i_n, i_block = locate_program(tl.program_id(0), p_table, blocks, PACKED)
     if i_n < 0:
         return
@@ -400,17 +415,24 @@ def nha_chunk_fwd_kernel(
             if not WINDOW_IN_TILE:
                 b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
             b_k_decay = (b_k_decay * one_minus_exp(b_gate, DTYPE)).to(GATE_DTYPE)
-            for i_g in tl.range(0, groups, BLOCK_H, disable_licm=True):
+            b_k_own, b_k_next, b_v_next = None, None, None
+            if KEEP_ALL and not SHARED_QK:
+                b_k_own = load_rows(p_k + token0 * k_t, o_t * k_t, m_seen, D, BLOCK_D)
+            if KEEP_ALL or KEEP_KEYS:
+                b_k_next = load_rows(p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+            if KEEP_ALL:
+                b_v_next = load_rows(p_v + (token0 + CHUNK) * v_t, o_t * v_t, m_next, DV, BLOCK_DV)
+            for i_g in tl.range(0, groups, BLOCK_H, num_stages=HEAD_STAGES, disable_licm=True):
                 m_row = m_sub & (i_g + o_h < groups)
                 i_hq = i_h * groups + i_g
                 p_q_row = p_q + i_b * q_b + query0 * q_t + offset_i64(i_hq, q_h)
                 p_q_slot_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
                 if WINDOW_IN_TILE and not SHARED_QK:
                     b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
-                    b_k_own = load_rows(p_k + token0 * k_t, o_t * k_t, m_seen, D, BLOCK_D)
-                    b_own = matmul(b_q, tl.trans(b_k_own), DTYPE, PRECISION)
-                    b_k_next = load_rows(p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
-                    b_next = matmul(b_q, tl.trans(b_k_next), DTYPE, PRECISION)
+                    b_key = kept_rows(b_k_own, p_k + token0 * k_t, o_t * k_t, m_seen, D, BLOCK_D)
+                    b_own = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION)
+                    b_key = kept_rows(b_k_next, p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+                    b_next = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION)
                 b_q = load_rows(p_q_slot_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
                 m_i = tl.full([ROWS], float("-inf"), tl.float32)
                 l_i = tl.zeros([ROWS], tl.float32)
@@ -422,8 +444,8 @@ def nha_chunk_fwd_kernel(
                     if SHARED_QK:
                         b_own = b_qk
                         if WINDOW_IN_TILE:
-                            b_k_next = load_rows(p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
-                            b_next = matmul(b_q, tl.trans(b_k_next), DTYPE, PRECISION)
+                            b_key = kept_rows(b_k_next, p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+                            b_next = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION)
                     if WINDOW_IN_TILE or SHARED_QK:
                         b_window = window_tile(
                             b_own,
@@ -444,6 +466,7 @@ def nha_chunk_fwd_kernel(
                         b_qk,
                         b_window,
                         b_v,
+                        b_v_next,
                         p_v + (token0 + CHUNK) * v_t,
                         v_t,
                         m_next,

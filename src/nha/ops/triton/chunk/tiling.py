@@ -44,10 +44,12 @@ class BlockSizes(NamedTuple):
     block_n: int  # window keys of one step of a block of queries
     bwd_block_n: int  # the same in the backward pass, and queries of one step of a chunk of keys
     window_in_tile: bool  # with block_h 1: whether a tile of a chunk's width has the scores of whole windows
-    stages: int  # loads of window keys in flight, in both passes
+    stages: int  # loads of window keys in flight
+    dq_stages: int  # the same in the backward pass
+    one_gate_sum: bool  # whether `nha_chunk_bwd_kernel_dq` sums gates once: more shared memory, fewer instructions
     warps: int
     dstate_warps: int
-    dstate_stages: int  # loads in flight in the loop of `nha_chunk_bwd_kernel_dstate`
+    dstate_stages: int  # loads in flight in the loops of `nha_chunk_bwd_kernel_dstate`
     scan_stages: int  # loads in flight in a scan, which does nothing but wait for them
     dkv_warps: int
     dkv_stages: int
@@ -113,6 +115,8 @@ def block_sizes(
     # Not for one query head a KV head: there the registers that the tile takes cost more than it saves.
     in_tile = large_tiles and 0 < window <= chunk and groups > 1
     few_warps = large_tiles and sinks == 0 and groups == 1  # more heads, or a sink, make four warps spill
+    # A second load of window keys takes the room of the chunk's own keys, which are not needed any more.
+    dq_prefetch = large_tiles and not split and sinks == 0 and gate_dtype != torch.float32
     wide_gates = gate_dtype == torch.float32 and max_width > 64  # a chunk of them takes the room of a third load
     return BlockSizes(
         block_m=padded_width(slots, row),
@@ -126,6 +130,8 @@ def block_sizes(
         bwd_block_n=16 if is_fp32 else 32,
         window_in_tile=in_tile,
         stages=(2 if wide_gates else 3) if prefetch else 1,
+        dq_stages=(2 if wide_gates else 3) if prefetch else 2 if dq_prefetch else 1,
+        one_gate_sum=large_tiles and rows == chunk,
         warps=4 if is_fp32 and low_occupancy else 8 if low_occupancy else rows // 16,
         dstate_warps=4 if small_memory or small_heads or few_warps else 8,
         dstate_stages=1 if small_memory else 2 if few_warps and not small_heads else 3,
