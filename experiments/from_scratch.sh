@@ -31,7 +31,7 @@ jobs_of() { # NAME OPTIONS JOB ...; a job is TABLE:SEEDS:ARMS, without ARMS for 
 has() { [[ $PARTS == *",$1,"* ]]; }
 RECALL="--no-compile-layers --together 24"
 has recall && jobs_of recall "$RECALL" \
-  "recall:0,1,2:transformer,nha 256K,window 256K,linear 256K,nha 255K 112 slots,nha 256K random windows" \
+  "recall:0,1,2:transformer,nha 256K,window 256K,linear 256K,nha 255K 124 slots,nha 256K random windows" \
   "copying:0,1,2:transformer,nha,window,linear,nha 48 slots" "in-context:0,1,2:transformer,nha,window,linear,nha 48 slots" \
   "recall:0,1,2:nha 120K,window 120K,linear 120K,nha 119K 48 slots,nha 256K without slots,linear 128K" &
 has layer && jobs_of layer-recall "$RECALL" "layer-recall:0,1:" &
@@ -51,7 +51,7 @@ P
   done
   for i in 1 2; do
     has large && jobs_of "large-$i" "$TEXT --shard $i/2" "language-60m:0:nha,transformer,linear,window" "windows:0:" &
-    has layer && jobs_of "layer-$i" "$TEXT --shard $i/2" "layer:0:" &
+    has layer && jobs_of "layer-$i" "$TEXT --shard $i/2" "layer:0:" "layer:1,2:plain,qk norm,convolution" &
   done
 fi
 wait

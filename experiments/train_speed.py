@@ -107,6 +107,7 @@ def settings_of(case: Case, options: argparse.Namespace, world: int) -> TrainSet
         changes["optimizer"] = "muon"
     return TrainSettings(
         preset=options.preset,
+        qk_norm=False,  # as in the paper
         tokens=steps * size * world * case.seq_len,
         batch_size=size * world,
         seq_len=case.seq_len,

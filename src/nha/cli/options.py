@@ -73,7 +73,9 @@ def _option(entry: dataclasses.Field, file: bool = False) -> inspect.Parameter:
     if "parse" in metadata and default is not None:
         default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     shown = metadata.get("shown", default_text(entry) if file else True)
-    option = typer.Option(option_name(entry), help=text, show_default=shown)
+    name = option_name(entry)
+    names = f"{name}/--no-{name[2:]}" if kind is bool else name
+    option = typer.Option(names, help=text, show_default=shown)
     annotation = Annotated[kind | None if file or "None" in kinds else kind, option]
     default = None if file else default
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -72,7 +72,7 @@ class TrainSettings:
     )
     num_slots: int = count(64, "Slots per KV head.", at_most=1 << 16, option="slots")
     num_sinks: int = count(0, "Learned sinks per KV head.", at_least=0, at_most=1 << 10, option="sinks")
-    qk_norm: bool = setting(False, "Normalize queries and keys of every head.")
+    qk_norm: bool = setting(True, "Normalize queries and keys of every head.")
     output_gate: bool = setting(False, "Multiply what attention returns by a sigmoid of the layer's input.")
     slot_features: str = setting("none", "Function of the queries and keys that the slots see.", choices=SLOT_FEATURES)
     slot_write: str = setting(
