@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from nha import nha_attention
 from nha.ops import NHAState, chunk_groups, fused_window
-from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, Workspace, decays, make_plan
+from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, Sizes, Workspace, decays, make_plan
 from nha.ops.packed_state import PackedState
 from nha.ops.state import MAX_WINDOW
 from nha.settings import STATE_DTYPES
@@ -27,7 +28,7 @@ def test_no_exponent_exceeds_half_a_chunk_at_the_floor(length, gate):
     gates = torch.full((1, length, 1, 3), 0.0 if gate == "random" else gate)
     if gate == "random":
         gates = -8 * torch.rand(gates.shape, generator=torch.Generator().manual_seed(0))
-    plan = make_plan(1, length, 1, 3, 0)
+    plan = make_plan(Sizes(1, 1, 1, 3, 2), length, 0)
     size = -(-length // plan.tile) * plan.tile
     q_decay, k_decay, half_decay = decays(gates, plan, size, (0, length), Workspace(gates))
     bound = -GATE_FLOOR * CHUNK / 2
@@ -85,18 +86,17 @@ def test_windows_of_the_fused_kernel_equal_the_reference(window, length, padded,
     mask = torch.arange(length) < torch.tensor([[length], [length - 9]]) if padded else None
     found = {}
     for impl in ("chunked", "reference"):
-        flat, state, losses, kept = leaves(make(case)), None, [], []
+        flat, losses, kept = leaves(make(case)), [], []
+        state: Any = None
         for start, stop in ((0, 12), (12, 13), (13, length)):
             part = {n: x[:, start:stop] if x.dim() == 4 and x.shape[1] == length else x for n, x in flat.items()}
             options = {"window_size": window, "return_state": True, "return_slot_mass": True, "impl": impl}
             padding = None if mask is None else mask[:, start:stop]
             result = call(part, nha_attention, state=state, attention_mask=padding, **options)
-            assert result.state is not None
             state = result.state
             losses.append(random_loss(result))
             kept += [result.out, result.slot_mass]
-        assert state is not None
-        found[impl] = [*kept, state.slot_key, state.slot_value, *gradients(flat, sum(losses)).values()]
+        found[impl] = [*kept, state.slot_key, state.slot_value, *gradients(flat, torch.stack(losses).sum()).values()]
         with torch.no_grad():
             whole = call(flat, nha_attention, attention_mask=mask, **options)
         assert whole.state is not None

@@ -25,7 +25,7 @@ from torch import Tensor
 CHUNK = 16  # tokens whose gates are factorised together: bounds the exponents
 MAX_TILE = 128  # queries of a window block
 GATE_FLOOR = -5.0
-GROUP_ELEMENTS = 1 << 18  # scores of one group: it and its slots stay in the cache
+GROUP_ELEMENTS = 3 << 18  # scores and slots of one group, which stay in the cache
 MAX_SPARE = 1 << 25  # bytes of a workspace that is kept
 MAX_VIEWS = 1 << 10  # of a workspace that is kept: every length of a segment adds some
 
@@ -60,26 +60,42 @@ def key_blocks(window: int, tile: int) -> int:
     return 1 + -(-(window - 1) // tile) if window else 0
 
 
-def group_size(batch: int, query_heads: int, slots: int, window: int) -> int:
+class Sizes(NamedTuple):
+    """Sizes of a segment that decide the tokens of a group, besides the window; `width` is D + Dv."""
+
+    batch: int
+    query_heads: int
+    heads: int
+    slots: int
+    width: int
+
+    @classmethod
+    def of(cls, q: Tensor, slots: Tensor) -> Sizes:
+        """The sizes of queries [B, T, HQ, D] and slots [B, H, M, D + Dv]."""
+        return cls(q.shape[0], q.shape[2], *slots.shape[1:])
+
+
+def group_size(sizes: Sizes, window: int) -> int:
     """Tokens of a group. They do not depend on T, so that one compiled graph serves every length."""
     tile = tile_size(CHUNK, window)
-    scores = batch * query_heads * (slots + key_blocks(window, tile) * tile) * tile
-    return tile * torch.sym_max(1, GROUP_ELEMENTS // scores)  # type: ignore[return-value]
+    scores = sizes.query_heads * (sizes.slots + key_blocks(window, tile) * tile)
+    elements = sizes.batch * tile * (scores + sizes.heads * sizes.slots * sizes.width // CHUNK)
+    return tile * torch.sym_max(1, GROUP_ELEMENTS // elements)  # type: ignore[return-value]
 
 
-def make_plan(batch: int, length: int, query_heads: int, slots: int, window: int) -> Plan:
+def make_plan(sizes: Sizes, length: int, window: int) -> Plan:
     chunk = min(CHUNK, length)
     tile = tile_size(chunk, min(window, length))
-    group = group_size(batch, query_heads, slots, window)
+    group = group_size(sizes, window)
     count = -(-length // group)
     group = -(-length // (count * tile)) * tile  # as many groups, of nearly one size
     return Plan(length, window, chunk, tile, group, key_blocks(window, tile))
 
 
-def slots_only(plan: Plan, batch: int, query_heads: int, slots: int, same_groups: bool) -> Plan:
+def slots_only(plan: Plan, sizes: Sizes, same_groups: bool) -> Plan:
     """The plan of a segment whose windows are read elsewhere, in larger groups unless they must stay the same."""
     if not same_groups:
-        plan = make_plan(batch, plan.length, query_heads, slots, 0)
+        plan = make_plan(sizes, plan.length, 0)
     return plan._replace(window=0, tile=plan.chunk, blocks=0)
 
 

@@ -21,6 +21,7 @@ from nha.ops.chunk_groups import (
     Group,
     Plan,
     Scores,
+    Sizes,
     Workspace,
     by_token,
     group_size,
@@ -71,11 +72,12 @@ def _compute(
     batch, length, query_heads, _ = q.shape
     window, scale, softcap, slots_active, with_mass, keep_starts = options
     sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
-    plan = make_plan(batch, length, query_heads, num_slots, window)
+    sizes = Sizes.of(q, slots)
+    plan = make_plan(sizes, length, window)
     log_sum = None
     if has_fused_window(q, v, window, softcap):
         log_sum = fused_window_attention(q, k, v, window=window, scale=scale, first=first, out=out)
-        plan = slots_only(plan, batch, query_heads, num_slots, keep_starts)
+        plan = slots_only(plan, sizes, keep_starts)
     mass = q.new_zeros(batch, length, query_heads)
     starts = []
     with workspace(q) as space:
@@ -147,16 +149,18 @@ def _read(group: Group, plan: Plan, weights: Tensor, sink_value: Tensor, space: 
         tiles = group.query.shape[2]
         on_window = on_window.unflatten(2, (tiles, -1)).flatten(0, 2)
         result.unflatten(2, (tiles, -1)).flatten(0, 2).baddbmm_(on_window, group.window_value.flatten(0, 2))
-    return result.add_(on_sink @ sink_value) if sinks else result
+    if sinks:
+        values = sink_value.expand(len(result), -1, -1, -1).flatten(0, 1)
+        result.flatten(0, 1).baddbmm_(on_sink.flatten(0, 1), values)
+    return result
 
 
 @_forward.register_fake
 def _(q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value, first, window, *options):
-    batch, length, query_heads, _ = q.shape
-    group = group_size(batch, query_heads, log_gate.shape[-1], window)
-    out = q.new_empty(batch, length, query_heads, v.shape[-1])
+    length, group = q.shape[1], group_size(Sizes.of(q, slots), window)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
     starts = slots.new_empty((length + group - 1) // group + 1 if options[-1] else 0, *slots.shape)
-    return out, q.new_empty(batch, length, query_heads), torch.empty_like(slots), starts
+    return out, q.new_empty(q.shape[:3]), torch.empty_like(slots), starts
 
 
 @dataclass
@@ -196,9 +200,8 @@ def _backward(
     slots_active: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, q_slot, k_slot, log_gate, slots, sink key and sink value, group by group from the end."""
-    batch, length, query_heads, _ = q.shape
-    heads = k.shape[2]
-    plan = make_plan(batch, length, query_heads, log_gate.shape[-1], window)
+    (batch, length), heads = q.shape[:2], k.shape[2]
+    plan = make_plan(Sizes.of(q, grad_slots), length, window)
     padded = length + plan.lookback + plan.tile
     grads = _Gradients(
         q=torch.empty_like(q),
