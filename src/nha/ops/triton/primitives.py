@@ -84,6 +84,16 @@ def sequence_bounds(i_n, p_cu, p_chunk_base, length, past, chunks, PACKED: tl.co
 
 
 @triton.jit
+def first_tokens(p_first, i_n, HAS_PREFIX_MASK: tl.constexpr, SLOTS_ACTIVE: tl.constexpr):
+    """(first key that is not empty, first query that may see slots) of a sequence."""
+    if HAS_PREFIX_MASK:
+        first_key = tl.load(p_first + i_n).to(tl.int32)
+        return first_key, 0 if SLOTS_ACTIVE else first_key
+    else:
+        return 0, 0
+
+
+@triton.jit
 def load_rows(p_base, o_row, m_row, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Rows at `p_base + o_row` as [len(o_row), WIDTH]; zero where `m_row` is False and in columns beyond DIM.
 

@@ -10,6 +10,7 @@ from nha.ops.triton.primitives import (
     SUBCHUNK,
     chunk_decay,
     chunk_of_block,
+    first_tokens,
     gate_factors,
     in_subchunk,
     load_decay,
@@ -376,11 +377,7 @@ def nha_chunk_bwd_kernel_dq(
     o_h = tl.arange(0, ROWS) // CHUNK
     u = u_start + o_row
     m_q = (u + offset >= 0) & (u < seqlen - offset)
-    first_key, first_active = 0, 0
-    if HAS_PREFIX_MASK:
-        first_key = tl.load(p_first + i_n).to(tl.int32)
-        if not SLOTS_ACTIVE:
-            first_active = first_key
+    first_key, first_active = first_tokens(p_first, i_n, HAS_PREFIX_MASK, SLOTS_ACTIVE)
     token0, query0 = k_start + u_start, q_start + u_start + offset
     p_k, p_v = p_k + i_b * k_b + offset_i64(i_h, k_h), p_v + i_b * v_b + offset_i64(i_h, v_h)
     i_state, i_bh = (chunk_base + i_chunk) * heads + i_h, tl.program_id(0).to(tl.int64) * heads + i_h

@@ -13,6 +13,7 @@ from nha.ops.triton.primitives import (
     SUBCHUNK,
     chunk_decay,
     chunk_of_block,
+    first_tokens,
     gate_factors,
     in_subchunk,
     load_decay,
@@ -380,11 +381,7 @@ def nha_chunk_fwd_kernel(
     o_h = tl.arange(0, ROWS) // CHUNK
     u = u_start + o_row
     m_q = (u + offset >= 0) & (u < seqlen - offset)
-    first_key, first_active = 0, 0
-    if HAS_PREFIX_MASK:
-        first_key = tl.load(p_first + i_n).to(tl.int32)
-        if not SLOTS_ACTIVE:
-            first_active = first_key
+    first_key, first_active = first_tokens(p_first, i_n, HAS_PREFIX_MASK, SLOTS_ACTIVE)
     m_t = m_chunk & (u_start + o_t < seqlen - offset)
     i_state = (chunk_base + i_chunk) * heads + i_h
     token0, query0 = k_start + u_start, q_start + u_start + offset
@@ -415,13 +412,10 @@ def nha_chunk_fwd_kernel(
             if not WINDOW_IN_TILE:
                 b_k_decay = token_decay(b_gate, i_sub, needs_subchunks, CHUNK)
             b_k_decay = (b_k_decay * one_minus_exp(b_gate, DTYPE)).to(GATE_DTYPE)
-            b_k_own, b_k_next, b_v_next = None, None, None
-            if KEEP_ALL and not SHARED_QK:
-                b_k_own = load_rows(p_k + token0 * k_t, o_t * k_t, m_seen, D, BLOCK_D)
-            if KEEP_ALL or KEEP_KEYS:
-                b_k_next = load_rows(p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
-            if KEEP_ALL:
-                b_v_next = load_rows(p_v + (token0 + CHUNK) * v_t, o_t * v_t, m_next, DV, BLOCK_DV)
+            p_k_own, p_k_next, p_v_next = p_k + token0 * k_t, p_k + (token0 + CHUNK) * k_t, p_v + (token0 + CHUNK) * v_t
+            b_k_own = load_rows(p_k_own, o_t * k_t, m_seen, D, BLOCK_D) if KEEP_ALL and not SHARED_QK else None
+            b_k_next = load_rows(p_k_next, o_t * k_t, m_next, D, BLOCK_D) if KEEP_ALL or KEEP_KEYS else None
+            b_v_next = load_rows(p_v_next, o_t * v_t, m_next, DV, BLOCK_DV) if KEEP_ALL else None
             for i_g in tl.range(0, groups, BLOCK_H, num_stages=HEAD_STAGES, disable_licm=True):
                 m_row = m_sub & (i_g + o_h < groups)
                 i_hq = i_h * groups + i_g
@@ -429,9 +423,9 @@ def nha_chunk_fwd_kernel(
                 p_q_slot_row = p_q_slot + i_b * qs_b + query0 * qs_t + offset_i64(i_hq, qs_h)
                 if WINDOW_IN_TILE and not SHARED_QK:
                     b_q = load_rows(p_q_row, o_row * q_t + o_h * q_h, m_row, D, BLOCK_D)
-                    b_key = kept_rows(b_k_own, p_k + token0 * k_t, o_t * k_t, m_seen, D, BLOCK_D)
+                    b_key = kept_rows(b_k_own, p_k_own, o_t * k_t, m_seen, D, BLOCK_D)
                     b_own = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION)
-                    b_key = kept_rows(b_k_next, p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+                    b_key = kept_rows(b_k_next, p_k_next, o_t * k_t, m_next, D, BLOCK_D)
                     b_next = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION)
                 b_q = load_rows(p_q_slot_row, o_row * qs_t + o_h * qs_h, m_row, D, BLOCK_D)
                 m_i = tl.full([ROWS], float("-inf"), tl.float32)
@@ -444,7 +438,7 @@ def nha_chunk_fwd_kernel(
                     if SHARED_QK:
                         b_own = b_qk
                         if WINDOW_IN_TILE:
-                            b_key = kept_rows(b_k_next, p_k + (token0 + CHUNK) * k_t, o_t * k_t, m_next, D, BLOCK_D)
+                            b_key = kept_rows(b_k_next, p_k_next, o_t * k_t, m_next, D, BLOCK_D)
                             b_next = matmul(b_q, tl.trans(b_key), DTYPE, PRECISION)
                     if WINDOW_IN_TILE or SHARED_QK:
                         b_window = window_tile(
@@ -467,7 +461,7 @@ def nha_chunk_fwd_kernel(
                         b_window,
                         b_v,
                         b_v_next,
-                        p_v + (token0 + CHUNK) * v_t,
+                        p_v_next,
                         v_t,
                         m_next,
                         b_slot_k,
