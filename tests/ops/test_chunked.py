@@ -69,6 +69,7 @@ def test_no_operation_needs_float64_or_a_number_from_the_device(monkeypatch):
             patch.setattr(chunked, name, getattr(chunked, name)._init_fn)  # seen inside, not as one operator
             with Recorder():
                 out, state, _ = call(flat, **options)
+                assert state is not None
                 for state_dtype in STATE_DTYPES:
                     PackedState.of(state, state_dtype).unpack()
                 if grad:
