@@ -155,8 +155,8 @@ def test_a_server_reads_a_prompt_before_the_first_request(reads, monkeypatch):
     assert reads == FIRST
 
 
-def test_other_lengths_are_recorded_once_the_first_prompt_is_answered(reads, monkeypatch):
-    monkeypatch.setattr(prompt_graph, "PREPARED", 48)
+def test_other_lengths_are_recorded_behind_answers(reads, monkeypatch):
+    monkeypatch.setattr(prompt_graph, "PREPARED", 64)
     model, order = build(), []
     sample, record = type(model)._sample, prompt_graph.PromptGraphs._record
 
@@ -166,15 +166,19 @@ def test_other_lengths_are_recorded_once_the_first_prompt_is_answered(reads, mon
 
     def noted_sample(self, *args, **kwargs):
         found = sample(self, *args, **kwargs)
-        order.append("returned")
+        order.append("answer")  # behind what was recorded for it
         return found
 
     monkeypatch.setattr(prompt_graph.PromptGraphs, "_record", noted_record)
     monkeypatch.setattr(type(model), "_sample", noted_sample)
-    ids = [tokens(1, length, seed=length) for length in (20, 40, 12)]
-    for prompt in ids:
-        assert torch.equal(model.generate(prompt, **OPTIONS), plain(model, prompt))
-    assert order[:4] == [32, 48, 16, "returned"] and all(x == "returned" for x in order[4:])
+    monkeypatch.setattr("nha.models.adapter.record_lengths", lambda model: prompt_graph.record_lengths(model, 1))
+    prompts = [tokens(1, length, seed=length) for length in (20, 12, 40)]
+    expected = [plain(model, ids) for ids in prompts]
+    order.clear()
+    assert all(
+        torch.equal(model.generate(ids, **OPTIONS), wanted) for ids, wanted in zip(prompts, expected, strict=True)
+    )
+    assert order == [32, 64, "answer", 16, 48, "answer", "answer"]
 
 
 def test_recorded_lengths_share_the_tensors_of_their_caches(reads):

@@ -98,7 +98,7 @@ class HybridGenerationMixin:
             return parent._prefill(*given, *args, **kwargs)  # type: ignore[misc]
 
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Sample; behind the tokens of the first prompt of a model the lengths of later ones are recorded."""
+        """Sample; behind the tokens of the first prompts of a model the lengths of later ones are recorded."""
         parent: Any = super()
         found = parent._sample(*args, **kwargs)
         record_lengths(self)

@@ -2,9 +2,10 @@
 
 A prompt of one sequence is padded on the right to one of a few lengths, so that few graphs serve all prompts. No token
 sees the padding, and states end with the last token (`HybridMask.num_tokens`). The first prompt of a model waits for
-kernels that are loaded or compiled, some seconds. Once it is answered, graphs of all lengths up to `PREPARED` are
-recorded, and later prompts are replayed: the same kernels on inputs of the same shapes. The first of a longer length is
-called, and its graph recorded by the second; so is any length once windows or weights of the model were exchanged.
+kernels that are loaded or compiled, some seconds. Behind the first answers graphs of all lengths up to `PREPARED` are
+recorded, `PER_ANSWER` at a time, and later prompts are replayed: the same kernels on inputs of the same shapes. The
+first of a longer length is called, and its graph recorded by the second; so is any length once windows or weights of
+the model were exchanged.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ STEP = 256  # tokens between the lengths up to 1,024; beyond there are four leng
 HOST_WORK = 4e12  # tokens times parameters; for more the GPU takes longer than its host, and padding is seen
 PREPARED = 4096
 CALLED = 2  # lengths that are called before they are recorded: the shortest prompts may have a kernel of their own
+PER_ANSWER = 6  # lengths recorded behind an answer: a process with a single prompt needs none of them
 MAX_TOKENS = 16384
 MAX_WORK = 2e13  # tokens times parameters; the GPU takes longer than the host for more
 KNOWN = ("torch", "transformers", "nha")  # libraries whose modules compute the same as long as their parts are
@@ -123,7 +125,7 @@ class PromptGraphs:
     refused: bool = False
     prepared: bool = False
     name: str = "past_key_values"  # of the model's argument that is the cache
-    pending: list[int] = field(default_factory=list)  # lengths that are recorded once the first prompt is answered
+    pending: list[int] = field(default_factory=list)  # lengths that are recorded behind answers
     pool: Any = None
     held: list[Tensor] = field(default_factory=list)  # of the cache of every graph, as long as the longest needs them
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -153,8 +155,8 @@ class PromptGraphs:
         try:
             if not self.prepared:
                 self.prepared = True
-                self.prepare(model, ids.device, length)
-            first = length not in self.graphs
+                self.prepare(model, ids.device)
+            first = length not in self.graphs and length not in self.pending  # whose kernels are loaded
             graph = self._graph(length, ids.device)
             graph.fill(ids)
             if first:
@@ -168,11 +170,8 @@ class PromptGraphs:
         graph.replay()
         return graph.output, graph.cache
 
-    def prepare(self, model: Any, device: torch.device, length: int) -> None:
-        """Load the kernels of prompts by calls of the shortest lengths up to `PREPARED`.
-
-        `length` is recorded next, where it is one of those, and the others by `record_pending`.
-        """
+    def prepare(self, model: Any, device: torch.device) -> None:
+        """Load the kernels of prompts by calls of the shortest lengths up to `PREPARED`; all those are pending then."""
         lengths = padded_lengths(PREPARED, count_parameters(model))
         self.pending = [each for each in lengths if graph_length(model, each) == each]
         graphs = [PromptGraph.of(each, device) for each in self.pending[:CALLED]]
@@ -182,18 +181,14 @@ class PromptGraphs:
             for graph in graphs:
                 graph.num_tokens.fill_(graph.ids.shape[1])
                 graph.run(model, self.name)
-        if length in self.pending:
-            self.pending.remove(length)
-            self._graph(length, device)
 
-    def record_pending(self, model: Any) -> None:
-        """Record the lengths that are not yet, the longest first: the others then find their memory in the pool."""
+    def record_pending(self, model: Any, count: int) -> None:
+        """Record up to `count` pending lengths, the longest first: the others then find their memory in the pool."""
         try:
-            while self.pending:
-                graph = self._graph(self.pending.pop(), model.device)
-                if graph.replay is None:
-                    graph.num_tokens.fill_(graph.ids.shape[1])
-                    self._record(graph, model)
+            for length in self.pending[: -count - 1 : -1]:
+                graph = self._graph(length, model.device)
+                graph.num_tokens.fill_(length)
+                self._record(graph, model)
         except (NotImplementedError, RuntimeError) as error:
             self.refuse(error)
 
@@ -216,6 +211,7 @@ class PromptGraphs:
 
         with torch.inference_mode(False), torch.no_grad():
             (graph.output, graph.cache), graph.replay = decode_graph.capture(run, self.pool)
+        self.pending = [length for length in self.pending if length != graph.ids.shape[1]]
 
 
 def compile_ahead(model: Any, graphs: list[PromptGraph], name: str) -> None:
@@ -393,14 +389,14 @@ def replay_prompt(
         graphs.lock.release()
 
 
-def record_lengths(model: Any) -> None:
-    """After an answer of `generate`: record the lengths of prompts that its first prompt left to be recorded."""
+def record_lengths(model: Any, count: int = PER_ANSWER) -> None:
+    """After an answer of `generate`: record up to `count` of the lengths of prompts that are pending."""
     graphs = _graphs.get(model)
     if graphs is None or not graphs.pending or not graphs.lock.acquire(blocking=False):
         return
     try:
         if parts_of(model) == graphs.parts:
-            graphs.record_pending(model)
+            graphs.record_pending(model, count)
     finally:
         graphs.lock.release()
 
@@ -416,3 +412,4 @@ def warm_up(model: Any) -> None:
     ids = torch.zeros(1, max(windows) + 2, dtype=torch.int64, device=model.device)
     count = {"max_new_tokens": decode_graph.MIN_TOKENS, "min_new_tokens": decode_graph.MIN_TOKENS}
     model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **count)
+    record_lengths(model, MAX_GRAPHS)
