@@ -288,15 +288,16 @@ def test_text_that_cannot_be_read_and_a_model_that_cannot_be_loaded_are_errors(m
 
 
 def test_a_dry_run_of_8_billion_parameters_says_what_fits(tmp_path):
+    """Windows per head give every layer gates, 8 M of them more than with four full layers, and 0.1 GiB."""
     config = shape_config("8B")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "8b")
     save_file({"x": torch.zeros(1)}, tmp_path / "8b" / "model.safetensors")  # never loaded
     arguments = ["distill", str(tmp_path / "8b"), str(tmp_path / "run"), "--recipe", "quality", "--dry-run"]
     shown = runner.invoke(app, arguments).stdout
-    assert "8,089 M parameters" in shown and shown.replace("\n", "").count("--gradient-checkpointing") == 2
+    assert "8,097 M parameters" in shown and shown.replace("\n", "").count("--gradient-checkpointing") == 2
     fits = runner.invoke(app, [*arguments, "--batch-size", "4", "--gradient-checkpointing"]).stdout
-    assert "--gradient-checkpointing" not in fits and "41.2 GiB" in fits and "3B and 8B" in " ".join(fits.split())
+    assert "--gradient-checkpointing" not in fits and "41.3 GiB" in fits and "3B and 8B" in " ".join(fits.split())
     two = [*arguments, "--batch-size", "4", "--gradient-checkpointing", "--gpu", "H200:2"]
     sharded = " ".join(runner.invoke(app, two).stdout.split())
     assert "on 2 x H200" in sharded and "measured with 3B and 8B" in sharded and "on one H100" not in sharded
