@@ -41,5 +41,5 @@ def test_kernels_of_a_training_step(tmp_path, monkeypatch, capsys):
     times = [kernel["ms"] for kernel in found["kernels"]]
     assert times == sorted(times, reverse=True) and abs(sum(times) - found["kernels_ms"]) < 0.01
     assert abs(sum(found["groups"].values()) - found["kernels_ms"]) < 0.01
-    assert "nha-32: " in capsys.readouterr().out
+    assert "nha: " in capsys.readouterr().out
     assert train_profile.main(["--out", str(tmp_path), *small, "--budget-s", "-1"]) == 3
