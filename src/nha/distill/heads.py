@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def find_heads(
 ) -> HeadPlan:
     """The plan of a recipe for a model whose heads nobody has ranked yet; `path` keeps it for the next time.
 
-    Clozes are made of documents to train on, and of the built-in text where these give too few. Raises ValueError for
-    a file at `path` that is of another model or corpus.
+    Clozes are made of documents to train on, and, with a warning, of the built-in text where these give too few.
+    Raises ValueError for a file at `path` that is of another model or corpus.
     """
     about: dict[str, Any] = {"weights": fingerprint(model), "dtype": str(model.dtype), "corpus": corpus.identity}
     about["mean_of"] = [one.identity() for one in SEARCHES]
@@ -80,7 +81,8 @@ def find_heads(
 
         try:
             plan = search_heads(model, tokenizer, texts, settings, progress=advance)
-        except ValueError:
+        except ValueError as error:
+            warnings.warn(f"heads are ranked on the built-in text: {error}", stacklevel=2)
             plan = search_heads(model, tokenizer, None, settings, progress=advance)
         found.append(plan.weights)
     plan = recipe_plan(name, about, mean_weights(found))
