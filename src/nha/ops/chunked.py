@@ -55,20 +55,13 @@ class Options(NamedTuple):
 
 
 def _compute(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_slot: Tensor,
-    k_slot: Tensor,
-    log_gate: Tensor,
-    slots: Tensor,
-    sink_key: Tensor,
-    sink_value: Tensor,
-    first: Tensor | None,
-    options: Options,
+    out: Tensor, given: tuple[Tensor, ...], first: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Like `_forward`, into `out`: slot mass, slots after the segment, and those before each group (`keep_starts`)."""
+    """Slot mass, slots after the segment, and those before each group (`keep_starts`); the outputs go into `out`.
+
+    `given` are the arguments of `_forward` from `q` to `sink_value`.
+    """
+    q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value = given
     batch, length, query_heads, _ = q.shape
     window, scale, softcap, slots_active, with_mass, keep_starts = options
     sinks, num_slots, per_kv = sink_key.shape[1], log_gate.shape[-1], query_heads // k.shape[2]
@@ -128,8 +121,8 @@ def _forward(
     """
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     options = Options(window, scale, softcap, slots_active, with_mass, keep_starts)
-    inputs = (q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value)
-    mass, slots, starts = _compute(out, *inputs, first, options)
+    given = (q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value)
+    mass, slots, starts = _compute(out, given, first, options)
     # Those after the segment too: a first dimension that may be 1 would be compiled apart.
     kept = torch.stack([*starts, slots]) if keep_starts else slots.new_empty(0, *slots.shape)
     return out, mass, slots.clone(), kept
@@ -478,14 +471,14 @@ def chunked(
         slots,
         sink[0].to(dtype),
         sink[1].to(dtype),
-        None if alone else window - state.num_tokens.clamp_max(window),
     )
+    unused = None if alone else window - state.num_tokens.clamp_max(window)
     options = Options(window, scale, softcap or 0.0, state.slots_active, with_mass, grad)
     if grad or torch.compiler.is_compiling():
-        out, mass, slots, _ = (_Transformed.apply if transformed else _forward)(*given, *options)
+        out, mass, slots, _ = (_Transformed.apply if transformed else _forward)(*given, unused, *options)
     else:
         out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
-        mass, slots, _ = _compute(out[:, alone:], *given, options)
+        mass, slots, _ = _compute(out[:, alone:], given, unused, options)
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)
     if alone:
