@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nha.distill.run import Distilled
 
 UNFINISHED = 3
+RANKING_SECONDS = 3600.0  # that other processes wait for the one that ranks the heads, at most
 H100_BYTES = 80e9
 LARGE_MEMORY = 40 << 30  # from here on an estimate names what recomputing activations takes
 ALSO, ONLY = "also", "only"
@@ -280,11 +281,12 @@ def with_ranked_heads(
     recipe: str, settings: DistillSettings, source: loading.Source, loaded: tuple[Any, Any], corpus: Corpus, path: Path
 ) -> DistillSettings:
     """The settings with a recipe's windows for the heads that copy, which `path` keeps; one process finds them."""
-    from nha.distill.heads import find_heads, wait_for_heads
+    from nha.distill.checkpoint import wait_for_file
+    from nha.distill.heads import find_heads
     from nha.ops.heads import window_of
 
     if rank() != 0:
-        wait_for_heads(path)
+        wait_for_file(path, RANKING_SECONDS)
     with common.steps(f"learning which heads of {source.label} copy") as advance:
         plan = find_heads(recipe, *loaded, corpus, path, progress=advance)
     return dataclasses.replace(settings, window_size=tuple(map(window_of, plan.windows)))

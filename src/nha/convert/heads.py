@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.convert.check import in_eval_mode
+from nha.convert.head_ranks import HeadRanks
 from nha.convert.search import candidate_layers, load_search
 from nha.convert.settings import WIDE_FRACTION, HeadSearchSettings, fraction_of
 from nha.data.cloze import make_clozes
@@ -336,14 +336,8 @@ def tiered_windows(
     >>> tiered_windows([[0.1, 0.9], [0.5, 0.2], None], [(1, -1), (1, 256)])
     [[64, -1], [256, 64], -1]
     """
-    ranked = iter(top_heads(weights, sum(count for count, _ in tiers)))
-    chosen = {head: window for count, window in tiers for head in islice(ranked, count)}
-    plan: list[LayerWindow] = []
-    for layer, row in enumerate(weights):
-        own = [chosen.get((layer, head), window_size) for head in range(len(row or ()))]
-        window = window_of(own) if own else FULL
-        plan.append(window if isinstance(window, int) else list(window))
-    return plan
+    ranks = HeadRanks(tuple(len(row or ()) for row in weights), tuple(top_heads(weights, count_weights(weights))))
+    return [window if isinstance(window, int) else list(window) for window in ranks.windows(tiers, window_size)]
 
 
 def search_heads(

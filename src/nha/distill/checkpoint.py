@@ -98,10 +98,15 @@ def wait_for_begin(run: Path, seconds: float = 600.0) -> None:
 
     Raises TimeoutError; all processes must see the same directory.
     """
+    wait_for_file(run / RUN, seconds)
+
+
+def wait_for_file(path: Path, seconds: float) -> None:
+    """Wait for a file that the first of several processes writes. Raises TimeoutError."""
     until = time.monotonic() + seconds
-    while not (run / RUN).is_file():
+    while not path.is_file():
         if time.monotonic() > until:
-            raise TimeoutError(f"expected {run / RUN} of the first process within {seconds:.0f} s, got none")
+            raise TimeoutError(f"expected {path} of the first process within {seconds:.0f} s, got none")
         time.sleep(0.05)
 
 

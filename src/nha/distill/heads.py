@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nha.convert.head_ranks import HeadRanks
-from nha.convert.heads import HeadPlan, Weights, count_weights, load_plan, save_plan, search_heads, top_heads
+from nha.convert.heads import HeadPlan, Weights, count_weights, load_plan, save_plan, search_heads, tiered_windows
 from nha.convert.settings import HeadSearchSettings
 from nha.data.corpus import Corpus
 from nha.distill.recipes import RECIPES
@@ -21,15 +19,6 @@ from nha.models.cache_file import fingerprint
 # Their mean ranks heads: the first finds few heads for near text, the second more of them, for farther text as well.
 SEARCHES = (HeadSearchSettings(), HeadSearchSettings(penalty=0.005, max_distance=512, seed=1))
 DOCUMENTS, DOCUMENT_TOKENS = 256, 8192
-
-
-def head_ranks(weights: Weights) -> HeadRanks:
-    """KV heads by mixing weight, the largest first; layers without weights keep a window of their own.
-
-    >>> head_ranks([[0.1, 0.9], None, [0.5, 0.2]])
-    HeadRanks(counts=(2, 0, 2), ranked=((0, 1), (2, 0), (2, 1), (0, 0)))
-    """
-    return HeadRanks(tuple(len(row or ()) for row in weights), tuple(top_heads(weights, count_weights(weights))))
 
 
 def mean_weights(found: list[Weights]) -> Weights:
@@ -46,9 +35,9 @@ def mean_weights(found: list[Weights]) -> Weights:
 
 def recipe_plan(name: str, settings: dict[str, Any], weights: Weights) -> HeadPlan:
     """The plan of a recipe for learned weights."""
-    ranks, recipe = head_ranks(weights), RECIPES[name]
-    tiers = recipe.head_tiers(ranks.total)
-    windows = [w if isinstance(w, int) else list(w) for w in ranks.windows(tiers, recipe.window_size)]
+    recipe = RECIPES[name]
+    tiers = recipe.head_tiers(count_weights(weights))
+    windows = tiered_windows(weights, tiers, recipe.window_size)
     return HeadPlan(settings, weights, sum(count for count, _ in tiers), tiers[0][1], windows)
 
 
@@ -88,12 +77,3 @@ def find_heads(
     plan = recipe_plan(name, about, mean_weights(found))
     save_plan(plan, path)
     return plan
-
-
-def wait_for_heads(path: Path, seconds: float = 3600.0) -> None:
-    """Wait until the first of several processes has ranked the heads. Raises TimeoutError."""
-    until = time.monotonic() + seconds
-    while not path.is_file():
-        if time.monotonic() > until:
-            raise TimeoutError(f"expected {path} of the first process within {seconds:.0f} s, got none")
-        time.sleep(0.1)
