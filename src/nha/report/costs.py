@@ -36,21 +36,17 @@ def filled_cache(model: PreTrainedModel, ids: torch.Tensor, context: int) -> Cac
 
     from nha.models.cache import NHACacheLayer, cache_parts
     from nha.models.int8_cache import Int8CacheLayer
-    from nha.ops.int8_rows import Int8Rows
 
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     for layer in cache_parts(cache):
         if isinstance(layer, NHACacheLayer):
             layer.length = context
+        elif isinstance(layer, Int8CacheLayer):
+            layer.map(lambda x: lengthened(x, context))
+            layer.cumulative_length = context
         elif not getattr(layer, "is_sliding", False):
-            if isinstance(layer, Int8CacheLayer):
-                layer.keys, layer.values = (
-                    Int8Rows(*(lengthened(x, context) for x in rows)) for rows in (layer.keys, layer.values)
-                )
-                layer.cumulative_length = context
-            else:
-                layer.keys, layer.values = lengthened(layer.keys, context), lengthened(layer.values, context)
+            layer.keys, layer.values = lengthened(layer.keys, context), lengthened(layer.values, context)
     return cache
 
 
