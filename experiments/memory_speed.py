@@ -38,7 +38,6 @@ from nha.io import write_atomically
 from nha.memory import MemoryStore
 from nha.memory import store as store_module
 from nha.models.conversation import cache_keyword
-from nha.models.decode_graph import SINGLE_USE
 from nha.report.results import to_json
 
 QUESTION = 32
@@ -51,7 +50,6 @@ def ask(model: Any, store: MemoryStore, ids: Tensor, marks: list[int], new: int)
     synchronize(device)
     start = time.perf_counter()
     memory = store.read(model, ids, marks)
-    setattr(memory.cache, SINGLE_USE, True)
     synchronize(device)
     read = time.perf_counter()
     times: list[float] = []

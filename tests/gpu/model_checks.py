@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +36,13 @@ def automatic(setting: Setting) -> None:
     assert (doctor["chosen"], doctor["healthy"]) == (expected, True)
 
 
-def hybrid(setting: Setting, **changes: Any) -> Any:
+def hybrid(setting: Setting, windows: Sequence[Any] = (8, -1, 0), **changes: Any) -> Any:
     """A hybrid Llama of three layers (slots and window, full attention, slots alone), in float32."""
     from tests.models.families import hybrid as build
 
     # Weights as large as those of the tiny model would make errors of bfloat16 as large as the gradients.
     sizes = {} if setting.tiny else {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.1}
-    model: Any = build("llama", [8, -1, 0], **sizes, **changes)
+    model: Any = build("llama", list(windows), **sizes, **changes)
     return model.to(setting.device)
 
 
@@ -253,6 +253,41 @@ def generating(setting: Setting) -> None:
     expect_none(wrong)
 
 
+def turns_of(model: Any, setting: Setting, lengths: tuple[int, ...], new: int, **options: Any) -> tuple[Tensor, Any]:
+    """The token ids of a conversation, and its cache: `new` tokens after a text of each length."""
+    from transformers import DynamicCache
+
+    cache, ids = DynamicCache(config=model.config), token_ids(setting, 1, 0)
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    for turn, length in enumerate(lengths):
+        ids = torch.cat([ids, token_ids(replace(setting, seed=setting.seed + turn), 1, length)], 1)
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+    return ids, cache
+
+
+def conversing(setting: Setting) -> None:
+    """Turns of a conversation record their steps: the tokens are those without graphs, and its cache grows again."""
+    from nha.models.cache import cache_parts
+
+    wrong = []
+    for name, model in (("layers", hybrid(setting)), ("heads", hybrid(setting, windows=([8, -1], [-1, 0], 8)))):
+        model, lengths, new = model.eval().requires_grad_(False), (150, 9, 40), 30
+        with recording() as pools:
+            ids, cache = turns_of(model, setting, lengths, new)
+        eager, other = turns_of(model, setting, lengths, new, disable_compile=True)
+        recorded = sum(pool is None for pool in pools)
+        if not torch.equal(ids, eager):
+            wrong.append(f"windows of {name}: tokens differ from place {(ids != eager)[0].nonzero()[0].item()} on")
+        if recorded != len(lengths):
+            wrong.append(f"windows of {name}: {recorded} of {len(lengths)} steps were recorded")
+        lengths_of = [[part.get_seq_length() for part in cache_parts(each)] for each in (cache, other)]
+        if any(part.is_compileable for part in cache_parts(cache)) or lengths_of[0] != lengths_of[1]:
+            wrong.append(
+                f"windows of {name}: layers {cache.layers} of {lengths_of[0]} tokens, expected {lengths_of[1]}"
+            )
+    expect_none(wrong)
+
+
 def outputs(model: Any, ids: Tensor) -> list[Tensor]:
     """Logits of a prompt, a token and a segment that follow in a cache, and of a left-padded batch."""
     from transformers import DynamicCache
@@ -310,5 +345,5 @@ def recorded_prompts(setting: Setting) -> None:
 
 
 CHECKS: tuple[Callable[[Setting], None], ...] = (automatic, training, packed, decoding, autocast)
-OF_GRAPHS = (generating, fused_prompts, recorded_prompts, distilling_in_cuda_graphs)
+OF_GRAPHS = (generating, conversing, fused_prompts, recorded_prompts, distilling_in_cuda_graphs)
 GPU_CHECKS: tuple[Callable[[Setting], None], ...] = (*CHECKS, *OF_GRAPHS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import pytest
 import torch
 
 from nha import hybridize
+from nha.models import decode_graph
 from nha.models.conversation import (
     Conversation,
     encode,
@@ -69,6 +72,41 @@ def test_answers_equal_those_without_a_cache(pair):
         say(model, tokenizer, conversation, text, **OPTIONS)
         alone = model.generate(before, attention_mask=torch.ones_like(before), use_cache=False, **OPTIONS)
         assert torch.equal(conversation.ids, alone)
+
+
+def test_turns_decode_with_a_graph_and_branch_and_save_as_without(pair, tmp_path, monkeypatch):
+    """A CPU has no graphs: here a replay makes the recorded call again."""
+    model, tokenizer = pair
+    recorded = []
+
+    def capture(run):
+        steps = [run()]  # which, unlike a recording, computes the first replay
+        recorded.append(steps)
+
+        def replay():
+            if len(steps) > 1:
+                steps[0].logits.copy_(run().logits)
+            steps.append(steps[0])
+
+        return steps[0], replay
+
+    options: dict[str, Any] = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    found = []
+    for graphs in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(decode_graph, "can_capture", lambda device, graphs=graphs: graphs)
+            patched.setattr(decode_graph, "capture", capture)
+            conversation = Conversation()
+            say(model, tokenizer, conversation, "Hello, who are you?", **options)
+            branch = copy.deepcopy(conversation)
+            save_conversation(conversation, tmp_path / "kept", model)
+            texts = ("And why?", "Or how?", "And why?")
+            conversations = (conversation, branch, load_conversation(tmp_path / "kept", model))
+            for each, text in zip(conversations, texts, strict=True):
+                say(model, tokenizer, each, text, **options)
+        found.append([each.ids for each in conversations])
+    assert [len(steps) for steps in recorded] == 4 * [9]  # of 10 tokens the prompt gives one; one step is called first
+    assert all(map(torch.equal, *found)) and torch.equal(found[0][0], found[0][2])
 
 
 def test_memory_of_hybrid_layers_does_not_grow(pair):

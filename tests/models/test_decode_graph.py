@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from nha.models import decode_graph
+from nha.models.cache import NHACacheLayer, allow_rollback, cache_parts
+from nha.models.int8_cache import Int8CacheLayer
 from nha.models.observe import observe_mass
+from nha.ops.packed_state import PackedState
 from tests.models.families import hybrid, tokens
 
 NEW = 12
@@ -77,16 +81,121 @@ def test_left_padded_batch(replays):
     assert_same(build(), tokens(2, 20), replays, attention_mask=LEFT_PADDED)
 
 
-def test_a_cache_that_is_used_once_may_become_static(replays):
+def contents(cache: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a cache that grows, windows oldest first; a window that is not full yet has its tokens alone."""
+    found = {}
+    for index, part in enumerate(cache_parts(cache)):
+        assert not part.is_compileable and part.get_seq_length() == cache.get_seq_length() and cache.layers
+        if isinstance(part, NHACacheLayer):
+            state: Any = part.state
+            held = state.in_order() if isinstance(state, PackedState) else state.aligned().padded()
+            found |= {f"{index}.{name}": x for name, x in held.tensors().items()}
+        elif isinstance(part, Int8CacheLayer):
+            found |= {f"{index}.{i}": x for i, x in enumerate((*part.keys, *part.values))}
+        else:
+            assert type(part) is DynamicLayer
+            found |= {f"{index}.keys": part.keys, f"{index}.values": part.values}
+    return found
+
+
+def assert_same_conversation(model, replays, turns=(20, 5, 1), batch=1):
+    """Several calls go on from one cache: with graphs they write the same tokens and leave the same cache."""
+    caches, ids = [], []
+    for options in ({}, {"disable_compile": True}):
+        cache, text, before = DynamicCache(config=model.config), tokens(batch, 0), count(replays)
+        for turn, length in enumerate(turns):
+            text = torch.cat([text, tokens(batch, length, seed=turn)], 1)
+            text = generate(model, text, attention_mask=torch.ones_like(text), past_key_values=cache, **options)
+            assert cache.get_seq_length() == text.shape[1] - 1 and decode_graph.graph_of({"cache": cache}) is None
+        assert count(replays) - before == (0 if options else len(turns) * (NEW - 2))
+        caches.append(contents(cache))
+        ids.append(text)
+    assert torch.equal(*ids)
+    assert caches[0].keys() == caches[1].keys()
+    for name, found in caches[0].items():
+        torch.testing.assert_close(found, caches[1][name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("windows", [(8, -1, 0), (60, 8, 0), ([8, 2], [-1, 4], [0, -1])], ids=str)
+def test_a_conversation_is_replayed_and_its_cache_grows_as_ever(windows, replays):
+    assert_same_conversation(build("llama", windows), replays)
+
+
+def test_a_conversation_of_a_batch(replays):
+    assert_same_conversation(build(), replays, batch=2)
+
+
+@pytest.mark.parametrize("setting", ["kv_cache_dtype", "state_dtype"])
+def test_a_conversation_in_8_bits(setting, replays):
+    model = hybrid("llama", [8, [-1, 4], -1]).double()
+    setattr(model.config, setting, "int8")
+    assert_same_conversation(model, replays)
+
+
+def test_new_tokens_alone_after_a_filled_cache(replays):
     model, ids = build(), tokens(1, 30)
-    for single_use, expected in ((False, 0), (True, NEW - 2)):
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(ids[:, :20], past_key_values=cache)
-        setattr(cache, decode_graph.SINGLE_USE, single_use)
-        found = generate(model, ids, past_key_values=cache)
-        assert count(replays) == expected
-        assert torch.equal(found, generate(model, ids, disable_compile=True))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    found = generate(model, ids[:, 20:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+    assert count(replays) == NEW - 2
+    assert torch.equal(found[:, 10:], generate(model, ids, disable_compile=True)[:, 30:])
+
+
+def test_what_a_call_returns_besides_tokens(replays):
+    """Logits are copies, and the cache grows."""
+    model, ids = build(), tokens(1, 20)
+    kinds = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    found, eager = (generate(model, ids, disable_compile=off, **kinds) for off in (False, True))
+    assert count(replays) == NEW - 2
+    assert torch.equal(found.sequences, eager.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(eager.logits), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.stack(found.scores), torch.stack(eager.scores), rtol=1e-9, atol=1e-9)
+    contents(found.past_key_values)
+
+
+@pytest.mark.parametrize("fails_at", [1, 4])
+def test_a_call_that_fails_leaves_a_cache_that_grows(fails_at, replays):
+    class Streamer:
+        left = fails_at + 1  # the first is the prompt
+
+        def put(self, value):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    model, ids = build(), tokens(1, 20)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, past_key_values=cache, streamer=Streamer())
+    read = cache.get_seq_length()
+    assert read == 20 + fails_at - 1 and contents(cache)
+    text = generate(model, ids, disable_compile=True)
+    rest = generate(model, text[:, : read + 1], past_key_values=cache, max_new_tokens=text.shape[1] - read - 1)
+    assert torch.equal(rest, text)
+
+
+def test_a_call_that_fails_early_leaves_no_graph_to_the_next(replays):
+    def refuse(*args):
+        raise ValueError("no token")
+
+    model, ids = build(), tokens(1, 20)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="no token"):
+        generate(model, ids, past_key_values=cache, prefix_allowed_tokens_fn=refuse)
+    generate(model, ids, past_key_values=DynamicCache(config=model.config), disable_compile=True)
+    assert not replays and decode_graph.graph_of({"cache": cache}) is None
+
+
+@pytest.mark.parametrize("prepare", [lambda cache: allow_rollback(cache, 4), DynamicCache.activate_past_recording])
+def test_a_cache_whose_tokens_may_be_taken_back_is_left_alone(prepare, replays):
+    model, ids = build(), tokens(1, 20)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+    prepare(cache)
+    generate(model, ids, past_key_values=cache)
+    assert not replays
 
 
 def test_packed_states_are_replayed(replays):
@@ -112,7 +221,7 @@ def test_sampling_with_a_seed(replays):
         {"num_beams": 2},
         {"max_new_tokens": decode_graph.MIN_TOKENS - 1},
         {"disable_compile": True},
-        {"return_dict_in_generate": True},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 2},
         {"prefill_chunk_size": 8},
@@ -122,12 +231,6 @@ def test_sampling_with_a_seed(replays):
 )
 def test_other_ways_of_generating_are_left_alone(options, replays):
     generate(build(), tokens(1, 20), **options)
-    assert not replays
-
-
-def test_a_cache_that_is_handed_in_is_left_alone(replays):
-    model = build()
-    generate(model, tokens(1, 20), past_key_values=DynamicCache(config=model.config))
     assert not replays
 
 

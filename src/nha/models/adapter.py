@@ -40,7 +40,7 @@ from nha.models.config import (
     hybrid_config_class,
     hybrid_multimodal_config_class,
 )
-from nha.models.decode_graph import SINGLE_USE, UNPADDED, graph_of, plan
+from nha.models.decode_graph import UNPADDED, end_steps, graph_of, plan
 from nha.models.families import FAMILIES, MODEL_NAMES, MULTIMODAL, check_family, rotates
 from nha.models.fused_step import after_layers, before_layers
 from nha.models.generate_batch import generate_in_batches
@@ -80,10 +80,8 @@ class HybridGenerationMixin:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)
-            if given is None or getattr(given, SINGLE_USE, False):
-                plan(
-                    self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, before_decoder
-                )
+            call = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            plan(self, *call, before_decoder, handed_in=given is not None)
         return made
 
     def _prefill(
@@ -100,7 +98,10 @@ class HybridGenerationMixin:
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample; behind the tokens of the first prompts of a model the lengths of later ones are recorded."""
         parent: Any = super()
-        found = parent._sample(*args, **kwargs)
+        try:
+            found = parent._sample(*args, **kwargs)
+        finally:
+            end_steps(kwargs)
         record_lengths(self)
         return found
 

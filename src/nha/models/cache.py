@@ -172,6 +172,10 @@ class NHACacheLayer(CacheLayerMixin):
         if isinstance(self.length, Tensor):
             self.length.fill_(length)
 
+    def make_growing(self) -> None:
+        """Undo `make_static`: the state may be replaced by another from now on."""
+        self.max_cache_len, self.is_compileable, self.length = None, False, int(self.length)
+
     def check(self, rows: int, slots: int) -> None:
         """Raise ValueError for a state that holds another number of sequences or slots."""
         got = [rows, slots] if self.state is None else [self.state.slot_key.shape[0], self.state.slot_key.shape[2]]

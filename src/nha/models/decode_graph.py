@@ -1,7 +1,8 @@
 """The decoding step of `generate` as one CUDA graph, which the host launches instead of some thousand kernels.
 
 `generate` reads the prompt into a cache that grows, as ever. Its first step then moves the cache to tensors that stay
-where they are, the second is recorded, and later steps replay it: the same kernels on the same inputs.
+where they are, the second is recorded, and later steps replay it: the same kernels on the same inputs. A cache that
+outlives the call, since it was handed in or is returned, grows again afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ MIN_TOKENS = 8  # for fewer, recording takes longer than it saves
 UNPADDED = HybridMask()  # stands for the mask of a batch without padding, which the recorded step makes itself
 ATTRIBUTE = "decode_graph"  # of a cache: the graph of the steps that go on from it
 SPARE_MEMORY = 1 / 8  # of a GPU's memory; where less is free, a recording may need what the allocator keeps
-SINGLE_USE = "single_use"  # of a cache that was handed to `generate`, true where nobody goes on from it later
 
 
 def can_capture(device: torch.device) -> bool:
@@ -94,10 +94,13 @@ def graph_of(kwargs: dict[str, Any]) -> DecodeGraph | None:
 
 
 class DecodeGraph:
-    """The steps of one call of `generate`: call it with the arguments of the model's forward pass."""
+    """The steps of one call of `generate`: call it with the arguments of the model's forward pass.
 
-    def __init__(self, model: Any, max_cache_len: int, padded: bool):
-        self.model, self.max_cache_len, self.padded = model, max_cache_len, padded
+    `outlives` says that somebody has the cache when the call is over.
+    """
+
+    def __init__(self, model: Any, max_new_tokens: int, padded: bool, outlives: bool):
+        self.model, self.max_new_tokens, self.padded, self.outlives = model, max_new_tokens, padded, outlives
         self.steps = 0
         self.inputs: list[Any] = []
         self.spec: Any = None
@@ -110,7 +113,8 @@ class DecodeGraph:
             kwargs.pop("attention_mask", None)
         self.steps += 1
         if self.steps == 1:
-            make_static(cache_argument(kwargs), self.max_cache_len)
+            cache = cache_argument(kwargs)
+            make_static(cache, cache.get_seq_length() + self.max_new_tokens - 1)  # the last token is not read
             return self.model(**kwargs)
         leaves, spec = pytree.tree_flatten({n: x for n, x in kwargs.items() if not isinstance(x, Cache)})
         described = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
@@ -139,7 +143,8 @@ class DecodeGraph:
 
 def make_static(cache: Cache, max_cache_len: int) -> None:
     """Move a cache to tensors that keep their addresses until it holds `max_cache_len` tokens."""
-    cache.layers[:] = [static_layer(layer, max_cache_len) for layer in cache.layers]
+    for place, layer in enumerate(cache.layers):
+        cache.layers[place] = static_layer(layer, max_cache_len)
 
 
 def static_layer(layer: Any, max_cache_len: int) -> Any:
@@ -160,6 +165,41 @@ def static_layer(layer: Any, max_cache_len: int) -> Any:
     return new
 
 
+def make_growing(cache: Cache) -> None:
+    """Let a cache of `make_static` grow again, in tensors that hold its tokens and no room for others."""
+    for place, layer in enumerate(cache.layers):
+        cache.layers[place] = growing_layer(layer)
+
+
+def growing_layer(layer: Any) -> Any:
+    """A layer of `static_layer` that grows again, or one like it."""
+    if isinstance(layer, HeadGroupsCacheLayer):
+        layer.parts[:] = [growing_layer(part) for part in layer.parts]
+        layer.is_compileable = False
+        return layer
+    if isinstance(layer, NHACacheLayer):
+        layer.make_growing()
+        return layer
+    length = int(layer.get_seq_length())
+    if isinstance(layer, Int8CacheLayer):
+        new = Int8CacheLayer()
+        new.copy_from(layer, length)
+        return new
+    new = DynamicLayer()
+    new.update(layer.keys[:, :, :length], layer.values[:, :, :length])  # which copies them
+    return new
+
+
+def end_steps(kwargs: dict[str, Any]) -> None:
+    """After a call of `generate`, also one that failed: drop the graph of the cache among its arguments."""
+    cache, graph = cache_argument(kwargs), graph_of(kwargs)
+    if graph is None:
+        return
+    delattr(cache, ATTRIBUTE)
+    if graph.outlives and graph.steps:
+        make_growing(cache)
+
+
 def is_growing(layer: Any) -> bool:
     """Whether a layer is one that `make_static` can change."""
     if isinstance(layer, HeadGroupsCacheLayer):
@@ -168,7 +208,7 @@ def is_growing(layer: Any) -> bool:
         return True
     if isinstance(layer, Int8CacheLayer):
         return not layer.is_compileable
-    return isinstance(layer, NHACacheLayer) and not layer.is_compileable and not layer.max_rollback
+    return isinstance(layer, NHACacheLayer) and not (layer.is_compileable or layer.max_rollback or layer.record_past)
 
 
 def static_bytes(model: Any, batch: int, max_cache_len: int) -> int:
@@ -216,10 +256,15 @@ def plan(
     batch: int,
     max_cache_len: int,
     before_decoder: Callable,
+    *,
+    handed_in: bool,
 ) -> None:
-    """Give the new cache of a call of `generate` a graph, where its steps can be recorded and pay for it."""
+    """Give the cache of a call of `generate` a graph, where its steps can be recorded and pay for it."""
     cache, mask = cache_argument(model_kwargs), model_kwargs.get("attention_mask")
-    kept = config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None
+    if graph_of(model_kwargs) is not None:  # of a call that failed before its first token
+        delattr(cache, ATTRIBUTE)
+    kept = config.output_hidden_states or config.output_attentions  # tensors that the next replay overwrites
+    kept = kept or config.is_assistant or config.prefill_chunk_size is not None
     chosen = config.disable_compile or config.compile_config is not None or config.cache_implementation is not None
     single = mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH) and config.num_return_sequences == 1
     if kept or chosen or not single or not can_capture(model.device) or config.max_new_tokens is None:
@@ -230,4 +275,5 @@ def plan(
     known = all(is_growing(layer) for layer in layers)
     if known and is_plain(model, before_decoder) and has_memory(model, batch, max_cache_len):
         padded = mask is not None and not bool(mask.all())
-        setattr(cache, ATTRIBUTE, DecodeGraph(model, max_cache_len, padded))
+        outlives = handed_in or bool(config.return_dict_in_generate)
+        setattr(cache, ATTRIBUTE, DecodeGraph(model, config.max_new_tokens, padded, outlives))

@@ -10,7 +10,6 @@ import torch
 
 from nha.memory import MemoryStore
 from nha.models.conversation import cache_keyword
-from nha.models.decode_graph import SINGLE_USE
 from nha.models.masks import cache_argument
 
 
@@ -41,7 +40,6 @@ def generate_through(model: Any, store: MemoryStore) -> None:
         assert isinstance(ids, torch.Tensor)
         memory = store.read(model, ids)
         if memory.num_tokens:
-            setattr(memory.cache, SINGLE_USE, True)
             options[keyword] = memory.cache
         print(f"{memory.num_found} of {ids.shape[1]} tokens found in {store.path}", file=sys.stderr, flush=True)
         return generate(**options)
