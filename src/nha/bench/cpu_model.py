@@ -1,8 +1,10 @@
 """Time a model of SmolLM2-135M's shape on the CPU, as hybrids and with full attention, in turn.
 
 Random weights. One hybrid keeps full attention in 4 of 30 layers, the other layers have a window of 64; one has windows
-per KV head as the distilled hybrid that ships, none full. Both have 64 slots. Columns: `task` prefill is the time of a
-prompt of T tokens, decode that of one more token after them; `cpu_ms` is the processor's time, all threads together.
+per KV head as the distilled hybrid that ships, none full. Both have 64 slots. Where hybrids multiply in float32 with
+oneDNN (`nha.models.linear`), the original is timed with its products in oneDNN too. Columns: `task` prefill is the time
+of a prompt of T tokens, decode that of one more token after them; `cpu_ms` is the processor's time, all threads
+together.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 
 from nha.bench.cpu import about_machine, timed
 from nha.bench.resumable import complete
+from nha.models.linear import prefers_onednn
 from nha.ops.heads import Window
 
 COLUMNS = ("model", "task", "T", "dtype", "ms", "cpu_ms", "threads", "machine", "torch", "transformers", "date")
@@ -27,6 +30,7 @@ DTYPES = ("float32", "bfloat16")
 FULL_LAYERS = (8, 18, 20, 23)
 LENGTHS = (256, 512, 1024, 2048, 4096)
 HYBRIDS = ("hybrid", "hybrid, heads")
+ONEDNN = "full, oneDNN"  # full attention, and linear layers as hybrids multiply them
 TOKENS = 8  # decoded in each round
 LONG_LAYERS = (7, 8, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 29)  # where the shipped hybrid has longer windows
 
@@ -75,10 +79,11 @@ TINY = Size(
 
 
 def build(size: Size, name: str, dtype: str = "float32") -> Any:
-    """A model with random weights: "full" or one of `HYBRIDS`."""
+    """A model with random weights: "full", `ONEDNN` or one of `HYBRIDS`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from nha.models.adapter import to_hybrid
+    from nha.models.linear import replace_linears
 
     torch.manual_seed(0)
     options: dict[str, Any] = {**size.config, "tie_word_embeddings": True}
@@ -86,9 +91,16 @@ def build(size: Size, name: str, dtype: str = "float32") -> Any:
     if name == "hybrid":
         layers = range(model.config.num_hidden_layers)
         to_hybrid(model, [-1 if i in size.full_layers else size.window for i in layers], num_slots=size.slots)
-    elif name != "full":
+    elif name in HYBRIDS:
         to_hybrid(model, size.head_windows, num_slots=size.slots)
+    elif name == ONEDNN:
+        replace_linears(model)
     return model.requires_grad_(False).to(getattr(torch, dtype))
+
+
+def names(dtype: str) -> list[str]:
+    """The models to time in a number format."""
+    return ["full", *([ONEDNN] if dtype == "float32" and prefers_onednn() else []), *HYBRIDS]
 
 
 Times = tuple[float, float]  # milliseconds, and those of the processor
@@ -154,7 +166,7 @@ def run(
 
     @cache
     def models(dtype: str) -> dict[str, Any]:
-        return {name: build(size, name, dtype) for name in ("full", *HYBRIDS)}
+        return {name: build(size, name, dtype) for name in names(dtype)}
 
     def case(dtype: str, length: int) -> list[dict[str, Any]]:
         return measure(models(dtype), dtype, length, rounds, dated, log)

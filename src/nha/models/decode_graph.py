@@ -24,6 +24,7 @@ from nha.models.cache import HeadGroupsCacheLayer, NHACacheLayer
 from nha.models.fused_step import after_layers
 from nha.models.head import read_last_token
 from nha.models.int8_cache import Int8CacheLayer
+from nha.models.linear import after_head
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.windows import attention_layers, decoder
 from nha.ops.heads import per_head
@@ -242,7 +243,7 @@ def is_plain(model: Any, before_decoder: Callable) -> bool:
     if any(module.observer or module.mass_observer for module in attention_layers(model)):
         return False
     return not any(
-        hook not in (before_decoder, after_layers, read_last_token)
+        hook not in (before_decoder, after_layers, read_last_token, after_head)
         for module in model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )

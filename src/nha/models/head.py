@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nha.models.linear import HEAD, after_head
+
 MULTIPLIED = ("hyperclovax",)  # families that multiply logits by what Granite divides by
 MAX_BATCH_TOKENS = 1 << 18
 ELEMENTS = 1 << 28  # logits at a time in `token_losses`: 1 GiB of float32
@@ -56,10 +58,14 @@ def read_last_token(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, 
 
 
 def watch_head(model: PreTrainedModel) -> None:
-    """Give the head of a model, if it has one, the hook `read_last_token`."""
+    """Give the head of a model, if it has one, the hook `read_last_token`, and let the decoder know it."""
     head: Any = model.get_output_embeddings()
-    if head is not None and read_last_token not in head._forward_pre_hooks.values():
+    if head is None:
+        return
+    vars(model.get_decoder())[HEAD] = head
+    if read_last_token not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(read_last_token)
+        head.register_forward_hook(after_head, always_call=True)
 
 
 @torch.no_grad()
