@@ -220,6 +220,27 @@ def test_the_pass_that_names_kernels_changes_nothing(monkeypatch):
     assert student.current_windows == (8, (8, 16), -1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "smollm3"])
+def test_arguments_of_attention_are_those_that_the_decoder_hands_over(family):
+    student, length, seen = Distillation(hybrid(family, [8, 8, -1])), 24, []
+
+    def see(module, args, kwargs):
+        seen.append(kwargs)
+
+    for module in attention_layers(student.causal):
+        module.register_forward_pre_hook(see, with_kwargs=True)
+    position, cu_seqlens = torch.arange(length).repeat(2)[None], torch.tensor([0, length, 2 * length]).int()
+    student.hidden(tokens(1, 2 * length), position, cu_seqlens, length)
+    for made, real in zip(student.attention_inputs(length), seen, strict=True):
+        assert made["hidden_states"].shape == real["hidden_states"].shape
+        assert made["hidden_states"].dtype == real["hidden_states"].dtype
+        for one, other in zip(made["position_embeddings"], real["position_embeddings"], strict=True):
+            assert torch.equal(one, other)
+        for name in ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
+            assert torch.equal(made[name], real[name])
+        assert made["max_length_q"] == real["max_length_q"] == made["max_length_k"] == length
+
+
 def test_all_layers_of_a_kind_share_one_compiled_graph():
     """A guard on a layer's index would compile each layer anew: minutes for a deep model."""
     model, graphs = hybrid("llama", [8, 8, 8]).train(), CompileCounter()

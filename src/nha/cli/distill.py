@@ -20,9 +20,9 @@ from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
 from nha.cli.evaluate_options import with_groups
 from nha.cli.hybridize import WINDOWS_HELP, check_convertible, searched_windows
-from nha.cli.options import given_options, make_settings, with_settings
+from nha.cli.options import given_options, make_settings, option_errors, with_settings
 from nha.convert.head_ranks import HeadRanks, searched_heads, spread_heads
-from nha.distill.recipes import RECIPES, recipe_values, takes_heads
+from nha.distill.recipes import RECIPES, recipe_settings, takes_heads
 from nha.distill.settings import CONTROL, TEACHER, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.timeline import BEGUN, Timeline
@@ -151,11 +151,13 @@ def distill(
             unknown = False
             if recipe is not None:
                 ranks, unknown = ranks_of(source)
-                values = recipe_values(recipe, layers_of(source), source.base, given, context_of(source), ranks)
                 unknown = unknown and takes_heads(given)
+                with option_errors(DistillSettings):
+                    settings = recipe_settings(
+                        recipe, layers_of(source), source.base, given, context_of(source), ranks
+                    )
             else:
-                values = dataclasses.asdict(settings) | given
-            settings = make_settings(DistillSettings, values)
+                settings = make_settings(DistillSettings, dataclasses.asdict(settings) | given)
             size = settings.window_size
             check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
             note_context(source, settings)

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,8 +95,15 @@ def _read(entry: dataclasses.Field, value: Any) -> Any:
 
 def make_settings(kind: type, values: dict[str, Any]) -> Any:
     """The settings, with the options' names in the errors."""
-    try:
+    with option_errors(kind):
         return kind(**values)
+
+
+@contextmanager
+def option_errors(kind: type) -> Iterator[None]:
+    """Within the context, a ValueError about a setting becomes a BadInput about its option."""
+    try:
+        yield
     except ValueError as error:
         text = str(error)
         for entry in dataclasses.fields(kind):

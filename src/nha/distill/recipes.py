@@ -103,26 +103,26 @@ def choose_full_layers(base: str, layers: int, fraction: float) -> tuple[int, ..
     return tuple(layers * (2 * i + 1) // (2 * count) for i in range(count))
 
 
-def recipe_values(
+def recipe_settings(
     name: str,
     layers: int,
     base: str = "",
     given: Mapping[str, Any] | None = None,
     context: int | None = None,
     ranks: HeadRanks | None = None,
-) -> dict[str, Any]:
-    """The settings of a recipe that are not the default, by name; those `given` override the recipe's.
+) -> DistillSettings:
+    """The settings of a recipe for a model of so many layers; those `given` override the recipe's.
 
     Windows go to heads by their `ranks`; without them whole layers keep full attention, and others the default window.
     Windows or full layers that are given override both. No sequence is longer than `context`, the tokens that the model
     was made for: beyond it the teacher has nothing to teach. Raises ValueError for an unknown recipe.
 
-    >>> recipe_values("quality", 12, given={"tokens": 1e6})["full_layers"]
+    >>> recipe_settings("quality", 12, given={"tokens": 1e6}).full_layers
     (3, 9)
-    >>> recipe_values("quality", 2, ranks=HeadRanks((2, 2), ((0, 1), (1, 0))))["window_size"]
+    >>> recipe_settings("quality", 2, ranks=HeadRanks((2, 2), ((0, 1), (1, 0)))).window_size
     ((64, -1), (7008, 64))
-    >>> short = recipe_values("constant", 12, context=1024)
-    >>> short["seq_len"], short["long_tokens"]
+    >>> short = recipe_settings("constant", 12, context=1024)
+    >>> short.seq_len, short.long_tokens
     (1024, 0.0)
     """
     if name not in RECIPES:
@@ -140,7 +140,7 @@ def recipe_values(
         values["window_size"] = ranks.windows(recipe.head_tiers(ranks.total), recipe.window_size)
     elif not isinstance(values.get("window_size", 0), (tuple, list)):
         values.setdefault("full_layers", choose_full_layers(base, layers, recipe.full_fraction))
-    return values
+    return DistillSettings(**values)
 
 
 def takes_heads(given: Mapping[str, Any]) -> bool:
@@ -156,22 +156,6 @@ def _within(context: int, values: dict[str, Any]) -> dict[str, Any]:
     """Settings with sequences of at most `context` tokens, except where they name other lengths."""
     lengths = {name: min(getattr(DistillSettings, name), context) for name in ("seq_len", "long_seq_len")}
     return {n: x for n, x in lengths.items() if x != getattr(DistillSettings, n)} | values
-
-
-def recipe_settings(
-    name: str,
-    layers: int,
-    base: str = "",
-    given: Mapping[str, Any] | None = None,
-    context: int | None = None,
-    ranks: HeadRanks | None = None,
-) -> DistillSettings:
-    """The settings of a recipe for a model of so many layers, as `recipe_values` has them.
-
-    >>> recipe_settings("constant", 24, given={"tokens": 1e6}).long_tokens
-    500000.0
-    """
-    return DistillSettings(**recipe_values(name, layers, base, given, context, ranks))
 
 
 def changed_settings(settings: DistillSettings, names: Collection[str] | None = None) -> dict[str, Any]:

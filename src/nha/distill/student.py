@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from nha.distill.gradients import whole
 from nha.distill.loss import Head, head_loss
 from nha.distill.settings import TRAINABLE
+from nha.models.adapter import compute_dtype, layer_tables
 from nha.models.config import FULL, LayerWindow
+from nha.models.masks import mark_packing
 from nha.models.quantized import check_unpacked
 from nha.models.windows import attention_layers, hybrid_layers, temporary_windows
 from nha.ops.backends import compile_kernels
@@ -71,13 +73,21 @@ class TeacherStudentLinear(nn.Linear):
         return layer
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose first part is all that is wanted."""
-
-
 def _require_grad(embedding: nn.Module, inputs: tuple, hidden: Tensor) -> Tensor:
     """Let the first layer get hidden states that ask for gradients, as all others do: it needs no graph of its own."""
     return hidden.requires_grad_() if torch.is_grad_enabled() and not hidden.requires_grad else hidden
+
+
+def packed_arguments(position_ids: Tensor, cu_seqlens: Tensor, max_seq_len: int) -> dict[str, Any]:
+    """The arguments of a decoder's forward pass for packed sequences, besides their tokens."""
+    return {
+        "position_ids": position_ids,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seq_len,
+        "max_length_k": max_seq_len,
+        "use_cache": False,
+    }
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -174,34 +184,30 @@ class Distillation(nn.Module):
         modules = attention_layers(self.causal)
 
         def launch() -> None:
-            given = self._attention_inputs(seq_len)
+            given = self.attention_inputs(seq_len)
             for each in windows:
                 with self.using(each):
-                    for module in {window_of(x): module for x, module in zip(each, modules, strict=True)}.values():
-                        out = module(**given)[0]
-                        trained = [p for p in module.parameters() if p.requires_grad]
-                        torch.autograd.grad(out.float().sum(), [given["hidden_states"], *trained], allow_unused=True)
+                    for index in {window_of(window): index for index, window in enumerate(each)}.values():
+                        out = modules[index](**given[index])[0]
+                        hidden = given[index]["hidden_states"]
+                        trained = [p for p in modules[index].parameters() if p.requires_grad]
+                        torch.autograd.grad(out.float().sum(), [hidden, *trained], allow_unused=True)
 
         compile_kernels(launch, device)
 
-    def _attention_inputs(self, seq_len: int) -> dict[str, Any]:
-        """The arguments of the first attention layer for two packed sequences of one token, again and again."""
-        device, found = next(self.parameters()).device, {}
+    def attention_inputs(self, seq_len: int) -> list[dict[str, Any]]:
+        """Per layer, the arguments that the decoder calls its attention with for two packed sequences of `seq_len` tokens.
 
-        def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            found.update(kwargs)
-            raise _Stop
-
-        ids = torch.zeros(1, 2 * seq_len, dtype=torch.long, device=device)
-        position_ids = torch.arange(seq_len, device=device).repeat(2)[None]
+        Hidden states [1, 2 * seq_len, hidden] are 0 and ask for gradients.
+        """
+        device = next(self.parameters()).device
+        position = torch.arange(seq_len, device=device).repeat(2)[None]
         cu_seqlens = torch.tensor([0, seq_len, 2 * seq_len], dtype=torch.int32, device=device)
-        hook = attention_layers(self.causal)[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with suppress(_Stop):
-                self.hidden(ids, position_ids, cu_seqlens, seq_len)
-        finally:
-            hook.remove()
-        return found | {"hidden_states": found["hidden_states"].detach().requires_grad_()}
+        size, dtype = self.config.get_text_config().hidden_size, compute_dtype(self.causal)
+        hidden = torch.zeros(1, 2 * seq_len, size, dtype=dtype, device=device, requires_grad=True)
+        packed = mark_packing(packed_arguments(position, cu_seqlens, seq_len)) | {"hidden_states": hidden}
+        tables = layer_tables(self.causal, hidden.detach(), position)
+        return [packed | {"position_embeddings": each} for each in tables]
 
     def compile_layers(self, **options: Any) -> None:
         """Run decoder layers compiled from now on; `options` are those of `torch.compile`.
@@ -258,15 +264,7 @@ class Distillation(nn.Module):
 
     def hidden(self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seq_len: int) -> Tensor:
         """Hidden states [N, hidden] before the head, for packed sequences with ids and positions [1, N]."""
-        found = self.causal.get_decoder()(
-            input_ids=ids,
-            position_ids=position_ids,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=max_seq_len,
-            max_length_k=max_seq_len,
-            use_cache=False,
-        )
+        found = self.causal.get_decoder()(input_ids=ids, **packed_arguments(position_ids, cu_seqlens, max_seq_len))
         return found.last_hidden_state[0]
 
     def forward(

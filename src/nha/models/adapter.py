@@ -245,21 +245,30 @@ def _rebuild(family: type[nn.Module]) -> nn.Module:
     return new.__new__(new)
 
 
-def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
-    """Per layer, cosines and sines [2, 1, 1, R] of the family's rotary embedding at a distance, for `rotate`."""
+def layer_tables(model: PreTrainedModel, x: Tensor, position: Tensor) -> list[Any]:
+    """Per layer, the cosines and sines that a decoder hands to its attention for states x [B, T, ...].
+
+    Positions are [B, T]. In families of several kinds of layers the tables are those of the layer's kind.
+    """
     stack = decoder(model)
-    config, parameter = stack.config, next(model.parameters())
-    with torch.device(parameter.device):
+    config = stack.config
+    with torch.device(x.device):
         rotary = type(stack.rotary_emb)(config)  # a fresh one: the model's may not be filled in yet
-    x = torch.zeros(1, 1, 1, device=parameter.device, dtype=torch.float32)
-    position = torch.full((1, 1), distance, device=parameter.device)
     if hasattr(rotary, "mrope_section"):  # positions in time, height and width
-        position = position.expand(3, 1, 1)
+        position = position.expand(3, -1, -1)
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = config.layer_types if typed else [None] * config.num_hidden_layers
+    made = {kind: rotary(x, position, kind) if typed else rotary(x, position) for kind in dict.fromkeys(kinds)}
+    return [made[kind] for kind in kinds]
+
+
+def slot_tables(model: PreTrainedModel, distance: int) -> list[Tensor]:
+    """Per layer, cosines and sines [2, 1, 1, R] of the family's rotary embedding at a distance, for `rotate`."""
+    device = next(model.parameters()).device
+    x = torch.zeros(1, 1, 1, device=device, dtype=torch.float32)
+    found = layer_tables(model, x, torch.full((1, 1), distance, device=device))
     attention = type(attention_layers(model)[0])
     style = rotary_style(getattr(attention, "family", attention))
-    found = [rotary(x, position, kind) if typed else rotary(x, position) for kind in kinds]
     return [torch.stack(style.standard_tables(tables)) for tables in found]
 
 
