@@ -153,9 +153,7 @@ def distill(
                 ranks, unknown = ranks_of(source)
                 unknown = unknown and takes_heads(given)
                 with option_errors(DistillSettings):
-                    settings = recipe_settings(
-                        recipe, layers_of(source), source.base, given, context_of(source), ranks
-                    )
+                    settings = recipe_settings(recipe, layers_of(source), source.base, given, context_of(source), ranks)
             else:
                 settings = make_settings(DistillSettings, dataclasses.asdict(settings) | given)
             size = settings.window_size
