@@ -196,7 +196,7 @@ class Distillation(nn.Module):
         compile_kernels(launch, device)
 
     def attention_inputs(self, seq_len: int) -> list[dict[str, Any]]:
-        """Per layer, the arguments that the decoder calls its attention with for two packed sequences of `seq_len` tokens.
+        """Per layer, the arguments of its attention in a pass over two packed sequences of `seq_len` tokens.
 
         Hidden states [1, 2 * seq_len, hidden] are 0 and ask for gradients.
         """
@@ -221,7 +221,7 @@ class Distillation(nn.Module):
             module.attention_outside_graph = outside
         self.embedding_hook = self.causal.get_input_embeddings().register_forward_hook(_require_grad)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        # Without it, a break within functions that call each other cuts each of them: 9 graphs of a kind of layer, not 4.
+        # Without it, a break cuts every function on the way to it: 9 graphs of a kind of layer, not 4.
         torch._dynamo.config.nested_graph_breaks = outside
         for layer in self.causal.get_decoder().layers:
             layer.compile(dynamic=outside, **options)
