@@ -5,10 +5,10 @@
 #
 # ONLY names the parts, of which each fills most of a GPU for ten minutes: recall (MQAR and two tasks of MAD), language
 # (20 M parameters, three seeds), large (60 M, and one model for every window), layer (choices of the layer), and peers, where
-# flash-linear-attention is installed. Without ONLY all but the peers share the GPU. Rows that are in results/from_scratch are not made again. A row is written as soon as it is measured; add
-# all to the page by `nha ablate --summarize --add OUT`. DATA holds text/ and eval/. CORPUS is a folder with the tokens of
-# the text, used if it is there; NHA_QUALITY_MODEL names a .gguf for the tokenizer. TABLES is a folder whose tables take the
-# place of the built-in ones, for a trial.
+# flash-linear-attention is installed. Without ONLY all but the peers share the GPU. Rows that are in results/from_scratch are
+# not made again. A row is written as soon as it is measured; add all to the page by `nha ablate --summarize --add OUT`. DATA
+# holds text/ and eval/. CORPUS is a folder with the tokens of the text, used if it is there; NHA_QUALITY_MODEL names a .gguf
+# for the tokenizer. TABLES is a folder whose tables take the place of the built-in ones, for a trial.
 set -u
 DATA=$(realpath "$1") OUT=$2 LIMIT=$3
 export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true CUDA_DEVICE_MAX_CONNECTIONS=32
@@ -35,7 +35,7 @@ has recall && jobs_of recall "$RECALL" \
   "copying:0,1,2:transformer,nha,window,linear,nha 48 slots" "in-context:0,1,2:transformer,nha,window,linear,nha 48 slots" \
   "recall:0,1,2:nha 120K,window 120K,linear 120K,nha 119K 48 slots,nha 256K without slots,linear 128K" &
 has layer && jobs_of layer-recall "$RECALL" "layer-recall:0,1:" &
-has peers && jobs_of peers "$RECALL" "recall-peers:0:" &
+has peers && jobs_of peers "$RECALL" "recall:0:gated deltanet,gla,gsa" &
 if has language || has large || has layer; then
   python3 - "${NHA_QUALITY_MODEL:-smollm2}" "$WORK/tokenizer" > "$OUT-logs/tokenizer.txt" 2>&1 << 'P'
 import sys

@@ -45,7 +45,13 @@ def stopping_at(step: int) -> tuple[Stop, Reports]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": "muon", "schedule": "wsd", "random_windows": (0, 8, -1)}], ids=str
+    "changes",
+    [
+        {},
+        {"optimizer": "muon", "schedule": "wsd", "random_windows": (0, 8, -1)},
+        {"random_windows": (0, 8, -1), "windows_per_step": 2},
+    ],
+    ids=str,
 )
 def test_a_stopped_run_resumes_to_the_same_bits(corpus, changes, tmp_path):
     whole = train(corpus, tmp_path / "whole", settings(**changes))
@@ -64,6 +70,15 @@ def test_accumulated_micro_batches_train_like_one_batch(tmp_path):
     several = train(Copying(), tmp_path / "several", settings())
     one = train(Copying(), tmp_path / "one", settings(micro_batch_size=4))
     assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_all_windows_of_a_step_count_the_same(tmp_path):
+    def first_loss(name: str, **changes) -> float:
+        return losses(train(Copying(), tmp_path / name, settings(log_every=1, **changes)))[0]
+
+    alone = [first_loss(f"w{window}", window_size=window) for window in (1, 8)]
+    both = first_loss("both", random_windows=(1, 8), windows_per_step=2)
+    assert alone[0] != alone[1] and both == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
 def test_a_task_is_learned_and_measured_on_the_way(tmp_path):

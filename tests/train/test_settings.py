@@ -24,6 +24,8 @@ FILES = {"20m": 1, "60m": 1, "random-windows": 1, "340m-15b": 8, "1.3b-100b": 32
         {"lr": 0.0},
         {"tokens": float("nan")},
         {"random_windows": (-2,)},
+        {"random_windows": (0, 8), "windows_per_step": 3},
+        {"windows_per_step": 2},
         {"num_slots": 0},
         {"packing": "rows"},
         {"max_spike": 0},

@@ -38,7 +38,7 @@ class Estimate:
 
     Attributes:
         parameters: all that is trained.
-        operations_per_token: of forward and backward pass.
+        operations_per_token: of forward and backward pass, with all windows of a step.
         steps, tokens: of the whole run.
         weights_bytes: weights, gradients and optimizer on each device.
         activation_bytes: of one micro-batch on each device, about.
@@ -198,7 +198,8 @@ def estimate(
     """
     seq_len = seq_len or settings.seq_len
     size = 4 if settings.dtype == "float32" or (settings.dtype == "auto" and not (device or _has_gpu())) else 2
-    operations, peak = operations_per_token(model, seq_len), peak_operations(device)
+    operations = operations_per_token(model, seq_len) * settings.windows_per_step
+    peak = peak_operations(device)
     steps = settings.steps(seq_len)
     tokens = float(steps * settings.batch_size * seq_len)
     return Estimate(

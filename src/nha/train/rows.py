@@ -127,6 +127,18 @@ def draw_window(windows: tuple[int, ...], seed: int, step: int) -> int:
     return int(windows[int(np.random.default_rng([seed, 17, step]).integers(len(windows)))])
 
 
+def draw_windows(windows: tuple[int, ...], seed: int, step: int, count: int) -> tuple[int, ...]:
+    """`count` of the windows, each entry of the list at most once: as `draw_window`, where it is one.
+
+    >>> sorted(draw_windows((0, 16, -1), 0, 5, 3))
+    [-1, 0, 16]
+    """
+    if count == 1:
+        return (draw_window(windows, seed, step),)
+    order = np.random.default_rng([seed, 17, step]).permutation(len(windows))
+    return tuple(windows[int(index)] for index in order[:count])
+
+
 def count_targets(targets: Tensor) -> Tensor:
     """The number of targets that count, [] int64."""
     return (targets != IGNORED).sum()

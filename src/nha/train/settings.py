@@ -70,6 +70,11 @@ class TrainSettings:
         parse=parse_ints,
         shown="none",
     )
+    windows_per_step: int = count(
+        1,
+        "Random windows that a step draws; it reads its sequences once with each, and the loss is their mean.",
+        at_most=1 << 10,
+    )
     num_slots: int = count(64, "Slots per KV head.", at_most=1 << 16, option="slots")
     num_sinks: int = count(0, "Learned sinks per KV head.", at_least=0, at_most=1 << 10, option="sinks")
     qk_norm: bool = setting(True, "Normalize queries and keys of every head.")
@@ -155,6 +160,11 @@ class TrainSettings:
         check_settings(self)
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("expected optimizer adamw with parallel fsdp, since muon needs whole matrices, got muon")
+        most = max(1, len(self.random_windows))
+        if self.windows_per_step > most:
+            raise ValueError(
+                f"expected windows_per_step of at most {most}, as many as random_windows, got {self.windows_per_step}"
+            )
 
     def steps(self, seq_len: int | None = None) -> int:
         """Optimizer steps in all.

@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from nha.distill.resumable import ResumableTrainer
 from nha.models.windows import temporary_window
 from nha.train.loss import LanguageModel
 from nha.train.optimizers import make_optimizer
-from nha.train.rows import MicroBatches, draw_window
+from nha.train.rows import MicroBatches, draw_windows
 from nha.train.settings import TrainSettings
 
 RECENT = 10  # entries of the log that a spike is judged by
@@ -84,22 +83,21 @@ class PretrainTrainer(ResumableTrainer):
         return DataLoader(self.batches, batch_size=None, sampler=sampler, **options)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The Trainer's step of one micro-batch, with the window that this step draws."""
-        step = self.state.global_step
+        """The Trainer's step of one micro-batch, once with each window that this step draws."""
+        step, settings = self.state.global_step, self.settings
         if self.last_log is None:
             self.last_log = (time.perf_counter(), step)
-        with self._windows(step):
+        if not settings.random_windows:
             return super().training_step(model, inputs, num_items_in_batch)
+        losses = []
+        for window in draw_windows(settings.random_windows, settings.seed, step, settings.windows_per_step):
+            with temporary_window(self.model.causal, window):
+                losses.append(super().training_step(model, inputs, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        """The loss [] of a micro-batch, which the model returns."""
-        return model(**inputs)
-
-    def _windows(self, step: int) -> Any:
-        if not self.settings.random_windows:
-            return nullcontext()
-        drawn = draw_window(self.settings.random_windows, self.settings.seed, step)
-        return temporary_window(self.model.causal, drawn)
+        """The loss [] of a micro-batch, divided by the windows that it is read with, which are summed."""
+        return model(**inputs) / self.settings.windows_per_step
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name."""
