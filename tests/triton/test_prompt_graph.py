@@ -147,7 +147,7 @@ def test_modules_of_other_libraries_are_called(reads):
 def test_a_server_reads_a_prompt_before_the_first_request(reads, monkeypatch):
     model = build(windows=(4, -1, 0))
     monkeypatch.setattr(decode_graph, "MIN_TOKENS", 1)
-    monkeypatch.setattr("nha.models.adapter.plan", lambda *given: None)  # steps are not recorded here
+    monkeypatch.setattr("nha.models.adapter.plan", lambda *given, **options: None)  # steps are not recorded here
     prompt_graph.warm_up(model)
     assert reads == FIRST
     monkeypatch.setattr(decode_graph, "can_capture", lambda device: False)

@@ -54,12 +54,12 @@ def padded_length(length: int, parameters: int = 0) -> int:
     >>> [padded_length(length) for length in (1, 256, 257, 1025, 2049)]
     [256, 256, 512, 1280, 2560]
     >>> [padded_length(length, 8 * 10**9) for length in (1, 257, 700, 1025)]
-    [256, 512, 704, 1152]
+    [256, 512, 704, 1088]
     """
     octave = 1 << max(length - 1, 1).bit_length() - 1  # the largest power of two below the length
     step = max(STEP, octave // 4)
     if length > STEP and length * parameters > HOST_WORK:
-        step = max(STEP // 4, octave // 8)
+        step = max(STEP // 4, octave // 16)
     return -(-length // step) * step
 
 
@@ -69,7 +69,7 @@ def padded_lengths(longest: int, parameters: int = 0) -> list[int]:
     >>> padded_lengths(2100)
     [256, 512, 768, 1024, 1280, 1536, 1792, 2048]
     >>> padded_lengths(1200, 8 * 10**9)
-    [256, 512, 576, 640, 704, 768, 832, 896, 960, 1024, 1152]
+    [256, 512, 576, 640, 704, 768, 832, 896, 960, 1024, 1088, 1152]
     """
     lengths = [STEP]
     while (following := padded_length(lengths[-1] + 1, parameters)) <= longest:
