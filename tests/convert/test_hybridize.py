@@ -181,7 +181,7 @@ def test_low_precision_models_are_calibrated_in_float32(dtype):
     [
         ({"init": "random"}, "expected init to be one of .*, got 'random'"),
         ({"window_size": [8, 8]}, "expected 3 window sizes, one per layer, got 2"),
-        ({"window_size": -2}, "expected window sizes to be ints >= -1, got -2 for layer 0"),
+        ({"window_size": -2}, "expected window sizes to be ints from -1 to 16777216, got -2 for layer 0"),
         ({"window_size": -1}, "expected at least one layer to convert"),
         ({"full_layers": [3]}, "expected full_layers"),
         ({"num_slots": 0}, "expected num_slots to be an int >= 1, got 0"),
@@ -189,7 +189,10 @@ def test_low_precision_models_are_calibrated_in_float32(dtype):
         ({"calibration": "one text"}, "expected calibration to be a list of texts or ids"),
         ({"calibration": torch.zeros(3)}, r"expected calibration ids \[N, T\] of ints"),
         ({"calibration": torch.full((2, 64), 97)}, "expected calibration ids from 0 to 96, got 97 to 97"),
-        ({"calibration": None}, "expected a tokenizer to calibrate with, got none"),
+        ({"calibration": None}, "expected a tokenizer or ids to calibrate with, got none"),
+        ({"full_layers": 2}, "expected full_layers to be a list of ints, got 2"),
+        ({"full_layers": ["2"]}, "expected full_layers to be below 3, the number of layers, got '2'"),
+        ({"window_size": 2**40}, "expected window sizes to be ints from -1 to 16777216, got 1099511627776"),
     ],
 )
 def test_bad_input_is_refused_before_anything_changes(options, message):
@@ -198,6 +201,11 @@ def test_bad_input_is_refused_before_anything_changes(options, message):
         convert(model=model, **options)
     assert type(model) is type(teacher())
     assert model.config.model_type == "llama" and not hasattr(model.config, "window_sizes")
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(TypeError, match="expected a model of transformers, got Linear"):
+        hybridize(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_a_hybrid_is_not_converted_again():

@@ -1,9 +1,12 @@
 """The other Auto classes read hybrids too."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from nha import NHAConfig, NHAForCausalLM
 from tests.models.families import hybrid, tokens
 
 
@@ -20,6 +23,20 @@ def test_the_decoder_alone(saved):
         weight.data = weight.data.clone()
     with torch.no_grad():
         assert torch.equal(alone(tokens(1, 40)).last_hidden_state, whole.model(tokens(1, 40)).last_hidden_state)
+
+
+def test_the_decoder_of_a_model_trained_from_scratch(tmp_path):
+    NHAForCausalLM(NHAConfig.tiny()).save_pretrained(tmp_path)
+    whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    alone = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(alone(tokens(1, 40)).last_hidden_state, whole.model(tokens(1, 40)).last_hidden_state)
+
+
+def test_models_without_a_language_head_do_not_write(saved):
+    """Else transformers warns, each time that one is loaded, of methods that it will take away."""
+    for auto in (AutoModel, AutoModelForSequenceClassification):
+        assert not hasattr(auto.from_pretrained(saved), "prepare_inputs_for_generation")
 
 
 def test_a_classifier_starts_from_the_hybrids_decoder(saved, tmp_path_factory):

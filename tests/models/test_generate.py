@@ -112,6 +112,13 @@ def test_many_turns_reuse_one_cache(family, windows, changes):
         ids = torch.cat([result.sequences, tokens(1, 7, seed=turn)], 1)
 
 
+@each_model
+def test_a_prompt_of_embeddings(family, windows, changes):
+    model, ids = build(family, windows, **changes), tokens(2, 20)
+    embeds = model.get_input_embeddings()(ids).detach()
+    assert torch.equal(generate(model, None, inputs_embeds=embeds), generate(model, ids)[:, 20:])
+
+
 def test_many_turns_of_a_left_padded_batch():
     model = build("llama", [8, -1, 0])
     ids, mask, cache = tokens(3, 20) * LEFT_PADDED, LEFT_PADDED, None

@@ -1,9 +1,12 @@
 """The configuration alone says which windows a model has, however it is changed."""
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from nha import set_windows
+from nha import NHAConfig, NHAForCausalLM, set_windows
 from nha.models.windows import attention_layers, temporary_windows
 from tests.models.families import hybrid, teacher, tokens
 
@@ -22,6 +25,22 @@ def test_a_configuration_edited_by_hand_counts(windows):
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     written = [m.generate(ids, use_cache=cache, **options) for m in (model, wanted) for cache in (True, False)]
     assert all(torch.equal(written[0], other) for other in written[1:])
+
+
+@pytest.mark.parametrize("make", [lambda: hybrid("llama", [8, -1, 4]), lambda: NHAForCausalLM(NHAConfig.tiny())])
+def test_settings_named_to_from_pretrained_count_and_are_checked(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path, window_sizes=16).eval()
+    wanted = make().eval()
+    layers = wanted.config.num_hidden_layers
+    set_windows(wanted, [16] * layers)
+    wanted.load_state_dict(found.state_dict())
+    assert found.config.window_sizes == [16] * layers
+    assert torch.equal(logits(found, tokens(1, 30)), logits(wanted, tokens(1, 30)))
+    with pytest.raises(ValueError, match=f"expected {layers} window sizes, one per layer, got 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, window_sizes=[16])
+    with pytest.raises(ValueError, match="expected state_dtype to be one of .*, got 'int4'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, state_dtype="int4")
 
 
 def test_one_entry_of_the_configuration_counts_as_well():

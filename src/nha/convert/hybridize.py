@@ -55,9 +55,8 @@ def calibration_ids(model: PreTrainedModel, calibration: Calibration, tokenizer:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(name)
             except (OSError, ValueError, KeyError):
-                raise ValueError(
-                    f"expected a tokenizer to calibrate with, got none and found none for {name!r}"
-                ) from None
+                place = f"found none for {name!r}" if name else "the model has no name to find one by"
+                raise ValueError(f"expected a tokenizer or ids to calibrate with, got none, and {place}") from None
         texts = [calibration_text()] if calibration is None else list(calibration)
         ids = fill(tokenizer, texts)
     tokens = ids.shape[0] * (ids.shape[1] - 1)
@@ -123,6 +122,7 @@ def hybridize(
     Raises:
         ValueError: a family that cannot work (with the reason), windows or layers that do not fit the model, weights
             that are elsewhere than in memory, text that is too short.
+        TypeError: no model of transformers.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> _ = torch.manual_seed(0)
@@ -134,6 +134,8 @@ def hybridize(
     ('NHALlamaForCausalLM', [16, -1])
     """
     check_choice("init", init, INITS)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a model of transformers, got {type(model).__name__}")
     text: Any = model.config.get_text_config()
     check_family(text)
     check_structure(model)

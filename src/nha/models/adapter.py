@@ -105,10 +105,15 @@ class HybridGenerationMixin:
         record_lengths(self)
         return found
 
-    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The inputs of a step; assisted decoding from a filled cache would read the whole prompt again."""
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The inputs of a step; assisted decoding from a filled cache would read the whole prompt again.
+
+        `inputs_embeds` has a name of its own since `generate` takes embeddings only where this method names them.
+        """
         cache = cache_argument(kwargs)
-        if kwargs.get("is_first_iteration") and isinstance(cache, Cache) and kwargs.get("inputs_embeds") is None:
+        if kwargs.get("is_first_iteration") and isinstance(cache, Cache) and inputs_embeds is None:
             past = cache.get_seq_length()
             unread = kwargs.get("next_sequence_length") is None and not args and isinstance(past, int)
             if unread and 0 < past < input_ids.shape[1]:
@@ -116,6 +121,8 @@ class HybridGenerationMixin:
         graph = graph_of(kwargs)
         if graph is not None and graph.steps and not graph.padded:
             kwargs["attention_mask"] = UNPADDED
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         parent: Any = super()
         return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
@@ -299,6 +306,7 @@ def install(model: PreTrainedModel) -> None:
     """
     stack = decoder(model)
     config: Any = stack.config
+    config.check_hybrid()
     tables, dtype = slot_tables(model, config.slot_distance), compute_dtype(model)
     for module, window, table in zip(attention_layers(model), config.window_sizes, tables, strict=True):
         if not hasattr(module, NAME):
@@ -334,7 +342,7 @@ def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     return args, mark_packing(kwargs)
 
 
-class HybridModelMixin(CheckpointMixin, HybridGenerationMixin):
+class HybridModelMixin(CheckpointMixin):
     """Turns a model class of a family into that of its hybrids."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -347,12 +355,17 @@ class HybridModelMixin(CheckpointMixin, HybridGenerationMixin):
         reset_slots(self)  # type: ignore[arg-type]
 
 
+class HybridWriterMixin(HybridModelMixin, HybridGenerationMixin):
+    """The same for model classes with a language head."""
+
+
 TASKS = {
     "base": MODEL_MAPPING,
     "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING,
     "image-text-to-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
+WRITERS = ("causal-lm", "image-text-to-text")
 
 
 @memoize
@@ -365,7 +378,8 @@ def hybrid_model_class(config_class: type[PreTrainedConfig], task: str = "causal
     base: Any = TASKS[task][CONFIG_MAPPING[family]]
     name = name_in_module(family, base.__name__)
     body = {"config_class": config_class, "config": None, "__module__": __name__, "__qualname__": name}
-    new = type(f"NHA{base.__name__}", (HybridModelMixin, base), body)
+    mixin = HybridWriterMixin if task in WRITERS else HybridModelMixin
+    new = type(f"NHA{base.__name__}", (mixin, base), body)
     setattr(sys.modules[__name__], name, new)
     return new
 

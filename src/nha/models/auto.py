@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SCRATCH = "nha"  # model type of `NHAConfig`
+SCRATCH_NAMES = {"base": "Model", "causal-lm": "ForCausalLM"}  # of its model classes, behind "NHA"
 AUTO: dict[str, Any] = {
     "base": AutoModel,
     "causal-lm": AutoModelForCausalLM,
@@ -92,9 +93,9 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 def model_class(config_class: type[PreTrainedConfig], task: str) -> type[PreTrainedModel]:
     """The model class of a hybrid's configuration class. Raises KeyError for a task that the family has no model of."""
     if config_class.model_type == SCRATCH:
-        from nha.models.nha import NHAForCausalLM
+        from nha.models import nha
 
-        return NHAForCausalLM
+        return getattr(nha, f"NHA{SCRATCH_NAMES[task]}")
     from nha.models.adapter import hybrid_model_class
 
     return hybrid_model_class(config_class, task)
@@ -124,9 +125,8 @@ def register_family(model_type: str) -> type[PreTrainedConfig]:
     found = config_class(model_type)
     AutoConfig.register(model_type, found, exist_ok=True)
     for task, auto in AUTO.items():
-        base = MODEL_NAMES[task].get(model_type.removeprefix("nha-"))
-        if model_type == SCRATCH and task == "causal-lm":
-            base = "ForCausalLM"
+        scratch = model_type == SCRATCH
+        base = SCRATCH_NAMES.get(task) if scratch else MODEL_NAMES[task].get(model_type.removeprefix("nha-"))
         if base is not None:
             model = stand_in(DeferredModel, f"NHA{base}", config_class=found, task=task)
             auto.register(found, model, exist_ok=True)

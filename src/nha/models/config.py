@@ -15,6 +15,7 @@ from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
 from nha.ops.int8_rows import check_kv_cache_dtype
 from nha.ops.packed_state import check_state_dtype
+from nha.ops.state import MAX_WINDOW
 from nha.settings import OUTPUT_NORMS, SLOT_FEATURES, SLOT_WRITES, VALUE_ACTIVATIONS, check_choice
 
 FULL = -1
@@ -74,8 +75,8 @@ def _layer_window(config: Any, layer: int, window: Any, own: int | None) -> Laye
         raise ValueError(f"expected {heads} window sizes for layer {layer}, one per KV head, got {len(window)}")
     for head, each in enumerate(window if listed else [window]):
         where = f"layer {layer}, head {head}" if listed else f"layer {layer}"
-        if isinstance(each, bool) or not isinstance(each, int) or each < FULL:
-            raise ValueError(f"expected window sizes to be ints >= -1, got {each!r} for {where}")
+        if isinstance(each, bool) or not isinstance(each, int) or not FULL <= each <= MAX_WINDOW:
+            raise ValueError(f"expected window sizes to be ints from -1 to {MAX_WINDOW}, got {each!r} for {where}")
         if own is not None and each > own:
             raise ValueError(f"expected a window of at most {own} for {where}, its own sliding window, got {each}")
     short = window_of(window)
@@ -118,9 +119,12 @@ def plan_windows(
     if isinstance(window_size, int) and not all(sliding):
         window_size = [FULL if slides else window_size for slides in sliding]
     windows = check_windows(config, window_size)
+    if isinstance(full_layers, str) or not isinstance(full_layers, Iterable):
+        raise ValueError(f"expected full_layers to be a list of ints, got {full_layers!r}")
     for layer in full_layers:
-        if not -len(windows) <= layer < len(windows):
-            raise ValueError(f"expected full_layers to be below {len(windows)}, the number of layers, got {layer}")
+        whole = isinstance(layer, int) and not isinstance(layer, bool)
+        if not whole or not -len(windows) <= layer < len(windows):
+            raise ValueError(f"expected full_layers to be below {len(windows)}, the number of layers, got {layer!r}")
         windows[layer] = FULL
     return windows
 
@@ -161,6 +165,13 @@ class HybridConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.check_hybrid()
+
+    def check_hybrid(self) -> None:
+        """Raise ValueError for settings of hybrid layers that cannot be, and write windows out as a list.
+
+        Models call it as well: `from_pretrained` changes settings of a configuration that is made already.
+        """
         self.window_sizes = check_windows(self, self.window_sizes)  # type: ignore[arg-type]
         check_sizes(self)
         check_state_dtype(self.state_dtype)
@@ -213,8 +224,9 @@ class NHAConfig(HybridConfigMixin, LlamaConfig):
     converted_from = None
     base_model_tp_plan = slot_plan(LlamaConfig.base_model_tp_plan, "layers.*.self_attn")
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+    def check_hybrid(self) -> None:
+        """As for hybrids of other families, and for the choices of a layer trained from scratch."""
+        super().check_hybrid()
         for name, known in LAYER_CHOICES.items():
             check_choice(name, getattr(self, name), known)
         if not 0 <= self.gate_std < float("inf"):

@@ -130,16 +130,18 @@ class NHAAttention(NativeHybridAttention):
         return self.output(out, hidden_states), None
 
 
-class NHAModel(LlamaModel):
+class NHAModel(CheckpointMixin, LlamaModel):
     """The decoder of `NHAForCausalLM`."""
 
     config_class = NHAConfig
 
     def __init__(self, config: NHAConfig):
+        config.check_hybrid()
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn = NHAAttention(config, index)  # type: ignore[union-attr]
         self.register_forward_pre_hook(before_decoder, with_kwargs=True)
+        self.config._attn_implementation = NAME
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
@@ -168,7 +170,6 @@ class NHAForCausalLM(CheckpointMixin, HybridGenerationMixin, LlamaForCausalLM):
     def __init__(self, config: NHAConfig):
         super().__init__(config)
         self.model = NHAModel(config)
-        self.config._attn_implementation = NAME
         self.post_init()
         watch_head(self)
         freeze_unused(self)
