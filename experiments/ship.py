@@ -25,6 +25,7 @@ from nha.distill.checkpoint import WEIGHTS, latest_checkpoint
 from nha.io import write_atomically, write_tensors
 from nha.models import loading
 from nha.models.delta import (
+    CACHE_FORMATS,
     check_facts,
     lora_changes,
     low_rank_changes,
@@ -74,12 +75,17 @@ def make_delta(
 
 
 def install(file: Path, place: Path = DELTA, quality: Mapping[str, float] | None = None) -> None:
-    """Put a file into the package, with its numbers relative to the control, and a README that says what it is."""
+    """Put a file into the package, with its numbers relative to the control, and a README that says what it is.
+
+    Caches then keep numbers as they are computed, however the run was measured: in 8 bits a token takes twice the time
+    on a CPU, so that is the user's choice.
+    """
     tensors, metadata = read_delta(file)
     metadata.pop(DIGEST, None)
     if file.stat().st_size > LIMIT:
         raise SystemExit(f"expected at most {LIMIT:,.0f} bytes in {file}, got {file.stat().st_size:,}")
-    metadata["config"] = json.dumps(portable_config(json.loads(metadata["config"]), metadata))
+    config = portable_config(json.loads(metadata["config"]), metadata)
+    metadata["config"] = json.dumps({name: x for name, x in config.items() if name not in CACHE_FORMATS})
     check_facts(metadata)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(place, tensors, metadata | {"quality": json.dumps(quality or {})})

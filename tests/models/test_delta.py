@@ -90,6 +90,19 @@ def test_a_hybrid_of_the_base_takes_the_file_as_well(tmp_path):
         apply_delta(wrong, tmp_path / "d.safetensors")
 
 
+def test_caches_keep_numbers_as_the_file_says_and_as_computed_once_it_is_installed(tmp_path):
+    base = teacher().eval()
+    model = changed(base, [8, [4, 16], 8])
+    model.config.state_dtype = "int8"
+    path = tmp_path / "d.safetensors"
+    save_delta(path, model, {}, {**ship.FACTS, "command": "nha distill"})
+    again = copy.deepcopy(base)
+    apply_delta(again, path)
+    assert again.config.state_dtype == delta_config(path).state_dtype == "int8"
+    ship.install(path, tmp_path / "shipped" / "d.safetensors")
+    assert delta_config(tmp_path / "shipped" / "d.safetensors").state_dtype == "float32"
+
+
 def test_packed_changes_keep_most_of_what_training_changed_and_their_file_is_small(tmp_path):
     base = teacher().eval()
     model = changed(base, [8, [4, -1], 8])

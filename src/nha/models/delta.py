@@ -22,6 +22,7 @@ FORMAT, PACKED_FORMAT = "nha-delta-v1", "nha-delta-v2"  # the second may hold pa
 PACKED, SCALE = re.compile(r"(.+)\.packed(2|8)"), ".scale"
 SIZES = ("num_slots", "num_sinks", "slot_distance")
 ADDED = {"slot_write": "soft"}  # settings that older files do not name, as they have them
+CACHE_FORMATS = ("state_dtype", "kv_cache_dtype")
 VOLATILE = ("transformers_version", "quantization_config", "auto_map", "dtype", "_name_or_path", "name_or_path")
 NAMED = ("converted_from", "_name_or_path", "name_or_path")  # where a configuration may name a directory
 LOCAL_PATH = re.compile(r"(?:^|[\s=:'\"])(?:/|~/|file://|[A-Za-z]:\\)[^\s'\"]*")
@@ -235,8 +236,9 @@ def delta_quality(path: str | Path) -> dict[str, float]:
 def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
     """Turn a base model into the hybrid of a delta, in place; changes are added in float32.
 
-    The model may be a hybrid already, if its weights are the base's and its slots have the same sizes. Raises
-    ValueError, before a weight changes, for a model whose layers or slots have other shapes.
+    Caches keep their numbers as the file's configuration says, if it does. The model may be a hybrid already, if its
+    weights are the base's and its slots have the same sizes. Raises ValueError, before a weight changes, for a model
+    whose layers or slots have other shapes.
     """
     tensors, metadata = read_delta(path)
     tensors = unpack_all(tensors)
@@ -269,6 +271,10 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> None:
         weight.copy_(weight.float() + change.to(weight.device))
     for name, x in slots.items():
         own[name].copy_(x)
+    given = json.loads(metadata["config"])
+    for name in CACHE_FORMATS:
+        if name in given:
+            setattr(stack.config, name, given[name])
 
 
 def changes_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

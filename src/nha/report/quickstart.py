@@ -34,7 +34,7 @@ from nha.models.observe import ablate
 from nha.models.smollm2 import DELTA
 from nha.models.windows import set_windows, temporary_windows
 from nha.ops.heads import all_windows
-from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache
+from nha.report.costs import CONTEXTS, as_teacher, costs, filled_cache, repeated, tokens_to_fill
 from nha.report.facts import ask, recall_by_distance, sample_of
 from nha.report.results import VARIANTS, Check, Cost, Distilled, Results, Sample, Tuning, Variant
 
@@ -88,7 +88,7 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError for sizes that the texts of a quickstart are too short for."""
         largest = self.windows if isinstance(self.windows, int) else max(all_windows(self.windows))
-        if largest >= TRAINING_LENGTH:
+        if largest >= TRAINING_LENGTH and not self.distilled:
             raise ValueError(f"expected windows below {TRAINING_LENGTH} tokens in a quickstart, got {largest}")
         if self.slots > MAX_SLOTS:
             raise ValueError(f"expected at most {MAX_SLOTS} slots in a quickstart, got {self.slots}")
@@ -306,7 +306,8 @@ def add_bytes(
     found = {"teacher": last.teacher_bytes, "hybrid": last.hybrid_bytes}
     if every is not None:
         with temporary_windows(model, every):
-            found["all_hybrid"] = cache_nbytes(filled_cache(model, texts[:1, : min(CONTEXTS)], last.context))
+            ids = repeated(texts[:1], tokens_to_fill(model, CONTEXTS))
+            found["all_hybrid"] = cache_nbytes(filled_cache(model, ids, last.context))
     for variant in variants:
         variant.bytes = found.get(variant.name)
 
@@ -418,10 +419,10 @@ def run_checks(model: Any, texts: Tensor) -> list[Check]:
         difference = (found - wanted).abs().max().item()
         detail = f"logits of the first {min(windows)} tokens differ by at most {difference:g}"
         checks.append(Check("same model inside the window", torch.equal(found, wanted), detail))
-    counts = [min(max(windows) + more, ids.shape[1]) for more in (32, 160)]
-    sizes = []
+    ids, counts = repeated(ids, max(windows) + 160), [max(windows) + more for more in (32, 160)]
+    cache, sizes = None, []
     for count in counts:
-        cache = model(ids[:, :count], use_cache=True, logits_to_keep=1).past_key_values
+        cache = filled_cache(model, ids, count, cache)
         sizes.append(sum(layer.nbytes for layer in nha_layers(cache)))
     detail = f"{sizes[0]:,} bytes after {counts[0]} tokens, {sizes[1]:,} after {counts[1]}"
     checks.append(Check("hybrid layers do not grow", sizes[0] == sizes[1], detail))
