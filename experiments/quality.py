@@ -14,6 +14,7 @@
     --budget-s     stop in time, with a checkpoint; exit status 3 if something is left. A run that was trained is kept
                    with the parts of its evaluation that there was time for
     --long-needles measure needles beyond the training length as well, to 128K tokens
+    --file FILE    the small file that the arm `shipped` is measured with (default: the one in this package)
     --files        write the small file of each trained hybrid to `ship` as soon as it is trained
     --plan         print runs, shards, estimated seconds and the control that each arm is compared with, and stop
     --report DIR   make table and pictures of DIR anew, and stop
@@ -88,6 +89,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--long-needle-count", type=int, default=10, help="of each depth")
     parser.add_argument("--lengths", type=parse_ints, default=(2048, 8192))
     parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), help="out of those of nha eval public")
+    parser.add_argument("--file", type=Path)
     parser.add_argument("--report", type=Path)
     for flag in ("long-needles", "files", "plan"):
         parser.add_argument(f"--{flag}", action="store_true")
@@ -315,13 +317,13 @@ class Shard:
         return found if found.finished else None
 
     def read_shipped(self, source: Run) -> Trained:
-        """The hybrid of the file in this package, with the logs of the known run that it was made of."""
+        """The hybrid of the small file, with the logs of the known run that it was made of."""
         from nha.models.delta import apply_delta
         from nha.models.smollm2 import DELTA
 
         known = json.loads((KNOWN / "runs" / f"{source.name}.json").read_text(encoding="utf-8"))
         model = self.load()
-        apply_delta(model, DELTA)
+        apply_delta(model, self.options.file or DELTA)
         return Trained(model.eval(), known["log"], known.get("teacher_log", []))
 
     def write_file(self, run: Run, found: Any) -> Path:

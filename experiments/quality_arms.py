@@ -82,7 +82,7 @@ class Arm:
         long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
         shipped: measure the small file of gates, sinks and changes of weights instead of the trained model; "lora" for
             what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`, "packed" for
-            all of them in 2 bits, "file" for the file in this package, made of the known run of `source`.
+            all of them in 2 bits, "file" for the file in this package, or another, made of the known run of `source`.
         source: the arm whose run is measured in another way: as an "svd" or "packed" file, or with other states.
         teacher_fraction: of the tokens, which train the teacher first.
         state_dtype: how caches keep states while the arm is measured (see `nha.models.windows.set_state_dtype`).
@@ -169,9 +169,20 @@ ARMS = {
             "shipped",
             "constant",
             RECALL,
-            NARROW,
+            FLOOR0,
             LONG,
             shipped="file",
+            source="constant_floor",
+            teacher_fraction=0.2,
+            **INT8,
+        ),
+        Arm(
+            "shipped_recall",
+            "constant",
+            RECALL,
+            NARROW,
+            LONG,
+            shipped="packed",
             source="constant_recall",
             teacher_fraction=0.2,
         ),

@@ -34,7 +34,7 @@ from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 from nha.report.results import to_json
 
 RUNS = Path("results/quality/runs")
-OTHERS = {"control": "control-4b2ddc-25M-0", "shipped": "shipped-25M-0"}
+OTHERS = {"control": "control-4b2ddc-25M-0", "shipped": "shipped_recall-25M-0"}
 
 
 def parse_wide(text: str) -> tuple[tuple[int, int], ...]:
