@@ -75,8 +75,8 @@ RECIPES = {
     ),
     "constant": Recipe(
         "no full head: memory that does not grow",
-        ((15 / 90, 256),),
-        25,
+        ((12 / 90, 1088),),
+        64,
         0.0,
         0.2,
         {**MIXTURE, "answer_weight": 0.75},  # slots learn recall more slowly than perplexity
