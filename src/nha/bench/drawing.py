@@ -97,8 +97,16 @@ def add_legend(figure: Figure, axes: list[Axes], columns: int = 2) -> None:
 
 
 def about(records: list[Record]) -> str:
-    """The machine and the date of records."""
-    return ", ".join(sorted({f"{r['gpu']}, {r['date']}" for r in records}))
+    """The machines of records, each with its first and last date.
+
+    >>> about([{"gpu": "NVIDIA H200", "date": date} for date in ("2026-11-28", "2026-11-29", "2026-11-28")])
+    'NVIDIA H200, 2026-11-28 to 2026-11-29'
+    """
+    dates: dict[str, set[str]] = {}
+    for record in records:
+        dates.setdefault(record["gpu"], set()).add(str(record["date"]))
+    spans = {gpu: sorted({min(own), max(own)}) for gpu, own in sorted(dates.items())}
+    return ", ".join(f"{gpu}, {' to '.join(span)}" for gpu, span in spans.items())
 
 
 def end_labels(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> None:
