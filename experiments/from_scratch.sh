@@ -17,14 +17,14 @@ START=$SECONDS WORK=$(mktemp -d) CORPUS=${CORPUS:-/tmp/nha-scratch-corpus} PARTS
 mkdir -p "$OUT" "$OUT-logs" "$WORK/data"
 [ -n "${TABLES:-}" ] || cp -r results/from_scratch/rows "$OUT/"
 left() { echo $((LIMIT - 6 - (SECONDS - START))); }
-jobs_of() { # NAME OPTIONS JOB ...; a job is TABLE:SEEDS:ARMS, without ARMS for all models of the table
-  local name=$1 options=$2 table seeds arms seconds
+jobs_of() { # NAME OPTIONS JOB ...; a job is TABLE:SEEDS:MODELS, without MODELS for all models of the table
+  local name=$1 options=$2 table seeds models seconds
   shift 2
   for job in "$@"; do
-    IFS=: read -r table seeds arms <<< "$job"
+    IFS=: read -r table seeds models <<< "$job"
     seconds=$(left)
     [ "$seconds" -gt 40 ] || return 0
-    timeout -k 5 "$seconds" python3 -m nha ablate "${TABLES:+$TABLES/}$table${TABLES:+.yaml}" --seeds "$seeds" ${arms:+--arms "$arms"} \
+    timeout -k 5 "$seconds" python3 -m nha ablate "${TABLES:+$TABLES/}$table${TABLES:+.yaml}" --seeds "$seeds" ${models:+--models "$models"} \
       --best-lr $options --budget $((seconds - 8)) --output "$OUT" >> "$OUT-logs/$name.txt" 2>&1
   done
 }

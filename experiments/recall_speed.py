@@ -2,9 +2,9 @@
 
     python -m experiments.recall_speed --out results/recall_speed --budget-s 120
 
-A row for each arm, way of taking steps and number of models that are trained at once goes to OUT/recall_speed.jsonl at
-once: milliseconds of a step of all models for each shape of batch, their mean as the table draws them, and the seconds
-that compiling and capturing took.
+A row for each model, way of taking steps and number of models that are trained at once goes to OUT/recall_speed.jsonl
+at once: milliseconds of a step of all models for each shape of batch, their mean as the table draws them, and the
+seconds that compiling and capturing took.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ def time_shape(models: list[Steps], draw: Callable[[], Batch], lr: float) -> tup
     return 1e3 * step / TIMED_STEPS, 1e3 * (time.perf_counter() - begun) / TIMED_STEPS, prepared
 
 
-def time_arm(table: Table, name: str, mode: str, together: int) -> dict[str, Any]:
+def time_model(table: Table, name: str, mode: str, together: int) -> dict[str, Any]:
     """One row, of `together` models that are trained at once."""
     plan = table.recall
     assert plan is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    row = next(row for row in table.rows if row.arm.name == name)
+    row = next(row for row in table.rows if row.model.name == name)
     compiled, captured = MODES[mode]
     models = []
     for _ in range(together):
-        model: Any = row.arm.build(table.recall_shape, 0, match=table.matched)
+        model: Any = row.model.build(table.recall_shape, 0, match=table.matched)
         models.append(Steps(model.to(device), compiled=compiled, captured=captured and device.type == "cuda"))
     generator = torch.Generator(device).manual_seed(0)
-    found: dict[str, Any] = {"table": table.name, "arm": name, "mode": mode, "together": together}
+    found: dict[str, Any] = {"table": table.name, "model": name, "mode": mode, "together": together}
     found |= {"shapes": {}, "prepare_s": 0.0}
     mean = drawing = 0.0
     for size, weight in zip(plan.train, plan.weights, strict=True):
@@ -91,17 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/recall_speed")))
     parser.add_argument("--table", default="recall")
-    parser.add_argument("--arms", default="", help="separated by commas; default: all")
+    parser.add_argument("--models", default="", help="separated by commas; default: all")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--together", default="1", help="models to train at once, several numbers separated by commas")
     parser.add_argument("--budget-s", type=float, default=120.0)
     options = parser.parse_args(arguments)
     ends, table, status = time.monotonic() + options.budget_s, read_table(options.table), 0
-    names = [name for name in options.arms.split(",") if name] or [arm.name for arm in table.arms]
+    names = [name for name in options.models.split(",") if name] or [model.name for model in table.models]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "recall_speed.jsonl"
     there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    done = {(row["table"], row["arm"], row["mode"], row.get("together", 1)) for row in there}
+    done = {(row["table"], row["model"], row["mode"], row.get("together", 1)) for row in there}
     counts = [int(count) for count in options.together.split(",")]
     for name, mode, together in itertools.product(names, options.modes.split(","), counts):
         if (table.name, name, mode, together) in done:
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = status or 3
             continue
         try:
-            row = time_arm(table, name, mode, together)
+            row = time_model(table, name, mode, together)
             append_line(path, json.dumps(row))
             print(json.dumps(row), flush=True)
         except Exception:

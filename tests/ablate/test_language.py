@@ -1,4 +1,4 @@
-"""Language tables: every arm trains on the same text and is measured; a run that has no time keeps its checkpoint."""
+"""Language tables: every model trains on the same text and is measured; a run that has no time keeps its checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ title: Tiny language models
 kind: language
 match: nha
 lrs: [3e-3]
-arms:
+models:
   nha: {windows: 8, num_slots: 6}
   transformer: {windows: -1}
   two: {windows: 8, num_slots: 6, fusion: average}
@@ -37,8 +37,8 @@ language:
   needles: 1
   knob: [0, 8, -1]
 claims:
-  - {says: better, arm: nha, against: transformer, measure: perplexity}
-  - {says: one for every window, arm: random, against: nha, measure: window, sizes: [window 8]}
+  - {says: better, model: nha, against: transformer, measure: perplexity}
+  - {says: one for every window, model: random, against: nha, measure: window, sizes: [window 8]}
 """
 
 
@@ -56,16 +56,16 @@ def sources(table, tmp_path):
     return open_sources(table.language, corpus, tokenizer, tmp_path)
 
 
-def test_every_arm_is_trained_on_as_many_tokens_and_measured(table, sources, tmp_path):
+def test_every_model_is_trained_on_as_many_tokens_and_measured(table, sources, tmp_path):
     out = tmp_path / "out"
     progress = run_table(table, out, sources=sources)
     assert len(progress.made) == 4 and not progress.failed
-    rows = {row["arm"]: row for row in read_rows(out)}
+    rows = {row["model"]: row for row in read_rows(out)}
     assert {row["tokens"] for row in rows.values()} == {512}
-    tasks = {arm: {size["task"] for size in row["sizes"]} for arm, row in rows.items()}
+    tasks = {model: {size["task"] for size in row["sizes"]} for model, row in rows.items()}
     assert tasks["nha"] == tasks["transformer"] == {"perplexity", "piqa", "cloze_near", "needle", "window"}
     assert tasks["two"] == {"perplexity", "piqa", "window"}  # writes nothing: it has no cache
-    windows = {arm: [s["size"] for s in row["sizes"] if s["task"] == "window"] for arm, row in rows.items()}
+    windows = {model: [s["size"] for s in row["sizes"] if s["task"] == "window"] for model, row in rows.items()}
     assert windows == {"nha": ["0", "8", "-1"], "random": ["0", "8", "-1"], "two": ["8"], "transformer": ["-1"]}
     found = compare(list(rows.values()), Claim("x", "nha", "transformer", measure="perplexity"))
     assert found is not None and found.count == 2

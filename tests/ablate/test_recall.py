@@ -1,4 +1,4 @@
-"""Training on recall tasks: same batches for all arms, learning, an early end, and a run that does not fit."""
+"""Training on recall tasks: same batches for all models, learning, an early end, and a run that does not fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from nha import NHAConfig
 from nha.ablate import recall
-from nha.ablate.arms import Arm
 from nha.ablate.recall import (
     Learner,
     RecallPlan,
@@ -17,13 +16,14 @@ from nha.ablate.recall import (
     train_learners,
     train_recall,
 )
+from nha.ablate.specs import ModelSpec
 from nha.ablate.steps import Steps, answer_loss, answer_positions, draw_batch
 from nha.data.synthetic import IGNORED, TaskSize
 from nha.errors import OutOfTime
 
 EASY = TaskSize("in_context_recall", 8, vocab_size=2)  # one key, one value: known from the first pair
 SHAPE = NHAConfig.tiny(vocab_size=8, hidden_size=16, intermediate_size=16)
-ARM = Arm("nha", windows=4, num_slots=4)
+SPEC = ModelSpec("nha", windows=4, num_slots=4)
 
 
 def plan(**changes) -> RecallPlan:
@@ -45,7 +45,7 @@ def labels_of(batch):
 @torch.no_grad()
 def test_answers_are_those_of_the_whole_logits():
     size = TaskSize("mqar", 32, 4, vocab_size=64)
-    model = ARM.build(NHAConfig.tiny(vocab_size=64))
+    model = SPEC.build(NHAConfig.tiny(vocab_size=64))
     batch = draw_batch(size, 4, torch.Generator().manual_seed(0))
     whole = model(batch.ids, use_cache=False).logits
     torch.testing.assert_close(answers(model, batch), whole.gather(1, batch.at[..., None].expand(-1, -1, 64)))
@@ -55,7 +55,7 @@ def test_answers_are_those_of_the_whole_logits():
 
 @pytest.mark.parametrize("size", [TaskSize("mqar", 32, 4, vocab_size=64), TaskSize("in_context_recall", 32)])
 def test_the_loss_of_the_answers_and_its_gradients_are_those_of_the_whole_logits(size):
-    model = ARM.build(NHAConfig.tiny(vocab_size=size.vocab_size)).double()
+    model = SPEC.build(NHAConfig.tiny(vocab_size=size.vocab_size)).double()
     batch = draw_batch(TaskSize(size.task, 32, size.num_items, vocab_size=64), 3, torch.Generator().manual_seed(0))
     logits = model(batch.ids, use_cache=False).logits
     whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_of(batch).flatten())
@@ -93,8 +93,8 @@ class Replays:
 def test_captured_steps_take_the_steps_that_others_take():
     sizes = [TaskSize("in_context_recall", length, vocab_size=8) for length in (8, 12)]
     given = plan(train=sizes, weights=(1.0, 1.0), steps=16)
-    expected = train_recall(ARM.build(SHAPE), given, lr=1e-2, seed=0)
-    model = ARM.build(SHAPE)
+    expected = train_recall(SPEC.build(SHAPE), given, lr=1e-2, seed=0)
+    model = SPEC.build(SHAPE)
     steps = Steps(model)
     steps.graphs = Replays()
     found = train_recall(model, given, lr=1e-2, seed=0, steps=steps)
@@ -106,16 +106,16 @@ def test_a_step_that_no_graph_holds_runs_without():
     def refuse(name, run):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    given, model = plan(steps=8), ARM.build(SHAPE)
+    given, model = plan(steps=8), SPEC.build(SHAPE)
     steps = Steps(model)
     steps.graphs = refuse
     with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
         found = train_recall(model, given, lr=1e-3, seed=0, steps=steps)
-    assert found.loss == train_recall(ARM.build(SHAPE), given, lr=1e-3, seed=0).loss
+    assert found.loss == train_recall(SPEC.build(SHAPE), given, lr=1e-3, seed=0).loss
 
 
 def test_measuring_uses_no_compiled_layer():
-    model = ARM.build(SHAPE)
+    model = SPEC.build(SHAPE)
     steps = Steps(model, compiled=True)
     assert len(steps.layers) == 2 and all(layer._compiled_call_impl is None for layer, _ in steps.layers)
     with steps._compiled_layers():
@@ -125,22 +125,22 @@ def test_measuring_uses_no_compiled_layer():
 
 def test_steps_draw_their_windows_and_the_model_keeps_its_own():
     given = plan(train=(TaskSize("in_context_recall", 16, vocab_size=8),), steps=5)
-    expected = train_recall(Arm("nha", windows=2, num_slots=4).build(SHAPE), given, lr=1e-3, seed=0)
-    model = ARM.build(SHAPE)
+    expected = train_recall(ModelSpec("nha", windows=2, num_slots=4).build(SHAPE), given, lr=1e-3, seed=0)
+    model = SPEC.build(SHAPE)
     learner = Learner(model, 1e-3, Steps(model), windows=(2,))
     train_learners([learner], given)
-    assert learner.read_loss() == expected.loss != train_recall(ARM.build(SHAPE), given, lr=1e-3, seed=0).loss
+    assert learner.read_loss() == expected.loss != train_recall(SPEC.build(SHAPE), given, lr=1e-3, seed=0).loss
     assert model.config.window_sizes == [4, 4]
 
 
 def test_a_run_is_a_function_of_its_seed():
     hard = plan(train=(TaskSize("in_context_recall", 16, vocab_size=8),), steps=5)
-    losses = [train_recall(ARM.build(SHAPE), hard, lr=1e-3, seed=seed).loss for seed in (0, 0, 1)]
+    losses = [train_recall(SPEC.build(SHAPE), hard, lr=1e-3, seed=seed).loss for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_task_that_is_learned_ends_the_run_early_and_counts_its_tokens():
-    outcome = train_recall(ARM.build(SHAPE), plan(steps=500), lr=1e-2, seed=0)
+    outcome = train_recall(SPEC.build(SHAPE), plan(steps=500), lr=1e-2, seed=0)
     assert outcome.steps < 500 and outcome.tokens == outcome.steps * 8 * 8
     assert outcome.scores[0].accuracy >= 0.99 and outcome.scores[0].interval[1] == 1.0
 
@@ -149,18 +149,18 @@ def test_a_run_that_does_not_fit_into_the_time_left_ends_after_a_few_steps(monke
     seen = []
     with pytest.raises(OutOfTime) as error:
         train_recall(
-            ARM.build(SHAPE), plan(steps=10**6), lr=1e-3, seed=0, time_left=5.0, progress=lambda *now: seen.append(now)
+            SPEC.build(SHAPE), plan(steps=10**6), lr=1e-3, seed=0, time_left=5.0, progress=lambda *now: seen.append(now)
         )
     assert error.value.needed > 5.0 and not seen
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
     with pytest.raises(FloatingPointError):
-        train_recall(ARM.build(SHAPE), plan(steps=60), lr=1e30, seed=0)
+        train_recall(SPEC.build(SHAPE), plan(steps=60), lr=1e30, seed=0)
 
 
 def test_accuracy_does_not_depend_on_the_size_of_its_batches():
-    model = ARM.build(SHAPE)
+    model = SPEC.build(SHAPE)
     first, second = (accuracy_of(model, EASY, 8, 3, batch_tokens=tokens) for tokens in (8 * 8, 10**6))
     assert first.shape == second.shape == (8,)
     assert recall.measure_size(model, EASY, 8).count == 8
@@ -172,7 +172,7 @@ def test_a_plan_without_sizes_is_refused():
 
 
 def learners(*lrs):
-    models = [ARM.build(SHAPE) for _ in lrs]
+    models = [SPEC.build(SHAPE) for _ in lrs]
     return [Learner(model, lr, Steps(model)) for model, lr in zip(models, lrs, strict=True)]
 
 
@@ -180,7 +180,7 @@ def test_models_that_are_trained_together_are_those_that_are_trained_alone():
     together = learners(1e-2, 1e-3)
     train_learners(together, plan(steps=500))
     for learner, lr in zip(together, (1e-2, 1e-3), strict=True):
-        model = ARM.build(SHAPE)
+        model = SPEC.build(SHAPE)
         alone = train_recall(model, plan(steps=500), lr=lr, seed=0)
         found = measure_learner(learner, plan(steps=500))
         assert (found.scores, found.loss, found.tokens) == (alone.scores, alone.loss, alone.tokens)
@@ -193,7 +193,7 @@ def test_a_model_that_diverges_does_not_take_others_along():
     train_learners([broken, sound], plan(steps=60))
     with pytest.raises(FloatingPointError):
         measure_learner(broken, plan())
-    assert measure_learner(sound, plan()).loss == train_recall(ARM.build(SHAPE), plan(steps=60), lr=1e-3, seed=0).loss
+    assert measure_learner(sound, plan()).loss == train_recall(SPEC.build(SHAPE), plan(steps=60), lr=1e-3, seed=0).loss
 
 
 def test_a_model_whose_step_fails_does_not_take_others_along(monkeypatch):

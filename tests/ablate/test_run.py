@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from nha.ablate import run
-from nha.ablate.arms import Arm
 from nha.ablate.run import Shard, claimed, processes_for, read_row, row_file, run_table
+from nha.ablate.specs import ModelSpec
 from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary
 from nha.ablate.table import Claim, built_in_tables, parse_table, read_table
 from nha.train.trainer import TrainingDiverged
@@ -26,7 +26,7 @@ shape: {hidden_size: 16, intermediate_size: 16}
 match: nha
 lrs: [1e-3, 0.01]
 seeds: [0]
-arms:
+models:
   nha: {windows: 4, num_slots: 4}
   window only: {windows: 4, slots: false}
 recall:
@@ -37,7 +37,7 @@ recall:
   test: [{task: in_context_recall, seq_len: 16, vocab_size: 8}, {task: in_context_recall, seq_len: 32, vocab_size: 8}]
 notes: [Few steps., Few sizes.]
 claims:
-  - {says: slots help, arm: nha, against: window only}
+  - {says: slots help, model: nha, against: window only}
 """
 
 
@@ -50,7 +50,7 @@ def changed(**changes):
     return yaml.safe_load(TINY) | changes
 
 
-def test_a_table_has_a_row_for_every_arm_rate_and_seed(table):
+def test_a_table_has_a_row_for_every_model_rate_and_seed(table):
     assert [row.name("t") for row in table.rows] == [
         "t--nha--lr0.001--seed0",
         "t--window-only--lr0.001--seed0",
@@ -62,8 +62,8 @@ def test_a_table_has_a_row_for_every_arm_rate_and_seed(table):
 
 def test_a_table_makes_its_chosen_models_unless_others_are_named():
     table = parse_table(changed(chosen=["nha"]))
-    assert {row.arm.name for row in table.only(seeds=[1]).rows} == {"nha"} and len(table.every_row) == 4
-    assert {row.arm.name for row in table.only(["window only"]).rows} == {"window only"}
+    assert {row.model.name for row in table.only(seeds=[1]).rows} == {"nha"} and len(table.every_row) == 4
+    assert {row.model.name for row in table.only(["window only"]).rows} == {"window only"}
 
 
 @pytest.mark.parametrize("name", built_in_tables())
@@ -75,14 +75,14 @@ def test_built_in_tables_are_whole(name):
 @pytest.mark.parametrize(
     "found, names",
     [
-        (changed(arms={"nha": {"window": 4}}), ("window", "windows", "arm nha")),
+        (changed(models={"nha": {"window": 4}}), ("window", "windows", "model nha")),
         (changed(kind="poetry"), ("poetry", "recall", "language")),
         (changed(match="x"), ("x", "nha", "window only")),
         (changed(chosen=["x"]), ("x", "nha", "window only")),
         (changed(lrs=[]), ("learning rates",)),
-        (changed(arms={}), ("arms", "none")),
+        (changed(models={}), ("models", "none")),
         (changed(recall={"train": [{"task": "copy", "seq_len": 8}], "test": []}), ("copy", "mqar")),
-        (changed(claims=[{"says": "x", "arm": "nha", "against": "nha", "expect": "below"}]), ("below", "above")),
+        (changed(claims=[{"says": "x", "model": "nha", "against": "nha", "expect": "below"}]), ("below", "above")),
         (changed(language={"train": {"token": 1}}), ("token",)),
         ([1], ("mapping", "list")),
     ],
@@ -134,15 +134,19 @@ def test_rows_that_are_trained_together_are_those_made_one_by_one(table, tmp_pat
 
 
 def test_later_seeds_are_trained_with_the_best_learning_rate_of_the_first(table, tmp_path):
-    arms = ["nha", "window only"]
-    first = run_table(table.only(arms, seeds=[0]), tmp_path, together=4).made
+    models = ["nha", "window only"]
+    first = run_table(table.only(models, seeds=[0]), tmp_path, together=4).made
     best = {}
     for name in first:
         row = json.loads(row_file(tmp_path, name).read_text())
-        best[row["arm"]] = max(best.get(row["arm"], (-1.0, 0.0)), (row["valid"], row["lr"]), key=lambda pair: pair[0])
-    expected = [f"tiny--{arm.replace(' ', '-')}--lr{best[arm][1]:g}--seed{seed}" for seed in (1, 2) for arm in arms]
-    assert run_table(table.only(arms, seeds=[1, 2]), tmp_path, together=9, best_lr_only=True).made == expected
-    again = run_table(table.only(arms, seeds=[0, 1, 2]), tmp_path / "again", together=9, best_lr_only=True).made
+        best[row["model"]] = max(
+            best.get(row["model"], (-1.0, 0.0)), (row["valid"], row["lr"]), key=lambda pair: pair[0]
+        )
+    expected = [
+        f"tiny--{model.replace(' ', '-')}--lr{best[model][1]:g}--seed{seed}" for seed in (1, 2) for model in models
+    ]
+    assert run_table(table.only(models, seeds=[1, 2]), tmp_path, together=9, best_lr_only=True).made == expected
+    again = run_table(table.only(models, seeds=[0, 1, 2]), tmp_path / "again", together=9, best_lr_only=True).made
     assert sorted(again) == sorted(first + expected)
 
 
@@ -171,8 +175,8 @@ def test_a_row_that_fails_does_not_take_the_others_along(error, table, tmp_path,
             raise error("no such\nkernel")
         return original(self, *args, **options)
 
-    original = Arm.build
-    monkeypatch.setattr(Arm, "build", build)
+    original = ModelSpec.build
+    monkeypatch.setattr(ModelSpec, "build", build)
     progress = run_table(table.only(lrs=[1e-3]), tmp_path)
     assert progress.failed == [f"tiny--nha--lr0.001--seed0 ({error.__name__}: no such kernel)"]
     assert progress.made == ["tiny--window-only--lr0.001--seed0"]
@@ -224,16 +228,16 @@ def test_the_page_holds_claims_rows_and_command_and_the_csv_every_rate(table, tm
     entries = json.loads((tmp_path / "summary.json").read_text())
     assert (
         len(entries) == 4
-        and {"arm", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entries[0].keys()
+        and {"model", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entries[0].keys()
     )
     with (tmp_path / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 8
     assert (tmp_path / "tiny-state.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def row(arm: str, lr: float, seed: int, valid: float, accuracies: dict[str, float]) -> dict:
+def row(model: str, lr: float, seed: int, valid: float, accuracies: dict[str, float]) -> dict:
     sizes = [{"task": "mqar", "size": size, "accuracy": value} for size, value in accuracies.items()]
-    return {"table": "t", "kind": "recall", "arm": arm, "lr": lr, "seed": seed, "valid": valid, "sizes": sizes}
+    return {"table": "t", "kind": "recall", "model": model, "lr": lr, "seed": seed, "valid": valid, "sizes": sizes}
 
 
 def test_the_best_rate_is_chosen_by_validation_over_all_seeds():
@@ -312,7 +316,7 @@ def test_a_table_without_rows_stands_on_the_page_with_its_command(table, tmp_pat
 
 
 def test_two_pairs_decide_nothing_and_a_claim_without_any_is_not_measured():
-    rows = [row(arm, 1, seed, 0, {"64/4": value}) for arm, value in (("a", 0.9), ("b", 0.1)) for seed in (0, 1)]
+    rows = [row(model, 1, seed, 0, {"64/4": value}) for model, value in (("a", 0.9), ("b", 0.1)) for seed in (0, 1)]
     assert judge(rows, Claim("x", "a", "b"), "t") == (
         "+80.0 points of accuracy [+80.0, +80.0], 2 pairs; by seed +80.0, +80.0",
         "undecided",

@@ -58,7 +58,7 @@ def test_the_built_in_tables_are_listed(tmp_path):
     [
         ([], ("--list",)),
         (["no-such-table"], ("recall-cpu", "no-such-table")),
-        (["recall-cpu", "--arms", "mamba"], ("nha", "mamba")),
+        (["recall-cpu", "--models", "mamba"], ("nha", "mamba")),
         (["recall-cpu", "--shard", "3/2"], ("3/2",)),
         (["recall-cpu", "--shard", "1/2", "--processes", "2"], ("--processes", "1/2")),
         (["recall-cpu", "--lrs", "fast"], ("--lrs", "fast")),

@@ -10,7 +10,7 @@ title: a size for a test
 kind: recall
 shape: {hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}
 lrs: [1e-3]
-arms:
+models:
   nha: {windows: 4, num_slots: 4}
 recall:
   batch_size: 2
@@ -25,7 +25,7 @@ def test_steps_of_a_recall_table(tmp_path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--table", str(tmp_path / "small.yaml"), "--modes", "eager"]
     assert recall_speed.main(arguments) == 0
     (row,) = [json.loads(line) for line in (tmp_path / "recall_speed.jsonl").read_text().splitlines()]
-    assert (row["arm"], row["mode"], list(row["shapes"])) == ("nha", "eager", ["mqar 16/2 x 2"])
+    assert (row["model"], row["mode"], list(row["shapes"])) == ("nha", "eager", ["mqar 16/2 x 2"])
     assert row["ms"] > 0 and abs(row["row_s"] - row["ms"] * 4) < 0.02
     capsys.readouterr()
     assert recall_speed.main(arguments) == 0 and not capsys.readouterr().out

@@ -34,7 +34,7 @@ class LanguagePlan:
     Attributes:
         preset: shape of all models, a preset of `nha train`.
         train: settings of `TrainSettings`, besides windows, learning rate and seed.
-        shape: settings of `NHAConfig` that change the preset for all arms.
+        shape: settings of `NHAConfig` that change the preset for all models.
         lengths: tokens of the documents for perplexity.
         documents: of each length, at most.
         sets: parts of `nha eval public`.
@@ -66,7 +66,7 @@ class LanguagePlan:
     def settings(
         self, lr: float, seed: int, budget: float | None = None, own: Mapping[str, Any] | None = None
     ) -> TrainSettings:
-        """The settings of one run, `own` those of its arm. Raises ValueError for what cannot be."""
+        """The settings of one run, `own` those of its model. Raises ValueError for what cannot be."""
         values: dict[str, Any] = SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget}
         values |= {**self.train, **(own or {})}
         try:

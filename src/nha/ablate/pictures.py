@@ -41,12 +41,12 @@ def draw(rows: Sequence[Data]) -> dict[str, bytes]:
             found[f"{table}-state.png"] = accuracy_png(own)
         elif any(size["task"] == "perplexity" for row in own for size in row["sizes"]):
             found[f"{table}-position.png"] = position_png(own)
-        at = [(row["arm"], size) for row in own for size in row["sizes"] if size["task"] == WINDOW]
+        at = [(row["model"], size) for row in own for size in row["sizes"] if size["task"] == WINDOW]
         if at:
             found[f"{table}-windows.png"] = windows_png(
                 [
-                    WindowPoint(arm, int(size["size"]), size["ppl"], size["recall"], size["state_bytes"])
-                    for arm, size in at
+                    WindowPoint(model, int(size["size"]), size["ppl"], size["recall"], size["state_bytes"])
+                    for model, size in at
                 ]
             )
     return found
@@ -112,21 +112,23 @@ def windows_png(points: Sequence[WindowPoint]) -> bytes:
 def accuracy_png(rows: Sequence[Data]) -> bytes:
     """Accuracy against the bytes of one sequence's state: a panel a size, a point a model, bars from lowest to highest
     seed."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     sizes = list(dict.fromkeys(f"{s['task']} {s['size']}" for row in rows for s in row["sizes"]))
     sizes = sizes[-MAX_PANELS:]
     columns = 1 if len(sizes) == 1 else 2
     lines = math.ceil(len(sizes) / columns)
-    named, head = _legend_room(arms)
+    named, head = _legend_room(models)
     width = (WIDTH - 0.4) / columns - GAP[0]
     figure, first = new_figure(LIGHT, (WIDTH, head - 0.25 + lines * (PANEL + GAP[1])))
-    styles = line_styles(arms)
+    styles = line_styles(models)
     for number, size in enumerate(sizes):
         axes = first if number == 0 else figure.add_axes((0.0, 0.0, 1.0, 1.0))
         row_number, column = divmod(number, columns)
         memory: list[float] = []
-        for index, arm in enumerate(arms):
-            found = [s for row in rows if row["arm"] == arm for s in row["sizes"] if f"{s['task']} {s['size']}" == size]
+        for index, model in enumerate(models):
+            found = [
+                s for row in rows if row["model"] == model for s in row["sizes"] if f"{s['task']} {s['size']}" == size
+            ]
             if not found:
                 continue
             values = [100 * s["accuracy"] for s in found]
@@ -136,11 +138,11 @@ def accuracy_png(rows: Sequence[Data]) -> bytes:
                 [x],
                 [middle],
                 yerr=[[middle - min(values)], [max(values) - middle]],
-                color=styles[arm][0],
+                color=styles[model][0],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=5.5,
                 linestyle="",
-                label=arm if number == 0 else None,
+                label=model if number == 0 else None,
                 clip_on=False,
                 zorder=3,
             )
@@ -171,18 +173,18 @@ def _doubling_ticks(axis: Any, low: float, high: float) -> None:
 
 def position_png(rows: Sequence[Data]) -> bytes:
     """Perplexity by position in the longest documents, one line a model (mean loss over seeds)."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     longest = max(int(s["size"]) for row in rows for s in row["sizes"] if s["task"] == "perplexity")
-    named, head = _legend_room(arms)
+    named, head = _legend_room(models)
     size = (WIDTH, 2.65 + head)
     figure, axes = new_figure(LIGHT, size)
-    styles = line_styles(arms)
+    styles = line_styles(models)
     edges: list[int] = []
-    for index, arm in enumerate(arms):
+    for index, model in enumerate(models):
         found = [
             s
             for row in rows
-            if row["arm"] == arm
+            if row["model"] == model
             for s in row["sizes"]
             if s["task"] == "perplexity" and int(s["size"]) == longest
         ]
@@ -191,10 +193,10 @@ def position_png(rows: Sequence[Data]) -> bytes:
         edges = found[0]["edges"]
         middles = [math.sqrt(max(1, a) * b) for a, b in pairwise(edges)]
         values = np.exp(np.log([s["by_position"] for s in found]).mean(0))
-        colour, dash = styles[arm]
+        colour, dash = styles[model]
         marker = MARKERS[index % len(MARKERS)]
         axes.plot(
-            middles, values, color=colour, linestyle=dash, marker=marker, markersize=4.5, linewidth=1.8, label=arm
+            middles, values, color=colour, linestyle=dash, marker=marker, markersize=4.5, linewidth=1.8, label=model
         )
     axes.set_yscale("log")
     context_axis(axes, [edge for edge in edges if edge], "position in the document, tokens", most=6)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from nha.ablate.arms import state_bytes, used_parameters
 from nha.ablate.language import Sources, train_language
 from nha.ablate.recall import Learner, RecallPlan, mean_valid, measure_learner, train_learners
+from nha.ablate.specs import state_bytes, used_parameters
 from nha.ablate.steps import Steps
 from nha.ablate.table import Row, Table
 from nha.distill.checkpoint import locked
@@ -113,6 +113,8 @@ def read_row(path: Path, digest: str | None) -> dict[str, Any] | None:
         same = digest is None or found["digest"] == digest
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"expected a row of a table in {path}, got another file") from None
+    if "model" not in found:
+        raise ValueError(f"expected a row with the key model in {path}, got one of an older version: delete it")
     if not same:
         raise ValueError(f"expected the row in {path} to be of the settings of this table, got others: delete it")
     return found
@@ -239,12 +241,12 @@ def with_best_lr(table: Table, rows: list[Row], out: Path) -> list[Row]:
     for path in sorted((out / ROWS).glob(f"{table.name}--*.json")):
         made = read_row(path, None)
         assert made is not None
-        found.setdefault(made["arm"], []).append(made)
+        found.setdefault(made["model"], []).append(made)
     ready = []
     for row in rows:
-        made, name = found.get(row.arm.name, []), row.arm.name
+        made, name = found.get(row.model.name, []), row.model.name
         first = min([each["seed"] for each in made] + [min(table.seeds)])
-        if any(other.arm.name == name and other.seed == first for other in rows):
+        if any(other.model.name == name and other.seed == first for other in rows):
             wanted = row.seed == first
         else:
             others = [each for each in made if each["seed"] != row.seed]
@@ -295,9 +297,9 @@ def _make_recall(
     for row, name in zip(rows, names, strict=True):
         log(f"{name}: starts")
         with _says_why(name, progress, log):
-            model: Any = row.arm.build(table.recall_shape, row.seed, match=table.matched)
+            model: Any = row.model.build(table.recall_shape, row.seed, match=table.matched)
             steps = Steps(model.to(device), compiled=compiled)
-            learners[name] = Learner(model, row.lr, steps, row.seed, row.arm.random_windows)
+            learners[name] = Learner(model, row.lr, steps, row.seed, row.model.random_windows)
     if not learners:
         return
     plan, begun = table.recall, list(learners)
@@ -346,8 +348,8 @@ def _make_language(
 def _write(table: Table, row: Row, out: Path, device: torch.device, found: dict[str, Any], progress: Progress) -> None:
     """Write a row durably."""
     name = row.name(table.name)
-    about = {"table": table.name, "kind": table.kind, "digest": table.digest(row), "arm": row.arm.name}
-    about |= {"settings": dataclasses.asdict(row.arm), "lr": row.lr, "seed": row.seed, "device": device_name(device)}
+    about = {"table": table.name, "kind": table.kind, "digest": table.digest(row), "model": row.model.name}
+    about |= {"settings": dataclasses.asdict(row.model), "lr": row.lr, "seed": row.seed, "device": device_name(device)}
     path = row_file(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(about | found, indent=1, default=list) + "\n")
@@ -396,20 +398,20 @@ def language_row(table: Table, row: Row, out: Path, sources: Sources, left: floa
     started, run = time.monotonic(), out / RUNS / row.name(table.name)
     shape = plan.config(sources.corpus.meta["tokenizer"]["vocabulary"])
     outcome = train_language(
-        lambda: row.arm.build(shape, row.seed, match=table.matched),
+        lambda: row.model.build(shape, row.seed, match=table.matched),
         plan,
         sources,
         run,
         lr=row.lr,
         seed=row.seed,
-        own=row.arm.train,
-        windows=row.arm.readable(plan.knob),
-        has_cache=row.arm.has_cache,
+        own=row.model.train,
+        windows=row.model.readable(plan.knob),
+        has_cache=row.model.has_cache,
         time_left=left,
         reserve=reserve,
     )
     shutil.rmtree(run, ignore_errors=True)  # checkpoints; the results are what a table keeps
-    model = row.arm.build(shape, row.seed, match=table.matched)
+    model = row.model.build(shape, row.seed, match=table.matched)
     found = outcome.measures
     sizes = [
         {"task": "perplexity", "size": length, "state_bytes": state_bytes(model, int(length))} | values

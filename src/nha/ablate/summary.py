@@ -27,7 +27,7 @@ FEW = ", "  # between a verdict and its number of seeds
 BY_LENGTH = ("perplexity", "needle")  # tasks of several lengths
 LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
-COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
+COLUMNS = ("table", "model", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
 PLAIN = ("accuracy", "ppl", "loss", "recall", "repeats", "interval", "count", "edges", "by_position")
 
 
@@ -76,7 +76,7 @@ def best_rows(rows: Sequence[Data]) -> list[Data]:
     """
     groups: dict[tuple[str, str], list[Data]] = {}
     for row in rows:
-        groups.setdefault((row["table"], row["arm"]), []).append(row)
+        groups.setdefault((row["table"], row["model"]), []).append(row)
     found: list[Data] = []
     for own in groups.values():
         best = best_lr(own)
@@ -114,8 +114,8 @@ def units(row: Data, claim: Claim) -> dict[tuple[Any, ...], float]:
 def compare(rows: Sequence[Data], claim: Claim) -> Difference | None:
     """The difference that a claim is about, over pairs of equal seed, size and item; None without a pair."""
     first, second = (
-        {key: value for row in rows if row["arm"] == name for key, value in units(row, claim).items()}
-        for name in (claim.arm, claim.against)
+        {key: value for row in rows if row["model"] == name for key, value in units(row, claim).items()}
+        for name in (claim.model, claim.against)
     )
     pairs = sorted(first.keys() & second.keys(), key=str)
     if not pairs:
@@ -135,7 +135,7 @@ def remember(table: Table, out: Path, name: str | None = None) -> None:
     text = [] if table.language is None else ["--corpus", "CORPUS", "--data", "DATA"]
     about: Data = {"name": table.name, "title": table.title, "kind": table.kind}
     about |= {"command": shlex.join(["nha", "ablate", name or table.name, *text])}
-    about |= {"arms": [arm.name for arm in table.arms], "rows": [row.name(table.name) for row in table.rows]}
+    about |= {"models": [model.name for model in table.models], "rows": [row.name(table.name) for row in table.rows]}
     about["claims"] = [vars(claim) for claim in table.claims]
     about |= {"notes": list(table.notes), "pictured": list(table.pictured)}
     path = out / TABLES / f"{table.name}.json"
@@ -182,16 +182,18 @@ def write_summary(out: Path) -> Path:
     rows = read_rows(out)
     tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / TABLES).glob("*.json"))]
     tables.sort(key=lambda table: (table["name"].endswith("-cpu"), table["name"]))  # sizes for a CPU come last
-    order = {(table["name"], arm): number for table in tables for number, arm in enumerate(table["arms"])}
-    best = sorted(best_rows(rows), key=lambda row: (row["table"], order.get((row["table"], row["arm"]), len(order))))
+    order = {(table["name"], model): number for table in tables for number, model in enumerate(table["models"])}
+    best = sorted(best_rows(rows), key=lambda row: (row["table"], order.get((row["table"], row["model"]), len(order))))
     write_atomically(out / "summary.json", json.dumps(flat(best), indent=1) + "\n")
     write_atomically(out / "rows.csv", as_csv(flat(rows)))
     pictures: list[str] = []
     if find_spec("matplotlib") is not None:
         from nha.ablate.pictures import draw
 
-        hidden = {(t["name"], arm) for t in tables if t.get("pictured") for arm in {*t["arms"]} - {*t["pictured"]}}
-        for name, data in draw([row for row in best if (row["table"], row["arm"]) not in hidden]).items():
+        hidden = {
+            (t["name"], model) for t in tables if t.get("pictured") for model in {*t["models"]} - {*t["pictured"]}
+        }
+        for name, data in draw([row for row in best if (row["table"], row["model"]) not in hidden]).items():
             write_atomically(out / name, data)
             pictures.append(name)
     page = out / "README.md"
@@ -268,7 +270,7 @@ def overview_lines(tables: Sequence[Data], rows: Sequence[Data]) -> list[str]:
 def devices_text(rows: Sequence[Data]) -> str:
     """The devices of rows; of several each with its models and seeds.
 
-    >>> devices_text([{"device": "CPU", "arm": "nha", "seed": 0}, {"device": "H200", "arm": "nha", "seed": 1}])
+    >>> devices_text([{"device": "CPU", "model": "nha", "seed": 0}, {"device": "H200", "model": "nha", "seed": 1}])
     'CPU (nha: seed 0); H200 (nha: seed 1)'
     """
     devices = sorted({row["device"] for row in rows})
@@ -279,8 +281,8 @@ def devices_text(rows: Sequence[Data]) -> str:
         seeds: dict[str, set[int]] = {}
         for row in rows:
             if row["device"] == device:
-                seeds.setdefault(row["arm"], set()).add(row["seed"])
-        shown = [f"{arm}: seed{'s' * (len(own) > 1)} {numbers(own)}" for arm, own in seeds.items()]
+                seeds.setdefault(row["model"], set()).add(row["seed"])
+        shown = [f"{model}: seed{'s' * (len(own) > 1)} {numbers(own)}" for model, own in seeds.items()]
         parts.append(f"{device} ({', '.join(shown)})")
     return "; ".join(parts)
 
@@ -302,9 +304,9 @@ def millions(values: Sequence[float]) -> str:
 
 def about_lines(table: Data, rows: Sequence[Data], best: Sequence[Data]) -> list[str]:
     """Devices, seeds, sizes, rows that are missing, and the command."""
-    present = {f"{row['table']}--{row['arm'].replace(' ', '-')}--lr{row['lr']:g}--seed{row['seed']}" for row in rows}
+    present = {f"{row['table']}--{row['model'].replace(' ', '-')}--lr{row['lr']:g}--seed{row['seed']}" for row in rows}
     missing = [name for name in table["rows"] if name not in present]
-    arms = [name for name in table["arms"] if name not in {row["arm"] for row in best}]
+    models = [name for name in table["models"] if name not in {row["model"] for row in best}]
     learned = " (a run ends early once all sizes are learned)" if table["kind"] == "recall" else ""
     lines = [
         f"{devices_text(rows)}. Seeds {numbers({row['seed'] for row in rows})}; learning rates "
@@ -312,7 +314,7 @@ def about_lines(table: Data, rows: Sequence[Data], best: Sequence[Data]) -> list
         f"{millions([row['tokens'] for row in best])} tokens{learned}.",
     ]
     if missing:
-        without = f"; no row of: {', '.join(arms)}" if arms else ""
+        without = f"; no row of: {', '.join(models)}" if models else ""
         lines += ["", f"{len(missing)} of {len(table['rows'])} rows are not run yet{without}."]
     return [*lines, "", f"    {table['command']}"]
 
@@ -345,7 +347,7 @@ def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
     lines = ["| claim | measured, + is better | |", "|---|---|---|"]
     for claim in claims_of(table):
         text, verdict = judge(rows, claim, table["name"])
-        says = f"{claim.says} ({claim.arm} {EXPECTATIONS[claim.expect]} {claim.against})"
+        says = f"{claim.says} ({claim.model} {EXPECTATIONS[claim.expect]} {claim.against})"
         lines.append(f"| {says} | {text} | {verdict if FEW in verdict else f'**{verdict}**'} |")
     return lines
 
@@ -354,8 +356,8 @@ def recall_lines(rows: Sequence[Data]) -> list[str]:
     """Accuracy by model and size, in percent, mean over seeds."""
     sizes = list(dict.fromkeys(f"{s['task']} {s['size']}" for row in rows for s in row["sizes"]))
     lines = [f"| model | lr | state, KiB | {' | '.join(sizes)} |", "|---|---|---|" + "---|" * len(sizes)]
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == name]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
         values = [
             np.mean([s["accuracy"] for row in own for s in row["sizes"] if f"{s['task']} {s['size']}" == size])
             for size in sizes
@@ -378,8 +380,8 @@ def window_lines(rows: Sequence[Data]) -> list[str]:
         f"| model | {heads} |",
         "|---|" + "---|" * len(sizes),
     ]
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        found = [s for row in rows if row["arm"] == name for s in row["sizes"] if s["task"] == WINDOW]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        found = [s for row in rows if row["model"] == name for s in row["sizes"] if s["task"] == WINDOW]
         cells = []
         for size in sizes:
             own = [s for s in found if s["size"] == size]
@@ -394,8 +396,8 @@ def language_lines(rows: Sequence[Data]) -> list[str]:
     keys = list(dict.fromkeys((s["task"], s["size"]) for row in rows for s in row["sizes"] if s["task"] != WINDOW))
     heads = [f"{task} {int(size):,}" if task in BY_LENGTH else task for task, size in keys]
     lines = [f"| model | lr | state at the longest, KiB | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == name]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
         cells = []
         for key in keys:
             found = [s for row in own for s in row["sizes"] if (s["task"], s["size"]) == key]

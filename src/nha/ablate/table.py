@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from nha.ablate.arms import Arm
 from nha.ablate.language import LanguagePlan
 from nha.ablate.recall import RecallPlan
+from nha.ablate.specs import ModelSpec
 from nha.data.synthetic import TASKS, TaskSize
 from nha.models.config import NHAConfig
 
@@ -31,14 +31,14 @@ class Claim:
 
     Attributes:
         says: the statement in words.
-        arm, against: the models that it compares.
+        model, against: the models that it compares.
         expect: how the first does beside the second: "above", "at least" or "equal".
         measure: what is compared: "accuracy", or the name of a set or "perplexity" of language tables.
         sizes: labels of sizes that count; none means all.
     """
 
     says: str
-    arm: str
+    model: str
     against: str
     expect: str = "above"
     measure: str = "accuracy"
@@ -53,17 +53,17 @@ class Claim:
 class Row:
     """One model of a table to train and measure."""
 
-    arm: Arm
+    model: ModelSpec
     lr: float
     seed: int
 
     def name(self, table: str) -> str:
         """A name for its files.
 
-        >>> Row(Arm("window alone"), 3e-3, 1).name("recall")
+        >>> Row(ModelSpec("window alone"), 3e-3, 1).name("recall")
         'recall--window-alone--lr0.003--seed1'
         """
-        return f"{table}--{self.arm.slug}--lr{self.lr:g}--seed{self.seed}"
+        return f"{table}--{self.model.slug}--lr{self.lr:g}--seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Table:
         name: as it stands in results and names of files.
         title: one line for the page.
         kind: "recall" trains on tasks of random tokens (`recall`), "language" on text (`language`).
-        arms: the models.
+        models: what is compared.
         lrs: learning rates; the page shows each model's best on validation data.
         seeds: of weights and data.
         shape: settings of `NHAConfig` that all models share (recall).
@@ -89,7 +89,7 @@ class Table:
     name: str
     title: str
     kind: str
-    arms: tuple[Arm, ...]
+    models: tuple[ModelSpec, ...]
     lrs: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
     shape: dict[str, Any] = field(default_factory=dict)
@@ -102,19 +102,19 @@ class Table:
     chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [arm.name for arm in self.arms]
+        names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"expected arms of different names, got {', '.join(names) or 'none'}")
+            raise ValueError(f"expected models of different names, got {', '.join(names) or 'none'}")
         if self.kind not in KINDS or getattr(self, self.kind) is None:
             raise ValueError(
                 f"expected kind to be one of {', '.join(KINDS)} with a plan of that name, got {self.kind!r}"
             )
         named = [*self.pictured, *self.chosen, *([self.match] if self.match else [])]
-        named += [name for claim in self.claims for name in (claim.arm, claim.against)]
+        named += [name for claim in self.claims for name in (claim.model, claim.against)]
         unknown = [name for name in named if name not in names]
         if unknown:
             raise ValueError(f"expected names out of {', '.join(names)}, got {unknown[0]!r}")
-        drawn = [arm.name for arm in self.arms if arm.random_windows]
+        drawn = [model.name for model in self.models if model.random_windows]
         if drawn and self.kind != "recall":
             raise ValueError(f"expected random windows of {drawn[0]} under train in a {self.kind} table")
         if not self.lrs or not self.seeds:
@@ -123,17 +123,17 @@ class Table:
     @property
     def rows(self) -> list[Row]:
         """The rows of the chosen models, seed by seed, so that a table that is stopped has whole comparisons."""
-        return [row for row in self.every_row if not self.chosen or row.arm.name in self.chosen]
+        return [row for row in self.every_row if not self.chosen or row.model.name in self.chosen]
 
     @property
     def every_row(self) -> list[Row]:
         """The rows of all models."""
-        return [Row(arm, lr, seed) for seed, lr, arm in itertools.product(self.seeds, self.lrs, self.arms)]
+        return [Row(model, lr, seed) for seed, lr, model in itertools.product(self.seeds, self.lrs, self.models)]
 
     @property
-    def matched(self) -> Arm | None:
+    def matched(self) -> ModelSpec | None:
         """The model whose number of parameters all others have."""
-        return next((arm for arm in self.arms if arm.name == self.match), None)
+        return next((model for model in self.models if model.name == self.match), None)
 
     @property
     def recall_shape(self) -> NHAConfig:
@@ -152,16 +152,16 @@ class Table:
         }
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
-    def only(self, arms: Sequence[str] = (), seeds: Sequence[int] = (), lrs: Sequence[float] = ()) -> Table:
+    def only(self, models: Sequence[str] = (), seeds: Sequence[int] = (), lrs: Sequence[float] = ()) -> Table:
         """The table with some of its models in place of the chosen ones, and with other seeds or learning rates.
 
         Raises ValueError for a model that it does not have.
         """
-        names = [arm.name for arm in self.arms]
-        unknown = [name for name in arms if name not in names]
+        names = [model.name for model in self.models]
+        unknown = [name for name in models if name not in names]
         if unknown:
-            raise ValueError(f"expected arms out of {', '.join(names)}, got {unknown[0]!r}")
-        changes: dict[str, Any] = {"chosen": tuple(arms)} if arms else {}
+            raise ValueError(f"expected models out of {', '.join(names)}, got {unknown[0]!r}")
+        changes: dict[str, Any] = {"chosen": tuple(models)} if models else {}
         changes |= {"seeds": tuple(seeds)} if seeds else {}
         changes |= {"lrs": tuple(lrs)} if lrs else {}
         return dataclasses.replace(self, **changes)
@@ -170,7 +170,7 @@ class Table:
 def plain(value: Any) -> Any:
     """Dataclasses as plain data without fields at their defaults, so that a new field changes no digest of before.
 
-    >>> plain((Arm("nha"), Arm("linear", windows=0)))
+    >>> plain((ModelSpec("nha"), ModelSpec("linear", windows=0)))
     [{'name': 'nha'}, {'name': 'linear', 'windows': 0}]
     """
     if isinstance(value, (list, tuple)):
@@ -226,10 +226,10 @@ def read_table(name: str | Path) -> Table:
 def parse_table(found: Any) -> Table:
     """A table from plain data, as YAML gives it. Raises ValueError for what cannot be."""
     values = dict(_mapping("a table", found))
-    arms = _mapping("arms", values.pop("arms", None))
-    values["arms"] = tuple(
-        _make(Arm, {"name": str(name), **_mapping(f"arm {name}", settings or {})}, f"arm {name}")
-        for name, settings in arms.items()
+    models = _mapping("models", values.pop("models", {}))
+    values["models"] = tuple(
+        _make(ModelSpec, {"name": str(name), **_mapping(f"model {name}", settings or {})}, f"model {name}")
+        for name, settings in models.items()
     )
     values["claims"] = tuple(
         _make(Claim, claim, f"claim {number}") for number, claim in enumerate(values.pop("claims", None) or (), 1)

@@ -30,7 +30,7 @@ ONE_SHARD = "1/1"
 class Selection:
     """Options for the rows to make."""
 
-    arms: Annotated[
+    models: Annotated[
         str | None, typer.Option(help="Models to make, separated by commas.", show_default="the table's")
     ] = None
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.", show_default="the table's")] = None
@@ -67,7 +67,7 @@ class Selection:
     def apply(self, table: Table) -> Table:
         """The table with the rows that are asked for. Raises ValueError or BadInput for what it cannot have."""
         return table.only(
-            [name.strip() for name in (self.arms or "").split(",") if name.strip()],
+            [name.strip() for name in (self.models or "").split(",") if name.strip()],
             common.parse_ints(self.seeds, "--seeds") if self.seeds else (),
             parse_floats(self.lrs, "--lrs") if self.lrs else (),
         )
@@ -240,13 +240,13 @@ def show_tables(as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                name: {"title": t.title, "arms": [arm.name for arm in t.arms], "rows": len(t.rows)}
+                name: {"title": t.title, "models": [model.name for model in t.models], "rows": len(t.rows)}
                 for name, t in found.items()
             }
         )
         return
     for name, t in found.items():
-        out.print(f"[bold]{name}[/]: {escape(t.title)}; {len(t.arms)} models, {len(t.rows)} rows", soft_wrap=True)
+        out.print(f"[bold]{name}[/]: {escape(t.title)}; {len(t.models)} models, {len(t.rows)} rows", soft_wrap=True)
 
 
 def parse_floats(text: str, option: str) -> list[float]:

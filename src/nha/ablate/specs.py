@@ -24,7 +24,7 @@ CACHE_DTYPE = torch.bfloat16  # of keys and values in what `state_bytes` counts;
 
 
 @dataclass(frozen=True)
-class Arm:
+class ModelSpec:
     """One model of a table.
 
     Attributes:
@@ -43,7 +43,7 @@ class Arm:
         config: further settings of `NHAConfig`, or of the peer's configuration.
         train: settings of `nha train` that are the model's own, in a language table.
 
-    >>> Arm("hybrid of layers", windows=(0, 0, 0, -1)).layer_windows(8)
+    >>> ModelSpec("hybrid of layers", windows=(0, 0, 0, -1)).layer_windows(8)
     [0, 0, 0, -1, 0, 0, 0, -1]
     """
 
@@ -94,7 +94,7 @@ class Arm:
     def readable(self, windows: Sequence[int]) -> tuple[int, ...]:
         """Those of the windows, in tokens, that such a trained model can have at run time.
 
-        >>> Arm("nha").readable((0, 8, -1)), Arm("transformer", windows=-1).readable((0, 8, -1))
+        >>> ModelSpec("nha").readable((0, 8, -1)), ModelSpec("transformer", windows=-1).readable((0, 8, -1))
         ((0, 8, -1), (-1,))
         """
         if max(self._pattern) == FULL:
@@ -110,7 +110,7 @@ class Arm:
             )
         return list(self._pattern) * (num_layers // len(self._pattern))
 
-    def build(self, shape: NHAConfig, seed: int = 0, *, match: Arm | None = None) -> PreTrainedModel:
+    def build(self, shape: NHAConfig, seed: int = 0, *, match: ModelSpec | None = None) -> PreTrainedModel:
         """The model with freshly drawn weights, a function of its arguments.
 
         Args:
@@ -150,7 +150,7 @@ class Arm:
             convolve(model, self.convolution)
         return model
 
-    def _missing_width(self, config: NHAConfig, match: Arm, shape: NHAConfig) -> int:
+    def _missing_width(self, config: NHAConfig, match: ModelSpec, shape: NHAConfig) -> int:
         """The width that feed-forward layers must gain for as many parameters as `match` has."""
         with torch.device("meta"):
             wanted = used_parameters(match._make(match.settings(shape), 0))
@@ -163,7 +163,7 @@ def used_parameters(model: PreTrainedModel) -> int:
     """Parameters that the model reads: gates and sinks of layers without slots do not count.
 
     >>> shape = NHAConfig.tiny()
-    >>> used_parameters(Arm("full", windows=-1).build(shape)) < used_parameters(Arm("nha").build(shape))
+    >>> used_parameters(ModelSpec("full", windows=-1).build(shape)) < used_parameters(ModelSpec("nha").build(shape))
     True
     """
     unused = 0
@@ -180,7 +180,7 @@ def state_bytes(model: PreTrainedModel, context: int) -> int:
     Keys and values are counted in bfloat16, slots in float32, as the cache holds them. A model without slots needs
     neither slot keys nor gates of the tokens in its windows.
 
-    >>> model = Arm("window", windows=16, slots=False).build(NHAConfig.tiny())
+    >>> model = ModelSpec("window", windows=16, slots=False).build(NHAConfig.tiny())
     >>> state_bytes(model, 1000)  # 2 layers, 16 tokens, 2 heads of 16 numbers, keys and values, 2 bytes each
     4096
     """

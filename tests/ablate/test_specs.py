@@ -1,4 +1,4 @@
-"""Arms of a table: what each is, its state in bytes, its parameters; and the ablations of the one softmax."""
+"""Models of a table: what each is, its state in bytes, its parameters; and the ablations of the one softmax."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import pytest
 import torch
 
 from nha import NHAConfig
-from nha.ablate.arms import Arm, state_bytes, used_parameters
 from nha.ablate.fusion import delay
+from nha.ablate.specs import ModelSpec, state_bytes, used_parameters
 from nha.models.cache import cache_nbytes
 from nha.models.observe import ablate
 from nha.models.windows import attention_layers
 from nha.ops import nha_attention
 
 SHAPE = NHAConfig.tiny()
-NHA = Arm("nha", windows=8, num_slots=8)
-ARMS = [
+NHA = ModelSpec("nha", windows=8, num_slots=8)
+SPECS = [
     NHA,
-    Arm("transformer", windows=-1),
-    Arm("linear", windows=0, num_slots=8),
-    Arm("window", windows=12, slots=False),
-    Arm("layers", windows=(0, -1), num_slots=8),
-    Arm("and full", windows=(8, -1), num_slots=8),
-    Arm("average", windows=8, num_slots=8, fusion="average"),
-    Arm("gate", windows=8, num_slots=8, fusion="gate"),
+    ModelSpec("transformer", windows=-1),
+    ModelSpec("linear", windows=0, num_slots=8),
+    ModelSpec("window", windows=12, slots=False),
+    ModelSpec("layers", windows=(0, -1), num_slots=8),
+    ModelSpec("and full", windows=(8, -1), num_slots=8),
+    ModelSpec("average", windows=8, num_slots=8, fusion="average"),
+    ModelSpec("gate", windows=8, num_slots=8, fusion="gate"),
 ]
-CONVOLVED = Arm("convolved", windows=8, num_slots=8, convolution=4)
-each_arm = pytest.mark.parametrize("arm", [*ARMS, CONVOLVED], ids=lambda arm: arm.name)
+CONVOLVED = ModelSpec("convolved", windows=8, num_slots=8, convolution=4)
+each_spec = pytest.mark.parametrize("spec", [*SPECS, CONVOLVED], ids=lambda spec: spec.name)
 
 
 def ids(length: int = 40, rows: int = 2) -> torch.Tensor:
@@ -40,9 +40,9 @@ def logits(model, tokens):
     return model.eval()(tokens, use_cache=False).logits
 
 
-@each_arm
-def test_every_arm_trains_and_is_causal(arm):
-    model = arm.build(SHAPE)
+@each_spec
+def test_every_model_trains_and_is_causal(spec):
+    model = spec.build(SHAPE)
     model(ids(), labels=ids(), use_cache=False).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     changed = ids()
@@ -50,35 +50,35 @@ def test_every_arm_trains_and_is_causal(arm):
     torch.testing.assert_close(logits(model, ids())[:, :30], logits(model, changed)[:, :30])
 
 
-@each_arm
-def test_arms_of_one_seed_start_from_the_same_weights_again(arm):
-    first, again, other = (arm.build(SHAPE, seed) for seed in (0, 0, 1))
+@each_spec
+def test_models_of_one_seed_start_from_the_same_weights_again(spec):
+    first, again, other = (spec.build(SHAPE, seed) for seed in (0, 0, 1))
     assert torch.equal(logits(first, ids()), logits(again, ids()))
     assert not torch.equal(logits(first, ids()), logits(other, ids()))
 
 
-@each_arm
-def test_matched_arms_have_as_many_parameters_up_to_one_step_of_width(arm):
+@each_spec
+def test_matched_models_have_as_many_parameters_up_to_one_step_of_width(spec):
     wanted = used_parameters(NHA.build(SHAPE))
     step = 8 * 3 * SHAPE.hidden_size * SHAPE.num_hidden_layers
-    assert abs(used_parameters(arm.build(SHAPE, match=NHA)) - wanted) <= step / 2
+    assert abs(used_parameters(spec.build(SHAPE, match=NHA)) - wanted) <= step / 2
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.fusion == "softmax"], ids=lambda arm: arm.name)
-def test_state_bytes_are_those_of_the_cache_less_what_a_model_without_slots_does_not_need(arm):
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.fusion == "softmax"], ids=lambda spec: spec.name)
+def test_state_bytes_are_those_of_the_cache_less_what_a_model_without_slots_does_not_need(spec):
     context = 50
-    model = arm.build(SHAPE).to(torch.bfloat16)
+    model = spec.build(SHAPE).to(torch.bfloat16)
     cache = model(ids(context, rows=1), use_cache=True).past_key_values
     unneeded = 0
-    if not arm.slots:
+    if not spec.slots:
         states = [layer.state for layer in cache.layers]
         unneeded = sum(state.window_slot_key.nbytes + state.num_tokens.nbytes for state in states)
     assert state_bytes(model, context) == cache_nbytes(cache) - unneeded
 
 
 @torch.no_grad()
-def test_the_window_arm_is_the_hybrid_without_its_slots():
-    model, hybrid = Arm("window", windows=8, slots=False).build(SHAPE), NHA.build(SHAPE)
+def test_the_window_model_is_the_hybrid_without_its_slots():
+    model, hybrid = ModelSpec("window", windows=8, slots=False).build(SHAPE), NHA.build(SHAPE)
     kept = {n: x for n, x in model.state_dict().items() if "g_proj" not in n}
     hybrid.load_state_dict(kept, strict=False)
     with ablate(hybrid, "slots_off"):
@@ -104,8 +104,8 @@ def test_delayed_slots_hold_what_has_left_the_window():
 @pytest.mark.parametrize("fusion", ["average", "gate"])
 @torch.no_grad()
 def test_two_softmaxes_are_full_attention_while_the_window_holds_everything(fusion):
-    model = Arm("two", windows=16, num_slots=8, fusion=fusion).build(SHAPE)
-    full = Arm("full", windows=-1).build(SHAPE)
+    model = ModelSpec("two", windows=16, num_slots=8, fusion=fusion).build(SHAPE)
+    full = ModelSpec("full", windows=-1).build(SHAPE)
     full.load_state_dict(
         {n: x for n, x in model.state_dict().items() if n in full.state_dict() and "g_proj" not in n}, strict=False
     )
@@ -115,7 +115,7 @@ def test_two_softmaxes_are_full_attention_while_the_window_holds_everything(fusi
 
 @torch.no_grad()
 def test_a_gate_of_one_half_is_the_average():
-    average, gate = ARMS[-2].build(SHAPE), ARMS[-1].build(SHAPE)
+    average, gate = SPECS[-2].build(SHAPE), SPECS[-1].build(SHAPE)
     gate.load_state_dict(average.state_dict(), strict=False)
     torch.testing.assert_close(logits(average, ids()), logits(gate, ids()))
     for module in attention_layers(gate):
@@ -133,10 +133,10 @@ def test_convolutions_begin_as_the_layer_without_and_then_read_the_tokens_before
     assert not torch.allclose(logits(model, ids()), logits(plain, ids()))
 
 
-@pytest.mark.parametrize("arm", [ARMS[-1], CONVOLVED], ids=lambda arm: arm.name)
-def test_ablations_of_the_layer_refuse_a_cache_and_padding(arm):
-    model = arm.build(SHAPE)
-    assert not arm.has_cache and NHA.has_cache
+@pytest.mark.parametrize("spec", [SPECS[-1], CONVOLVED], ids=lambda spec: spec.name)
+def test_ablations_of_the_layer_refuse_a_cache_and_padding(spec):
+    model = spec.build(SHAPE)
+    assert not spec.has_cache and NHA.has_cache
     with pytest.raises(ValueError, match="cache"):
         model(ids(), use_cache=True)
     with pytest.raises(ValueError, match="padding"):
@@ -155,18 +155,18 @@ def test_ablations_of_the_layer_refuse_a_cache_and_padding(arm):
         (dict(name="x", slots=False, random_windows=(0, 8)), ("x", "0")),
     ],
 )
-def test_arms_that_cannot_be_are_refused_by_name(settings, names):
+def test_models_that_cannot_be_are_refused_by_name(settings, names):
     with pytest.raises(ValueError) as error:
-        Arm(**settings)
+        ModelSpec(**settings)
     assert all(name in str(error.value) for name in names)
 
 
 def test_windows_that_do_not_repeat_over_the_layers_are_refused():
     with pytest.raises(ValueError, match="3"):
-        Arm("x", windows=(0, 0, -1)).build(SHAPE)
+        ModelSpec("x", windows=(0, 0, -1)).build(SHAPE)
 
 
 @pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention is installed")
 def test_a_peer_without_its_library_names_what_to_install():
     with pytest.raises(ImportError, match="peers"):
-        Arm("gla", peer="gla").build(SHAPE)
+        ModelSpec("gla", peer="gla").build(SHAPE)
