@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 16  # tokens whose gates are factorised together: bounds the exponents
@@ -113,6 +112,7 @@ class Workspace:
         self.like = like.new_empty(0)
         self.buffers: dict[str, Tensor] = {}
         self.views: dict[tuple[object, ...], Tensor] = {}
+        self.parts: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
         self.masks: dict[tuple[object, ...], Tensor] = {}
 
     @property
@@ -129,14 +129,24 @@ class Workspace:
             if buffer is None or buffer.shape[0] < size:
                 buffer = self.buffers[name] = self.like.new_empty(size)
                 self.views = {key: own for key, own in self.views.items() if key[0] != name}
+                self.parts = {key: own for key, own in self.parts.items() if key[0] != name}
             view = self.views[name, *shape] = buffer[:size].view(shape)
         return view
 
+    def take_chunks(self, name: str, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`take` of a shape [B, H, n, ...], and its views of each chunk [B, H, ...]."""
+        whole = self.take(name, *shape)
+        chunks = self.parts.get((name, *shape))
+        if chunks is None:
+            chunks = self.parts[name, *shape] = whole.unbind(2)
+        return whole, chunks
+
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """`a @ b` with equal batch dimensions, in the buffer of this name."""
-        out = self.take(name, *a.shape[:-1], b.shape[-1])
-        torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
-        return out
+        rows, columns = a.shape[-2], b.shape[-1]
+        a, b, batch = a.flatten(0, -3), b.flatten(0, -3), a.shape[:-2]
+        torch.bmm(a, b, out=self.take(name, len(a), rows, columns))
+        return self.take(name, *batch, rows, columns)
 
 
 _spare: dict[tuple[object, ...], Workspace] = {}  # workspaces of passes that are over
@@ -158,7 +168,7 @@ def workspace(like: Tensor) -> Iterator[Workspace]:
     kept = type(like) is Tensor and like.device.type == "cpu"
     space = (_spare.pop(key, None) if kept else None) or Workspace(like)
     yield space
-    if kept and space.nbytes <= MAX_SPARE and len(space.views) + len(space.masks) <= MAX_VIEWS:
+    if kept and space.nbytes <= MAX_SPARE and len(space.views) + len(space.parts) + len(space.masks) <= MAX_VIEWS:
         _spare[key] = space
 
 
@@ -193,12 +203,16 @@ class Scores(NamedTuple):
     slope: Tensor | None  # with a softcap the derivative of the capped scores, shaped as the weights
 
 
-def heads_first(x: Tensor, start: int, stop: int, size: int) -> Tensor:
-    """x [B, T, H, D] -> [B, H, size, D] of tokens start..stop; positions outside the sequence are zero."""
-    inside = x[:, max(start, 0) : max(stop, 0)].transpose(1, 2)
-    before = max(-start, 0)
-    after = size - before - inside.shape[2]
-    return F.pad(inside, (0, 0, before, after)) if before or after else inside
+def heads_first(x: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
+    """Write x [B, T, H, D] of tokens start..stop into out [B, H, size, D]; positions outside the sequence are zero."""
+    inside = x[:, max(start, 0) : max(stop, 0)]
+    before, count, size = max(-start, 0), inside.shape[1], out.shape[2]
+    if before:
+        out[:, :, :before].zero_()
+    if before + count < size:
+        out[:, :, before + count :].zero_()
+    (out if count == size else out[:, :, before : before + count]).copy_(inside.transpose(1, 2))
+    return out
 
 
 def scaled_queries(
@@ -209,16 +223,30 @@ def scaled_queries(
     count = span[1] - span[0]
     part = q[:, span[0] : span[1]].unflatten(2, (heads, query_heads // heads)).transpose(1, 2)
     rows = space.take(name, batch, heads, size, query_heads // heads, dim)
-    torch.mul(part, scale, out=rows[:, :, :count])
-    rows[:, :, count:].zero_()
-    return rows.flatten(2, 3)
+    if count < size:
+        rows[:, :, count:].zero_()
+    inside = rows if count == size else rows[:, :, :count]
+    if q.dtype == rows.dtype:
+        torch.mul(part, scale, out=inside)
+    else:
+        inside.copy_(part).mul_(scale)
+    return space.take(name, batch, heads, size * query_heads // heads, dim)
 
 
-def window_tiles(x: Tensor, plan: Plan, space: Workspace, name: str) -> Tensor:
-    """Keys [B, H, lookback + tokens, D] -> the blocks that each query tile sees, [B, H, tiles, blocks * tile, D]."""
-    blocks = x.unflatten(2, (-1, plan.tile)).unfold(2, plan.blocks, 1)  # [B, H, tiles, tile, D, blocks]
-    blocks = blocks.permute(0, 1, 2, 5, 3, 4)
-    return space.take(name, *blocks.shape).copy_(blocks).flatten(3, 4)
+def window_tiles(x: Tensor, plan: Plan, span: tuple[int, int], space: Workspace, name: str) -> Tensor:
+    """Keys [B, T, H, D] of a span -> the blocks that each query tile sees, [B, H, tiles, blocks * tile, D].
+
+    The span are `lookback` tokens and those of whole tiles; positions outside the sequence are zero.
+    """
+    (start, stop), (batch, _, heads, dim), tile = span, x.shape, plan.tile
+    count = (stop - start) // tile - plan.blocks + 1
+    tiles = space.take(name, batch, heads, count, plan.blocks * tile, dim)
+    if start < 0 or stop > x.shape[1]:
+        inside = heads_first(x, start, stop, space.take(name + "_inside", batch, heads, stop - start, dim))
+    else:
+        inside = x[:, start:stop].transpose(1, 2)
+    blocks = inside.unfold(2, plan.blocks * tile, tile)  # [B, H, tiles, D, blocks * tile]
+    return tiles.copy_(blocks.mT)
 
 
 def sum_tiles(grad: Tensor, plan: Plan) -> Tensor:
@@ -235,9 +263,10 @@ def decays(
     log_gate: Tensor, plan: Plan, size: int, span: tuple[int, int], space: Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q_decay, k_decay, half_decay (module docstring) of one group of log-gates [B, T, H, M]."""
-    inside = heads_first(log_gate, *span, size)
+    batch, _, heads, slots = log_gate.shape
     # Contiguous, or every product would copy the decays that are made of it.
-    gate = torch.clamp(inside, GATE_FLOOR, 0, out=space.take("k_decay", *inside.shape)).unflatten(2, (-1, plan.chunk))
+    heads_first(log_gate, *span, space.take("k_decay", batch, heads, size, slots))
+    gate = space.take("k_decay", batch, heads, size // plan.chunk, plan.chunk, slots).clamp_(GATE_FLOOR, 0)
     total = torch.cumsum(gate, -2, out=space.take("q_decay", *gate.shape))
     mid = total[..., -1:, :] / 2
     q_decay = total.sub_(mid).exp_()
@@ -249,13 +278,14 @@ def advance_slots(
     slots: Tensor, tokens: Tensor, k_decay: Tensor, half_decay: Tensor, space: Workspace
 ) -> tuple[Tensor, Tensor]:
     """Slots through the chunks of a group: (those before each one times its `half_decay`, those after the last)."""
-    next_half = F.pad(half_decay[:, :, 1:], (0, 0, 0, 0, 0, 1), value=1.0)
-    decay = half_decay * next_half
+    decay, factors = space.take_chunks("decay", *half_decay.shape)
+    torch.mul(half_decay[:, :, :-1], half_decay[:, :, 1:], out=decay[:, :, :-1])
+    factors[-1].copy_(half_decay[:, :, -1])
     decay_to_next = torch.mul(k_decay, decay.mT, out=space.take("decay_to_next", *k_decay.shape))
     written = space.product("written", decay_to_next.mT, tokens)
-    before = space.take("slots", *written.shape)
-    torch.mul(slots, half_decay[:, :, 0], out=before[:, :, 0])
-    states, writes, factors = before.unbind(2), written.unbind(2), decay.unbind(2)
+    _, writes = space.take_chunks("written", *written.shape)
+    before, states = space.take_chunks("slots", *written.shape)
+    torch.mul(slots, half_decay[:, :, 0], out=states[0])
     for state, write, factor, following in zip(states, writes, factors, states[1:], strict=False):
         torch.addcmul(write, factor, state, out=following)
     return before, torch.addcmul(writes[-1], factors[-1], states[-1])
@@ -270,15 +300,17 @@ def load_group(
     heads, window = k.shape[2], plan.window
     size = -(-(stop - start) // plan.tile) * plan.tile
     q_decay, k_decay, half_decay = decays(log_gate, plan, size, span, space)
-    pair = heads_first(k_slot, start, stop, size), heads_first(v, start, stop, size)
-    tokens = space.take("tokens", *pair[0].shape[:3], slots.shape[3])
-    tokens = torch.cat(pair, -1, out=tokens).unflatten(2, (-1, plan.chunk))
+    batch, dim, width = q.shape[0], q.shape[3], slots.shape[3]
+    tokens = space.take("tokens", batch, heads, size, width)
+    heads_first(k_slot, start, stop, tokens[..., :dim])
+    heads_first(v, start, stop, tokens[..., dim:])
+    tokens = space.take("tokens", batch, heads, size // plan.chunk, plan.chunk, width)
     before, slots = advance_slots(slots, tokens, k_decay, half_decay, space)
     window_key = window_value = None
     if window:
         first, last = start + window - plan.lookback, start + window + size
-        key, value = (heads_first(x, first, last, plan.lookback + size) for x in (k, v))
-        window_key, window_value = window_tiles(key, plan, space, "keys"), window_tiles(value, plan, space, "values")
+        window_key = window_tiles(k, plan, (first, last), space, "keys")
+        window_value = window_tiles(v, plan, (first, last), space, "values")
     query = scaled_queries(q, heads, span, size, scale, space, "query")
     slot_query = scaled_queries(q_slot, heads, span, size, scale, space, "slot_query")
     group = Group(

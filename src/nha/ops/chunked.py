@@ -59,7 +59,8 @@ def _compute(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Slot mass, slots after the segment, and those before each group (`keep_starts`); the outputs go into `out`.
 
-    `given` are the arguments of `_forward` from `q` to `sink_value`.
+    `given` are the arguments of `_forward` from `q` to `sink_value`. Slots and sinks are in float32 or float64; the
+    others may be in 16 bits where no fused kernel reads the window.
     """
     q, k, v, q_slot, k_slot, log_gate, slots, sink_key, sink_value = given
     batch, length, query_heads, _ = q.shape
@@ -71,9 +72,9 @@ def _compute(
     if has_fused_window(q, v, window, softcap):
         log_sum = fused_window_attention(q, k, v, window=window, scale=scale, first=first, out=out)
         plan = slots_only(plan, sizes, keep_starts)
-    mass = q.new_zeros(batch, length, query_heads)
+    mass = slots.new_zeros(batch, length, query_heads)
     starts = []
-    with workspace(q) as space:
+    with workspace(slots) as space:
         for start, stop in plan.spans():
             if keep_starts:
                 starts.append(slots)
@@ -217,7 +218,7 @@ def _backward(
             size = plan.chunk * group.q_decay.shape[2]
             do = scaled_queries(grad_out, heads, span, size, 1.0, space, "do")
             dmass = scaled_queries(grad_mass[..., None], heads, span, size, 1.0, space, "dmass")
-            raw = heads_first(log_gate, start, stop, size)
+            raw = heads_first(log_gate, start, stop, log_gate.new_empty(len(q), heads, size, log_gate.shape[3]))
             _add_group(grads, group, plan, span, scores, (sink_key, sink_value), raw, do, dmass, scale, space)
     if not window:
         grads.q.zero_()
@@ -444,16 +445,22 @@ def chunked(
     # Queries of a first segment that see nothing but the window are full attention; after them no key is missing.
     # Not where a graph is made, which would serve fewer lengths.
     first = not past and window < length and not state.slots_active
-    alone = window if first and not grad and not torch.compiler.is_compiling() else 0
+    eager = not grad and not torch.compiler.is_compiling()
+    alone = window if first and eager else 0
     window_slot_key = state.key if state.window_slot_key is None else state.window_slot_key
 
-    def joined(cached: Tensor, new: Tensor) -> Tensor:
+    fused = has_fused_window(q, v, window, softcap or 0.0)
+    # Groups of tokens are cast as they are loaded, and the outputs as they are stored.
+    read = q.dtype if eager and not fused else dtype
+    read_slot = q.dtype if eager else dtype
+
+    def joined(cached: Tensor, new: Tensor, to: torch.dtype = read) -> Tensor:
         if alone or not window:
-            return new.to(dtype)
-        return torch.cat([F.pad(cached, (0, 0, 0, 0, window - past, 0)), new], 1).to(dtype)
+            return new.to(to)
+        return torch.cat([F.pad(cached, (0, 0, 0, 0, window - past, 0)), new], 1).to(to)
 
     queries = length - alone
-    gates = joined(state.window_log_gate, log_gate)[:, :queries]
+    gates = joined(state.window_log_gate, log_gate, log_gate.dtype if eager else dtype)[:, :queries]
     if count is not None:
         written = torch.arange(alone, length, device=q.device) < count[:, None]
         gates = torch.where(written[..., None, None], gates, 0)
@@ -462,11 +469,11 @@ def chunked(
     if sink is None:
         sink = (k.new_zeros(heads, 0, dim), v.new_zeros(heads, 0, v.shape[-1]))
     given = (
-        q[:, alone:].to(dtype),
+        q[:, alone:].to(read),
         joined(state.key, k),
         joined(state.value, v),
-        q_slot[:, alone:].to(dtype),
-        joined(window_slot_key, k_slot)[:, :queries],
+        q_slot[:, alone:].to(read_slot),
+        joined(window_slot_key, k_slot, read_slot)[:, :queries],
         gates,
         slots,
         sink[0].to(dtype),
@@ -474,10 +481,10 @@ def chunked(
     )
     unused = None if alone else window - state.num_tokens.clamp_max(window)
     options = Options(window, scale, softcap or 0.0, state.slots_active, with_mass, grad)
-    if grad or torch.compiler.is_compiling():
+    if not eager:
         out, mass, slots, _ = (_Transformed.apply if transformed else _forward)(*given, unused, *options)
     else:
-        out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
+        out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype if fused else v.dtype)
         mass, slots, _ = _compute(out[:, alone:], given, unused, options)
     after = advance(state, k, v, log_gate, k_slot, (slots[..., :dim], slots[..., dim:]), count)
     out = out.to(v.dtype)
