@@ -173,12 +173,15 @@ def describe(row: dict[str, Any], printed: Path) -> str:
 
     >>> describe({"run": "cold", "steps": 0, "wanted_steps": 25, "status": -11, "stages": {}}, Path("cold.txt"))
     'cold: 0 of 25 steps, ended with status -11, see cold.txt; {}'
+    >>> row = {"run": "warm", "steps": 2, "wanted_steps": 2, "first_step_s": 40.0, "align_s": 9.0, "compile_s": None}
+    >>> describe(row | {"tokens_per_s": None, "stages": {}}, Path("warm.txt"))
+    'warm: first step after 40.0 s, aligned in 9.0 s, too few steps for a speed; {}'
     """
     if row["steps"] < row["wanted_steps"]:
         ended = "" if row["status"] is None else f", ended with status {row['status']}"
         return f"{row['run']}: {row['steps']} of {row['wanted_steps']} steps{ended}, see {printed}; {row['stages']}"
-    aligned, compiled = row["align_s"], row["compile_s"]
-    times = f"first step after {row['first_step_s']:.1f} s, aligned in {aligned:.1f} s, compiled in {compiled:.1f} s"
+    parts = (("first step after", "first_step_s"), ("aligned in", "align_s"), ("compiled in", "compile_s"))
+    times = ", ".join(f"{word} {row[name]:.1f} s" for word, name in parts if row[name] is not None)
     speed = f"{row['tokens_per_s']:,} tokens/s" if row["tokens_per_s"] else "too few steps for a speed"
     return f"{row['run']}: {times}, {speed}; {row['stages']}"
 
