@@ -13,7 +13,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
-@pytest.mark.parametrize("arguments", [["op"], ["model"], ["cpu", "--everything"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["op"], ["decode"], ["model"], ["cpu", "--everything"]], ids=" ".join)
 def test_rows_are_listed(arguments):
     done = run(*arguments, "--list")
     assert done.exit_code == 0 and len(done.stdout.splitlines()) > 8

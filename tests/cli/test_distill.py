@@ -105,7 +105,7 @@ def test_windows_come_from_a_search(place, corpus, tmp_path):
         (["{tiny}", "{new}", "--corpus", "{tiny}"], "it has no meta.json that can be read"),
         (
             ["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "-2"],
-            "expected --window of at least -1 and at most 2147483647, got -2",
+            "expected --window of at least -1 and at most 16777216, got -2",
         ),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--windows", "/nowhere"], "there is no file at /nowhere"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--tokens", "0"], "expected --tokens of at least 1"),

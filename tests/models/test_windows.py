@@ -11,7 +11,7 @@ from nha.models.windows import attention_layers, temporary_windows
 from tests.models.families import hybrid, teacher, tokens
 
 
-def logits(model, ids, **options):
+def logits(model: Any, ids, **options):
     with torch.no_grad():
         return model(ids, **options).logits
 
@@ -31,7 +31,7 @@ def test_a_configuration_edited_by_hand_counts(windows):
 def test_settings_named_to_from_pretrained_count_and_are_checked(make, tmp_path):
     make().save_pretrained(tmp_path)
     found: Any = AutoModelForCausalLM.from_pretrained(tmp_path, window_sizes=16).eval()
-    wanted = make().eval()
+    wanted: Any = make().eval()
     layers = wanted.config.num_hidden_layers
     set_windows(wanted, [16] * layers)
     wanted.load_state_dict(found.state_dict())

@@ -15,6 +15,7 @@ from nha.ops import NHAState, chunk_groups, fused_window
 from nha.ops.chunk_groups import CHUNK, GATE_FLOOR, Sizes, Workspace, decays, make_plan
 from nha.ops.packed_state import PackedState
 from nha.ops.state import MAX_WINDOW
+from nha.settings import MAX_WINDOW as MAX_OPTION
 from nha.settings import STATE_DTYPES
 from tests.inputs import Case, assert_close_to, call, gradients, leaves, make, random_loss
 
@@ -41,7 +42,7 @@ def test_no_exponent_exceeds_half_a_chunk_at_the_floor(length, gate):
 def test_the_page_has_the_numbers_of_the_code():
     assert f"in chunks of {CHUNK}." in PAGE
     assert f"{CHUNK} * {-GATE_FLOOR:.0f} / 2 = {-GATE_FLOOR * CHUNK / 2:.0f}" in PAGE
-    assert MAX_WINDOW == 2**24 and "2 ** 24" in PAGE
+    assert MAX_OPTION == MAX_WINDOW == 2**24 and "2 ** 24" in PAGE
     kernels = (ROOT / "src/nha/ops/triton/primitives.py").read_text()
     max_decay = re.search(r"MAX_DECAY = tl.constexpr\((\d+)", kernels)
     subchunk = re.search(r"SUBCHUNK = tl.constexpr\((\d+)", kernels)

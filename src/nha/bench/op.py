@@ -244,8 +244,15 @@ def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
     return "\n".join(text)
 
 
-def run(wanted: list[Row], out: Path, budget_s: float, tiny: bool, log: Callable[[str], None] = print) -> int:
-    """Measure rows into `out`/ops.csv, starting none after `budget_s`; the number of rows of this library that failed.
+def run(
+    wanted: list[Row],
+    out: Path,
+    budget_s: float,
+    tiny: bool,
+    log: Callable[[str], None] = print,
+    table_name: str = "ops.csv",
+) -> int:
+    """Measure rows into a table in `out`, starting none after `budget_s`; how many rows of this library failed.
 
     Raises ValueError without a GPU, unless `tiny`.
     """
@@ -263,7 +270,7 @@ def run(wanted: list[Row], out: Path, budget_s: float, tiny: bool, log: Callable
     log(f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {limits['operations_per_s'] / 1e12:.0f} TFLOP/s")
     absent: dict[str, str] = {}
     failed = unrun = 0
-    with Table(out / "ops.csv", COLUMNS) as table:
+    with Table(out / table_name, COLUMNS) as table:
         for row in wanted:
             reason = peers.missing(row.impl)
             if reason is not None:
@@ -282,5 +289,5 @@ def run(wanted: list[Row], out: Path, budget_s: float, tiny: bool, log: Callable
     log(summary(table.rows, limits))
     for name, reason in absent.items():
         log(f"{name}: {reason}")
-    log(f"{len(table.rows)} rows in {out / 'ops.csv'}; {failed} of this library failed, for {unrun} no time was left")
+    log(f"{len(table.rows)} rows in {out / table_name}; {failed} of this library failed, for {unrun} no time was left")
     return failed

@@ -40,17 +40,33 @@ def leave(failed: int) -> None:
 @command
 def op(out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False) -> None:
     """Time the operator beside cuDNN, FlashAttention, FlexAttention and what else is installed: ops.csv."""
+    time_operator("ops.csv", out, budget, only, list_, tiny)
+
+
+@bench_app.command("decode", epilog='Example: [cyan]nha bench decode --only "B64 "[/]')
+@command
+def decode(
+    out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
+) -> None:
+    """Time one token of the operator after 32,768 others, with and without a CUDA graph: ops-decode.csv."""
+    time_operator("ops-decode.csv", out, budget, only, list_, tiny, kind="decode")
+
+
+def time_operator(
+    name: str, out: Path, budget: float, only: str | None, list_: bool, tiny: bool, kind: str | None = None
+) -> None:
+    """Measure the operator's rows, or those of one kind, into the table of this name."""
     from nha.bench import op as bench
     from nha.bench.timing import select
 
     check_at_least("--budget-s", budget, 0)
-    rows = select(bench.rows(tiny), only)
+    rows = select([row for row in bench.rows(tiny) if kind in (None, row.kind)], only)
     if list_:
         log("\n".join(map(str, rows)))
         return
     check_writable(out)
     warnings.simplefilter("ignore")
-    leave(bench.run(rows, out, budget, tiny, log))
+    leave(bench.run(rows, out, budget, tiny, log, name))
 
 
 @bench_app.command("model", epilog="Example: [cyan]nha bench model smollm2-135m --out results --budget-s 240[/]")

@@ -122,7 +122,8 @@ def public(
         out.print(table)
     for line in found["notes"]:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
-    err.print(
-        "[dim]accuracy in % with 95 % intervals (Wilson); of control: relative to the control model on the same "
-        f"items, with paired bootstrap intervals, seed {models.seed}[/]"
-    )
+    legend = "accuracy in % with 95 % intervals (Wilson)"
+    if found["relative"]:
+        legend += "; of control: relative to the control model on the same items, with paired bootstrap intervals"
+        legend += f", seed {models.seed}"
+    err.print(f"[dim]{legend}[/]")
