@@ -1,11 +1,12 @@
-"""Verbatim clozes of the hybrid that ships, with other windows set at run time and caches in 8 bits; nothing trained.
+"""Verbatim clozes of a small file's hybrid, with other windows set at run time and caches in 8 bits; nothing trained.
 
-    python -m experiments.shipped_windows --data DIR --out DIR --wide 15:1000 --narrow 41 [--near 60] [--far 60]
+    python -m experiments.shipped_windows --data DIR --out DIR --wide 15:1000 --narrow 41 [--file FILE] [--near 60]
     python -m experiments.shipped_windows --report DIR
 
 --wide takes heads:window by rank, separated by commas (-1: full attention), --narrow the window of all others. Clozes
 are those of `nha eval public --clozes 500`, taken from each range of distances in turn, so that the rows of the fair
-control and of the shipped file in results/quality answer the same ones. DIR gets a line for every answer, and the same
+control and of `shipped_recall` in results/quality answer the same ones; the rows there are of that file, which
+`experiments.quality --arms constant_recall --files` writes. DIR gets a line for every answer, and the same
 command goes on from there; --report writes DIR/shipped_windows.json.
 """
 
@@ -30,6 +31,7 @@ from nha.data.cloze import Cloze
 from nha.evaluate.bootstrap import wilson
 from nha.evaluate.public.run import EDGES, PublicSettings, begins_with, read_public
 from nha.io import write_atomically
+from nha.models.smollm2 import DELTA
 from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 from nha.report.results import to_json
 
@@ -98,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--file", type=Path, default=DELTA, help="the small file (default: the one in this package)")
     parser.add_argument("--wide", type=parse_wide)
     parser.add_argument("--narrow", type=int, default=64)
     parser.add_argument("--near", type=int, default=60)
@@ -110,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     if None in (options.data, options.out, options.wide):
         parser.error("expected --data, --out and --wide, or --report")
     data = read_public(options.data, PublicSettings(parts=tuple(EDGES), clozes=500))
-    model, tokenizer = load(None, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(None, "cuda" if torch.cuda.is_available() else "cpu", options.file)
     set_windows(model, Heads(options.wide, options.narrow).windows())
     set_state_dtype(model, "int8")
     set_kv_cache_dtype(model, "int8")

@@ -41,15 +41,15 @@ from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 from nha.report.results import to_json
 
 
-def load(name: str | None, device: str) -> tuple[Any, Any]:
-    """The shipped hybrid, bfloat16 on a GPU and else float32, and its tokenizer."""
+def load(name: str | None, device: str, delta: Path = DELTA) -> tuple[Any, Any]:
+    """The hybrid of a small file, by default the shipped one, bfloat16 on a GPU and else float32, and its tokenizer."""
     path = gguf_path() if name in (None, "tiny") else Path(name)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if name == "tiny":
         return build("smollm2-135m", 4, device), tokenizer
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     forget_gguf(model)
-    apply_delta(model, DELTA)
+    apply_delta(model, delta)
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval(), tokenizer
 
 

@@ -32,7 +32,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 HYBRIDS = ("hybrid", "hybrid, heads")
 ONEDNN = "full, oneDNN"  # full attention, and linear layers as hybrids multiply them
 TOKENS = 8  # decoded in each round
-LONG_LAYERS = (7, 8, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 29)  # where the shipped hybrid has longer windows
+LONG_LAYERS = (7, 8, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 29)  # those of results/plans/smollm2-heads15.json
 
 
 @dataclass(frozen=True)
