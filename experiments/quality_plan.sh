@@ -8,12 +8,9 @@
 #
 # What is to run next, each alone on a card (the pair shares one, and the teacher of the first to train it):
 #     FIRST=4full_floor OTHER=1full_floor FILES= SECONDS_GIVEN=520
-#     FIRST=constant_floor OTHER=none FILES= SECONDS_GIVEN=500
-#     FIRST=1full_int8 OTHER=none FILES= LONG= FIRST_EXTRA="--seeds 1" SECONDS_GIVEN=340
-#     FIRST=4full_int8 OTHER=none FILES= SECONDS_GIVEN=400
-#     FIRST=constant_recall OTHER=none FIRST_EXTRA="--seeds 1" SECONDS_GIVEN=400      # and seed 2
-#     FIRST=constant_recall OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=560
-#     FIRST=constant_recall OTHER=none FIRST_EXTRA="--seeds 1" CONTROLS=--only-controls SECONDS_GIVEN=300    # its control
+#     FIRST=constant_floor OTHER=none FIRST_EXTRA="--seeds 1" SECONDS_GIVEN=420      # and seed 2, with their controls:
+#     FIRST=constant_floor OTHER=none FIRST_EXTRA="--seeds 2" CONTROLS=--only-controls SECONDS_GIVEN=300
+#     FIRST=constant_floor OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=560
 #
 # Seconds of 1full_half alone on an H200 with an empty cache of compiled kernels: model and tokens ready 47, teacher of 12.5 M tokens
 # 97 (37 of them until its first step), conversion and alignment 65, compile of heads of three kinds 139 (before layers of any
