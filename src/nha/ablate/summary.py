@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nha.ablate.run import ROWS, WINDOW, Data, best_lr, read_row
-from nha.ablate.table import EXPECTATIONS, Claim, Table, built_in_tables, read_table
+from nha.ablate.table import EXPECTATIONS, Claim, Row, Table, built_in_tables, read_table
 from nha.evaluate.bootstrap import interval, nested_interval
 from nha.io import write_atomically
 
@@ -143,6 +143,14 @@ def remember(table: Table, out: Path, name: str | None = None) -> None:
     write_atomically(path, json.dumps(about, indent=1, default=list) + "\n")
 
 
+def built_in_digest(row: Data, tables: Mapping[str, Table]) -> str | None:
+    """The digest that a row should have, of any learning rate and seed; None if its model is in none of the tables."""
+    table = tables.get(row["table"])
+    models = () if table is None else table.models
+    model = next((model for model in models if model.name == row["model"]), None)
+    return None if table is None or model is None else table.digest(Row(model, row["lr"], row["seed"]))
+
+
 def add_rows(source: Path, out: Path) -> tuple[int, int]:
     """Copy the rows of a directory of results, made on another machine for example, into `out`.
 
@@ -157,11 +165,11 @@ def add_rows(source: Path, out: Path) -> tuple[int, int]:
         raise ValueError(f"expected rows of tables in {source / ROWS}, got none")
     new: dict[Path, str] = {}
     tables = {name: read_table(name) for name in built_in_tables()}
-    expected = {row.name(name): table.digest(row) for name, table in tables.items() for row in table.every_row}
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        found = read_row(path, expected.get(path.stem))
+        found = read_row(path, None)
         assert found is not None
+        read_row(path, built_in_digest(found, tables))
         if read_row(out / ROWS / path.name, found["digest"]) is None:
             new[out / ROWS / path.name] = text
     for path in (source / TABLES).glob("*.json"):

@@ -78,7 +78,7 @@ class TextOptions:
     """Options for the text of a language table."""
 
     corpus: Annotated[
-        Path | None, typer.Option(help="Tokens to train language models on, from nha distill --prepare-only.")
+        Path | None, typer.Option(help="Tokens to train language models on, from nha train --prepare-only.")
     ] = None
     tokenizer: Annotated[
         str, typer.Option(help="The tokenizer that made the corpus: a directory, a Hub id, or 'smollm2'.")
