@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,29 @@ def cases(tiny: bool = False) -> dict[str, tuple[str, int]]:
     """
     lengths = LENGTHS if not tiny else (20, 30)
     return {f"{dtype} T{length}": (dtype, length) for dtype in DTYPES for length in lengths}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table of times relative to the original's (`full`), and in float32 to those of its products in oneDNN.
+
+    >>> row = {"task": "prefill", "T": 256, "dtype": "float32"}
+    >>> print("\\n".join(summary([row | {"model": "full", "ms": 20.0}, row | {"model": "hybrid", "ms": 15.0}])))
+    | tokens read | 256 |
+    |---|---|
+    | a prompt, float32, hybrid | **0.75** |
+    """
+    ms = {(row["model"], row["task"], row["dtype"], row["T"]): float(row["ms"]) for row in rows}
+    lengths = sorted({row["T"] for row in rows})
+    table = [f"| tokens read | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+    for label, task in (("a token", "decode"), ("a prompt", "prefill")):
+        for base, dtype, name in product(("full", ONEDNN), DTYPES, (*HYBRIDS, ONEDNN)):
+            pairs = [(ms.get((name, task, dtype, n)), ms.get((base, task, dtype, n))) for n in lengths]
+            if name == base or any(own is None or other is None for own, other in pairs):
+                continue
+            ratios = [f"{own / other:.2f}" for own, other in pairs if own is not None and other]
+            cells = " | ".join(f"**{x}**" if float(x) < 1 else x for x in ratios)
+            table.append(f"| {label}, {dtype}, {name}{'' if base == 'full' else f' (beside {base})'} | {cells} |")
+    return table
 
 
 def run(

@@ -151,7 +151,7 @@ def cpu(
     """Time the PyTorch implementation on the CPU beside full attention: cpu.csv. Run it again to resume."""
     from nha.bench import cpu as op_bench
     from nha.bench import cpu_model
-    from nha.bench.timing import select
+    from nha.bench.timing import read_table, select
 
     check_at_least("--repeats", repeats, 1)
     check_at_least("--budget-s", budget, 0)
@@ -165,7 +165,10 @@ def cpu(
         return op_bench.run(op_bench.rows(long, tiny), path, repeats, left(), log, only)
 
     def time_model(path: Path) -> bool:
-        return cpu_model.run(path, repeats, tiny, left(), log, only)
+        whole = cpu_model.run(path, repeats, tiny, left(), log, only)
+        if whole:
+            log("\n".join(["Time relative to the original's:", *cpu_model.summary(read_table(path))]))
+        return whole
 
     tables: dict[str, tuple[list[str], Callable[[Path], bool]]] = {}
     if everything or not (lengths or model):
