@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from nha.models import linear
 from nha.models.adapter import to_hybrid
 from nha.models.fused_step import fusing
+from nha.models.head import check_head
 from nha.models.linear import onednn_linear
 
 WINDOW = 8
@@ -73,6 +74,17 @@ def test_sequences_within_the_window_keep_their_bits(model):
         got = model(ids).logits
         with fusing(False):
             assert torch.equal(got, model(ids).logits)
+
+
+def test_a_pass_without_the_head_changes_no_later_one(model):
+    ids = torch.randint(300, (1, 40))
+    with torch.no_grad():
+        model.model(ids)
+        assert replaced(model) == [model.lm_head]
+        got = model(ids[:, :WINDOW]).logits
+        assert torch.equal(got, model.lm_head(model.model(ids[:, :WINDOW]).last_hidden_state))
+        model.model(ids)
+        check_head(model, ids)
 
 
 def test_gradients_are_those_of_torch(model):

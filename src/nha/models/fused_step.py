@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama as llama
 from nha.models.attention import LayerInputs, check_implementation, hybrid_attention, layer_cache
 from nha.models.cache import NHACacheLayer, is_empty
 from nha.models.config import FULL, smallest_window
-from nha.models.linear import can_replace, replace_linears
+from nha.models.linear import can_replace, forget_head, replace_linears
 from nha.models.masks import HybridMask, cache_argument
 from nha.models.rotary import RotaryStyle
 from nha.models.same_code import ATTENTIONS, computes_as
@@ -171,7 +171,10 @@ def before_layers(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     On a CPU the faster library multiplies (`nha.models.linear`).
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or stack.training or not _fusing.get():
+    if torch.compiler.is_compiling():
+        return
+    forget_head(stack)
+    if torch.is_grad_enabled() or stack.training or not _fusing.get():
         return
     on_cpu = can_replace(stack)
     if not (on_cpu or HAS_TRITON) or kwargs.get("output_attentions") or has_bits_of_original(stack, args, kwargs):

@@ -49,7 +49,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     ...     onednn_linear(torch.ones(2, 256), torch.ones(8, 256))[0, 0].item()
     256.0
     """
-    if torch.is_grad_enabled() or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    unable = torch.is_grad_enabled() or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available()
+    if unable or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
@@ -114,6 +115,13 @@ def replace_linears(stack: nn.Module) -> list[nn.Module]:
             if name != HEAD:
                 replaced.append(module)
     return replaced
+
+
+def forget_head(stack: nn.Module) -> None:
+    """Let PyTorch multiply the head of a decoder again, which a pass without it has left replaced."""
+    head = vars(stack).get(HEAD)
+    if head is not None:
+        after_head(head)
 
 
 def after_head(head: nn.Module, *_: Any) -> None:
