@@ -22,7 +22,6 @@ from nha.cli.evaluate_options import with_groups
 from nha.cli.hybridize import WINDOWS_HELP, check_convertible, searched_windows
 from nha.cli.options import given_options, make_settings, option_errors, with_settings
 from nha.convert.head_ranks import HeadRanks, searched_heads, spread_heads
-from nha.distill.compiler import CompilerProcess, has_one_gpu, run_stages, start_compiler_process
 from nha.distill.recipes import RECIPES, recipe_settings, takes_heads
 from nha.distill.settings import CONTROL, TEACHER, DistillSettings
 from nha.distill.stopping import Stop, handle_signals
@@ -136,11 +135,8 @@ def distill(
     130 and 143: by SIGINT and SIGTERM, with a checkpoint.
     """
     stop = Stop(settings.budget)
-    compiler = None
     try:
         with handle_signals(stop):
-            if has_one_gpu() and settings.compile != "nothing" and not (estimated.dry_run or text.prepare_only):
-                compiler = start_compiler_process()
             text.check(needed=not estimated.dry_run)
             common.check_choice("--dtype", dtype, DTYPES)
             if control not in (None, ALSO, ONLY) and not Path(control).is_dir():
@@ -175,40 +171,16 @@ def distill(
             if text.prepare_only:
                 report_corpus(read_text(source, text, cache), as_json)
                 return
-            config = None if unknown else source.config
-            ask_compiler(compiler, config, dtype, settings, control)
             opened, loaded = load_beside(source, dtype, timeline, lambda: read_text(source, text, cache))
             if unknown and recipe is not None:
                 place = output.with_name(output.name + ".heads.json")
                 settings = with_ranked_heads(recipe, settings, source, loaded, opened, place)
                 timeline.mark("heads ranked")
-            if config is None:
-                ask_compiler(compiler, loaded[0].config, dtype, settings, control)
-            run(Job(source, opened, output, settings, dtype, control, as_json, timeline, compiler), loaded, stop)
+            run(Job(source, opened, output, settings, dtype, control, as_json, timeline), loaded, stop)
     except KeyboardInterrupt:
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
         raise typer.Exit(exit_code(reason)) from None
-    finally:
-        if compiler is not None:
-            compiler.close()
-
-
-def ask_compiler(
-    compiler: CompilerProcess | None, config: Any, dtype: str, settings: DistillSettings, control: str | None
-) -> None:
-    """Ask a process, where there is one, to compile what a command trains, once the configuration is known."""
-    if compiler is not None and config is not None:
-        stages = run_stages(settings, control in (ALSO, ONLY), control != ONLY)
-        compiler.request(config, compute_dtype(dtype), settings, stages)
-
-
-def compute_dtype(dtype: str) -> str:
-    """The dtype to compute in, for "auto" that of the fastest device."""
-    import torch
-
-    fastest = "bfloat16" if torch.cuda.is_available() else "float32"
-    return fastest if dtype == "auto" else dtype
 
 
 def exit_code(reason: str) -> int:
@@ -240,7 +212,11 @@ def load_beside(
 
 def load_original(source: loading.Source, dtype: str) -> tuple[Any, Any]:
     """The original in the dtype to compute in, on the fastest device, and its tokenizer."""
-    return loading.load(source, dtype=compute_dtype(dtype))
+    import torch
+
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return loading.load(source, dtype=dtype)
 
 
 def read_text(source: loading.Source, given: TextOptions, cache: Path) -> Corpus:
@@ -402,7 +378,6 @@ class Job:
     control: str | None
     as_json: bool
     timeline: Timeline
-    compiler: CompilerProcess | None
 
 
 def run(job: Job, original: tuple[Any, Any], stop: Stop) -> None:
@@ -545,7 +520,7 @@ def train(job: Job, model: Any, tokenizer: Any, output: Path, stop: Stop, contro
             progress(TEACHER, int(entry["step"]), first)
 
         reports = Reports(log=log, teacher_log=teacher_log, progress=progress, timeline=timeline)
-        options = {"control": control, "reports": reports, "stop": stop, "compiler": job.compiler}
+        options = {"control": control, "reports": reports, "stop": stop}
         return train_hybrid(model, tokenizer, job.corpus, output, job.settings, **options), steps
 
 

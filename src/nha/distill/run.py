@@ -40,7 +40,6 @@ from nha.distill.checkpoint import (
     step_of,
     wait_for_begin,
 )
-from nha.distill.compiler import HYBRID, ORIGINAL, CompilerProcess
 from nha.distill.loss import Head
 from nha.distill.resumable import fsdp2_options
 from nha.distill.settings import TEACHER, DistillSettings, width_scale
@@ -285,7 +284,6 @@ def distill(
     teacher_run: Path | str | None = None,
     reports: Reports | None = None,
     stop: Stop | None = None,
-    compiler: CompilerProcess | None = None,
 ) -> Distilled:
     """Turn a pretrained model into a hybrid, in place, and train it to match what it was.
 
@@ -315,7 +313,6 @@ def distill(
         reports: functions to call on the way.
         stop: asks the run to stop; default: by signals and `settings.budget`. With a `stop` of its own the caller
             handles signals.
-        compiler: a process that was asked to compile what this run does (`nha.distill.compiler`); default: none.
 
     Returns:
         The hybrid with plain weights in the model's dtype (also when the run is not finished), and the log. A run that
@@ -331,7 +328,7 @@ def distill(
     first = 0 if control else teacher_steps(settings, world)
     stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first)
     stream[0]  # raises for sequences too short for recall text
-    if compiles(model, settings.compile) and compiler is None:
+    if compiles(model, settings.compile):
         start_compiler()
     wanted = (control_identity if control else identity)(model, corpus, settings, world)
     if rank == 0:  # the others may look while it is being written
@@ -344,14 +341,12 @@ def distill(
         teacher_log: list[Log] = []
         if first:
             place = run / TEACHER if teacher_run is None else Path(teacher_run)
-            found = train_teacher(
-                model, tokenizer, corpus, place, settings, reports=reports, stop=stop, compiler=compiler
-            )
+            found = train_teacher(model, tokenizer, corpus, place, settings, reports=reports, stop=stop)
             if not found.finished or found.stopped_by:  # between the stages, too
                 return dataclasses.replace(found, finished=False, log=[], teacher_log=found.log)
             teacher_log = found.log
         used = [FULL] * len(windows) if control else windows
-        found = _train(model, stream, run, settings, used, wanted, control, reports, stop, compiler)
+        found = _train(model, stream, run, settings, used, wanted, control, reports, stop)
     return dataclasses.replace(found, steps=first + found.steps, teacher_log=teacher_log)
 
 
@@ -364,7 +359,6 @@ def train_teacher(
     *,
     reports: Reports | None = None,
     stop: Stop | None = None,
-    compiler: CompilerProcess | None = None,
 ) -> Distilled:
     """Stage 0: train a model with full attention on the first `teacher_tokens` of a run, as a control is trained.
 
@@ -392,7 +386,7 @@ def train_teacher(
             device, full = model.device, [FULL] * len(windows)
             twin = copy.deepcopy(model.to("cpu")).to(device)  # type: ignore[arg-type]
             try:
-                found = _train(twin, stream, run, settings, full, wanted, True, _of_teacher(reports), stop, compiler)
+                found = _train(twin, stream, run, settings, full, wanted, True, _of_teacher(reports), stop)
             finally:
                 _free(twin)
                 model.to(device)  # type: ignore[arg-type]
@@ -452,7 +446,6 @@ def _train(
     control: bool,
     reports: Reports,
     stop: Stop,
-    compiler: CompilerProcess | None,
 ) -> Distilled:
     """Convert a model in place and train it on a stream, in a directory that holds a run of this identity, or none."""
     cached = model.config.use_cache
@@ -475,8 +468,6 @@ def _train(
         if start < len(stream):
             student.train()
             if compiles(student, settings.compile):
-                if compiler is not None:
-                    compiler.wait(ORIGINAL if control else HYBRID)
                 short = [short_windows(student.windows)] if settings.window_dropout else []
                 student.compile_kernels(settings.seq_len, student.windows, *short)
                 reports.timeline.mark("kernels compiled")
@@ -515,11 +506,6 @@ def make_student(
         )
     else:
         to_hybrid(model, windows, num_slots=settings.num_slots, num_sinks=settings.num_sinks)
-    return as_student(model, settings, control), ids
-
-
-def as_student(model: PreTrainedModel, settings: DistillSettings, control: bool = False) -> Distillation:
-    """The student of a hybrid, or of a control, which has no teacher."""
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = Distillation(
@@ -530,7 +516,7 @@ def as_student(model: PreTrainedModel, settings: DistillSettings, control: bool 
     )
     for module in attention_layers(student.causal):
         module.ablation = "slots_off" if settings.slots_off and not control else None
-    return student
+    return student, ids
 
 
 def copy_texts(stream: Stream, settings: DistillSettings, windows: Sequence[Window]) -> list[Tensor]:

@@ -212,19 +212,17 @@ class Distillation(nn.Module):
     def compile_layers(self, **options: Any) -> None:
         """Run decoder layers compiled from now on; `options` are those of `torch.compile`.
 
-        One graph serves all layers of a kind. Teacher and student take one each. Where all hybrid layers have one
-        window, every length of batches takes graphs of its own. Otherwise attention runs between two graphs, which
-        serve layers of any windows and batches of any length.
+        One graph serves all layers of a kind. Teacher and student, text and recall text, take one each. Where hybrid
+        layers have different windows, attention runs outside the graphs, which then serve layers of any windows, and
+        from the second length on sequences of any length.
         """
         outside = len({window_of(window) for window in self.windows} - {FULL}) > 1
         for module in attention_layers(self.causal):
             module.attention_outside_graph = outside
         self.embedding_hook = self.causal.get_input_embeddings().register_forward_hook(_require_grad)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        # Without it, a break cuts every function on the way to it: 9 graphs of a kind of layer, not 4.
-        torch._dynamo.config.nested_graph_breaks = outside
         for layer in self.causal.get_decoder().layers:
-            layer.compile(dynamic=outside, **options)
+            layer.compile(dynamic=None if outside else False, **options)
 
     @property
     def config(self) -> Any:

@@ -232,7 +232,7 @@ def observation(
 
 def unused_slots(module: Any, hidden: Tensor) -> tuple[Tensor, ...]:
     """Gate and sink of a layer that reads neither, for `keep_in_graph`; nothing where no gradient is asked for."""
-    if not torch.is_grad_enabled() or module.slots_frozen:
+    if module.slots_frozen or not torch.is_grad_enabled():
         return ()
     slots = slot_inputs(module, LayerInputs(hidden[:, :1], None, None))
     return slots.log_gate, *(slots.sink or ())
