@@ -32,7 +32,7 @@ has() { [[ $PARTS == *",$1,"* ]]; }
 RECALL="--no-compile-layers --together 24"
 has recall && jobs_of recall "$RECALL" \
   "recall:0,1,2:transformer,nha 256K,window 256K,linear 256K,nha 255K 124 slots,nha 256K random windows" \
-  "copying:0,1,2:transformer,nha,window,linear,nha 48 slots" "in-context:0,1,2:transformer,nha,window,linear,nha 48 slots" \
+  "copying:0,1,2:transformer,nha,window,linear" "in-context:0,1,2:transformer,nha,window,linear" \
   "recall:0,1,2:nha 120K,window 120K,linear 120K,nha 119K 48 slots,nha 256K without slots,linear 128K" &
 has layer && jobs_of layer-recall "$RECALL" "layer-recall:0,1:" &
 has peers && jobs_of peers "$RECALL" "recall:0:gated deltanet,gla,gsa" &
@@ -47,7 +47,7 @@ P
   ln -s "$DATA"/eval/* "$DATA/text/heldout.jsonl.xz" "$WORK/data/"
   TEXT="--reserve 20 --tokenizer $WORK/tokenizer --corpus $CORPUS --data $WORK/data"
   for i in 1 2 3; do
-    has language && jobs_of "language-$i" "$TEXT --shard $i/3" "language-muon:0,1,2:nha,transformer,linear,window" "language-muon:0,1,2:" &
+    has language && jobs_of "language-$i" "$TEXT --shard $i/3" "language-muon:0,1,2:" &
   done
   for i in 1 2; do
     has large && jobs_of "large-$i" "$TEXT --shard $i/2" "language-60m:0:nha,transformer,linear,window" "windows:0:" &

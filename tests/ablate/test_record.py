@@ -36,4 +36,4 @@ def test_the_page_and_the_summary_are_those_of_the_rows(tmp_path):
     for name in ("summary.json", "rows.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (RECORD / name).read_text(encoding="utf-8")
     entry = json.loads((RECORD / "summary.json").read_text(encoding="utf-8"))[0]
-    assert {"model", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entry.keys()
+    assert {"arm", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entry.keys()

@@ -228,7 +228,7 @@ def test_the_page_holds_claims_rows_and_command_and_the_csv_every_rate(table, tm
     entries = json.loads((tmp_path / "summary.json").read_text())
     assert (
         len(entries) == 4
-        and {"model", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entries[0].keys()
+        and {"arm", "task", "size", "seed", "state_bytes", "parameters", "tokens"} <= entries[0].keys()
     )
     with (tmp_path / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 8

@@ -27,7 +27,7 @@ FEW = ", "  # between a verdict and its number of seeds
 BY_LENGTH = ("perplexity", "needle")  # tasks of several lengths
 LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
-COLUMNS = ("table", "model", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
+COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
 PLAIN = ("accuracy", "ppl", "loss", "recall", "repeats", "interval", "count", "edges", "by_position")
 
 
@@ -85,11 +85,11 @@ def best_rows(rows: Sequence[Data]) -> list[Data]:
 
 
 def flat(rows: Sequence[Data]) -> list[Data]:
-    """One entry a model, task, size and seed, with its measures."""
+    """One entry a model (under the name `arm`), task, size and seed, with its measures."""
     found = []
     for row in rows:
         for size in row["sizes"]:
-            merged = {**row, **size}
+            merged = {**row, **size, "arm": row["model"]}
             found.append({name: merged[name] for name in (*COLUMNS, *PLAIN) if name in merged})
     return found
 

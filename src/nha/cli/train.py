@@ -151,12 +151,13 @@ def estimate_table(found: Estimate, settings: TrainSettings, available: int | No
     """An estimate as a table."""
     table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
     room = "" if available is None else f", of {human_bytes(available)} there"
+    devices = "one device" if gpus == 1 else f"each of {gpus} devices"
     rows = {
         "parameters": f"{found.parameters / 1e6:,.1f} M",
         "tokens": f"{found.tokens:,.0f} in {found.steps:,} steps of {settings.batch_size} x {settings.seq_len:,}",
         "operations": f"{found.operations_per_token / 1e9:,.2f} G a token, "
         f"{found.operations_per_token * found.tokens:.3g} in all",
-        "memory": f"about {human_bytes(found.total_bytes)} on each of {gpus} devices{room}: "
+        "memory": f"about {human_bytes(found.total_bytes)} on {devices}{room}: "
         f"{human_bytes(found.weights_bytes)} of weights, gradients and optimizer, "
         f"about {human_bytes(found.activation_bytes)} of activations",
         "time": "unknown: no GPU here whose peak is known, name one with --gpu"
