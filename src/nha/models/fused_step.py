@@ -176,16 +176,11 @@ def before_layers(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     forget_head(stack)
     if torch.is_grad_enabled() or stack.training or not _fusing.get():
         return
-    on_cpu = can_replace(stack)
-    if not (on_cpu or HAS_TRITON) or kwargs.get("output_attentions") or has_bits_of_original(stack, args, kwargs):
-        return
-    if on_cpu:
-        vars(stack)[REPLACED] = replace_linears(stack)
-        return
-    device = stack.norm.weight.device if hasattr(stack, "norm") else None
-    if device is None or resolve_impl("auto", device) != "triton" or torch.is_autocast_enabled(device.type):
-        return
-    vars(stack)[REPLACED] = replace_forward(stack)
+    device = stack.norm.weight.device if HAS_TRITON and hasattr(stack, "norm") else None
+    on_kernels = device is not None and resolve_impl("auto", device) == "triton"
+    ready = not torch.is_autocast_enabled(device.type) if device is not None and on_kernels else can_replace(stack)
+    if ready and not kwargs.get("output_attentions") and not has_bits_of_original(stack, args, kwargs):
+        vars(stack)[REPLACED] = replace_forward(stack) if on_kernels else replace_linears(stack)
 
 
 def after_layers(stack: Any, *_: Any) -> None:
