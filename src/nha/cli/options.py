@@ -73,7 +73,8 @@ def _option(entry: dataclasses.Field, file: bool = False) -> inspect.Parameter:
     default = entry.default
     if "parse" in metadata and default is not None:
         default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    shown = metadata.get("shown", default_text(entry) if file else True)
+    large = isinstance(default, float) and default >= 1e6  # else shown with all its zeros
+    shown = metadata.get("shown", default_text(entry) if file or large else True)
     name = option_name(entry)
     names = f"{name}/--no-{name[2:]}" if kind is bool else name
     option = typer.Option(names, help=text, show_default=shown)
