@@ -76,7 +76,8 @@ def parse_window(text: str) -> int | tuple[int, ...]:
 def read_settings(kind: type, path: Path | str) -> dict[str, Any]:
     """The settings of a dataclass that a YAML file holds, by name; fields that it leaves out are not in the result.
 
-    Raises ValueError, with the file's name, for a file that cannot be read, is no mapping or names other settings.
+    Raises ValueError, with the file's name, for a file that cannot be read, is no mapping, names other settings or
+    holds a value that a setting cannot have.
     """
     import yaml
 
@@ -90,7 +91,13 @@ def read_settings(kind: type, path: Path | str) -> dict[str, Any]:
     unknown = sorted(str(name) for name in found if name not in entries)
     if unknown:
         raise ValueError(f"expected settings out of {', '.join(entries)} in {path}, got {unknown[0]}")
-    return {name: _from_yaml(value, str(entries[name].type)) for name, value in found.items()}
+    values = {name: _from_yaml(value, str(entries[name].type)) for name, value in found.items()}
+    for name, value in values.items():
+        try:
+            check_value(name, value, str(entries[name].type), entries[name].metadata)
+        except ValueError as error:
+            raise ValueError(f"{error} in {path}") from None
+    return values
 
 
 def _from_yaml(value: Any, kind: str) -> Any:

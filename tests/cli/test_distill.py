@@ -170,7 +170,7 @@ def test_resuming_with_other_settings_is_refused(place, corpus, tmp_path):
     arguments = ["distill", str(place / "tiny"), str(tmp_path / "run"), "--corpus", str(corpus), *SHORT]
     assert runner.invoke(app, [*arguments, "--budget", "0"]).exit_code == 3
     result = runner.invoke(app, [*arguments, "--lr", "0.1"])
-    assert result.exit_code == 2 and "lr = None, got 0.1" in result.stderr.replace("\n", " ")
+    assert result.exit_code == 2 and "lr not set, got 0.1" in result.stderr.replace("\n", " ")
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 

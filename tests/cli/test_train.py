@@ -61,7 +61,7 @@ def test_a_run_stops_resumes_and_saves_a_model(place):
     [
         (["--schedule", "linear"], "--schedule"),
         (["--window", "8,8,8"], "2"),
-        (["--batch-size", "5", "--micro-batch-size", "2"], "batch_size"),
+        (["--batch-size", "5", "--micro-batch-size", "2"], "--batch-size"),
         (["--optimizer", "muon", "--parallel", "fsdp"], "muon"),
         (["--seq-len", "1000000", "--tokens", "1e7"], "1000000"),
         (["--window", "1000"], "1000"),
@@ -80,6 +80,7 @@ def test_a_run_that_cannot_fit_is_refused_before_text_is_read_and_weights_are_ma
     arguments += ["--corpus", tmp_path / "corpus", "--preset", "1.3b", "--micro-batch-size", "1"]
     result = runner.invoke(app, ["train", *map(str, arguments)])
     assert result.exit_code == 2 and "1.0 GiB" in result.stderr and "reading text" not in result.stderr
+    assert "--gradient-checkpointing" in result.stderr.replace("\n", " ")
     assert not list(tmp_path.iterdir())
 
 

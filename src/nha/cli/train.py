@@ -15,7 +15,7 @@ from rich.table import Table
 from nha.cli import common
 from nha.cli.common import BadInput, command, duration, err, human_bytes, out, print_json
 from nha.cli.distill import exit_code, prepare_corpus, report_corpus
-from nha.cli.options import with_settings
+from nha.cli.options import option_errors, with_settings
 from nha.distill.stopping import Stop, handle_signals
 from nha.io import atomic_directory, check_writable
 from nha.models import loading
@@ -90,10 +90,11 @@ def train(
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Raise ValueError for settings that no text can train with on this machine, before any is read."""
+    """Raise BadInput for settings that no text can train with on this machine, before any is read."""
     from nha.train.run import check_fit
 
-    check_fit(settings, vocab_size=64, world=int(os.environ.get("WORLD_SIZE", "1")))
+    with option_errors(TrainSettings):
+        check_fit(settings, vocab_size=64, world=int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -178,7 +179,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Train, show the progress, and save the model."""
-    found, steps = train_with_progress(corpus, output, settings, stop)
+    with option_errors(TrainSettings):
+        found, steps = train_with_progress(corpus, output, settings, stop)
     if os.environ.get("RANK", "0") != "0":
         return
     result: dict[str, Any] = {

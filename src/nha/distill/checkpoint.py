@@ -83,7 +83,7 @@ def check_directory(run: Path, wanted: Mapping[str, Any]) -> None:
         begun, wanted = _read_run(file), _as_json(wanted)
         differing = sorted(k for k in wanted.keys() | begun.keys() if wanted.get(k) != begun.get(k))
         if differing:
-            pairs = "; ".join(f"{k} = {begun.get(k)!r}, got {wanted.get(k)!r}" for k in differing)
+            pairs = "; ".join(f"{k} {_given(begun.get(k))}, got {wanted.get(k)!r}" for k in differing)
             raise ValueError(f"expected to resume the run in {run} with {pairs}: name a new directory for another run")
     elif run.is_dir():
         others = sorted(
@@ -127,6 +127,15 @@ def begin(run: Path, wanted: Mapping[str, Any]) -> None:
 def _as_json(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """An identity with its format, as it is read back from a file."""
     return json.loads(json.dumps({"format": RUN_FORMAT} | dict(wanted)))
+
+
+def _given(value: Any) -> str:
+    """A setting of a run for a message; None stands for one that was left out.
+
+    >>> _given(0.001), _given(None)
+    ('= 0.001', 'not set')
+    """
+    return "not set" if value is None else f"= {value!r}"
 
 
 def _read_run(file: Path) -> dict[str, Any]:
