@@ -26,7 +26,7 @@ CAPTIONS = {
     "the next one; lower is better. Each point is one stretch of the documents.",
     "cache": "The memory of one conversation: keys and values of every token, or slots and window.",
     "speed": "Median over several tokens on this machine.",
-    "recall": "Greedy answers from a memory of one size. Of two numbers a digit is 8 % of a point.",
+    "recall": "Greedy answers from a memory of one size.",
 }
 RENDERINGS = {
     "wide_light": (drawing.LIGHT, plots.WIDE),
@@ -67,7 +67,7 @@ def render(results: Results, figures: Mapping[str, Mapping[str, bytes]]) -> str:
     from markupsafe import Markup
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.filters |= {"tokens": tokens, "megabytes": megabytes, "unbroken": unbroken}
+    environment.filters |= {"tokens": tokens, "megabytes": megabytes, "unbroken": unbroken, "unwrapped": unwrapped}
     css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         results=results,
@@ -87,6 +87,15 @@ def render(results: Results, figures: Mapping[str, Mapping[str, bytes]]) -> str:
         figures={name: _figure(name, images) for name, images in figures.items()},
         python=python_example(results),
     )
+
+
+def unwrapped(text: str) -> str:
+    """Text of a document without its line ends and indentation; paragraphs stay.
+
+    >>> unwrapped("A line that\\n  goes on.\\n\\n  Note:")
+    'A line that goes on.\\n\\nNote:'
+    """
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
 
 
 def unbroken(text: str) -> str:
