@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from nha.ablate.run import read_row
-from nha.ablate.summary import add_rows, built_in_digest, write_summary
+from nha.ablate.summary import add_rows, built_in_digest, full_text, write_summary
 from nha.ablate.table import built_in_tables, read_table
 
 RECORD = Path(__file__).parents[2] / "results" / "from_scratch"
@@ -24,6 +24,9 @@ def test_every_row_is_of_a_built_in_table_as_it_is_now():
 def test_every_built_in_table_is_on_the_page_with_rows_or_as_not_run():
     assert {path.stem for path in (RECORD / "tables").glob("*.json")} == set(built_in_tables())
     page = (RECORD / "README.md").read_text(encoding="utf-8")
+    top = page.partition("\n## ")[0]
+    claims = [claim for name in built_in_tables() for claim in read_table(name).claims if claim.main]
+    assert claims and all(f"| {full_text(claim)} |" in top for claim in claims)
     for name in built_in_tables():
         assert read_table(name).title in page and f"nha ablate {name}" in page
 

@@ -233,7 +233,7 @@ def page_text(tables: Sequence[Data], rows: Sequence[Data], best: Sequence[Data]
         "",
     ]
     made = [table for table in tables if any(row["table"] == table["name"] for row in best)]
-    lines += [*overview_lines(made, best), ""] if made else []
+    lines += [*main_lines(made, best), *overview_lines(made, best), ""] if made else []
     for table in made:
         own = [row for row in best if row["table"] == table["name"]]
         everything = [row for row in rows if row["table"] == table["name"]]
@@ -273,6 +273,35 @@ def overview_lines(tables: Sequence[Data], rows: Sequence[Data]) -> list[str]:
         counts = " | ".join(counted(found, verdict) for verdict in verdicts)
         lines.append(f"| {table['title']} | {counts} |")
     return lines
+
+
+def main_lines(tables: Sequence[Data], rows: Sequence[Data]) -> list[str]:
+    """The main claims of all tables, and an empty line; nothing without any."""
+    lines = []
+    for table in tables:
+        for claim in claims_of(table):
+            if claim.main:
+                text, verdict = judge(rows, claim, table["name"])
+                lines.append(f"| {table['title']} | {full_text(claim)} | {text} | {shown_verdict(verdict)} |")
+    return ["| table | main claim | measured, + is better | |", "|---|---|---|---|", *lines, ""] if lines else []
+
+
+def full_text(claim: Claim) -> str:
+    """A claim with the models that it compares.
+
+    >>> full_text(Claim("slots help", "nha", "window"))
+    'slots help (nha better than window)'
+    """
+    return f"{claim.says} ({claim.model} {EXPECTATIONS[claim.expect]} {claim.against})"
+
+
+def shown_verdict(verdict: str) -> str:
+    """A verdict in Markdown: bold unless it is of few seeds.
+
+    >>> shown_verdict("agrees"), shown_verdict("agrees, 1 seed")
+    ('**agrees**', 'agrees, 1 seed')
+    """
+    return verdict if FEW in verdict else f"**{verdict}**"
 
 
 def devices_text(rows: Sequence[Data]) -> str:
@@ -355,8 +384,7 @@ def claim_lines(table: Data, rows: Sequence[Data]) -> list[str]:
     lines = ["| claim | measured, + is better | |", "|---|---|---|"]
     for claim in claims_of(table):
         text, verdict = judge(rows, claim, table["name"])
-        says = f"{claim.says} ({claim.model} {EXPECTATIONS[claim.expect]} {claim.against})"
-        lines.append(f"| {says} | {text} | {verdict if FEW in verdict else f'**{verdict}**'} |")
+        lines.append(f"| {full_text(claim)} | {text} | {shown_verdict(verdict)} |")
     return lines
 
 

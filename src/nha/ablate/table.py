@@ -35,6 +35,7 @@ class Claim:
         expect: how the first does beside the second: "above", "at least" or "equal".
         measure: what is compared: "accuracy", or the name of a set or "perplexity" of language tables.
         sizes: labels of sizes that count; none means all.
+        main: whether it stands at the top of the page.
     """
 
     says: str
@@ -43,6 +44,7 @@ class Claim:
     expect: str = "above"
     measure: str = "accuracy"
     sizes: tuple[str, ...] = ()
+    main: bool = False
 
     def __post_init__(self) -> None:
         if self.expect not in EXPECTATIONS:

@@ -93,7 +93,8 @@ class TextOptions:
             return None
         if self.corpus is None or self.data is None:
             raise BadInput(
-                f"expected --corpus and --data for the table {table.name}, got {self.corpus} and {self.data}"
+                f"expected --corpus and --data for the language table {table.name}, got {self.corpus or 'no corpus'} "
+                f"and {self.data or 'no data'}"
             )
         from nha.ablate.language import open_sources
         from nha.data.corpus import open_corpus
@@ -228,7 +229,7 @@ def report(progress: Progress, page: Path) -> None:
         rows = getattr(progress, name)
         if rows:
             shown = ": " + "; ".join(rows) if name in ("late", "failed") else ""
-            err.print(f"{len(rows)} rows {text}{shown}", markup=False, soft_wrap=True)
+            err.print(f"{len(rows)} row{'s' * (len(rows) > 1)} {text}{shown}", markup=False, soft_wrap=True)
     out.print(f"[green]✓[/] {escape(str(page))}", soft_wrap=True)
 
 
