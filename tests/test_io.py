@@ -39,6 +39,11 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, exchanges):
     assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_is_missing_is_named_and_no_temporary_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"write state in, there is none at {tmp_path}/none$"):
+        write_atomically(tmp_path / "none" / "state", "x")
+
+
 def test_a_file_is_not_replaced_by_a_directory(tmp_path):
     path = tmp_path / "made"
     path.write_text("a file")

@@ -81,6 +81,8 @@ def replace(work: Path, path: Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there durably replaces `path`.
 
+    Raises FileNotFoundError where the folder of `path` does not exist.
+
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(f"{folder}/notes.txt") as work:
     ...         _ = work.write_text("all of it")
@@ -88,6 +90,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     ['notes.txt']
     """
     path = Path(path)
+    if not path.parent.is_dir():  # else the error names a temporary file
+        raise FileNotFoundError(f"expected a folder to write {path.name} in, there is none at {path.parent}")
     work = _temporary_name(path)
     try:
         yield work

@@ -73,7 +73,9 @@ def test_an_interrupted_evaluation_resumes(models, data, tmp_path, monkeypatch):
     [
         (["--sets", "riddle"], "expected sets out of"),
         (["--sets", ","], "expected sets out of"),
-        (["--needles", "0"], "expected needles of at least 1, got 0"),
+        (["--needles", "0"], "expected --needles of at least 1, got 0"),
+        (["--limit", "0"], "expected --limit of at least 1, got 0"),
+        (["--needle-lengths", "4096,64"], "expected --needle-lengths of at least 128, got 64"),
         (["--needle-lengths", "x"], "expected --needle-lengths to be integers"),
         (["--batch-tokens", "0"], "expected --batch-tokens of at least 1"),
         (["--dtype", "int8"], "expected --dtype to be"),

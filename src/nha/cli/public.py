@@ -41,17 +41,25 @@ class PublicOptions:
 
     def settings(self, seed: int) -> PublicSettings:
         """The evaluation's settings. Raises ValueError for what cannot be."""
-        from nha.evaluate.public.run import PARTS, PublicSettings
+        from nha.evaluate.public.run import MIN_LENGTH, PARTS, PublicSettings
 
         names = None if self.sets is None else [name.strip() for name in self.sets.split(",")]
+        needle_lengths = tuple(common.parse_ints(self.needle_lengths, "--needle-lengths"))
+        lengths = tuple(common.parse_ints(self.lengths, "--lengths"))
+        counts = {"--questions": self.questions, "--clozes": self.clozes, "--needles": self.needles}
+        counts |= {"--count": self.count} if self.limit is None else {"--count": self.count, "--limit": self.limit}
+        for option, value in counts.items():
+            common.check_at_least(option, value, 1)
+        for option, sizes in {"--needle-lengths": needle_lengths, "--lengths": lengths}.items():
+            common.check_at_least(option, min(sizes, default=0), MIN_LENGTH)
         return PublicSettings(
             parts=PARTS if names is None else tuple(filter(None, names)),
             limit=self.limit,
             questions=self.questions,
             clozes=self.clozes,
-            needle_lengths=tuple(common.parse_ints(self.needle_lengths, "--needle-lengths")),
+            needle_lengths=needle_lengths,
             needles=self.needles,
-            lengths=tuple(common.parse_ints(self.lengths, "--lengths")),
+            lengths=lengths,
             documents=self.count,
             seed=seed,
         )

@@ -40,6 +40,7 @@ PARTS = (*FORMATS, *RANGES, NEEDLE, PERPLEXITY)
 EDGES = {"cloze_near": (72, 128, 192, 256), "cloze_far": (500, 1000, 2000, 4000)}  # of distances shown apart
 CHUNK = 1024  # items that are kept together
 ANSWER_TOKENS = 32
+MIN_LENGTH = 128  # of prompts with a needle, and of documents
 PASSAGES = "squad_qa"  # the set whose passages are documents where no others are given
 KNOWLEDGE = ("lambada_openai", "piqa", "arc_easy", "arc_challenge", "hellaswag", "boolq")  # of the summary's average
 
@@ -77,9 +78,9 @@ class PublicSettings:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
-        for name, minimum in (("needle_lengths", 128), ("lengths", 128)):
-            if not getattr(self, name) or min(getattr(self, name)) < minimum:
-                raise ValueError(f"expected {name} of at least {minimum} tokens, got {getattr(self, name)}")
+        for name in ("needle_lengths", "lengths"):
+            if min(getattr(self, name), default=0) < MIN_LENGTH:
+                raise ValueError(f"expected {name} of at least {MIN_LENGTH} tokens, got {getattr(self, name)}")
 
 
 @dataclass
