@@ -129,6 +129,8 @@ def test_memory_is_said_to_be_constant_only_if_it_is():
     constant.costs = [Cost(512, 51_200, 10_000), Cost(1024, 102_400, 10_000)]
     assert "does not grow" in " ".join(memory_text(constant)) and "10 times less" in " ".join(memory_text(constant))
     growing = results()
+    growing.costs = [Cost(512, 51_200, 10_000), Cost(1024, 102_400, 20_240), Cost(2048, 204_800, 20_240)]
+    assert "the same from 1,024 tokens on" in " ".join(memory_text(growing))
     growing.costs = [Cost(512, 51_200, 10_000), Cost(1024, 102_400, 20_240)]
     text = " ".join(memory_text(growing))
     assert "does not grow" not in text and "20 %" in text

@@ -183,10 +183,17 @@ def memory_text(results: Results) -> list[str]:
         grown = last.hybrid_bytes - first.hybrid_bytes
         if grown == 0:
             lines.append(f"The hybrid's memory is the same after {first.context:,} tokens: it does not grow.")
+        elif (full := filled_from(results)) < last.context:
+            lines.append(f"The hybrid's memory is the same from {full:,} tokens on, which fill its windows.")
         elif teacher > first.teacher_bytes:
             share = grown / (teacher - first.teacher_bytes)
             lines.append(f"Each further token takes {100 * share:.0f} % of the memory that it takes in the original.")
     return lines
+
+
+def filled_from(results: Results) -> int:
+    """The first context after which the hybrid takes as many bytes as after the longest one."""
+    return next(cost.context for cost in results.costs if cost.hybrid_bytes == results.costs[-1].hybrid_bytes)
 
 
 def key_numbers(results: Results) -> list[tuple[str, str]]:
