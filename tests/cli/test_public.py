@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -92,3 +93,18 @@ def test_bad_input_is_one_line(models, data, arguments, message):  # noqa: F811
     assert result.exit_code == 2, result.output
     assert message in result.stderr.replace("\n", " ")
     assert result.stderr.strip().splitlines()[-1].startswith("error:")
+
+
+def test_lengths_beyond_the_context_are_said_before_the_first_part(models, data, monkeypatch):  # noqa: F811
+    import nha.evaluate.public.compare as module
+
+    def stop(*args, **kwargs):
+        raise ValueError("stopped before the first part")
+
+    monkeypatch.setattr(module, "compare_public", stop)
+    config = json.loads((models / "tiny" / "config.json").read_text()) | {"max_position_embeddings": 300}
+    short = models / "short"
+    shutil.copytree(models / "tiny", short)
+    (short / "config.json").write_text(json.dumps(config))
+    result = run(short, "--data", data, *SMALL)
+    assert "512 tokens, the model's context is 300" in result.stderr and "256" not in result.stderr

@@ -101,7 +101,7 @@ def public(
     import torch
 
     from nha.evaluate.public.compare import compare_public
-    from nha.evaluate.public.run import read_public
+    from nha.evaluate.public.run import context_of, lengths_beyond, read_public
 
     settings = parts.settings(models.seed)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -111,6 +111,11 @@ def public(
     identity = {"command": "public", **plan.identity, **read.identity, "cuda": torch.cuda.is_available()}
     partial = options.partial_results(output, identity)
     loaded, tokenizer = options.load(plan)
+    context = context_of(loaded)
+    if beyond := lengths_beyond(context, settings):
+        what = "left out" if context.fixed else "measured beyond it"
+        lengths = ", ".join(f"{length:,}" for length in beyond)
+        err.print(f"note: {lengths} tokens, the model's context is {context.tokens:,}: {what}", soft_wrap=True)
     with options.named_progress() as progress:
         found = compare_public(plan, loaded, tokenizer, read, partial, progress, batch_tokens)
     results: dict[str, Any] = {

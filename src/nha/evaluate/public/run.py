@@ -180,6 +180,17 @@ def context_of(model: PreTrainedModel) -> Context:
     return Context(tokens, tokens is not None and not rotary)
 
 
+def lengths_beyond(context: Context, settings: PublicSettings) -> list[int]:
+    """The lengths in tokens of needles and texts to be measured that are longer than a model's context, sorted.
+
+    >>> lengths_beyond(Context(4096, fixed=False), PublicSettings(parts=("needle",), needle_lengths=(2048, 8192)))
+    [8192]
+    """
+    asked = {NEEDLE: settings.needle_lengths, PERPLEXITY: settings.lengths}
+    lengths = {length for part, each in asked.items() if part in settings.parts for length in each}
+    return sorted(length for length in lengths if context.tokens is not None and length > context.tokens)
+
+
 def measure_public(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
