@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from nha.models import adapter
 from nha.models.cache import nha_layers
 from nha.models.windows import attention_layers
+from nha.ops import single_token
 from nha.ops.single_token import FusedRing
 from tests.inputs import assert_close_to, error
 from tests.models.families import hybrid, tokens
@@ -54,6 +55,26 @@ def test_tokens_equal_the_same_text_read_at_once(family, own, batch, taken):
     with torch.no_grad():
         assert_close_to(found, model(ids, use_cache=False).logits[:, 24:])
     assert taken == {own: 3 * 36, not own: 0}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_long_window_fills_while_others_are_full(batch, taken, monkeypatch):
+    monkeypatch.setattr(single_token, "SPARE", 3)
+    model, ids = hybrid("llama", [5, [4, 37], [0, 8]]).double(), tokens(batch, 60)
+    found, cache = read(model, ids, 6)
+    with torch.no_grad():
+        assert_close_to(found, model(ids, use_cache=False).logits[:, 6:])
+        assert taken == {True: 3 * 54, False: 0}
+        model(ids[:, :1], past_key_values=cache)
+    layer: Any = cache.layers[1]
+    part = layer.parts[1]
+    assert part.state.held == part.state.room == 37 and int(part.state.num_tokens[0]) == 61
+
+
+def test_a_window_that_no_other_outgrows_keeps_the_bits_of_full_attention(taken):
+    model, ids = hybrid("llama", [30, [20, 40], [20, 40]]), tokens(1, 16)
+    read(model, ids, 6)
+    assert taken == {True: 0, False: 3 * 10}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

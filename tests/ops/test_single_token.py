@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nha import NHAState, nha_attention
+from nha.ops import single_token
 from nha.ops.single_token import FusedRing, read_rows, read_token, supports_step
 from tests.builders import exponent_rounding
 from tests.inputs import TOKENWISE, Case, assert_close_to, cases, error, leaves, make, rounding, slice_tokens
@@ -57,6 +58,37 @@ def test_single_tokens_equal_one_call_of_the_reference(case, softcap):
     for name, x in state.tensors().items():
         assert tensors[name].dtype == x.dtype
         assert_close_to(tensors[name], x, name)
+
+
+@given(case=cases(max_length=20, windows=st.sampled_from([3, 16, 40])), cut=st.integers(1, 2), spare=st.integers(0, 9))
+def test_single_tokens_fill_a_window_as_the_reference_does(case, cut, spare):
+    inputs = make(longer(case), torch.float64)
+    options: Any = {"window_size": case.window, "return_state": True, "impl": "reference"}
+    before = attention(**slice_tokens(inputs, 0, cut), **options).state
+    assert supports_step(before, (inputs["q"][:, :1],), may_be_filling=True)
+    assert not supports_step(before, (inputs["q"][:, :1],))
+    whole = attention(**inputs, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single_token, "SPARE", spare)
+        out, ring = stepped(inputs, before, cut, whole.out.shape[1])
+        _, part = stepped(inputs, before, cut, case.window)
+    assert_close_to(out, whole.out[:, cut:], "out")
+    tensors = ring.tensors()
+    for name, x in whole.state.tensors().items():
+        assert_close_to(tensors[name], x, name)
+    filled = attention(**slice_tokens(inputs, 0, case.window), **options).state
+    for name, x in filled.tensors().items():
+        assert_close_to(part.tensors()[name], x, name)
+
+
+def test_a_copy_of_a_window_that_fills_goes_on_with_the_same_bits():
+    inputs = make(Case(length=60, window=40, sinks=1), torch.float32)
+    before = attention(**slice_tokens(inputs, 0, 9), window_size=40, return_state=True).state
+    whole, _ = stepped(inputs, before, 9, 60)
+    _, ring = stepped(inputs, before, 9, 21)
+    assert tuple(ring.aligned().key.shape[:2]) == (2, 21)
+    again, _ = stepped(inputs, ring.aligned(), 21, 60)
+    assert torch.equal(again, whole[:, 12:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

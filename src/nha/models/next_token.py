@@ -32,16 +32,28 @@ def is_next_token(module: Any, x: Tensor, length: int, mask: Any, cache: LayerCa
     if not (mask is None or (isinstance(mask, HybridMask) and mask.padding is None)):
         return False
     parts = [cache] if isinstance(cache, NHACacheLayer) else cache.parts
-    return all(isinstance(part, NHACacheLayer) and part.appends_only and can_step(part.state, x) for part in parts)
+    beyond = any(isinstance(part, NHACacheLayer) and is_full(part.state) for part in parts)
+    return all(
+        isinstance(part, NHACacheLayer) and part.appends_only and can_step(part.state, x, may_be_filling=beyond)
+        for part in parts
+    )
 
 
-def can_step(state: NHAState | None, x: Tensor) -> bool:
-    """Whether a state is a ring that can be written, or one that can become a ring now."""
+def is_full(state: NHAState | None) -> bool:
+    """Whether a window is as long as it gets: from here on no layer has the bits of full attention."""
+    if state is None:
+        return False
+    held = state.held if isinstance(state, FusedRing) else state.key.shape[1]
+    return held == state.window_size
+
+
+def can_step(state: NHAState | None, x: Tensor, *, may_be_filling: bool = False) -> bool:
+    """Whether a state is a ring that can be written, or one that can become a ring now (`supports_step`)."""
     if isinstance(state, FusedRing):
         return can_write(state, x)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    return supports_step(state, (x[:, :1],))
+    return supports_step(state, (x[:, :1],), may_be_filling=may_be_filling)
 
 
 class LayerGates:

@@ -21,6 +21,7 @@ from nha.ops.padding import readable
 from nha.ops.state import NHAState
 
 MAX_BLOCK = 16  # tokens whose log-gates are computed at once, if the window is as long
+SPARE = 128  # places for tokens to come, in the buffer of a window that is not full yet
 Sink = tuple[Tensor, Tensor]  # key [H, S, D], value [H, S, Dv]
 Gates = Callable[[Tensor], Tensor]  # log-gates [B, n, H, M] of hidden states [B, n, hidden]
 
@@ -29,13 +30,13 @@ class Views(NamedTuple):
     """Parts of a buffer as the operations of a step take them: making a view takes as long as a small product."""
 
     slot_key: Tensor  # [B * H, D, S + M]
-    window_key: Tensor  # [B * H, D, W]
-    value: Tensor  # [B * H, S + M + W, Dv]
+    window_key: Tensor  # [B * H, D, R]
+    value: Tensor  # [B * H, S + M + R, Dv]
     slots: Tensor  # [B, H, M, D + Dv], keys beside values
 
     @classmethod
-    def of(cls, memory: Tensor, dim: int, slots: int, window: int) -> Views:
-        first, rows = memory.shape[2] - window, memory.flatten(0, 1)
+    def of(cls, memory: Tensor, dim: int, slots: int, room: int) -> Views:
+        first, rows = memory.shape[2] - room, memory.flatten(0, 1)
         return cls(
             rows[:, :first, :dim].transpose(1, 2),
             rows[:, first:, :dim].transpose(1, 2),
@@ -66,10 +67,11 @@ class Pending:
 
 @dataclass(kw_only=True)
 class FusedRing(NHAState):
-    """A state whose window is full, in one buffer that `read_token` updates in place.
+    """A state in one buffer that `read_token` updates in place.
 
     The tensors of an `NHAState` are views of the buffer, those of the window in ring order: the newest of n tokens of
     the longest sequence lies at index (n - 1) mod W for all sequences, so that a copy continues with the same bits.
+    A window that is not full yet has room for R tokens, and gets more when they are there.
     Whatever maps, copies or pickles a state gets an `NHAState` from it.
 
     >>> state = NHAState.from_slots(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), window_size=3).padded()
@@ -82,9 +84,10 @@ class FusedRing(NHAState):
 
     dtype: torch.dtype  # of the inputs; the buffer has that of the slots
     gate_dtype: torch.dtype
-    memory: Tensor  # [B, H, S + M + W, D + Dv]: keys and values of sink, slots and window
-    waiting: Tensor  # [B, H, W, D + M]: slot keys and log-gates of the window
+    memory: Tensor  # [B, H, S + M + R, D + Dv]: keys and values of sink, slots and window
+    waiting: Tensor  # [B, H, R, D + M]: slot keys and log-gates of the window
     views: Views
+    held: int  # tokens in the window, the same number for all sequences while they are fewer than W
     cursor: int  # index in the ring of the oldest token, where the next one goes
     block_size: int  # tokens of a block, but for the last of the ring, which may be shorter; 0 without a window
     block: Block | None = None  # the one of the cursor; None without a window
@@ -95,13 +98,16 @@ class FusedRing(NHAState):
 
     @classmethod
     def of(cls, state: NHAState, sink: Sink | None = None) -> FusedRing:
-        """A copy of a state, without gradients; its window must be full (`supports_step`)."""
+        """A copy of a state, without gradients, that `supports_step`."""
         state, window = state.aligned(), state.window_size
+        held = state.key.shape[1]
+        room = min(window, held + SPARE)
+        room = min(window, room + -room % block_size(window)) if window else 0
         batch, heads, slots, dim = state.slot_key.shape
         value_dim, sinks = state.slot_value.shape[3], 0 if sink is None else sink[0].shape[1]
         first = sinks + slots
-        memory = state.slot_key.new_zeros(batch, heads, first + window, dim + value_dim)
-        waiting = state.slot_key.new_empty(batch, heads, window, dim + slots)
+        memory = state.slot_key.new_zeros(batch, heads, first + room, dim + value_dim)
+        waiting = state.slot_key.new_zeros(batch, heads, room, dim + slots)  # log-gates of 0 write nothing
         key, value = memory.split([dim, value_dim], -1)
         slot_key, gate = waiting.transpose(1, 2).split([dim, slots], -1)
         ring = cls(
@@ -119,17 +125,18 @@ class FusedRing(NHAState):
             gate_dtype=state.window_log_gate.dtype,
             memory=memory,
             waiting=waiting,
-            views=Views.of(memory, dim, slots, window),
+            views=Views.of(memory, dim, slots, room),
+            held=held,
             cursor=int(state.num_tokens.max()) % window if window else 0,
             block_size=block_size(window),
         )
         slot_ring = state.key if state.window_slot_key is None else state.window_slot_key
         ring.slot_key.copy_(state.slot_key.detach())
         ring.slot_value.copy_(state.slot_value.detach())
-        ring.key.copy_(_rolled(state.key.detach(), ring.cursor))
-        ring.value.copy_(_rolled(state.value.detach(), ring.cursor))
-        slot_key.copy_(_rolled(slot_ring.detach(), ring.cursor))
-        ring.window_log_gate.copy_(_rolled(state.window_log_gate.detach(), ring.cursor))
+        ring.key[:, :held] = _rolled(state.key.detach(), ring.cursor)
+        ring.value[:, :held] = _rolled(state.value.detach(), ring.cursor)
+        slot_key[:, :held] = _rolled(slot_ring.detach(), ring.cursor)
+        ring.window_log_gate[:, :held] = _rolled(state.window_log_gate.detach(), ring.cursor)
         ring.hold_sink(sink)
         if window:
             ring.open_block()
@@ -143,13 +150,23 @@ class FusedRing(NHAState):
             if versions == self.sink_version and -1 not in versions:
                 return True
         sinks = 0 if sink is None else sink[0].shape[1]
-        if sinks != self.memory.shape[2] - self.slot_key.shape[2] - self.window_size:
+        if sinks != self.memory.shape[2] - self.slot_key.shape[2] - self.room:
             return False
         if sink is not None:
             self.memory[:, :, :sinks, :dim] = sink[0].detach()
             self.memory[:, :, :sinks, dim:] = sink[1].detach()
             self.sink, self.sink_version = sink, (_version(sink[0]), _version(sink[1]))
         return True
+
+    @property
+    def room(self) -> int:
+        """Tokens of the window that the buffer has places for."""
+        return self.waiting.shape[2]
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether the window is not full: no token has left it, and neither sink nor slots are read."""
+        return self.held < self.window_size
 
     @property
     def num_tokens(self) -> Tensor:
@@ -170,8 +187,8 @@ class FusedRing(NHAState):
     def open_block(self) -> None:
         """Begin the block of the cursor, whose tokens leave from now on."""
         dim, start = self.key.shape[3], self.cursor - self.cursor % self.block_size
-        size = min(self.block_size, self.window_size - start)
-        first = self.memory.shape[2] - self.window_size + start
+        size = min(self.block_size, self.room - start)
+        first = self.memory.shape[2] - self.room + start
         places, waiting = self.memory[:, :, first : first + size], self.waiting[:, :, start : start + size]
         slot_keys, gate = waiting[..., :dim], waiting[..., dim:]
         written = torch.cat((slot_keys, places[..., dim:]), 3)
@@ -193,10 +210,20 @@ class FusedRing(NHAState):
     def move_on(self) -> None:
         """Move the cursor to the next token, past the end of a block perhaps."""
         stop = self.cursor + 1
+        self.held = max(self.held, stop)
         self.cursor = stop % self.window_size
         if self.cursor % self.block_size == 0:
             self.settle(stop)
-            self.open_block()
+            if self.cursor == self.room:
+                self.make_room()
+            else:
+                self.open_block()
+
+    def make_room(self) -> None:
+        """Move to a buffer with places for more tokens of the window."""
+        pending = self.pending
+        vars(self).update(vars(FusedRing.of(self.aligned(), self.sink)))
+        self.pending = pending
 
     def settle(self, stop: int) -> None:
         """Compute and store the log-gates that are pending, of the tokens before index `stop` of the ring."""
@@ -212,16 +239,19 @@ class FusedRing(NHAState):
     def aligned(self) -> NHAState:
         """A copy of the state with its window oldest first, as in an `NHAState`."""
         self.settle(self.cursor)
-        cache = {name: _rolled(getattr(self, name), -self.cursor) for name in ("key", "value", "window_log_gate")}
         slot_ring = self.window_slot_key
+
+        def oldest_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return _rolled(x[:, : self.held], -self.cursor).to(dtype)
+
         return NHAState(
             window_size=self.window_size,
             slot_key=self.slot_key.clone(memory_format=torch.contiguous_format),
             slot_value=self.slot_value.clone(memory_format=torch.contiguous_format),
-            key=cache["key"].to(self.dtype),
-            value=cache["value"].to(self.dtype),
-            window_slot_key=None if slot_ring is None else _rolled(slot_ring, -self.cursor).to(self.dtype),
-            window_log_gate=cache["window_log_gate"].to(self.gate_dtype),
+            key=oldest_first(self.key, self.dtype),
+            value=oldest_first(self.value, self.dtype),
+            window_slot_key=None if slot_ring is None else oldest_first(slot_ring, self.dtype),
+            window_log_gate=oldest_first(self.window_log_gate, self.gate_dtype),
             num_tokens=self.num_tokens.clone(),
             slots_active=self.slots_active,
             num_kept=None if self.num_kept is None else self.num_kept.clone(),
@@ -247,8 +277,8 @@ class FusedRing(NHAState):
         return self.aligned().map(function)
 
     def padded(self) -> NHAState:
-        """The `NHAState`, whose window is full."""
-        return self.aligned()
+        """The `NHAState` with room for its whole window."""
+        return self.aligned().padded()
 
     def __reduce__(self) -> Any:
         return _same, (self.aligned(),)
@@ -277,10 +307,11 @@ def _rolled(x: Tensor, shift: int) -> Tensor:
     return x.roll(shift, 1) if x.shape[1] else x.clone(memory_format=torch.contiguous_format)
 
 
-def supports_step(state: NHAState | None, tensors: tuple[Tensor | None, ...]) -> bool:
+def supports_step(state: NHAState | None, tensors: tuple[Tensor | None, ...], *, may_be_filling: bool = False) -> bool:
     """Whether `read_token` can continue `state` with `tensors`, one token of each sequence, the first of them queries.
 
-    It can on a CPU where no gradient is needed, no graph is traced and the window is full.
+    It can on a CPU where no gradient is needed, no graph is traced and the window is full. Where it `may_be_filling`, a
+    window of fewer tokens does too, as many for each sequence: the numbers, but not the bits of full attention.
 
     >>> x = torch.zeros(1, 1, 1, 4)
     >>> supports_step(NHAState.empty(2, key=x, value=x, log_gate=x, shared=True), (x, x, x, x))  # no token yet
@@ -293,11 +324,14 @@ def supports_step(state: NHAState | None, tensors: tuple[Tensor | None, ...]) ->
         return False
     if isinstance(state, FusedRing):
         return _is_writable(state)
-    if type(state) is not NHAState or state.key.shape[1] != state.window_size or not readable(state.num_tokens):
+    held = state.key.shape[1]
+    if type(state) is not NHAState or not readable(state.num_tokens):
         return False
     if torch.is_grad_enabled() and needs_grad([*state.tensors().values()]):
         return False
-    return int(state.num_tokens.min()) >= max(state.window_size, 1)
+    if held == state.window_size:
+        return int(state.num_tokens.min()) >= max(held, 1)
+    return may_be_filling and held > 0 and not state.slots_active and bool((state.num_tokens == held).all())
 
 
 def can_write(state: FusedRing, q: Tensor) -> bool:
@@ -364,20 +398,24 @@ def read_rows(
     window are computed when they are needed from the token's `hidden` states [B, 1, hidden] (`defer_gates`), or the
     caller writes them. With a scale of 1 the queries are scaled already.
     """
-    views, block = state.views, state.block
+    views, block, value = state.views, state.block, state.views.value
     if block is not None:
         place, dim = state.cursor - block.start, query.shape[2]
         views.slots.lerp_(block.written[place], block.shares[place])  # the token that leaves
         block.places[place].copy_(token[..., :-dim])
         block.slot_keys[place].copy_(token[..., -dim:])
-    score = torch.bmm(slot_query, views.slot_key)
-    if block is not None:
-        score = torch.cat((score, torch.bmm(query, views.window_key)), 2)
+    if state.is_filling:
+        first, stop = views.slot_key.shape[2], state.cursor + 1
+        score, value = torch.bmm(query, views.window_key[..., :stop]), value[:, first : first + stop]
+    else:
+        score = torch.bmm(slot_query, views.slot_key)
+        if block is not None:
+            score = torch.cat((score, torch.bmm(query, views.window_key)), 2)
     if scale != 1:
         score.mul_(query.shape[2] ** -0.5 if scale is None else scale)
     if softcap is not None:
         score.div_(softcap).tanh_().mul_(softcap)
-    out = torch.bmm(score.softmax(2), views.value)
+    out = torch.bmm(score.softmax(2), value)
     state.steps += 1
     if block is not None:
         pending = state.pending
