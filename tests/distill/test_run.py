@@ -216,7 +216,7 @@ def refused(given, run, message, chosen=None, model=None, corpus=None):
 def test_resuming_with_other_settings_is_refused_and_nothing_is_lost(given, whole_run, tmp_path):
     _, run = whole_run
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    refused(given, run, "lr = None, got 0.001", settings(lr=1e-3))
+    refused(given, run, "lr not set, got 0.001", settings(lr=1e-3))
     refused(given, run, "max_facts = 16, got 2; seed = 0, got 1", settings(max_facts=2, seed=1))
     other = tiny()
     with torch.no_grad():
