@@ -23,7 +23,11 @@ import torch
 
 from nha.bench.cpu import about_machine, timed
 from nha.bench.resumable import complete
+from nha.convert.head_ranks import searched_heads
+from nha.distill.recipes import RECIPES
+from nha.models.embedded import EMBEDDED_ID
 from nha.models.linear import prefers_onednn
+from nha.models.smollm2 import KV_HEADS, LAYERS
 from nha.ops.heads import Window
 
 COLUMNS = ("model", "task", "T", "dtype", "ms", "cpu_ms", "threads", "machine", "torch", "transformers", "date")
@@ -33,7 +37,6 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 HYBRIDS = ("hybrid", "hybrid, heads")
 ONEDNN = "full, oneDNN"  # full attention, and linear layers as hybrids multiply them
 TOKENS = 8  # decoded in each round
-LONG_LAYERS = (7, 8, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 29)  # those of results/plans/smollm2-heads15.json
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,17 @@ class Size:
     window: int
     slots: int
     head_windows: tuple[Window, ...]
+
+
+def shipped_windows() -> tuple[Window, ...]:
+    """The windows of SmolLM2-135M's heads in the recipe `constant`, which the hybrid that ships has.
+
+    >>> shipped_windows()[7]
+    (64, 64, 1088)
+    """
+    recipe, ranks = RECIPES["constant"], searched_heads(EMBEDDED_ID, [KV_HEADS] * LAYERS)
+    assert ranks is not None
+    return ranks.windows(recipe.head_tiers(ranks.total), recipe.window_size)
 
 
 SMOLLM2 = Size(
@@ -60,7 +74,7 @@ SMOLLM2 = Size(
     FULL_LAYERS,
     64,
     64,
-    tuple((25, 256, 25) if layer in LONG_LAYERS else 25 for layer in range(30)),
+    shipped_windows(),
 )
 TINY = Size(
     {
