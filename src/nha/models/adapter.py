@@ -80,8 +80,16 @@ class HybridGenerationMixin:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 raise_rollback(cache, generation_config.max_new_tokens)
-            call = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            plan(self, *call, before_decoder, handed_in=given is not None)
+            plan(
+                self,
+                generation_config,
+                model_kwargs,
+                generation_mode,
+                batch_size,
+                max_cache_length,
+                before_decoder,
+                handed_in=given is not None,
+            )
         return made
 
     def _prefill(
