@@ -20,7 +20,7 @@ SLOT_FEATURES = ("none", "silu", "relu")
 SLOT_WRITES = ("soft", "exact")
 VALUE_ACTIVATIONS = ("none", "silu")
 OUTPUT_NORMS = ("none", "rms", "silu_rms")
-MAX_LENGTH = MAX_WINDOW = 1 << 24  # tokens; the operator takes no larger window
+MAX_LENGTH = MAX_WINDOW = 1 << 24  # tokens; positions in kernels are 32-bit numbers
 WINDOWS = "int | tuple[int | tuple[int, ...], ...]"  # one for all, one per layer, or in a layer one per KV head
 
 

@@ -15,8 +15,7 @@ from nha.models.parallel import slot_plan
 from nha.ops.heads import Window, all_windows, window_of
 from nha.ops.int8_rows import check_kv_cache_dtype
 from nha.ops.packed_state import check_state_dtype
-from nha.ops.state import MAX_WINDOW
-from nha.settings import OUTPUT_NORMS, SLOT_FEATURES, SLOT_WRITES, VALUE_ACTIVATIONS, check_choice
+from nha.settings import MAX_WINDOW, OUTPUT_NORMS, SLOT_FEATURES, SLOT_WRITES, VALUE_ACTIVATIONS, check_choice
 
 FULL = -1
 # The layer as the paper's authors published it; a plain layer does without both.

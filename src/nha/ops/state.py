@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nha.ops.exact import kept_tokens
 from nha.ops.padding import readable
+from nha.settings import MAX_WINDOW
 
-MAX_WINDOW = 2**24  # tokens; positions in kernels are 32-bit numbers
 MAX_NEW = 16  # tokens that can be written into a ring at a time
 MAX_ROLLBACK = 2**12  # tokens that a ring may hold besides its window
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
