@@ -142,8 +142,7 @@ def _kept_back_tables(tables: Tables, distance: Tables) -> tuple[Tables, Tables]
     """`_back_tables` [B, T, 1, R] without gradients; the last are kept, since all layers of a model share them."""
     global _last_back
     last = _last_back
-    made_of_tables = last is not None and last.tables[0] is tables[0] and last.tables[1] is tables[1]
-    if last is None or not made_of_tables or last.versions != _versions(tables) or not _equal(last.distance, distance):
+    if last is None or not _unchanged(last.tables, last.versions, tables) or not _equal(last.distance, distance):
         back, forth = ((cos.unsqueeze(2), sin.unsqueeze(2)) for cos, sin in _back_tables(tables, distance))
         last = _last_back = _BackTables(tables, _versions(tables), shared_distance(distance), back, forth)
     return last.back, last.forth
@@ -173,8 +172,8 @@ class TokenRotation:
     scale: float
 
     def made_of(self, tables: Tables, distance: Tables, scale: float) -> bool:
-        same = self.tables[0] is tables[0] and self.tables[1] is tables[1] and self.distance is distance
-        return same and self.versions == _versions(tables) and self.scale == scale
+        same = _unchanged(self.tables, self.versions, tables)
+        return same and self.distance is distance and self.scale == scale
 
 
 _last_rotation: TokenRotation | None = None
@@ -229,8 +228,7 @@ class _TokenMatrices:
     matrices: tuple[Tensor, Tensor]
 
     def made_of(self, tables: Tables, distance: Tables, dim: int, interleaved: bool) -> bool:
-        same = self.tables[0] is tables[0] and self.tables[1] is tables[1]
-        if not (same and self.versions == _versions(tables)) or self.matrices[0].shape[-1] != dim:
+        if not _unchanged(self.tables, self.versions, tables) or self.matrices[0].shape[-1] != dim:
             return False
         return self.interleaved == interleaved and _equal(self.distance, distance)
 
@@ -257,6 +255,11 @@ def _versions(tables: Tables) -> tuple[int, ...]:
     """The numbers of writes to tables; those of inference mode are not counted, and never written again."""
     cos, sin = tables
     return 0 if cos.is_inference() else cos._version, 0 if sin.is_inference() else sin._version
+
+
+def _unchanged(held: Tables, versions: tuple[int, ...], tables: Tables) -> bool:
+    """Whether these are the tables held since, and nobody wrote to them."""
+    return held[0] is tables[0] and held[1] is tables[1] and versions == _versions(tables)
 
 
 def _token_matrices(tables: Tables, distance: Tables, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
