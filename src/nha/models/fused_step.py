@@ -9,7 +9,7 @@ sequences that the windows hold, in which a hybrid has the bits of its original.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -176,11 +176,17 @@ def before_layers(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     forget_head(stack)
     if torch.is_grad_enabled() or stack.training or not _fusing.get():
         return
+    replace = replacement(stack)
+    if replace is not None and not kwargs.get("output_attentions") and not has_bits_of_original(stack, args, kwargs):
+        vars(stack)[REPLACED] = replace(stack)
+
+
+def replacement(stack: Any) -> Callable[[Any], list[Any]] | None:
+    """The function that replaces parts of a decoder for its next forward pass without gradients; None if none does."""
     device = stack.norm.weight.device if HAS_TRITON and hasattr(stack, "norm") else None
-    on_kernels = device is not None and resolve_impl("auto", device) == "triton"
-    ready = not torch.is_autocast_enabled(device.type) if device is not None and on_kernels else can_replace(stack)
-    if ready and not kwargs.get("output_attentions") and not has_bits_of_original(stack, args, kwargs):
-        vars(stack)[REPLACED] = replace_forward(stack) if on_kernels else replace_linears(stack)
+    if device is not None and resolve_impl("auto", device) == "triton":
+        return None if torch.is_autocast_enabled(device.type) else replace_forward
+    return replace_linears if can_replace(stack) else None
 
 
 def after_layers(stack: Any, *_: Any) -> None:
