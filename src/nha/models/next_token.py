@@ -41,10 +41,9 @@ def is_next_token(module: Any, x: Tensor, length: int, mask: Any, cache: LayerCa
 
 def is_full(state: NHAState | None) -> bool:
     """Whether a window is as long as it gets: from here on no layer has the bits of full attention."""
-    if state is None:
-        return False
-    held = state.held if isinstance(state, FusedRing) else state.key.shape[1]
-    return held == state.window_size
+    if isinstance(state, FusedRing):
+        return not state.is_filling
+    return state is not None and state.key.shape[1] == state.window_size
 
 
 def can_step(state: NHAState | None, x: Tensor, *, may_be_filling: bool = False) -> bool:

@@ -100,9 +100,8 @@ class FusedRing(NHAState):
     def of(cls, state: NHAState, sink: Sink | None = None) -> FusedRing:
         """A copy of a state, without gradients, that `supports_step`."""
         state, window = state.aligned(), state.window_size
-        held = state.key.shape[1]
-        room = min(window, held + SPARE)
-        room = min(window, room + -room % block_size(window)) if window else 0
+        held, block = state.key.shape[1], block_size(window)
+        room = min(window, -(-(held + SPARE) // block) * block) if block else 0
         batch, heads, slots, dim = state.slot_key.shape
         value_dim, sinks = state.slot_value.shape[3], 0 if sink is None else sink[0].shape[1]
         first = sinks + slots
@@ -128,7 +127,7 @@ class FusedRing(NHAState):
             views=Views.of(memory, dim, slots, room),
             held=held,
             cursor=int(state.num_tokens.max()) % window if window else 0,
-            block_size=block_size(window),
+            block_size=block,
         )
         slot_ring = state.key if state.window_slot_key is None else state.window_slot_key
         ring.slot_key.copy_(state.slot_key.detach())
