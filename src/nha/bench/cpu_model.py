@@ -24,7 +24,7 @@ import torch
 from nha.bench.cpu import about_machine, timed
 from nha.bench.resumable import complete
 from nha.convert.head_ranks import searched_heads
-from nha.distill.recipes import RECIPES
+from nha.distill.recipes import recipe_settings
 from nha.models.embedded import EMBEDDED_ID
 from nha.models.linear import prefers_onednn
 from nha.models.smollm2 import KV_HEADS, LAYERS
@@ -56,9 +56,10 @@ def shipped_windows() -> tuple[Window, ...]:
     >>> shipped_windows()[7]
     (64, 64, 1088)
     """
-    recipe, ranks = RECIPES["constant"], searched_heads(EMBEDDED_ID, [KV_HEADS] * LAYERS)
-    assert ranks is not None
-    return ranks.windows(recipe.head_tiers(ranks.total), recipe.window_size)
+    ranks = searched_heads(EMBEDDED_ID, [KV_HEADS] * LAYERS)
+    windows = recipe_settings("constant", LAYERS, EMBEDDED_ID, ranks=ranks).window_size
+    assert isinstance(windows, tuple)
+    return windows
 
 
 SMOLLM2 = Size(
