@@ -113,9 +113,7 @@ def public(
     loaded, tokenizer = options.load(plan)
     context = context_of(loaded)
     if beyond := lengths_beyond(context, settings):
-        what = "left out" if context.fixed else "measured beyond it"
-        lengths = ", ".join(f"{length:,}" for length in beyond)
-        err.print(f"note: {lengths} tokens, the model's context is {context.tokens:,}: {what}", soft_wrap=True)
+        err.print(f"note: {context.note(*beyond)}", soft_wrap=True)
     with options.named_progress() as progress:
         found = compare_public(plan, loaded, tokenizer, read, partial, progress, batch_tokens)
     results: dict[str, Any] = {

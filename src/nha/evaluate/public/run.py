@@ -171,6 +171,16 @@ class Context:
     tokens: int | None
     fixed: bool
 
+    def note(self, *lengths: int) -> str:
+        """The note about lengths in tokens that are longer than the context.
+
+        >>> Context(4096, fixed=False).note(8192, 16384)
+        "8,192, 16,384 tokens, the model's context is 4,096: measured beyond it"
+        """
+        shown = ", ".join(f"{length:,}" for length in lengths)
+        what = "left out" if self.fixed else "measured beyond it"
+        return f"{shown} tokens, the model's context is {self.tokens:,}: {what}"
+
 
 def context_of(model: PreTrainedModel) -> Context:
     """The context of a model, as its configuration has it."""
@@ -375,8 +385,7 @@ class _Session:
         """Whether the model can read this many tokens; notes it if they are more than its context."""
         context, readable = self.context, self._can_read(longest)
         if context.tokens is not None and longest > context.tokens:
-            what = "measured beyond it" if readable else "left out"
-            self.notes.append(f"{part}: {longest:,} tokens, the model's context is {context.tokens:,}: {what}")
+            self.notes.append(f"{part}: {context.note(longest)}")
         return readable
 
     def _can_read(self, longest: int) -> bool:
