@@ -108,13 +108,13 @@ test-gpu:
 	$(GPU_TESTS) tests/gpu/test_large.py && exit $$parallel
 
 bench-op:
-	$(BENCH) op --out $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
+	$(BENCH) op --output $(BENCH_OUT) --budget-s $(BENCH_BUDGET)
 
 bench-model:
-	$(BENCH) model $(BENCH_MODEL) --out $(BENCH_OUT)/models --budget-s $(BENCH_BUDGET)
+	$(BENCH) model $(BENCH_MODEL) --output $(BENCH_OUT)/models --budget-s $(BENCH_BUDGET)
 
 bench-cpu: $(VENV)/.installed
-	$(VENV)/bin/nha bench cpu --out $(BENCH_OUT)
+	$(VENV)/bin/nha bench cpu --output $(BENCH_OUT)
 
 # Needs matplotlib and no GPU.
 plots:

@@ -1,6 +1,6 @@
 """Memorise facts through learned initial slots, and through LoRA of equal size.
 
-    PYTHONPATH=src python3 experiments/adapters.py --out DIR     (a quarter of an hour on two cores)
+    PYTHONPATH=src python3 experiments/adapters.py --output DIR     (a quarter of an hour on two cores)
 
 A hybrid of SmolLM2-135M-Instruct as `hybridize` makes it, untrained and frozen, memorises a phone book of made-up
 names: once through the initial slots of a few layers, once through low-rank adapters of attention. Both go through
@@ -143,7 +143,7 @@ def measure(kind: str, lr: float, rows: list[tuple[Tensor, int]], text: Tensor, 
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--kinds", type=lambda s: s.split(","), default=list(KINDS))
     parser.add_argument("--lr", type=float, help="instead of the default of the adapter")
     parser.add_argument("--facts", type=int, default=16)
@@ -152,7 +152,7 @@ def main(given: list[str] | None = None) -> int:
     unknown = sorted(set(options.kinds) - KINDS.keys())
     if unknown or not 1 <= options.facts <= len(FIRST) * len(LAST):
         parser.error(f"expected kinds out of {', '.join(KINDS)} and 1 to {len(FIRST) * len(LAST)} facts, got {unknown}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = new_hybrid()
     rows = tokenize(tokenizer, phone_book(options.facts, 0))
     text = blocks(tokenizer, evaluation_documents(), 4, 512)
@@ -163,7 +163,7 @@ def main(given: list[str] | None = None) -> int:
         print(kind, flush=True)
         found.append(measure(kind, options.lr or KINDS[kind][1], rows, text, options.steps))
         print({name: value for name, value in found[-1].items() if name != "losses"}, flush=True)
-    write_atomically(options.out / "adapters.json", to_json(found))
+    write_atomically(options.output / "adapters.json", to_json(found))
     return 0
 
 

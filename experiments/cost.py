@@ -1,7 +1,7 @@
 """Measure what distilling models of 1B, 3B and 8B parameters costs, with random weights; one GPU or several.
 
-    PYTHONPATH=src python -m experiments.cost --out OUT                                  # one GPU
-    PYTHONPATH=src torchrun --nproc-per-node 2 -m experiments.cost --out OUT             # two GPUs, sharded
+    PYTHONPATH=src python -m experiments.cost --output OUT                                  # one GPU
+    PYTHONPATH=src torchrun --nproc-per-node 2 -m experiments.cost --output OUT             # two GPUs, sharded
 
 A few steps of `nha distill`'s own loop for every shape, teacher included (`--compile nothing` starts sooner and shows
 what steps cost that are not compiled). Each shape is a row of OUT/cost.json as soon
@@ -241,7 +241,7 @@ def same(row: dict[str, Any], name: str, gpus: int) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Measure all shapes. Returns 1 if one failed, 3 if the time was up before all had begun."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/cost"))
+    parser.add_argument("--output", type=Path, default=Path("results/cost"))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-cost")
     parser.add_argument("--shapes", type=lambda s: s.split(","), default=["1B", "3B", "8B"])
     parser.add_argument("--steps", type=int, default=8)
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     rank, world = place()
     gpus = world if torch.cuda.is_available() else 0
-    file, begun = options.out / "cost.json", time.monotonic()
+    file, begun = options.output / "cost.json", time.monotonic()
     rows = json.loads(file.read_text()) if file.is_file() else []
     corpus, tokenizer = make_corpus(options.work / f"text-{rank}")
     status = 0
@@ -274,9 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             rows = [*rows, row]
             if rank == 0:
-                options.out.mkdir(parents=True, exist_ok=True)
+                options.output.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps(rows, indent=1) + "\n")
-                write_atomically(options.out / "cost.md", table(rows))
+                write_atomically(options.output / "cost.md", table(rows))
                 print(json.dumps(row), flush=True)
         gc.collect()
         if torch.cuda.is_available():

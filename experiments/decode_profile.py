@@ -220,13 +220,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which need no GPU")
     chosen = parser.parse_args()
     deadline = time.monotonic() + chosen.budget_s
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    chosen.output.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = stamp("torch", "transformers", "triton", "nha") | {"layers": chosen.layers}
     found: dict[str, Any] = {"about": about | {"ceilings": ceilings()}, "steps": []}
     print(json.dumps(found["about"]), flush=True)
 
     def write() -> None:
-        write_atomically(chosen.out / "decode.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(chosen.output / "decode.json", json.dumps(found, indent=1) + "\n")
 
     model = build(chosen.layers, chosen.tiny).get("hybrid-1")
     steps(model, ["plain", *TILES, "plain", "compiled"], chosen.layers, deadline - 25, found["steps"])

@@ -1,6 +1,6 @@
 """Distil hybrids with several recipes at equal tokens and measure each, beside the baselines.
 
-    PYTHONPATH=src python3 experiments/distill.py --model MODEL --corpus CORPUS --runs hybrid,sink --out DIR
+    PYTHONPATH=src python3 experiments/distill.py --model MODEL --corpus CORPUS --runs hybrid,sink --output DIR
 
     --model        a model directory, a Hub id, or smollm2
     --corpus       from `nha distill --prepare-only`; its held-out documents are measured on
@@ -8,7 +8,7 @@
     --seeds        0,1,2 for instance (default: 0)
     --set K=V      change a setting of every run, such as batch_size=32 or lr=1e-3 (see DistillSettings); repeatable
     --search       JSON of `nha search`: where the runs with full layers keep them (default: layers 3, 11, 18, 26)
-    --out          summary.json (one row a run, seed and number of tokens) and logs.jsonl (their logs)
+    --output       summary.json (one row a run, seed and number of tokens) and logs.jsonl (their logs)
     --tokens       of every run (default: 20e6)
     --work         where runs keep checkpoints (default: a temporary directory); the same command resumes from there
     --budget-s N   stop after so long; runs that were not made are named
@@ -283,7 +283,7 @@ class Sweep:
     """The rows so far, and the time left."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.out = options, Path(options.out)
+        self.options, self.out = options, Path(options.output)
         self.ends = time.monotonic() + options.budget_s
         self.out.mkdir(parents=True, exist_ok=True)
         self.file = self.out / "summary.json"
@@ -388,7 +388,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, default=20e6)
     parser.add_argument("--set", action="append", default=[], dest="pairs")
     parser.add_argument("--search")
-    parser.add_argument("--out", default="results/hybridize")
+    parser.add_argument("--output", default="results/hybridize")
     parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "nha-hybridize"))
     parser.add_argument("--budget-s", type=float, default=1e9)
     parser.add_argument("--eval-s", type=float, default=60.0, help="seconds to leave for measuring a run")

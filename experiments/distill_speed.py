@@ -1,6 +1,6 @@
 """Time `nha distill` as a user starts it: from the command to its first step, its compiling, and its tokens a second.
 
-    python -m experiments.distill_speed --model MODEL --text TEXT --out DIR --budget-s 110
+    python -m experiments.distill_speed --model MODEL --text TEXT --output DIR --budget-s 110
 
 Two commands run one after the other, each a process of its own: "cold" with text to read and empty caches of compiled
 kernels, "warm" with the tokens and caches that it left. Their seconds are those of RUN/timeline.json and their tokens a
@@ -103,7 +103,7 @@ def run_command(name: str, options: argparse.Namespace, work: Path) -> dict[str,
     command = [sys.executable, "-m", "nha", "distill", str(options.model), str(run), "--text", str(work / "text.jsonl")]
     command += ["--corpus", str(work / "corpus"), "--tokens", str(steps * options.step_tokens), "--log-every", "5"]
     environment = os.environ | {variable: str(work / variable) for variable in CACHES}
-    with (options.out / f"{name}.txt").open("w") as printed:
+    with (options.output / f"{name}.txt").open("w") as printed:
         process = subprocess.Popen(
             [*command, *options.more],
             stdout=printed,
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--megabytes", type=float, default=12, help="of the text that are read")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=110)
     parser.add_argument("--work", type=Path, help="where text, runs and caches are kept; default: a temporary folder")
     parser.add_argument("--steps", type=int, help="of each command")
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         start = process_start()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.left = lambda: start + options.budget_s - time.time()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     made = []
     temporary = tempfile.TemporaryDirectory(prefix="distill-speed-")
     with temporary if options.work is None else nullcontext(options.work) as folder:
@@ -162,8 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name} not run: {options.left():.0f} s are left")
                 return 1
             row = {"run": name, **run_command(name, options, work), **about}
-            append_line(options.out / "distill_speed.jsonl", json.dumps(row))
-            print(describe(row, options.out / f"{name}.txt"), flush=True)
+            append_line(options.output / "distill_speed.jsonl", json.dumps(row))
+            print(describe(row, options.output / f"{name}.txt"), flush=True)
             made.append(row["steps"] >= row["wanted_steps"])
     return 0 if all(made) else 1
 

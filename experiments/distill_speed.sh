@@ -20,7 +20,7 @@ go() { # folder, at most so many seconds, command, further options
     [ "$(left)" -gt "$seconds" ] || seconds=$(left)
     [ "$seconds" -gt 20 ] || { echo "$folder $name not run: $seconds s are left"; return; }
     mkdir -p "$OUT/$folder"
-    timeout -k 5 $((seconds + 3)) python3 -m experiments.distill_speed --model "$MODEL" --text "$TEXT" --out "$OUT/$folder" \
+    timeout -k 5 $((seconds + 3)) python3 -m experiments.distill_speed --model "$MODEL" --text "$TEXT" --output "$OUT/$folder" \
         --work "$W/$folder" --budget-s "$seconds" --commands "$name" --steps 40 "$@" 2>&1 | tee -a "$OUT/log.txt"
     [ ! -d "$W/$folder/base" ] || MODEL=$W/$folder/base
 }

@@ -16,12 +16,12 @@ WORK=${WORK:-/tmp/nha-second} BUDGET=$((LIMIT - 8))
 COMMON=(--data "$DATA" --work "$WORK" --budget-s "$BUDGET" ${CORPUS:+--corpus "$CORPUS"})
 mkdir -p "$OUT/generality/runs" "$OUT/logs"
 for MODEL in ${MODELS-llama-20m nha-20m}; do
-  timeout -k 3 $((LIMIT - 6)) python3 -m experiments.second_model "${COMMON[@]}" --out "$OUT/$MODEL" --models "$MODEL" \
+  timeout -k 3 $((LIMIT - 6)) python3 -m experiments.second_model "${COMMON[@]}" --output "$OUT/$MODEL" --models "$MODEL" \
     --recipes constant,balanced,constant:2,constant:0.5 "$@" > "$OUT/logs/$MODEL.txt" 2>&1 &
   sleep 1
 done
 if [ -n "${CASES-0.4B-x1,1B-x1,1B-unscaled,0.4B-unscaled}" ]; then
-  timeout -k 3 $((LIMIT - 6)) python3 -m experiments.wide_rates "${COMMON[@]}" --out "$OUT/generality" \
+  timeout -k 3 $((LIMIT - 6)) python3 -m experiments.wide_rates "${COMMON[@]}" --output "$OUT/generality" \
     --cases "${CASES-0.4B-x1,1B-x1,1B-unscaled,0.4B-unscaled}" --batch-size "${RATES_BATCH:-2}" ${RATES_STEPS:+--steps $RATES_STEPS} > "$OUT/logs/rates.txt" 2>&1 &
 fi
 wait

@@ -111,13 +111,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which need no GPU")
     chosen = parser.parse_args()
     deadline = time.monotonic() + chosen.budget_s
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    chosen.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"about": stamp("torch", "transformers", "triton", "nha")}
 
     def add(name: str, value: Any) -> None:
         found[name] = value
         print(json.dumps({name: value}), flush=True)
-        write_atomically(chosen.out / "generate.json", json.dumps(found, indent=1) + "\n")
+        write_atomically(chosen.output / "generate.json", json.dumps(found, indent=1) + "\n")
 
     if "real" in chosen.parts and chosen.model:
         add("real_model", real_model(chosen.model, chosen.tiny))

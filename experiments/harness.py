@@ -1,6 +1,6 @@
 """Compare `nha eval public` with lm-evaluation-harness's own tasks and scorer, item by item, on the same file.
 
-    PYTHONPATH=src python -m experiments.harness --data DATA --limit 100 --out results/quality/harness.json
+    PYTHONPATH=src python -m experiments.harness --data DATA --limit 100 --output results/quality/harness.json
 
 The harness reads PIQA and ARC-easy with its own prompts, tokenizes, scores and counts: `acc` is compared with the
 choice of `nha`, in float32 and, where there is one, on a GPU. Needs lm-eval. Without --limit: all items.
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--limit", type=int, help="items of each set, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=8, help="of the harness")
-    parser.add_argument("--out", type=Path, default=Path("results/quality/harness.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/quality/harness.json"))
     options = parser.parse_args(arguments)
     model, tokenizer = loading.load(loading.find(options.model), dtype="float32")
     data = read_public(options.data, PublicSettings(parts=TASKS, limit=options.limit))
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = {"items": len(ours), "nha": sum(ours), "harness": sum(acc), "differing_items": differing}
         result["sets"][name] = row | {"harness_acc_norm": sum(theirs[name]["acc_norm"])}
         print(name, result["sets"][name], flush=True)
-    write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+    write_atomically(options.output, json.dumps(result, indent=1) + "\n")
     return 0
 
 

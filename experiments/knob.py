@@ -1,6 +1,6 @@
 """Turn the windows of trained models from 0 to full attention: loss, recall and bytes of cache against the window.
 
-    python experiments/knob.py random=runs/random/model fixed-64=runs/64/model --corpus run.corpus --out results/knob
+    python experiments/knob.py random=runs/random/model fixed-64=runs/64/model --corpus run.corpus --output results/knob
 
 Writes knob.csv, knob.json and knob.png. Each model is measured at every window of `--windows`, on held-out documents of
 the corpus. Recall is the fraction of tokens predicted right when a text is read for the second time. `nha ablate
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="NAME=PATH")
     parser.add_argument("--corpus", required=True)
-    parser.add_argument("--out", type=Path, default=Path("results/knob"))
+    parser.add_argument("--output", type=Path, default=Path("results/knob"))
     parser.add_argument("--windows", type=parse_ints, default=WINDOWS)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--texts", type=int, default=32)
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = [pair.partition("=")[::2] for pair in options.models]
     if not all(name and path for name, path in pairs):
         parser.error(f"expected NAME=PATH, got {' '.join(options.models)}")
-    write([row for name, path in pairs for row in measure(name, path, options)], options.out)
+    write([row for name, path in pairs for row in measure(name, path, options)], options.output)
     return 0
 
 

@@ -1,14 +1,14 @@
 """Read far beyond the training length: needles, verbatim clozes, perplexity by position, memory and time, by length.
 
-    python3 -m experiments.long_context --data DATA --out OUT --model FILE.gguf [--delta FILE] [--lengths 32768,131072]
+    python3 -m experiments.long_context --data DATA --output DIR --model FILE [--delta FILE] [--lengths 32768,131072]
 
-The original in FILE.gguf (default: the embedded model) and its hybrid of the small file --delta (default: the shipped
+The original in FILE (default: the embedded model) and its hybrid of the small file --delta (default: the shipped
 one) read the same prompts, one after another. --data has heldout.jsonl. A cloze of length n has its source between
 0.4 n and 0.8 n tokens back, a near cloze at most 256 tokens back after other prose; a needle is right if nothing but
 its number is written, "contained" is RULER's rule. --models adds the original with full attention on this library's
 kernels ("kernels", time and memory alone) and with positions that YaRN stretches to the longest prompt ("yarn").
-Seconds are the shortest of --rounds prompts of random tokens. Every part is written to OUT/long_context.json as soon as
-it is known, and a part that is there is not measured again; none begins after --budget-s. --report OUT writes the table
+Seconds are the shortest of --rounds prompts of random tokens. Every part is written to DIR/long_context.json as soon as
+it is known, and a part that is there is not measured again; none begins after --budget-s. --report DIR writes the table
 and the picture of what is there.
 """
 
@@ -197,7 +197,7 @@ class Session:
     """The results so far, in one file."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.path = options, options.out / RESULT
+        self.options, self.path = options, options.output / RESULT
         self.end = time.perf_counter() + options.budget_s
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else "{}"
         self.found: Found = json.loads(text).get("models", {})
@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, or write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--delta", type=Path, default=DELTA)
     parser.add_argument(
@@ -393,8 +393,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report is not None:
         print(write_report(options.report))
         return 0
-    if options.data is None or options.out is None:
-        parser.error("expected --data and --out")
+    if options.data is None or options.output is None:
+        parser.error("expected --data and --output")
     for name, known in (("models", MODELS), ("parts", PARTS)):
         given = getattr(options, name)
         if not set(given) <= set(known):

@@ -1,6 +1,6 @@
 """Time the first and the second question about a long document whose memory is kept in a store.
 
-    python3 -m experiments.memory_speed --out DIR [--shape llama-8b] [--full-layers 4] [--tokens 100000] [--new 16]
+    python3 -m experiments.memory_speed --output DIR [--shape llama-8b] [--full-layers 4] [--tokens 100000] [--new 16]
 
 A random hybrid reads a document and a question of 32 tokens, and writes an answer, through a `MemoryStore` in DIR; then
 another question about the same document, from the store, and that question alone, without any document, in turn. DIR
@@ -171,11 +171,11 @@ def main() -> None:
     size = options.tokens + 2 * QUESTION
     words = torch.randint(3, model.config.vocab_size, (1, size), generator=generator).to(model.device)
     document, questions = words[:, : options.tokens], words[:, options.tokens :].split(QUESTION, 1)
-    folder = (options.store or options.out) / "store"
+    folder = (options.store or options.output) / "store"
     shutil.rmtree(folder, ignore_errors=True)
     apart = max(ENTRY // options.block_size, 1)
     store = MemoryStore(folder, max_bytes=64 << 30, block_size=options.block_size, blocks_per_entry=apart)
-    nothing = MemoryStore(options.out / "nothing", block_size=options.block_size)
+    nothing = MemoryStore(options.output / "nothing", block_size=options.block_size)
     found: dict[str, Any] = {
         "shape": options.shape,
         "full_layers": options.full_layers,
@@ -188,7 +188,7 @@ def main() -> None:
     warm = torch.cat([document[:, : options.block_size], questions[0]], 1)
     ask(model, nothing, warm, [], options.new)  # compiles kernels
     texts = [torch.cat([document, question], 1) for question in questions]
-    path = options.out / "memory_speed.json"
+    path = options.output / "memory_speed.json"
     found["first question"], _ = ask(model, store, texts[0], [options.tokens], options.new)
     found["bytes stored"] = store.nbytes
     write_atomically(path, to_json(found))
@@ -208,8 +208,8 @@ def main() -> None:
     write_atomically(path, to_json(found))
     print(to_json(found))
     if options.profile:
-        profile(options.out / "profile-second.txt", lambda: ask(model, store, texts[1], [options.tokens], 1))
-        profile(options.out / "profile-alone.txt", lambda: ask(model, nothing, questions[1], [], 1))
+        profile(options.output / "profile-second.txt", lambda: ask(model, store, texts[1], [options.tokens], 1))
+        profile(options.output / "profile-alone.txt", lambda: ask(model, nothing, questions[1], [], 1))
     if options.again:
         copied = replace(store, path=options.again / "store")
         shutil.copytree(store.path, copied.path, dirs_exist_ok=True)

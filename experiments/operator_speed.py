@@ -1,6 +1,6 @@
 """Time the operator at W 64 beside FlexAttention's window alone and cuDNN's full attention, and profile its kernels.
 
-    python -m experiments.operator_speed --out results/operator_speed --budget-s 120
+    python -m experiments.operator_speed --output results/operator_speed --budget-s 120
 
 Rows go to OUT/ops.csv, with the columns of `nha bench op`: 32,768 tokens in sequences of 1,024 to 32,768, and 131,072
 in one sequence and in many. OUT/kernels.json holds the milliseconds of each kernel of a forward and backward pass; the
@@ -119,12 +119,12 @@ def ratios(table: list[dict[str, str]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=120.0, help="no row is started after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="a few small rows, without a GPU too")
     options = parser.parse_args(arguments)
     begun = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
         kernels = {
             "llama 16 x 2048": profile_kernels(LLAMA, 16, 2048, False),
@@ -132,12 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
             "340m 16 x 2048": profile_kernels(MODEL_340M, 16, 2048, True),
             "smollm2 16 x 2048": profile_kernels(SMOLLM, 16, 2048, False),
         }
-        (options.out / "kernels.json").write_text(json.dumps(kernels, indent=1) + "\n")
+        (options.output / "kernels.json").write_text(json.dumps(kernels, indent=1) + "\n")
         print(json.dumps(kernels, indent=1), flush=True)
     failed = run(
-        wanted_rows(options.tiny), options.out, options.budget_s - (time.monotonic() - begun), options.tiny, print
+        wanted_rows(options.tiny), options.output, options.budget_s - (time.monotonic() - begun), options.tiny, print
     )
-    table = options.out / "ops.csv"
+    table = options.output / "ops.csv"
     if not table.exists():
         print(f"no row was measured within {options.budget_s:g} s: name a larger --budget-s", file=sys.stderr)
         return 1

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which need no GPU")
     chosen = parser.parse_args()
     deadline = time.monotonic() + chosen.budget_s
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    chosen.output.mkdir(parents=True, exist_ok=True)
     variants, rows = build(chosen.layers, chosen.tiny), []
     for length in LENGTHS if not chosen.tiny else (20, 40):
         for name, way in WAYS:
@@ -148,10 +148,10 @@ def main() -> None:
                 rows.append(measure(variants, name, way, length, chosen.layers, chosen.repeats))
                 print(json.dumps(rows[-1]), flush=True)
     about = stamp("torch", "transformers", "triton", "nha") | {"layers": chosen.layers}
-    write_atomically(chosen.out / "prefill.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_atomically(chosen.output / "prefill.json", json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     for name in NAMES:
         text = host_functions(reader(variants.get(name), LENGTHS[0] if not chosen.tiny else 20), 10)
-        write_atomically(chosen.out / f"host-{name}.txt", text)
+        write_atomically(chosen.output / f"host-{name}.txt", text)
         print(name, *text.splitlines()[:30], sep="\n", flush=True)
 
 

@@ -1,10 +1,10 @@
 """Distil hybrids and their fair controls on real text, and measure each on public sets; one GPU or several.
 
-    PYTHONPATH=src python -m experiments.quality --data DATA --out OUT --work WORK --shard 0/4 &   # and 1/4, 2/4, 3/4
+    PYTHONPATH=src python -m experiments.quality --data DATA --output OUT --work WORK --shard 0/4 &  # and 1/4, 2/4, 3/4
 
     --data         text/train.jsonl.xz, text/heldout.jsonl.xz and eval/*.jsonl.xz
     --model        a model directory, a .gguf file, or smollm2 (default: the variable NHA_QUALITY_MODEL, else smollm2)
-    --out          runs/*.json (a run's row, answers and log), summary.json, logs.jsonl, table.md, pictures, ship/
+    --output       runs/*.json (a run's row, answers and log), summary.json, logs.jsonl, table.md, pictures, ship/
     --work         checkpoints, tokens, the model; shared by all shards; the same command resumes from there
     --arms         out of those that --plan lists; their controls come along (--no-controls: without, --only-controls:
                    these alone)
@@ -19,7 +19,7 @@
     --plan         print runs, shards, estimated seconds and the control that each arm is compared with, and stop
     --report DIR   make table and pictures of DIR anew, and stop
 
-Runs that are in --out or in --known (default: results/quality) are not made again.
+Runs that are in --output or in --known (default: results/quality) are not made again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default=os.environ.get("NHA_QUALITY_MODEL", "smollm2"))
-    parser.add_argument("--out", type=Path, default=Path("results/quality"))
+    parser.add_argument("--output", type=Path, default=Path("results/quality"))
     parser.add_argument("--known", type=Path, default=KNOWN)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-quality")
     parser.add_argument("--arms", type=lambda s: s.split(","), default=list(DEFAULT_ARMS))
@@ -194,7 +194,7 @@ class Shard:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.started = options, time.monotonic()
-        self.folder = options.out / "runs"
+        self.folder = options.output / "runs"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.timelines: dict[str, Any] = {}
 
@@ -330,7 +330,7 @@ class Shard:
         """Write the small file of a run to `ship`: what LoRA trained, the best changes of a rank, or all in 2 bits."""
         from experiments.ship import make_delta
 
-        path = self.options.out / "ship" / f"{run.name}.safetensors"
+        path = self.options.output / "ship" / f"{run.name}.safetensors"
         lora = self.options.work / "runs" / run.name if run.settings.trainable == "lora" else None
         base = None if lora else self.load()
         rank = run.settings.lora_rank if run.arm and run.arm.shipped == "svd" else None
@@ -396,7 +396,7 @@ class Shard:
 
     def kept(self, run: Run) -> Path:
         """The file of what a run's evaluation has found so far, until its row is written."""
-        path = self.options.out / "measured" / f"{run.name}.json"
+        path = self.options.output / "measured" / f"{run.name}.json"
         path.parent.mkdir(exist_ok=True)
         return path
 
@@ -478,7 +478,7 @@ class Shard:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         with alone(self.options.work, "report"):
-            write_report(self.options.out)
+            write_report(self.options.output)
         self.print(f"done; failed: {failed}; no time for: {late}")
         return 1 if failed else 3 if late else 0
 

@@ -23,7 +23,7 @@ mkdir -p "$OUT"
 run() { # arms, folder, options, controls
     mkdir -p "$OUT/$2"
     # shellcheck disable=SC2086
-    timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --out "$OUT/$2" --known /none --work "$W" \
+    timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --output "$OUT/$2" --known /none --work "$W" \
         $4 ${FILES---files} --long-needle-count 4 --budget-s $((S - 15)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
 }
 run "${FIRST:-constant_recall}" first "${LONG---long-needles} $FIRST_EXTRA" "${CONTROLS:---no-controls}" &

@@ -1,6 +1,6 @@
 """Time the steps of a recall table on one GPU: eager, captured, captured with compiled layers, and of several models.
 
-    python -m experiments.recall_speed --out results/recall_speed --budget-s 120
+    python -m experiments.recall_speed --output results/recall_speed --budget-s 120
 
 A row for each model, way of taking steps and number of models that are trained at once goes to OUT/recall_speed.jsonl
 at once: milliseconds of a step of all models for each shape of batch, their mean as the table draws them, and the
@@ -89,7 +89,7 @@ def time_model(table: Table, name: str, mode: str, together: int) -> dict[str, A
 def main(arguments: list[str] | None = None) -> int:
     """Time what is not there yet. Returns 0, 1 for a failure or 3 where time was short."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/recall_speed")))
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "results/recall_speed")))
     parser.add_argument("--table", default="recall")
     parser.add_argument("--models", default="", help="separated by commas; default: all")
     parser.add_argument("--modes", default=",".join(MODES))
@@ -98,8 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ends, table, status = time.monotonic() + options.budget_s, read_table(options.table), 0
     names = [name for name in options.models.split(",") if name] or [model.name for model in table.models]
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "recall_speed.jsonl"
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "recall_speed.jsonl"
     there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     done = {(row["table"], row["model"], row["mode"], row.get("together", 1)) for row in there}
     counts = [int(count) for count in options.together.split(",")]

@@ -1,6 +1,6 @@
 """Train models from scratch, convert them with the recipes of `nha distill`, and measure them beside fair controls.
 
-    PYTHONPATH=src python -m experiments.second_model --data DATA --out OUT --models llama-20m,nha-20m --budget-s 190
+    PYTHONPATH=src python -m experiments.second_model --data DATA --output OUT --models llama-20m,nha-20m --budget-s 190
 
 The recipes were tuned on SmolLM2-135M. Here the originals are a Llama with grouped heads and an `NHAForCausalLM` with
 normalized queries and keys, both trained with full attention by `nha train`'s loop on real text; in a fraction of the
@@ -64,7 +64,7 @@ RESERVE_S = 12.0  # left for saving and the report
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the whole sweep. A run is known by its name, so change --out together with these."""
+    """Sizes of the whole sweep. A run is known by its name, so change --output together with these."""
 
     train_tokens: float = setting(40e6, "Tokens that the originals are trained on.", at_least=1)
     train_lr: float = setting(2e-3, "Their learning rate.", above=0)
@@ -150,7 +150,7 @@ class Sweep:
     def __init__(self, options: argparse.Namespace):
         self.options, self.plan, self.started = options, options.plan, time.monotonic()
         self.stop = Stop(max(1.0, options.budget_s - RESERVE_S))
-        (options.out / "runs").mkdir(parents=True, exist_ok=True)
+        (options.output / "runs").mkdir(parents=True, exist_ok=True)
 
     def print(self, *words: Any) -> None:
         print(f"[{time.monotonic() - self.started:5.0f}]", *words, flush=True)
@@ -224,7 +224,7 @@ class Sweep:
     def make(self, name: str, recipe: str | None, control: bool) -> bool:
         """Train and measure a model; False where the time was up. Without a recipe: the original as it is."""
         run = self.run_name(name, recipe, control)
-        if any((folder / "runs" / f"{run}.json").is_file() for folder in (self.options.out, self.options.known)):
+        if any((folder / "runs" / f"{run}.json").is_file() for folder in (self.options.output, self.options.known)):
             self.print(run, "is there already")
             return True
         place = self.original(name)
@@ -266,7 +266,7 @@ class Sweep:
         data = {"row": row, "plan": dataclasses.asdict(self.plan), "log": log, "eval": measured}
         if recipe is None:
             data["log"] = about["log"]
-        write_atomically(self.options.out / "runs" / f"{run}.json", json.dumps(data) + "\n")
+        write_atomically(self.options.output / "runs" / f"{run}.json", json.dumps(data) + "\n")
         self.print(run, "measured")
         return True
 
@@ -333,7 +333,7 @@ class Sweep:
                 gc.collect()  # a Trainer refers to itself
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-        write_report(self.options.out)
+        write_report(self.options.output)
         self.print(f"failed: {failed}; no time for: {late}")
         return 1 if failed else 3 if late else 0
 
@@ -414,7 +414,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The options; those of `Plan` come from its fields."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text/train, text/heldout and eval/*, as JSON lines")
-    parser.add_argument("--out", type=Path, default=Path("results/generality"))
+    parser.add_argument("--output", type=Path, default=Path("results/generality"))
     parser.add_argument("--known", type=Path, default=Path("results/generality"))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-second")
     parser.add_argument("--corpus", type=Path, help="a corpus of this tokenizer, if it is there")

@@ -37,10 +37,10 @@ def build(shape: str, full_layers: int, device: str, window: int = 64, slots: in
 
 
 def model_options(description: str | None) -> tuple[argparse.ArgumentParser, str]:
-    """A parser with --out, --shape and --full-layers, for which the device, the second value, has defaults."""
+    """A parser with --output, --shape and --full-layers, for which the device, the second value, has defaults."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", default="llama-8b" if device == "cuda" else "smollm2-135m")
     parser.add_argument("--full-layers", type=int, default=4)
     return parser, device

@@ -1,8 +1,8 @@
 """Make the small file that ships a distilled hybrid: gates, sinks and changes of its base model's weights.
 
-    PYTHONPATH=src python -m experiments.ship BASE HYBRID --run RUN --out FILE      # what LoRA trained, exactly
-    PYTHONPATH=src python -m experiments.ship BASE HYBRID --out FILE                # all changes, in 2 bits a weight
-    PYTHONPATH=src python -m experiments.ship BASE HYBRID --rank 16 --out FILE      # the best changes of rank 16
+    PYTHONPATH=src python -m experiments.ship BASE HYBRID --run RUN --output FILE      # what LoRA trained, exactly
+    PYTHONPATH=src python -m experiments.ship BASE HYBRID --output FILE                # all changes, in 2 bits a weight
+    PYTHONPATH=src python -m experiments.ship BASE HYBRID --rank 16 --output FILE      # the best changes of rank 16
     PYTHONPATH=src python -m experiments.ship --install FILE --result results/quality  # into the package
 
 HYBRID is the directory of a hybrid that `nha distill BASE RUN` made; --run names the run's directory, if it was made
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("hybrid", nargs="?")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--command", default="nha distill", help="the command that made the hybrid, for the file")
     parser.add_argument("--install", type=Path)
     parser.add_argument("--result", type=Path, help="the folder of results that has the file's run and its control")
@@ -127,11 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.install is not None:
         install(options.install, quality=None if options.result is None else quality_of(options.result, options.arm))
         return 0
-    if options.hybrid is None or options.out is None:
-        parser.error("expected BASE, HYBRID and --out")
+    if options.hybrid is None or options.output is None:
+        parser.error("expected BASE, HYBRID and --output")
     base, hybrid = (loading.load(loading.find(name), dtype="float32")[0] for name in (options.base, options.hybrid))
-    make_delta(options.out, base, hybrid, {"command": options.command}, options.run, options.rank)
-    print(f"{options.out}: {options.out.stat().st_size:,} bytes")
+    make_delta(options.output, base, hybrid, {"command": options.command}, options.run, options.rank)
+    print(f"{options.output}: {options.output.stat().st_size:,} bytes")
     return 0
 
 

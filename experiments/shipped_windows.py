@@ -1,6 +1,6 @@
 """Verbatim clozes of a small file's hybrid, with other windows set at run time and caches in 8 bits; nothing trained.
 
-    python -m experiments.shipped_windows --data DIR --out DIR --wide 15:1000 --narrow 41 [--file FILE] [--near 60]
+    python -m experiments.shipped_windows --data DIR --output DIR --wide 15:1000 --narrow 41 [--file FILE] [--near 60]
     python -m experiments.shipped_windows --report DIR
 
 --wide takes heads:window by rank, separated by commas (-1: full attention), --narrow the window of all others. Clozes
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure one choice of windows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--file", type=Path, default=DELTA, help="the small file (default: the one in this package)")
     parser.add_argument("--wide", type=parse_wide)
     parser.add_argument("--narrow", type=int, default=64)
@@ -110,18 +110,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.report is not None:
         print(to_json(report(options.report)))
         return
-    if None in (options.data, options.out, options.wide):
-        parser.error("expected --data, --out and --wide, or --report")
+    if None in (options.data, options.output, options.wide):
+        parser.error("expected --data, --output and --wide, or --report")
     data = read_public(options.data, PublicSettings(parts=tuple(EDGES), clozes=500))
     model, tokenizer = load(None, "cuda" if torch.cuda.is_available() else "cpu", options.file)
     set_windows(model, Heads(options.wide, options.narrow).windows())
     set_state_dtype(model, "int8")
     set_kv_cache_dtype(model, "int8")
     name = "-".join(f"{heads}x{'full' if window < 0 else window}" for heads, window in options.wide)
-    path = options.out / f"{name}-{options.narrow}.jsonl"
+    path = options.output / f"{name}-{options.narrow}.jsonl"
     if not path.is_file():
         held = cache_bytes(copy.deepcopy(model).to(torch.bfloat16), 16384)  # as the budgets of results/quality are
-        options.out.mkdir(parents=True, exist_ok=True)
+        options.output.mkdir(parents=True, exist_ok=True)
         head = {"wide": options.wide, "narrow": options.narrow, "bytes_16k": held, "dtype": str(model.dtype)}
         path.write_text(json.dumps(head) + "\n")
     known = {(row["part"], row["item"]) for row in map(json.loads, path.read_text().splitlines()[1:])}

@@ -1,6 +1,6 @@
 """Time a verification step of drafts against a step of one token, with a rollback and with a copy of the state.
 
-    python3 -m experiments.speculation --out DIR [--shape llama-8b] [--full-layers 4] [--context 4096] [--drafts 8]
+    python3 -m experiments.speculation --output DIR [--shape llama-8b] [--full-layers 4] [--context 4096] [--drafts 8]
 
 A random hybrid reads a context; then steps are timed in turn, by the wall clock, without CUDA graphs: one token; K
 tokens of which half are taken back, from a cache that can take back K; the same from one that copies its state and
@@ -148,8 +148,8 @@ def main() -> None:
         found["operator ms"] = median_ms(
             operator_steps(model, options.context, options.drafts), device, options.rounds, options.budget_s / 2
         )
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out / "speculation.json", to_json(found))
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.output / "speculation.json", to_json(found))
     print(to_json(found))
 
 

@@ -1,6 +1,6 @@
 """Measure what caches in fewer bytes cost in quality: perplexity and verbatim clozes, token by token, on the same rows.
 
-    python3 -m experiments.state_bytes --data DIR --out DIR [--model FILE.gguf] [--rows 1024] [--tokens 0]
+    python3 -m experiments.state_bytes --data DIR --output DIR [--model FILE.gguf] [--rows 1024] [--tokens 0]
 
 Every row is a held-out text of `--tokens` tokens and then a near cloze, all of it read `--segment` tokens at a time (1)
 by the layers of the shipped hybrid of SmolLM2-135M: a packed state is rounded after each of these segments. A cloze is
@@ -190,7 +190,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--rows", type=int, default=4096 if device == "cuda" else 8)
     parser.add_argument("--batch", type=int, default=1024 if device == "cuda" else 8)
@@ -206,7 +206,7 @@ def main() -> None:
         with_full_layers(model, options.full)
     documents = read_documents(find_set(options.data, HELD_OUT))
     rows = make_rows(tokenizer, documents, options.rows, options.tokens)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     names = options.dtypes.split(",")
     batches: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for start in range(0, len(rows), options.batch):
@@ -214,7 +214,7 @@ def main() -> None:
         for name in names:
             stop = min(start + options.batch, len(rows))
             about = f"tokens-{options.tokens}-segment-{options.segment}" + f"-full-{options.full}" * bool(options.full)
-            path = options.out / f"{name}-{start}-{stop}-{about}.json"
+            path = options.output / f"{name}-{start}-{stop}-{about}.json"
             if not path.exists():
                 use_format(model, name)
                 measured = measure(model, rows[start:stop], end, options.segment)
@@ -231,7 +231,7 @@ def main() -> None:
         found["device"] = (
             torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
-        write_atomically(options.out / "state_bytes.json", to_json(found))
+        write_atomically(options.output / "state_bytes.json", to_json(found))
         print(to_json(found), flush=True)
 
 

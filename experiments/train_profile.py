@@ -1,6 +1,6 @@
 """Kernels of one training step of the 340M model at 2K, beside those of the same model with full attention.
 
-    python -m experiments.train_profile --out results/train_profile
+    python -m experiments.train_profile --output results/train_profile
 
 Compiled layers, bfloat16 and the optimizer are those of `nha train`; tokens are random. Kernels go to OUT/CASE.json
 with their time and number of launches in a step, and the longest are printed; `idle_ms` is what lies between them.
@@ -152,7 +152,7 @@ def show(name: str, found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Profile the cases. Returns 0, or 3 where time was short."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/train_profile")))
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "results/train_profile")))
     parser.add_argument("--preset", default="340m")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=60.0)
     options = parser.parse_args(arguments)
     options.steps, options.tiny, options.parallel, options.compile = 40, options.preset == "tiny", "ddp", "auto"
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.budget_s
     for name in options.cases.split(","):
         base = name.removesuffix(GRAPH)
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         use_backend = backend is not None and torch.cuda.is_available()
         with torch.nn.attention.sdpa_kernel(backend) if use_backend and backend is not None else nullcontext():
             found = measure(make_step(case, options, base != name))
-        (options.out / f"{name}-{options.seq_len}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.output / f"{name}-{options.seq_len}.json").write_text(json.dumps(found, indent=1) + "\n")
         show(name, found)
         torch._dynamo.reset()
         gc.collect()

@@ -1,6 +1,6 @@
 """Time training of the paper's 340M model beside the same model with full attention.
 
-    python experiments/train_speed.py --out results/from_scratch
+    python experiments/train_speed.py --output results/from_scratch
 
 Both train in the same loop, on random tokens, with compiled layers. `full-cudnn` and `full-flash` name the kernel of
 full attention. `learn` is no timing: the first hundred steps on real text (the Python reference, as bytes). Rows go to
@@ -207,7 +207,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results/from_scratch")))
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "results/from_scratch")))
     parser.add_argument("--preset", default="340m")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="tokens of a step on each GPU")
@@ -229,13 +229,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the cases that are not there yet. Returns 0, 1 for a failure or 3 where time was short."""
     options = parse_options(arguments)
     if options.report:
-        print(table(read_rows(options.out / "train_speed.jsonl")))
+        print(table(read_rows(options.output / "train_speed.jsonl")))
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     there = {
         (row["preset"], row["case"], row["seq_len"], row["gpus"])
-        for row in read_rows(options.out / "train_speed.jsonl")
+        for row in read_rows(options.output / "train_speed.jsonl")
     }
     status = 0
     for case in cases(options.tiny):
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             row = run_case(case, options, world)
             if rank == 0:
-                add_row(options.out, row)
+                add_row(options.output, row)
                 print(json.dumps(row), flush=True)
         except Exception:
             traceback.print_exc()

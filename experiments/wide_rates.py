@@ -1,6 +1,6 @@
 """Distil shapes of 0.4B and 1B for a few hundred steps at the recipes' learning rates: the loss falls without a spike.
 
-    PYTHONPATH=src python -m experiments.wide_rates --data DATA --out OUT --budget-s 190
+    PYTHONPATH=src python -m experiments.wide_rates --data DATA --output OUT --budget-s 190
 
 The rates of the recipes were tuned at a width of 576 and shrink in proportion for wider models; "x1" is that rate, and
 "unscaled" the rate of width 576. Weights start at random, so the original is first trained with full attention by the
@@ -138,7 +138,7 @@ def run_case(case: str, corpus: Corpus, tokenizer: Any, options: argparse.Namesp
         row |= {"seconds": round(time.monotonic() - begun, 1)}
         row |= {"memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
         found = {"row": row | judge(losses), "losses": losses, "settings": dataclasses.asdict(settings)}
-        write_atomically(options.out / "rates" / f"{case}.json", json.dumps(found) + "\n")
+        write_atomically(options.output / "rates" / f"{case}.json", json.dumps(found) + "\n")
 
     def take(name: str) -> Callable[[dict[str, float]], None]:
         def log(entry: dict[str, float]) -> None:
@@ -235,7 +235,7 @@ def write_report(folder: Path) -> str:
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("results/generality"))
+    parser.add_argument("--output", type=Path, default=Path("results/generality"))
     parser.add_argument("--known", type=Path, default=Path("results/generality"))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-rates")
     parser.add_argument("--corpus", type=Path, help="a corpus of this tokenizer, if it is there")
@@ -263,12 +263,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report is not None:
         print(write_report(options.report))
         return 0
-    (options.out / "rates").mkdir(parents=True, exist_ok=True)
+    (options.output / "rates").mkdir(parents=True, exist_ok=True)
     tokenizer, status = load_tokenizer(options.tokenizer), 0
     corpus = find_corpus(options.corpus, options.data, options.work, tokenizer)
     stop = Stop(max(1.0, options.budget_s - RESERVE_S - (time.monotonic() - begun)))
     for case in options.cases:
-        if any(is_finished(folder / "rates" / f"{case}.json") for folder in (options.out, options.known)):
+        if any(is_finished(folder / "rates" / f"{case}.json") for folder in (options.output, options.known)):
             continue
         if stop.due():
             status = max(status, 3)
@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    print(write_report(options.out), flush=True)
+    print(write_report(options.output), flush=True)
     return status
 
 

@@ -1,6 +1,6 @@
 """Measure verbatim recall with exact slots, soft slots and none, nothing trained: how much a head's places are worth.
 
-    python3 -m experiments.write_score --data DIR --out DIR [--model FILE.gguf] [--clozes 100] [--budget-s 240]
+    python3 -m experiments.write_score --data DIR --output DIR [--model FILE.gguf] [--clozes 100] [--budget-s 240]
 
 The score that says which tokens are kept is fitted to training documents; clozes come from held-out books. Every row
 of write_score.json is one way to fill the slots of SmolLM2-135M, measured by written clozes. Run the same command again
@@ -172,7 +172,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--clozes", type=int, default=500 if device == "cuda" else 50)
     parser.add_argument("--ranges", default="cloze_near,cloze_far" if device == "cuda" else "cloze_near")
@@ -183,8 +183,8 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=math.inf)
     options = parser.parse_args()
     end = time.perf_counter() + options.budget_s
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "write_score.json"
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "write_score.json"
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     probe = Probe(options, device)
     correlations = [[round(float(x), 3) for x in row] for row in probe.scores.correlations]

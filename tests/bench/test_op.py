@@ -92,7 +92,7 @@ def test_work_is_counted_by_the_definition():
 
 def test_the_tiny_benchmark_runs_in_the_interpreter(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "nha", "bench", "op", "--tiny", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nha", "bench", "op", "--tiny", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_table(tmp_path / "ops.csv")

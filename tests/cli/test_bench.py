@@ -20,9 +20,9 @@ def test_rows_are_listed(arguments):
 
 
 def test_a_table_is_written_and_drawn_from(tmp_path):
-    done = run("cpu", "--tiny", "--repeats", "1", "--out", str(tmp_path))
+    done = run("cpu", "--tiny", "--repeats", "1", "--output", str(tmp_path))
     assert done.exit_code == 0 and (tmp_path / "cpu.csv").exists()
-    done = run("plots", "--results", str(tmp_path), "--out", str(tmp_path))
+    done = run("plots", "--results", str(tmp_path), "--output", str(tmp_path))
     assert done.exit_code == 2 and "ops.csv" in done.stderr
 
 
@@ -41,7 +41,7 @@ def test_a_table_is_written_and_drawn_from(tmp_path):
     ids=str,
 )
 def test_bad_input_is_one_line(arguments, names, tmp_path):
-    done = run(*arguments, "--out", str(tmp_path))
+    done = run(*arguments, "--output", str(tmp_path))
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
     assert all(name in done.stderr for name in names)
     assert not list(tmp_path.iterdir())

@@ -27,9 +27,9 @@ NOWHERE = Path("/proc")  # a file system in which nobody, root included, makes a
         ["ablate", "--summarize", "--output", "{}"],
         ["quickstart", "--model", "MODEL", "--output", "{}"],
         ["eval", "perplexity", "MODEL", "--output", "{}"],
-        ["bench", "cpu", "--out", "{}"],
-        ["bench", "op", "--tiny", "--out", "{}"],
-        ["bench", "plots", "--out", "{}"],
+        ["bench", "cpu", "--output", "{}"],
+        ["bench", "op", "--tiny", "--output", "{}"],
+        ["bench", "plots", "--output", "{}"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -10,7 +10,16 @@ from experiments import cost
 
 
 def test_a_shape_is_measured_once_and_stamped(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--shapes", "tiny", "--steps", "3"]
+    arguments = [
+        "--output",
+        str(tmp_path / "out"),
+        "--work",
+        str(tmp_path / "work"),
+        "--shapes",
+        "tiny",
+        "--steps",
+        "3",
+    ]
     assert cost.main([*arguments, "--seq-len", "512"]) == 0
     (row,) = json.loads((tmp_path / "out" / "cost.json").read_text())
     assert row["steps"] == 3 and row["tokens_per_s"] > 0 and row["versions"]["torch"] and row["date"]

@@ -41,7 +41,7 @@ def arguments(place, out, *more):
         str(place / "tiny"),
         "--corpus",
         str(place / "corpus"),
-        "--out",
+        "--output",
         str(out),
         "--work",
         str(out / "work"),

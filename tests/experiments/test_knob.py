@@ -55,7 +55,7 @@ def test_the_script_writes_a_table_and_a_picture(place, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, out = place / "model", tmp_path / "out"
     options = ["--windows", "0,8,-1", "--seq-len", "64", "--texts", "2", "--dtype", "float32"]
-    assert knob.main([f"a={path}", f"b={path}", "--corpus", str(place / "corpus"), "--out", str(out), *options]) == 0
+    assert knob.main([f"a={path}", f"b={path}", "--corpus", str(place / "corpus"), "--output", str(out), *options]) == 0
     with (out / "knob.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["window"]) for row in rows] == [(m, w) for m in "ab" for w in ("0", "8", "-1")]

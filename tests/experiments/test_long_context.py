@@ -21,7 +21,7 @@ def test_every_part_of_both_models_is_kept_and_shown(tmp_path, capsys):
     model = changed(base, [16, [16, 32], 16])
     save_delta(tmp_path / "tiny.delta", model, low_rank_changes(base, model, 2), {"base": "tiny"})
     (tmp_path / "heldout.jsonl").write_text(lines(PROSE))
-    given = ["--data", tmp_path, "--out", tmp_path / "out", "--model", tmp_path / "tiny"]
+    given = ["--data", tmp_path, "--output", tmp_path / "out", "--model", tmp_path / "tiny"]
     given += ["--delta", tmp_path / "tiny.delta", "--lengths", "512", "--rounds", "1"]
     given = [*map(str, given), "--needles", "1", "--clozes", "2", "--documents", "1"]
     given += ["--models", "hybrid,original,kernels,yarn"]

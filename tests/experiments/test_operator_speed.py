@@ -18,5 +18,5 @@ def test_one_sequence_is_compared_with_the_same_tokens_in_many():
 
 
 def test_a_run_without_time_for_a_row_says_so(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--tiny", "--budget-s", "0"]) == 1
+    assert main(["--output", str(tmp_path), "--tiny", "--budget-s", "0"]) == 1
     assert "no row was measured within 0 s" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def place(tmp_path_factory, data):  # noqa: F811
 
 def run(place, data, out, *more):  # noqa: F811
     given = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
-    where = ["--data", data, "--model", place / "tiny", "--out", out, "--work", place / "work"]
+    where = ["--data", data, "--model", place / "tiny", "--output", out, "--work", place / "work"]
     return quality.main([*map(str, where), *SMALL, *given, *more])
 
 

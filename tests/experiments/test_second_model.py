@@ -125,7 +125,7 @@ def test_the_page_shows_the_rows_of_the_record():
 
 
 def test_runs_have_names_and_an_order():
-    options = second_model.parse_options(["--data", ".", "--out", "unused"])
+    options = second_model.parse_options(["--data", ".", "--output", "unused"])
     names = Naming(options)
     assert names.run_name("llama-20m", "constant:2", False) == "llama-20m-40M-constantx2-4M-0"
     assert names.run_name("llama-20m", "constant:2", True).endswith("x2-4M-0")

@@ -158,7 +158,7 @@ class Rows:
         others = sorted({str(row["gpu"]) for row in self.rows} - {about["gpu"]})
         if others:
             raise BadInput(
-                f"expected rows of {about['gpu']} in {path}, got rows of {', '.join(others)}: name a new --out"
+                f"expected rows of {about['gpu']} in {path}, got rows of {', '.join(others)}: name a new --output"
             )
         self.rows = [row for row in self.rows if row["status"] in (OK, OUT_OF_MEMORY)]
         write_rows(path, self.rows)

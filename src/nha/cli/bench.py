@@ -20,7 +20,7 @@ from nha.models import loading
 RESULTS = Path("benchmarks/results")
 bench_app = typer.Typer(help="Time this library on this machine.", no_args_is_help=True, rich_markup_mode="rich")
 
-Out = Annotated[Path, typer.Option(help="Directory of the tables.")]
+Output = Annotated[Path, typer.Option(help="Directory of the tables.")]
 Budget = Annotated[float, typer.Option("--budget-s", help="Start no new row after so many seconds.")]
 Only = Annotated[str | None, typer.Option(help="Only rows whose line in --list matches this regular expression.")]
 List = Annotated[bool, typer.Option("--list", help="Print the rows and stop.")]
@@ -38,22 +38,24 @@ def leave(failed: int) -> None:
 
 @bench_app.command("op", epilog='Example: [cyan]nha bench op --only "^triton fwd .*W64"[/]')
 @command
-def op(out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False) -> None:
+def op(
+    output: Output = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
+) -> None:
     """Time the operator beside cuDNN, FlashAttention, FlexAttention and what else is installed: ops.csv."""
-    time_operator("ops.csv", out, budget, only, list_, tiny)
+    time_operator("ops.csv", output, budget, only, list_, tiny)
 
 
 @bench_app.command("decode", epilog='Example: [cyan]nha bench decode --only "B64 "[/]')
 @command
 def decode(
-    out: Out = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
+    output: Output = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
 ) -> None:
     """Time one token of the operator after 32,768 others, with and without a CUDA graph: ops-decode.csv."""
-    time_operator("ops-decode.csv", out, budget, only, list_, tiny, kind="decode")
+    time_operator("ops-decode.csv", output, budget, only, list_, tiny, kind="decode")
 
 
 def time_operator(
-    name: str, out: Path, budget: float, only: str | None, list_: bool, tiny: bool, kind: str | None = None
+    name: str, output: Path, budget: float, only: str | None, list_: bool, tiny: bool, kind: str | None = None
 ) -> None:
     """Measure the operator's rows, or those of one kind, into the table of this name."""
     from nha.bench import op as bench
@@ -64,12 +66,12 @@ def time_operator(
     if list_:
         log("\n".join(map(str, rows)))
         return
-    check_writable(out)
+    check_writable(output)
     warnings.simplefilter("ignore")
-    leave(bench.run(rows, out, budget, tiny, log, name))
+    leave(bench.run(rows, output, budget, tiny, log, name))
 
 
-@bench_app.command("model", epilog="Example: [cyan]nha bench model smollm2-135m --out results --budget-s 240[/]")
+@bench_app.command("model", epilog="Example: [cyan]nha bench model smollm2-135m --output results --budget-s 240[/]")
 @command
 def model(
     name: Annotated[
@@ -79,7 +81,7 @@ def model(
             help="llama-3-8b, qwen2.5-7b, qwen3-8b or smollm2-135m with random weights; or a directory or Hub id.",
         ),
     ] = "llama-3-8b",
-    out: Out = RESULTS / "models",
+    output: Output = RESULTS / "models",
     full: Annotated[int, typer.Option("--full", help="Full layers of the first hybrid; the second has none.")] = 4,
     budget: Budget = 500,
     shard: Annotated[
@@ -106,19 +108,19 @@ def model(
         if list_:
             log("\n".join(map(str, rows)))
             return
-        check_writable(out)
+        check_writable(output)
         warnings.simplefilter("ignore")
-        failed = bench.run(name, rows, out, budget, shard=part or None, tiny=tiny, log=log)
+        failed = bench.run(name, rows, output, budget, shard=part or None, tiny=tiny, log=log)
         if part:
             leave(failed)
             return
     else:
         failed = 0
-    rows = bench.collect(name, out)
-    bench.write_rows(bench.table_path(out, name), rows)
+    rows = bench.collect(name, output)
+    bench.write_rows(bench.table_path(output, name), rows)
     for line in model_page.summary(rows):
         log(line)
-    for path in model_page.write(rows, bench.label(name), out / bench.label(name)):
+    for path in model_page.write(rows, bench.label(name), output / bench.label(name)):
         log(str(path))
     leave(failed)
 
@@ -134,7 +136,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 @bench_app.command("cpu", epilog="Example: [cyan]nha bench cpu --everything --budget-s 600[/]")
 @command
 def cpu(
-    out: Out = RESULTS,
+    output: Output = RESULTS,
     lengths: Annotated[
         bool, typer.Option("--lengths", help="Time 2K to 64K tokens at a window of 64 instead: cpu-lengths.csv.")
     ] = False,
@@ -181,10 +183,10 @@ def cpu(
     if list_:
         log("\n".join(f"{table}: {name}" for table, (names, _) in tables.items() for name in names if name in wanted))
         return
-    check_writable(out)
+    check_writable(output)
     for table, (names, measure) in tables.items():
         if wanted & set(names):
-            measure(out / table)
+            measure(output / table)
 
 
 @bench_app.command("serve", epilog="Example: [cyan]nha bench serve my-hybrid --lengths 4096,32768,131072[/]")
@@ -193,7 +195,7 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="Directory of a hybrid, or 'smollm2-hybrid' for that of the embedded model.")
     ],
-    out: Out = RESULTS,
+    output: Output = RESULTS,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "4096,32768,131072",
     sequences: Annotated[int, typer.Option(help="Prompts at a time.")] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens written after each.")] = 128,
@@ -213,7 +215,7 @@ def serve(
     check_at_least("--new-tokens", new_tokens, 2)
     if memory is not None:
         common.check_range("--memory", memory, above=0, at_most=1)
-    check_writable(out)
+    check_writable(output)
     sizes = common.parse_ints(lengths, "--lengths")
     check_at_least("--lengths", min(sizes), 1)
     source = with_directory(loading.find(model))
@@ -221,17 +223,17 @@ def serve(
         raise BadInput(f"expected the directory of a hybrid, got {model}")
     save_embedded(source)
     options = {"dtype": dtype, "eager": eager, "memory": memory}
-    leave(run(cases(str(source.directory), sizes, sequences, new_tokens, **options), out, budget, log))
+    leave(run(cases(str(source.directory), sizes, sequences, new_tokens, **options), output, budget, log))
 
 
-@bench_app.command("plots", epilog="Example: [cyan]nha bench plots --out pictures[/]")
+@bench_app.command("plots", epilog="Example: [cyan]nha bench plots --output pictures[/]")
 @command
 def plots(
     results: Annotated[Path, typer.Option(help="Directory of the tables.")] = RESULTS,
-    out: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("docs/images"),
+    output: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("docs/images"),
 ) -> None:
     """Draw the tables as pictures; needs matplotlib and no GPU."""
     from nha.bench.plots import draw
 
-    check_writable(out)
-    draw(results, out, log)
+    check_writable(output)
+    draw(results, output, log)
