@@ -44,8 +44,8 @@ from experiments.quality_arms import ARMS, DEFAULT_ARMS, Arm, Run, budget_of, co
 
 # What decides most comes first: where time is up, a run is kept without the rest.
 LONG_NEEDLE = "long needle"
-ORDER = ("perplexity", "cloze_near", "cloze_far", "squad_qa", "needle", "lambada_openai", "piqa", "arc_easy")
-ORDER += ("arc_challenge", "boolq", "copa", LONG_NEEDLE, "hellaswag")
+ORDER = ("perplexity", "needle", "cloze_near", "cloze_far", "squad_qa", "lambada_openai", "piqa", "arc_easy")
+ORDER += ("arc_challenge", "boolq", "hellaswag", LONG_NEEDLE, "copa")
 KNOWN = Path("results/quality")
 TOKENIZE_S = 20.0  # that an evaluation waits for sets which another process tokenizes, at most
 TIMES = ("tokens_per_s", "loss", "kl", "cross_entropy", "answer_accuracy")

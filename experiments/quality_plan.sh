@@ -11,6 +11,8 @@
 #     FIRST=constant_floor OTHER=none FIRST_EXTRA="--seeds 1" SECONDS_GIVEN=420      # and seed 2, with their controls:
 #     FIRST=constant_floor OTHER=none FIRST_EXTRA="--seeds 2" CONTROLS=--only-controls SECONDS_GIVEN=300
 #     FIRST=constant_floor OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=560
+# Half recall text, three quarters of it from afar, with its control beside it and its packed file after it; twice as long as one call:
+#     FIRST=constant_long,shipped_long OTHER=constant_long OTHER_CONTROLS=--only-controls EXTRA="--tokens constant=50e6" SECONDS_GIVEN=820
 #
 # Seconds of 1full_half alone on an H200 with an empty cache of compiled kernels: model and tokens ready 47, teacher of 12.5 M tokens
 # 97 (37 of them until its first step), conversion and alignment 65, compile of heads of three kinds 139 (before layers of any

@@ -142,7 +142,7 @@ def share(found: Mapping[str, Any] | None, name: str) -> str:
 def table(runs: Sequence[Run]) -> str:
     """Three tables in Markdown: the numbers, their shares of the control's, and needles and clozes by distance."""
     head = ["run, tokens", "full layers", "MB at 16K", *SHOWN.values()]
-    kept = "in bf16, in 8 bits for `_int8`, `_floor` and `shipped`"
+    kept = "in bf16, in 8 bits for `_int8`, `_floor`, `_long` and `shipped`"
     lines = [f"Accuracies in %. MB: the cache of one sequence of 16,384 tokens {kept}.", "", _line(head), _rule(head)]
     for run in runs:
         row = run["row"]

@@ -84,6 +84,14 @@ def test_a_hybrid_whose_answers_weigh_more_is_compared_with_the_same_control():
     assert control.name == make_runs(["constant_teacher"], [0], {})[0].name == "control-4b2ddc-25M-0"
 
 
+def test_an_arm_of_other_batches_has_a_control_of_its_own():
+    control, hybrid, packed = make_runs(["constant_long", "shipped_long"], [0], {"constant": 50e6})
+    assert control.settings.recall_fraction == hybrid.settings.recall_fraction == 0.5
+    assert control.settings.long_tokens == hybrid.settings.long_tokens == 30e6
+    assert batches_digest(control.settings) == batches_digest(hybrid.settings) != "4b2ddc"
+    assert packed.settings == hybrid.settings and hybrid.settings.teacher_tokens == 7.5e6
+
+
 def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
     def tokens(name, length=16384):
         heads = ARMS[name].heads
@@ -97,7 +105,7 @@ def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
     assert tokens("constant_teacher") <= 64 * 90
 
 
-@pytest.mark.parametrize("name", ["4full_floor", "1full_floor", "constant_floor"])
+@pytest.mark.parametrize("name", ["4full_floor", "1full_floor", "constant_floor", "constant_long"])
 def test_arms_in_8_bits_fit_the_bytes_of_their_column(name):
     """A window holds its tokens and 64 slots of 2 rows: 64 numbers, 32 bytes of errors and a scale of 2 bytes each."""
     arm, dim, slots = ARMS[name], 64, 64
