@@ -4,14 +4,18 @@
 tokens that agree with the family's code from the first on, and how far logits of a prompt are apart; for 8B's
 shape with random weights milliseconds of a token by `generate()` (64 and 256 tokens), seconds until the first tokens of
 the process, milliseconds until the first token of calls one after another (the very first loads kernels and records
-the lengths of prompts, later ones are replayed), and time and peak memory of a prompt of 131,072 tokens in pieces of
-some sizes.
+the lengths of prompts, later ones are replayed), time and peak memory of a prompt of 131,072 tokens in pieces of some
+sizes, milliseconds of a token in turns of a conversation ("turns": by plain `generate()`, with its cache returned, and
+with a cache that is handed in, the original beside it), and milliseconds until the first token after prompts of given
+lengths, all of them recorded before ("lengths": calls of the original and the hybrid in turn).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -23,13 +27,18 @@ from nha.bench.shapes import Variants, load_original
 from nha.bench.timing import DEVICE, stamp, synchronize
 from nha.io import write_atomically
 from nha.models import prompt
+from nha.models.conversation import cache_keyword
 from nha.models.delta import apply_delta
 from nha.models.fused_step import fusing
+from nha.models.prompt_graph import warm_up
 from nha.models.smollm2 import DELTA, forget_gguf
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-PARTS = ["real", "tokens", "long", "prompts"]
+PARTS = ["real", "tokens", "long", "prompts", "lengths", "turns"]
 NEW = 60  # tokens that are compared
+LENGTHS = (1300, 700, 1100, 1500, 1900, 256, 512, 1024, 2048)
+TURNS = (2048, 40, 300)  # tokens of text before each answer of a conversation
+RECORDED = 4  # tokens of an answer until its step is recorded
 TEXT = "The lighthouse keeper wrote down every ship that passed. On the first day he saw three of them, and "
 
 
@@ -88,6 +97,89 @@ def first_tokens(model: Any, length: int, **options: Any) -> list[float]:
     return [ms() for _ in range(6)]
 
 
+def prompts_of_length(variants: Variants, name: str, length: int, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds until the first token after a prompt: medians of two halves of the calls, the models in turn."""
+    found: dict[str, list[float]] = {name: [], "original": []}
+    models = {each: variants.get(each) for each in found}
+    prompt = random_ids(models[name], 1, length)
+    for model in models.values():
+        seconds(model, prompt, 1)
+    for _ in range(repeats):
+        for each, times in found.items():
+            times.append(1e3 * seconds(models[each], prompt, 1))
+    return {
+        each: [round(statistics.median(half), 2) for half in (times[: repeats // 2], times[repeats // 2 :])]
+        for each, times in found.items()
+    }
+
+
+class TokenTimes:
+    """A streamer that notes when each token comes: a token is copied to the CPU, so that the GPU has finished it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds of a token: the median once steps are recorded, and the mean from the first token on."""
+        times = self.times[1:]  # the first is the prompt's
+        between = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
+        return {
+            "median_ms": round(statistics.median(between[RECORDED:]), 3),
+            "mean_ms": round(statistics.mean(between), 3),
+        }
+
+
+def turns_of(model: Any, way: str, lengths: tuple[int, ...], new: int, **options: Any) -> tuple[torch.Tensor, list]:
+    """The tokens of a conversation, and the times of each turn's tokens.
+
+    `way` is "plain" (every call reads all again), "returned" (so does it, and returns its cache) or "handed in".
+    """
+    from transformers import DynamicCache
+
+    cache = {cache_keyword(model): DynamicCache(config=model.config)} if way == "handed in" else {}
+    returned = {} if way == "plain" else {"return_dict_in_generate": True}
+    ids, rows = random_ids(model, 1, 0), []
+    for seed, length in enumerate(lengths):
+        torch.manual_seed(seed)
+        text = torch.randint(model.config.vocab_size, (1, length), device=ids.device)
+        ids, streamer = torch.cat([ids, text], 1), TokenTimes()
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "streamer": streamer}
+        limits = {"max_new_tokens": new, "min_new_tokens": new}
+        out = model.generate(ids, **given, **limits, **OPTIONS, **cache, **returned, **options)
+        ids = out if way == "plain" else out.sequences
+        rows.append(streamer.medians())
+    return ids, rows
+
+
+def conversations(variants: Variants, name: str, tiny: bool) -> Any:
+    """Rows of the hybrid's and the original's turns in every way, and how many tokens of the hybrid are equal."""
+    lengths, new = ((12, 9, 10), 12) if tiny else (TURNS, 64)
+    first, rows = None, []
+    for each, way, options in (
+        (name, "plain", {}),
+        (name, "handed in", {}),
+        (name, "returned", {}),
+        (name, "handed in", {"disable_compile": True}),
+        ("original", "plain", {}),
+        ("original", "handed in", {}),
+    ):
+        ids, times = turns_of(variants.get(each), way, lengths, new, **options)
+        row: dict[str, Any] = {"variant": each, "way": way, "graphs": not options, "turns": times}
+        if each == name:
+            first = ids if first is None else first
+            row["equal_tokens"] = int((ids == first).long().cumprod(1).sum())
+        rows.append(row | {"tokens": ids.shape[1]})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def long_prompt(model: Any, length: int, size: int) -> dict[str, float | None]:
     """Milliseconds and peak GiB of a long prompt in `generate`, in pieces of `size` times the default bytes."""
     saved, prompt.PIECE_BYTES = prompt.PIECE_BYTES, prompt.PIECE_BYTES * size
@@ -107,6 +199,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory of the results")
     parser.add_argument("model", nargs="?", help="a GGUF file of SmolLM2-135M")
     parser.add_argument("--parts", type=parts_of, default=PARTS, help="what to measure, separated by commas")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of the prompts of that part")
     parser.add_argument("--budget-s", type=float, default=60, help="start no measurement after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which need no GPU")
     chosen = parser.parse_args()
@@ -122,7 +215,17 @@ def main() -> None:
     if "real" in chosen.parts and chosen.model:
         add("real_model", real_model(chosen.model, chosen.tiny))
     variants = Variants(load_original("llama-3-8b", chosen.tiny), *((8, 6) if chosen.tiny else ()))
-    model = variants.get("hybrid-1" if chosen.tiny else "hybrid-4")
+    name = "hybrid-1" if chosen.tiny else "hybrid-4"
+    model = variants.get(name)
+    if "lengths" in chosen.parts:
+        start = time.perf_counter()
+        warm_up(model)
+        add("warm_up_s", time.perf_counter() - start)
+        for length in chosen.lengths:
+            if time.monotonic() < deadline:
+                add(f"lengths_{length}_ms", prompts_of_length(variants, name, length, 4 if chosen.tiny else 10))
+    if "turns" in chosen.parts and time.monotonic() < deadline:
+        add("turns", conversations(variants, name, chosen.tiny))
     if "tokens" in chosen.parts:
         ids = random_ids(model, 1, 30 if chosen.tiny else 2048)
         add("first_call_s", seconds(model, ids, 10))
