@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 
 import pytest
 import typer
@@ -105,3 +106,8 @@ def test_progress_without_a_terminal_tells_the_remaining_time(monkeypatch):
 def test_json_has_neither_nan_nor_lone_surrogates():
     text = to_json({"loss": float("nan"), "text": "a\ud800", "plain": "é"})
     assert json.loads(text.encode()) == {"loss": None, "text": "a\ud800", "plain": "é"}
+
+
+def test_what_bitsandbytes_would_like_installed_is_not_said_between_our_lines():
+    assert runner.invoke(app, ["bench", "op", "--list"]).exit_code == 0
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

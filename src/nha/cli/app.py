@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -91,6 +92,8 @@ def root(
     common.show_tracebacks(traceback)
     # Progress bars of the libraries below would run into the commands' own; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # PEFT imports bitsandbytes where it is installed, which then asks for a package that no command uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 app.command(epilog="Example: [cyan]nha quickstart --model HuggingFaceTB/SmolLM2-360M --output report[/]")(quickstart)

@@ -214,7 +214,8 @@ class Distillation(nn.Module):
 
         One graph serves all layers of a kind. Teacher and student, text and recall text, take one each. Where hybrid
         layers have different windows, attention runs outside the graphs, which then serve layers of any windows, and
-        from the second length on sequences of any length.
+        from the second length on sequences of any length. Else they serve one length and one size of `cu_seqlens`
+        each. `pack` makes that size 1 and a power of two, so that few occur however many documents a batch has.
         """
         outside = len({window_of(window) for window in self.windows} - {FULL}) > 1
         for module in attention_layers(self.causal):
