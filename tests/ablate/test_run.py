@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from nha.ablate import run
+from nha.ablate import recall, run
 from nha.ablate.run import Shard, claimed, processes_for, read_row, row_file, run_table
 from nha.ablate.specs import ModelSpec
+from nha.ablate.steps import Steps
 from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary
 from nha.ablate.table import Claim, built_in_tables, parse_table, read_table
 from nha.train.trainer import TrainingDiverged
@@ -180,6 +183,46 @@ def test_a_row_that_fails_does_not_take_the_others_along(error, table, tmp_path,
     progress = run_table(table.only(lrs=[1e-3]), tmp_path)
     assert progress.failed == [f"tiny--nha--lr0.001--seed0 ({error.__name__}: no such kernel)"]
     assert progress.made == ["tiny--window-only--lr0.001--seed0"]
+
+
+MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@pytest.mark.parametrize("error", MEMORY)
+@pytest.mark.parametrize("place", ["step", "read_loss", "_knows_all", "measure_size"])
+def test_a_row_that_runs_out_of_memory_has_failed_and_the_others_are_made(error, place, table, tmp_path, monkeypatch):
+    def fail(found):
+        def call(first, *args, **options):
+            model = first if hasattr(first, "config") else first.model
+            if model.config.num_slots == 1:  # the window alone
+                raise error("CUDA out of memory.\nTried to allocate 2 GiB")
+            return found(first, *args, **options)
+
+        return call
+
+    small = table.only(lrs=[1e-3])
+    owner = {"step": Steps, "read_loss": recall.Learner}.get(place, recall)
+    name = "__call__" if place == "step" else place
+    monkeypatch.setattr(owner, name, fail(getattr(owner, name)))
+    progress = run_table(
+        dataclasses.replace(small, recall=dataclasses.replace(small.recall, valid_every=2)), tmp_path, together=2
+    )
+    assert progress.made == ["tiny--nha--lr0.001--seed0"]
+    why = f"{error.__name__}: CUDA out of memory. Tried to allocate 2 GiB"
+    assert progress.failed == [f"tiny--window-only--lr0.001--seed0 ({why})"]
+
+
+def test_models_whose_batch_cannot_be_drawn_have_failed_and_the_next_rows_are_made(table, tmp_path, monkeypatch):
+    def batches(plan, seed, device):
+        if seed == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from original(plan, seed, device)
+
+    original = recall.RecallPlan.batches
+    monkeypatch.setattr(recall.RecallPlan, "batches", batches)
+    progress = run_table(table.only(seeds=[0, 1], lrs=[1e-3]), tmp_path, together=3)
+    assert [name.partition(" ")[0][-1] for name in progress.failed] == ["0", "0"]
+    assert [name[-1] for name in progress.made] == ["1", "1"]
 
 
 def test_shards_begin_with_different_rows_and_cover_all(table):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,10 +154,9 @@ class Learner:
     def step(self, batch: Batch, factor: float) -> None:
         """Start a step; the learning rate is `factor` times its peak. A step that cannot run is its failure."""
         window = draw_window(self.windows, self.seed, self.taken) if self.windows else None
-        try:
+        with self.failing():
             self.loss = self.steps(batch, self.lr * factor, window)
-        except RuntimeError as error:
-            self.stop(failure=error)
+        if self.done:
             return
         self.taken += 1
         self.tokens += batch.ids.numel()
@@ -166,9 +166,18 @@ class Learner:
         self.steps.join()
         return self.loss.item()
 
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """What fails in here, such as for lack of memory, is the model's failure: it takes no further step."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            self.stop(failure=error)
+
     def stop(self, seconds: float = 0.0, failure: Exception | None = None) -> None:
-        """Take no further step."""
-        self.done, self.seconds, self.failure = True, seconds, failure
+        """Take no further step. A failure forgets where it came up, since that would keep the memory of its step."""
+        self.done, self.seconds = True, seconds
+        self.failure = None if failure is None else failure.with_traceback(None)
 
 
 def train_recall(
@@ -215,13 +224,16 @@ def train_learners(
     drawn = {seed: draw_ahead(plan.batches(seed, device), device) for seed in dict.fromkeys(x.seed for x in learners)}
     for step in range(1, plan.steps + 1):
         active = [learner for learner in learners if not learner.done]
-        batches = {seed: next(drawn[seed]) for seed in dict.fromkeys(learner.seed for learner in active)}
-        for learner in active:
-            learner.step(batches[learner.seed], lr_factor(step - 1, plan.steps))
+        for seed in dict.fromkeys(learner.seed for learner in active):
+            readers = [learner for learner in active if learner.seed == seed]
+            if (batch := _draw(drawn[seed], readers)) is not None:
+                for learner in readers:
+                    learner.step(batch, lr_factor(step - 1, plan.steps))
         active = [learner for learner in active if not learner.done]
         if step <= PROBE_STEPS or any(learner.steps.prepared for learner in active):
             for learner in active:  # the time of a step is known from now on
-                learner.read_loss()
+                with learner.failing():
+                    learner.read_loss()
             timed, timed_step = time.monotonic(), step
         first = not known and step % PROBE_STEPS == 0 and step - timed_step >= PROBE_STEPS
         if first or step % plan.valid_every == 0:
@@ -236,8 +248,10 @@ def train_learners(
                         progress(learners.index(learner), step, loss)
         if step % plan.valid_every == 0 and step < plan.steps:
             for learner in active:
-                if not learner.done and _knows_all(learner.model, plan):
-                    learner.stop(time.monotonic() - started)
+                if not learner.done:
+                    with learner.failing():
+                        if _knows_all(learner.model, plan):
+                            learner.stop(time.monotonic() - started)
         if all(learner.done for learner in learners):
             return
     for learner in learners:
@@ -246,10 +260,22 @@ def train_learners(
             learner.stop(time.monotonic() - started, learner.failure)
 
 
+def _draw(drawn: Iterator[Batch], readers: Sequence[Learner]) -> Batch | None:
+    """The next batch of the models that read it; None where it cannot be drawn, which is the failure of them all."""
+    try:
+        return next(drawn)
+    except (RuntimeError, MemoryError) as error:
+        for learner in readers:
+            learner.stop(failure=error)
+        return None
+
+
 def _checked_loss(learner: Learner, step: int) -> float:
-    """The loss of the last step; a model whose loss is not finite stops."""
-    value = learner.read_loss()
-    if not math.isfinite(value):
+    """The loss of the last step; a model whose loss is not finite, or cannot be read, stops."""
+    value = math.nan
+    with learner.failing():
+        value = learner.read_loss()
+    if not math.isfinite(value) and not learner.done:
         learner.stop(failure=FloatingPointError(f"the loss is {value} after {step} steps"))
     return value
 

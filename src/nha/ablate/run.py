@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import multiprocessing
@@ -188,6 +189,7 @@ def run_table(
             elif free:
                 _make_language(table, free[0], out, device, left, sources, reserve, progress, log)
         if device.type == "cuda":
+            gc.collect()  # a Trainer refers to itself, and would keep the memory of a row that failed
             torch.cuda.empty_cache()
     return progress
 
@@ -276,9 +278,10 @@ def _says_why(name: str, progress: Progress, log: Log) -> Iterator[None]:
     except OutOfTime as error:
         progress.late.append(name)
         log(f"{name}: {error}")
-    except (RuntimeError, ArithmeticError, ImportError, TrainingDiverged) as error:
-        progress.failed.append(f"{name} ({type(error).__name__}: {one_line(error)[:200]})")
-        log(f"{name}: failed: {one_line(error)[:200]}")
+    except (RuntimeError, MemoryError, ArithmeticError, ImportError, TrainingDiverged) as error:
+        why = f"{type(error).__name__}: {one_line(error)[:200]}".removesuffix(": ")
+        progress.failed.append(f"{name} ({why})")
+        log(f"{name}: failed: {why}")
 
 
 def _make_recall(
