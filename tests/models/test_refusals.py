@@ -1,18 +1,21 @@
 """Impossible requests are refused in one line with what was expected, before anything runs or is written."""
 
 import copy
+import json
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from nha import NHAConfig, NHAForCausalLM, hybridize, set_windows
+from nha.errors import BadInput
 from nha.models.adapter import to_hybrid
 from nha.models.cache import nha_layers
 from nha.models.config import check_windows, hybrid_config_class, plan_windows
 from nha.models.families import FAMILIES, REFUSED, TABLE, check_family
+from nha.models.loading import find, load_weights
 from nha.models.windows import attention_layers
 from tests.models.families import COMMON, hybrid, sliding, teacher, tokens
 
@@ -221,8 +224,25 @@ def test_a_truncated_checkpoint(tmp_path, size):
 
 def test_a_checkpoint_with_another_number_of_slots(tmp_path):
     saved(tmp_path)
-    with pytest.raises(RuntimeError, match="mismatched"):
+    named = r"model\.layers\.0\.self_attn\.nha\.g_proj\.bias: \[12\] for \[18\]"
+    with pytest.raises(ValueError, match=named):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_slots=9)
+
+
+def test_an_original_of_another_vocabulary_is_refused_by_the_names_of_its_weights(tmp_path):
+    teacher().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 70}))
+    with pytest.raises(BadInput, match=r"lm_head\.weight: \[\d+, 32\] for \[70, 32\]"):
+        load_weights(find(str(tmp_path)), "auto")
+
+
+def test_a_head_of_another_shape_is_new_where_that_is_asked_for(tmp_path):
+    AutoModelForSequenceClassification.from_config(hybrid("llama", 8).config).save_pretrained(tmp_path)
+    load = AutoModelForSequenceClassification.from_pretrained
+    with pytest.raises(ValueError, match=r"score\.weight: \[2, 32\] for \[3, 32\]"):
+        load(tmp_path, num_labels=3)
+    assert load(tmp_path, num_labels=3, ignore_mismatched_sizes=True).num_labels == 3
 
 
 @pytest.mark.parametrize("name", ["sink_key", "g_proj.weight", "slot_cos"])

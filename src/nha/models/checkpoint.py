@@ -32,20 +32,26 @@ except ModuleNotFoundError as error:
 '''
 
 
-def check_loaded(model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], new_head: bool = False) -> None:
     """Raise ValueError, listing them, where a checkpoint's weights are not those of the model it was loaded into.
 
-    `info` is what `from_pretrained(..., output_loading_info=True)` gives. Weights that the model has no place for are
-    wrong in a hybrid; other families leave some out on purpose.
+    `info` is what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` gives: without the
+    last, transformers refuses tensors of other shapes itself and names none. Weights that the model has no place for
+    are wrong in a hybrid; other families leave some out on purpose. With `new_head` the caller has asked for a head of
+    another shape than the checkpoint's.
     """
     hybrid = isinstance(model, CheckpointMixin)
+    headless = hybrid and not model.can_generate()  # a decoder alone has no head, and a classifier gets a new one
     found = {
         "missing": sorted(info["missing_keys"]),
-        "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
+        "of another shape": sorted(
+            f"{name}: {list(got)} for {list(wanted)}" for name, got, wanted in info["mismatched_keys"]
+        ),
         "unknown": sorted(info["unexpected_keys"]) if hybrid else [],
     }
-    if hybrid and not model.can_generate():  # a decoder alone has no head, and a classifier gets a new one
-        found = {kind: [name for name in names if "layers." in name] for kind, names in found.items()}
+    for kind, names in found.items():
+        if headless and (new_head or kind != "of another shape"):
+            found[kind] = [name for name in names if "layers." in name]
     wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in found.items() if names]
     if wrong:
         raise ValueError(f"expected the weights of {type(model).__name__}, got {', '.join(wrong)}")
@@ -89,8 +95,9 @@ class CheckpointMixin:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load as transformers does. Raises ValueError for missing, unknown or misshapen weights, which it lists."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        check_loaded(model, info)
+        options = {"ignore_mismatched_sizes": True} | kwargs  # they are listed below instead
+        model, info = super().from_pretrained(*args, output_loading_info=True, **options)  # type: ignore[misc]
+        check_loaded(model, info, new_head=kwargs.get("ignore_mismatched_sizes", False))
         freeze_unused(model)
         return (model, info) if output_loading_info else model
 

@@ -151,7 +151,7 @@ def load_weights(source: Source, dtype: str) -> PreTrainedModel:
 
     try:
         read: Any = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = read(source.name, dtype=dtype, output_loading_info=True)
+        model, info = read(source.name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         check_loaded(model, info)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
