@@ -18,6 +18,18 @@ def one_line(message: object) -> str:
     return re.sub(r"\s+", " ", str(message)).strip()
 
 
+def reason(error: BaseException) -> str:
+    """What an error of another library says, in one line; after its type where that alone is no sentence.
+
+    >>> reason(KeyError("added_tokens")), reason(OSError("no such\\nfile")), reason(AssertionError())
+    ("KeyError: 'added_tokens'", 'no such file', 'AssertionError')
+    """
+    text = one_line(error)
+    if text and not isinstance(error, KeyError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class OutOfTime(Exception):
     """Work that would take longer than there is time for; `needed` is what it would still take, in seconds."""
 

@@ -179,11 +179,23 @@ def test_a_plan_goes_to_a_file_and_back(tmp_path):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("1.2=4", "heads below 2 in layer 1, got 2"), ("3=4", "layers below 3, got 3"), ("1.0", "got '1.0'"), ("", "''")],
+    [
+        ("1.2=4", "heads below 2 in layer 1, got 2"),
+        ("3=4", "layers below 3, got 3"),
+        ("1.0", "got '1.0'"),
+        ("", "''"),
+        ("1.0=4,1.0=5", "'1.0=5'"),
+        ("1=4,0=4,01=4", "'01=4'"),
+    ],
 )
 def test_a_text_of_windows_that_cannot_be_is_named(text, words):
     with pytest.raises(ValueError, match=words):
         windows_from_text(text, [8, 8, 8], 2)
+
+
+def test_a_heads_own_window_counts_before_or_after_that_of_its_layer():
+    for text in ("1.0=4,1=5", "1=5,1.0=4"):
+        assert windows_from_text(text, [8, (8, 9), -1], 2) == [8, [4, 5], -1]
 
 
 def test_clozes_of_real_text_end_in_their_answer(tmp_path):

@@ -117,6 +117,12 @@ def test_a_directory_without_a_tokenizer_is_refused(saved):
     refused(saved, "tokenizer")
 
 
+def test_a_damaged_tokenizer_is_refused_with_the_kind_of_the_error(saved):
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match="KeyError: 'added_tokens'"):
+        loading.load_tokenizer(loading.find(str(saved)))
+
+
 def test_names_that_are_nothing():
     for name in ("no/such/place/at/all", "owner/model-that-is-nowhere", "[red]text", ""):
         with pytest.raises(BadInput):

@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
 from nha import NHAConfig
+from nha.cli import app
 from nha.errors import BadInput
 from nha.models.loading import Source
 from nha.serve import launch
@@ -60,6 +62,12 @@ def test_the_command_holds_the_limits_and_no_key(source):
     assert pairs["--host"] == "127.0.0.1"
     assert command[-1] == "--enforce-eager"
     assert "--api-key" not in command
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused_since_it_would_let_everybody_in(key, tmp_path):
+    result = CliRunner().invoke(app, ["serve", "smollm2", "--api-key", key])
+    assert result.exit_code == 2 and f"--api-key to be a key, got {key!r}" in result.stderr
 
 
 def test_an_embedded_model_is_served_under_its_name(tmp_path):

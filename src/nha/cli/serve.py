@@ -9,6 +9,7 @@ import typer
 
 from nha.cli.common import command, err, escape, status
 from nha.cli.options import with_settings
+from nha.errors import BadInput
 from nha.models import loading
 from nha.serve.settings import ServeSettings
 
@@ -50,6 +51,8 @@ def serve(
     from nha.serve.embedded import is_saved, save_embedded, with_directory
     from nha.serve.launch import choose, start
 
+    if api_key is not None and not api_key.strip():
+        raise BadInput(f"expected --api-key to be a key, got {api_key!r}")  # vLLM would let everybody in
     source = with_directory(loading.find(model))
     choice = choose(settings.backend, source, settings)
     err.print(f"serving {escape(source.label)} at http://{host}:{settings.port}/v1", soft_wrap=True)

@@ -439,23 +439,32 @@ def is_head_text(text: str) -> bool:
 def windows_from_text(text: str, windows: Sequence[Window], heads: int) -> list[LayerWindow]:
     """Windows of all layers with changes such as `15.2=256, 8=-1`: of head 2 in layer 15 and of all heads in layer 8.
 
-    Raises ValueError for what is no such text, and for a layer or head that does not exist.
+    A head's own change counts beside that of its layer, in whatever order they stand. Raises ValueError for what is no
+    such text, for a layer or head that does not exist, and for one that is named twice.
 
     >>> windows_from_text("1.0=256, 0=-1", [64, 64], heads=2)
     [-1, [256, 64]]
     """
-    plan = [per_head(window, heads) for window in windows]
+    changes: dict[tuple[int, int | None], int] = {}
     for part in text.split(","):
         found = HEAD.fullmatch(part)
         if found is None:
             raise ValueError(f"expected layer.head=window or layer=window, got {part.strip()!r}")
-        layer, head, window = int(found[1]), found[2], int(found[3])
-        if layer >= len(plan):
-            raise ValueError(f"expected layers below {len(plan)}, got {layer} in {part.strip()!r}")
-        if head is not None and int(head) >= heads:
+        layer, head = int(found[1]), None if found[2] is None else int(found[2])
+        if layer >= len(windows):
+            raise ValueError(f"expected layers below {len(windows)}, got {layer} in {part.strip()!r}")
+        if head is not None and head >= heads:
             raise ValueError(f"expected heads below {heads} in layer {layer}, got {head} in {part.strip()!r}")
-        for index in range(heads) if head is None else [int(head)]:
-            plan[layer][index] = window
+        if (layer, head) in changes:
+            raise ValueError(f"expected each layer and head once, got {part.strip()!r} after another window for it")
+        changes[layer, head] = int(found[3])
+    plan = [
+        [
+            changes.get((layer, head), changes.get((layer, None), old))
+            for head, old in enumerate(per_head(window, heads))
+        ]
+        for layer, window in enumerate(windows)
+    ]
     short = [window_of(row) for row in plan]
     return [window if isinstance(window, int) else list(window) for window in short]
 

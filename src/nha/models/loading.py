@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from nha.errors import BadInput, one_line
+from nha.errors import BadInput, one_line, reason
 from nha.models.embedded import EMBEDDED, EMBEDDED_HYBRID, EMBEDDED_ID
 
 if TYPE_CHECKING:
@@ -96,9 +96,9 @@ def find(name: str) -> Source:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # whatever a damaged file makes transformers raise, the file is the reason
         if path.is_dir():
-            raise BadInput(f"expected a config.json that transformers can read in {path}: {one_line(error)}") from None
-        reason = one_line(error).split(". ")[0]
-        raise BadInput(f"expected a model directory or a Hub id that can be reached, got {name}: {reason}") from None
+            raise BadInput(f"expected a config.json that transformers can read in {path}: {reason(error)}") from None
+        first = reason(error).split(". ")[0]
+        raise BadInput(f"expected a model directory or a Hub id that can be reached, got {name}: {first}") from None
     return Source(name, config, path if path.is_dir() else None)
 
 
@@ -130,7 +130,7 @@ def check_files(path: Path) -> None:
             wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             missing = sorted(wanted - {file.name for file in files})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(f"expected an index of weight files, {index} is none: {one_line(error)}") from None
+            raise BadInput(f"expected an index of weight files, {index} is none: {reason(error)}") from None
         if missing:
             raise BadInput(f"expected {len(wanted)} weight files in {path}, {missing[0]} is missing")
     elif not files and not list(path.glob("pytorch_model*.bin")):
@@ -156,7 +156,7 @@ def load_weights(source: Source, dtype: str) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise BadInput(f"expected weights of {source.name} that fit its config.json: {one_line(error)}") from None
+        raise BadInput(f"expected weights of {source.name} that fit its config.json: {reason(error)}") from None
     return model
 
 
@@ -198,9 +198,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.name)
     except Exception as error:  # whatever a damaged file makes transformers raise, the file is the reason
-        raise BadInput(
-            f"expected a tokenizer with {source.name}, got none that can be read: {one_line(error)}"
-        ) from None
+        raise BadInput(f"expected a tokenizer with {source.name}, got none that can be read: {reason(error)}") from None
 
 
 def read_config(source: Source) -> PretrainedConfig:
