@@ -6,17 +6,17 @@
     --model        a model directory, a .gguf file, or smollm2 (default: the variable NHA_QUALITY_MODEL, else smollm2)
     --output       runs/*.json (a run's row, answers and log), summary.json, logs.jsonl, table.md, pictures, ship/
     --work         checkpoints, tokens, the model; shared by all shards; the same command resumes from there
-    --arms         out of those that --plan lists; their controls come along (--no-controls: without, --only-controls:
+    --runs         out of those that --plan lists; their controls come along (--no-controls: without, --only-controls:
                    these alone)
-    --tokens       such as 4full=25e6,constant=40e6: tokens by arm or budget
+    --tokens       such as 4full=25e6,constant=40e6: tokens by recipe or budget
     --set K=V      change a setting of every run (see DistillSettings); repeatable
     --seeds        0,1,2 for instance
     --budget-s     stop in time, with a checkpoint; exit status 3 if something is left. A run that was trained is kept
                    with the parts of its evaluation that there was time for
     --long-needles measure needles beyond the training length as well, to 128K tokens
-    --file FILE    the small file that the arm `shipped` is measured with (default: the one in this package)
+    --file FILE    the small file that the recipe `shipped` is measured with (default: the one in this package)
     --files        write the small file of each trained hybrid to `ship` as soon as it is trained
-    --plan         print runs, shards, estimated seconds and the control that each arm is compared with, and stop
+    --plan         print runs, shards, estimated seconds and the control that each recipe is compared with, and stop
     --report DIR   make table and pictures of DIR anew, and stop
 
 Runs that are in --output or in --known (default: results/quality) are not made again.
@@ -40,7 +40,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.quality_arms import ARMS, DEFAULT_ARMS, Arm, Run, budget_of, control_of, deal, make_runs
+from experiments.quality_runs import DEFAULT_RECIPES, RECIPES, Recipe, Run, budget_of, control_of, deal, make_runs
 
 # What decides most comes first: where time is up, a run is kept without the rest.
 LONG_NEEDLE = "long needle"
@@ -74,7 +74,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("results/quality"))
     parser.add_argument("--known", type=Path, default=KNOWN)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nha-quality")
-    parser.add_argument("--arms", type=lambda s: s.split(","), default=list(DEFAULT_ARMS))
+    parser.add_argument("--runs", type=lambda s: s.split(","), default=list(DEFAULT_RECIPES))
     parser.add_argument("--seeds", type=parse_ints, default=(0,))
     parser.add_argument("--tokens", type=parse_pairs, default={})
     parser.add_argument("--set", action="append", default=[], dest="pairs")
@@ -97,9 +97,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     controls.add_argument("--no-controls", action="store_true")
     controls.add_argument("--only-controls", action="store_true")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.arms if name not in ARMS]
+    unknown = [name for name in options.runs if name not in RECIPES]
     if unknown:
-        parser.error(f"expected arms out of {', '.join(ARMS)}, got {', '.join(unknown)}")
+        parser.error(f"expected --runs out of {', '.join(RECIPES)}, got {', '.join(unknown)}")
     shard, _, shards = options.shard.partition("/")
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
         parser.error(f"expected --shard as I/N with I below N, got {options.shard}")
@@ -293,7 +293,7 @@ class Shard:
         settings, runs = in_time(), self.options.work / "runs"
         reports = Reports(log=log, teacher_log=lambda entry: log(entry, run.teacher))
         self.timelines = {"teacher": reports.timeline}
-        if settings.teacher_tokens and run.arm:
+        if settings.teacher_tokens and run.recipe:
             with alone(self.options.work, run.teacher):  # the first shard trains it, the others wait
                 self.print(f"  {run.teacher} begins or is there")
                 given = (self.tokenizer, self.corpus, runs / run.teacher, in_time())
@@ -308,7 +308,7 @@ class Shard:
             self.corpus,
             runs / run.name,
             settings,
-            control=run.arm is None,
+            control=run.recipe is None,
             teacher_run=runs / run.teacher,
             reports=reports,
         )
@@ -333,7 +333,7 @@ class Shard:
         path = self.options.output / "ship" / f"{run.name}.safetensors"
         lora = self.options.work / "runs" / run.name if run.settings.trainable == "lora" else None
         base = None if lora else self.load()
-        rank = run.settings.lora_rank if run.arm and run.arm.shipped == "svd" else None
+        rank = run.settings.lora_rank if run.recipe and run.recipe.shipped == "svd" else None
         make_delta(path, base, found.model, {"command": command_of(run)}, lora, rank)
         self.print(f"  {path}: {path.stat().st_size / 1e6:.2f} MB")
         return path
@@ -380,7 +380,7 @@ class Shard:
             found["seconds"][part] = round(time.monotonic() - begun, 2)
             write_atomically(kept, json.dumps({"settings": dataclasses.asdict(run.settings), "eval": found}) + "\n")
 
-        lengths = run.arm.long_needles if run.arm and self.options.long_needles else ()
+        lengths = run.recipe.long_needles if run.recipe and self.options.long_needles else ()
         parts = (*whole.parts, LONG_NEEDLE) if lengths else whole.parts
         for part in sorted(parts, key=ORDER.index):
             if part == LONG_NEEDLE:
@@ -412,20 +412,20 @@ class Shard:
             torch.cuda.reset_peak_memory_stats()
         begun = time.monotonic()
         trained = run
-        if run.arm and run.arm.source:
-            trained = Run(ARMS[run.arm.source], run.budget, run.settings, run.arm.source)
-        from_file = run.arm is not None and run.arm.shipped == "file"
+        if run.recipe and run.recipe.source:
+            trained = Run(RECIPES[run.recipe.source], run.budget, run.settings, run.recipe.source)
+        from_file = run.recipe is not None and run.recipe.shipped == "file"
         found = self.read_shipped(trained) if from_file else self.train(trained)
         if found is None:
             return False
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")
-        model = self.shipped(run, found) if run.arm and run.arm.shipped and not from_file else found.model
-        if run.arm:
-            set_state_dtype(model, run.arm.state_dtype)
-            set_kv_cache_dtype(model, run.arm.kv_cache_dtype)
-        if self.options.files and run.arm and not run.arm.source and not run.arm.shipped:
+        model = self.shipped(run, found) if run.recipe and run.recipe.shipped and not from_file else found.model
+        if run.recipe:
+            set_state_dtype(model, run.recipe.state_dtype)
+            set_kv_cache_dtype(model, run.recipe.kv_cache_dtype)
+        if self.options.files and run.recipe and not run.recipe.source and not run.recipe.shipped:
             self.write_file(run, found)
         begun = time.monotonic()
         measured = self.measure(run, model)
@@ -484,9 +484,9 @@ class Shard:
 
 
 def command_of(run: Run) -> str:
-    """The command that makes a run; a control comes with the arm that it is for."""
+    """The command that makes a run; a control comes with the recipe that it is for."""
     tokens = f"{run.beside}={run.settings.tokens:g}"
-    return f"python -m experiments.quality --data DATA --arms {run.beside} --tokens {tokens} --seeds {run.seed}"
+    return f"python -m experiments.quality --data DATA --runs {run.beside} --tokens {tokens} --seeds {run.seed}"
 
 
 def cache_bytes(model: Any, tokens: int) -> int:
@@ -503,9 +503,9 @@ def cache_bytes(model: Any, tokens: int) -> int:
     return int(cache_nbytes(filled_cache(model, ids, tokens)))
 
 
-def cache_formats(arm: Arm) -> dict[str, str]:
-    """How an arm's caches keep numbers, where it is not the default."""
-    found = {"state_dtype": arm.state_dtype, "kv_cache_dtype": arm.kv_cache_dtype}
+def cache_formats(recipe: Recipe) -> dict[str, str]:
+    """How a recipe's caches keep numbers, where it is not the default."""
+    found = {"state_dtype": recipe.state_dtype, "kv_cache_dtype": recipe.kv_cache_dtype}
     return {name: dtype for name, dtype in found.items() if dtype not in ("float32", "auto")}
 
 
@@ -516,21 +516,21 @@ def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, f
     import torch
 
     from experiments.distill import versions
-    from experiments.quality_arms import batches_digest
+    from experiments.quality_runs import batches_digest
     from nha.evaluate.public.run import summary
 
     config, numbers, held = model.config, summary(measured), cache_bytes(model, 16384)
     speeds = [entry["tokens_per_s"] for entry in log]
     return {
-        "arm": run.arm.name if run.arm else "control",
-        "budget": budget_of(held) if run.arm else run.budget,
+        "arm": run.recipe.name if run.recipe else "control",
+        "budget": budget_of(held) if run.recipe else run.budget,
         "seed": run.seed,
         "tokens": int(log[-1]["tokens"]) if log else 0,
-        "teacher_tokens": run.settings.teacher_tokens if run.arm else 0,
+        "teacher_tokens": run.settings.teacher_tokens if run.recipe else 0,
         "bytes_16k": held,
-        **(cache_formats(run.arm) if run.arm else {}),
+        **(cache_formats(run.recipe) if run.recipe else {}),
         "windows": list(config.window_sizes),
-        "slots": config.num_slots if run.arm else 0,
+        "slots": config.num_slots if run.recipe else 0,
         **{name: numbers.get(name) for name in ("ppl_2k", "ppl_8k", "sets", "average", "squad")},
         **{name: numbers.get(name) for name in ("cloze_near", "cloze_far", "needle")},
         "control": batches_digest(run.settings),
@@ -548,9 +548,9 @@ def print_plan(shards: list[list[Run]], known: list[Run]) -> None:
     for index, some in enumerate(shards):
         print(f"shard {index}: {sum(run.seconds for run in some):.0f} s")
         for run in some:
-            beside = control_of(run).name if run.arm else ""
+            beside = control_of(run).name if run.recipe else ""
             words = [f"{run.seconds:.0f} s"]
-            words += [f"teacher {run.teacher}"] if run.arm and run.settings.teacher_tokens else []
+            words += [f"teacher {run.teacher}"] if run.recipe and run.settings.teacher_tokens else []
             words += [f"beside {beside}{', known' if beside in names else ''}"] if beside else []
             print(f"  {run.name}: {'; '.join(words)}")
     print("known:", ", ".join(sorted(names)) or "none")
@@ -569,9 +569,9 @@ def main(arguments: list[str] | None = None) -> int:
         from experiments.distill import parse_settings
 
         given = parse_settings(options.pairs)
-    runs = make_runs(options.arms, options.seeds, options.tokens, options.layers, given, not options.no_controls)
+    runs = make_runs(options.runs, options.seeds, options.tokens, options.layers, given, not options.no_controls)
     if options.only_controls:
-        runs = [run for run in runs if run.arm is None]
+        runs = [run for run in runs if run.recipe is None]
     known = [run for run in runs if (options.known / "runs" / f"{run.name}.json").is_file()]
     shards = deal([run for run in runs if run not in known], options.shards)
     if options.plan:

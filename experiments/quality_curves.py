@@ -1,4 +1,4 @@
-"""Numbers of arms of `experiments/quality.py` by tokens, and their spread between seeds."""
+"""Numbers of recipes of `experiments/quality.py` by tokens, and their spread between seeds."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def nearest_control(run: Run, runs: Sequence[Run]) -> Run | None:
     return min((one for one in runs if one["row"]["arm"] == "control"), key=key, default=None)
 
 
-def arms_of_several(runs: Sequence[Run], what: str) -> dict[str, list[Run]]:
-    """Hybrids by arm, those alone that differ in `what` ("tokens" or "seed").
+def runs_of_several(runs: Sequence[Run], what: str) -> dict[str, list[Run]]:
+    """Hybrids by recipe, those alone that differ in `what` ("tokens" or "seed").
 
     >>> rows = [{"arm": "a", "tokens": 1e6}, {"arm": "a", "tokens": 2e6}, {"arm": "b", "tokens": 1e6}]
-    >>> list(arms_of_several([{"row": row} for row in rows], "tokens"))
+    >>> list(runs_of_several([{"row": row} for row in rows], "tokens"))
     ['a']
     """
-    arms: dict[str, list[Run]] = {}
+    recipes: dict[str, list[Run]] = {}
     for run in runs:
         if run["row"]["arm"] != "control":
-            arms.setdefault(run["row"]["arm"], []).append(run)
-    return {name: some for name, some in arms.items() if len({run["row"][what] for run in some}) > 1}
+            recipes.setdefault(run["row"]["arm"], []).append(run)
+    return {name: some for name, some in recipes.items() if len({run["row"][what] for run in some}) > 1}
 
 
 def points(some: Sequence[Run], name: str, found: Mapping[int, Mapping[str, Any]]) -> list[tuple[float, float]]:
@@ -57,7 +57,7 @@ def points(some: Sequence[Run], name: str, found: Mapping[int, Mapping[str, Any]
 
 
 def tokens_png(runs: Sequence[Run], shares: Shares) -> bytes | None:
-    """The numbers of arms by tokens, a dot for every seed and a line through their means; None without such arms.
+    """The numbers of recipes by tokens, a dot for every seed and a line through their means; None without such recipes.
 
     A number is relative to the run's control, or to the nearest one; dashes are the targets. Needs matplotlib.
     """
@@ -65,21 +65,21 @@ def tokens_png(runs: Sequence[Run], shares: Shares) -> bytes | None:
 
     from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
 
-    arms = arms_of_several(runs, "tokens")
-    if not arms:
+    recipes = runs_of_several(runs, "tokens")
+    if not recipes:
         return None
-    found = {id(run): shares(run, nearest_control(run, runs)) for some in arms.values() for run in some}
+    found = {id(run): shares(run, nearest_control(run, runs)) for some in recipes.values() for run in some}
     figure = Figure(figsize=(4.9, 8.2), dpi=160, layout="constrained", facecolor=LIGHT.background)
     panels = list(figure.subplots(4, 2, sharex=True).flat)
-    styles = line_styles(list(arms))
-    budgets = {run["row"]["budget"] for some in arms.values() for run in some} & SHARES.keys()
+    styles = line_styles(list(recipes))
+    budgets = {run["row"]["budget"] for some in recipes.values() for run in some} & SHARES.keys()
     for axes, (name, title) in zip(panels, PANELS.items(), strict=False):
-        for index, (some, (arm, (colour, dash))) in enumerate(zip(arms.values(), styles.items(), strict=True)):
+        for index, (some, (recipe, (colour, dash))) in enumerate(zip(recipes.values(), styles.items(), strict=True)):
             dots = points(some, name, found)
             axes.plot(*zip(*dots, strict=True), MARKERS[index], color=colour, markersize=4) if dots else None
             counts = sorted({x for x, _ in dots})
             means = [_mean([y for x, y in dots if x == count]) for count in counts]
-            axes.plot(counts, means, color=colour, linestyle=dash, label=arm if name == "ppl_8k" else None)
+            axes.plot(counts, means, color=colour, linestyle=dash, label=recipe if name == "ppl_8k" else None)
         for budget in budgets:
             target = NEEDLES[budget].get(name, SHARES[budget].get(name))
             if target is not None:
@@ -143,9 +143,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def seeds_table(runs: Sequence[Run], shares: Shares, titles: Mapping[str, str]) -> str:
-    """Markdown: every target of the arms that were trained with several seeds, each seed's value and the mean."""
+    """Markdown: every target of the recipes that were trained with several seeds, each seed's value and the mean."""
     lines: list[str] = []
-    for arm, several in arms_of_several(runs, "seed").items():
+    for recipe, several in runs_of_several(runs, "seed").items():
         for tokens in sorted({run["row"]["tokens"] for run in several}):
             some = [run for run in several if run["row"]["tokens"] == tokens and run["row"]["budget"] in SHARES]
             if len(some) < 2:
@@ -159,7 +159,7 @@ def seeds_table(runs: Sequence[Run], shares: Shares, titles: Mapping[str, str]) 
                 mean, target = _mean(values), number[0].target
                 shown = (lambda x: f"{x:.3f}") if lower else (lambda x: f"{100 * x:.0f}")
                 met = sum(value <= target if lower else value >= target for value in values)
-                cells = [f"{arm}, {tokens / 1e6:.0f} M", titles.get(number[0].name, number[0].name), shown(target)]
+                cells = [f"{recipe}, {tokens / 1e6:.0f} M", titles.get(number[0].name, number[0].name), shown(target)]
                 cells += [" / ".join(map(shown, values)), shown(mean), f"{met} of {len(values)}"]
                 lines.append("| " + " | ".join(cells) + " |")
     if not lines:

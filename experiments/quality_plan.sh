@@ -2,7 +2,7 @@
 #
 #     DATA=DATA MODEL=/path/SmolLM2-135M-Instruct.gguf OUT=OUT bash experiments/quality_plan.sh
 #     FIRST=constant_teacher OTHER=4full_mixed ... bash experiments/quality_plan.sh     # the second pair
-#     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" ... bash experiments/quality_plan.sh    # one arm alone
+#     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" ... bash experiments/quality_plan.sh    # one recipe alone
 #     FIRST=1full_half,1full_int8 OTHER=none FILES= ...    # states in float32, then in int8; no small files
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
@@ -22,11 +22,11 @@
 export NHA_QUALITY_MODEL=$MODEL TOKENIZERS_PARALLELISM=false PYTHONPATH=src:.:$PYTHONPATH
 S=${SECONDS_GIVEN:-620} W=${WORK:-/tmp/nha-quality}
 mkdir -p "$OUT"
-run() { # arms, folder, options, controls
+run() { # recipes, folder, options, controls
     mkdir -p "$OUT/$2"
     # shellcheck disable=SC2086
     timeout -k 5 $((S - 2)) python3 -m experiments.quality --data "$DATA" --output "$OUT/$2" --known /none --work "$W" \
-        $4 ${FILES---files} --long-needle-count 4 --budget-s $((S - 15)) --arms "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
+        $4 ${FILES---files} --long-needle-count 4 --budget-s $((S - 15)) --runs "$1" $3 $EXTRA >"$OUT/log-$2.txt" 2>&1
 }
 run "${FIRST:-constant_recall}" first "${LONG---long-needles} $FIRST_EXTRA" "${CONTROLS:---no-controls}" &
 [ "${OTHER:-}" = none ] || run "${OTHER:-1full_mixed}" other "$OTHER_EXTRA" "${OTHER_CONTROLS:-${CONTROLS:---no-controls}}" &

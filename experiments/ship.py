@@ -98,17 +98,17 @@ def install(file: Path, place: Path = DELTA, quality: Mapping[str, float] | None
     print(f"{place}: {len(data):,} bytes, {len(tensors)} tensors")
 
 
-def quality_of(folder: Path, arm: str) -> dict[str, float]:
-    """The numbers of an arm of `experiments/quality.py` relative to its control, as ratios by name."""
+def quality_of(folder: Path, recipe: str) -> dict[str, float]:
+    """The numbers of a run of `experiments/quality.py` relative to its control, as ratios by name."""
     from experiments.quality_report import find_control, read_runs, shares
 
     runs = read_runs(folder)
     for run in runs:
         control = find_control(run, runs)
-        if run["row"]["arm"] == arm and control is not None:
+        if run["row"]["arm"] == recipe and control is not None:
             found = shares(run, control)
             return {name: round(value["ratio"], 4) for name, value in found.items() if value["ratio"] is not None}
-    raise SystemExit(f"expected the arm {arm} and its control in {folder}/runs, got none")
+    raise SystemExit(f"expected the recipe {recipe} and its control in {folder}/runs, got none")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,10 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--command", default="nha distill", help="the command that made the hybrid, for the file")
     parser.add_argument("--install", type=Path)
     parser.add_argument("--result", type=Path, help="the folder of results that has the file's run and its control")
-    parser.add_argument("--arm", default="ship", help="the run in it")
+    parser.add_argument("--recipe", default="ship", help="the run in it")
     options = parser.parse_args(arguments)
     if options.install is not None:
-        install(options.install, quality=None if options.result is None else quality_of(options.result, options.arm))
+        install(options.install, quality=None if options.result is None else quality_of(options.result, options.recipe))
         return 0
     if options.hybrid is None or options.output is None:
         parser.error("expected BASE, HYBRID and --output")

@@ -6,7 +6,7 @@
 --wide takes heads:window by rank, separated by commas (-1: full attention), --narrow the window of all others. Clozes
 are those of `nha eval public --clozes 500`, taken from each range of distances in turn, so that the rows of the fair
 control and of `shipped_recall` in results/quality answer the same ones; the rows there are of that file, which
-`experiments.quality --arms constant_recall --files` writes. DIR gets a line for every answer, and the same
+`experiments.quality --runs constant_recall --files` writes. DIR gets a line for every answer, and the same
 command goes on from there; --report writes DIR/shipped_windows.json.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from experiments.quality import cache_bytes
-from experiments.quality_arms import Heads
+from experiments.quality_runs import Heads
 from experiments.state_bytes import load
 from nha import set_windows
 from nha.data.cloze import Cloze

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from experiments.cost import shape_config
-from experiments.quality_arms import make_runs
+from experiments.quality_runs import make_runs
 from nha.convert.head_ranks import HeadRanks, searched_heads, spread_heads
 from nha.convert.heads import load_plan, top_heads, windows_from_plan
 from nha.data.prepare import prepare
@@ -53,8 +53,8 @@ def test_recipes_of_the_embedded_model_have_the_windows_that_were_measured():
     plan = load_plan(ROOT / "results/plans/smollm2-heads20.json")
     ranks = searched_heads(SMOLLM2, [3] * 30)
     assert ranks is not None and list(ranks.ranked) == top_heads(plan.weights, len(ranks.ranked))
-    for name, arm in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_floor")):
-        settings, (_, measured) = recipe_settings(name, 30, ranks=ranks), make_runs([arm], [0], {})
+    for name, recipe in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_floor")):
+        settings, (_, measured) = recipe_settings(name, 30, ranks=ranks), make_runs([recipe], [0], {})
         assert per_layer(settings.window_size, 3) == per_layer(measured.settings.window_size, 3)
         assert dataclasses.replace(settings, window_size=64, save_every=400) == dataclasses.replace(
             measured.settings, window_size=64

@@ -1,4 +1,4 @@
-"""Arms share controls, shards share the work, chapters are joined, and every number stands beside the control's."""
+"""Recipes share controls, shards share the work, chapters are joined, and every number stands beside the control's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from experiments import quality
-from experiments.quality_arms import ARMS, BUDGETS, DEFAULT_ARMS, batches_digest, budget_of, deal, make_runs
 from experiments.quality_curves import nearest_control, seeds_table, tokens_png
 from experiments.quality_report import AVERAGES, average_ratio, find_control, shares, summary_rows, table
+from experiments.quality_runs import BUDGETS, DEFAULT_RECIPES, RECIPES, batches_digest, budget_of, deal, make_runs
 from nha.evaluate.public.run import KNOWLEDGE
 from nha.models.config import FULL
 from nha.models.delta import read_delta
@@ -57,8 +57,8 @@ def run(place, data, out, *more):  # noqa: F811
 
 
 def test_runs_of_the_same_batches_share_a_control():
-    runs = make_runs(DEFAULT_ARMS, [0], {})
-    controls = [one for one in runs if one.arm is None]
+    runs = make_runs(DEFAULT_RECIPES, [0], {})
+    controls = [one for one in runs if one.recipe is None]
     assert len(controls) == 1
     for one in runs:
         assert batches_digest(one.settings) in {batches_digest(control.settings) for control in controls}
@@ -70,7 +70,7 @@ def test_runs_that_train_a_teacher_on_the_same_batches_share_it_and_the_control(
     runs = make_runs(["4full", "1full_heads", "constant_teacher", "constant_heads"], [0], {})
     teachers = {one.teacher for one in runs if one.settings.teacher_tokens}
     assert len(runs) == 5 and len(teachers) == 1
-    control = next(one for one in runs if one.arm is None)
+    control = next(one for one in runs if one.recipe is None)
     assert control.settings.teacher_tokens == 0 and control.settings.tokens == 25e6
     assert (Path(quality.__file__).parents[1] / "results/quality/runs" / f"{control.name}.json").is_file()
     first, second = (make_runs(["4full"], [seed], {"4full": tokens})[1] for seed, tokens in ((1, 25e6), (0, 50e6)))
@@ -84,7 +84,7 @@ def test_a_hybrid_whose_answers_weigh_more_is_compared_with_the_same_control():
     assert control.name == make_runs(["constant_teacher"], [0], {})[0].name == "control-4b2ddc-25M-0"
 
 
-def test_an_arm_of_other_batches_has_a_control_of_its_own():
+def test_a_recipe_of_other_batches_has_a_control_of_its_own():
     control, hybrid, packed = make_runs(["constant_long", "shipped_long"], [0], {"constant": 50e6})
     assert control.settings.recall_fraction == hybrid.settings.recall_fraction == 0.5
     assert control.settings.long_tokens == hybrid.settings.long_tokens == 30e6
@@ -94,7 +94,7 @@ def test_an_arm_of_other_batches_has_a_control_of_its_own():
 
 def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
     def tokens(name, length=16384):
-        heads = ARMS[name].heads
+        heads = RECIPES[name].heads
         own = heads.windows() if heads else (64,) * (30 - 4) + (-1,) * 4
         each = [w for window in own for w in ([window] * 3 if isinstance(window, int) else window)]
         return sum(length if w == FULL else w for w in each)
@@ -106,14 +106,14 @@ def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
 
 
 @pytest.mark.parametrize("name", ["4full_floor", "1full_floor", "constant_floor", "constant_long"])
-def test_arms_in_8_bits_fit_the_bytes_of_their_column(name):
+def test_recipes_in_8_bits_fit_the_bytes_of_their_column(name):
     """A window holds its tokens and 64 slots of 2 rows: 64 numbers, 32 bytes of errors and a scale of 2 bytes each."""
-    arm, dim, slots = ARMS[name], 64, 64
-    assert arm.heads is not None
+    recipe, dim, slots = RECIPES[name], 64, 64
+    assert recipe.heads is not None
     full, token, held = 2 * (dim + 4), 3 * (dim + 2) + slots, 2 * slots * (dim + dim // 2 + 2)
-    windows = [w for window in arm.heads.windows() for w in per_head(window, 3)]
+    windows = [w for window in recipe.heads.windows() for w in per_head(window, 3)]
     total = sum(16384 * full if w == FULL else w * token + held for w in windows)
-    assert budget_of(total) == arm.budget and total > 0.99 * BUDGETS[arm.budget]
+    assert budget_of(total) == recipe.budget and total > 0.99 * BUDGETS[recipe.budget]
 
 
 def test_one_process_at_a_time_is_within_a_block(tmp_path):
@@ -132,14 +132,14 @@ def test_one_process_at_a_time_is_within_a_block(tmp_path):
 
 
 def test_every_run_is_dealt_once_and_what_needs_another_follows_it():
-    runs = make_runs(list(ARMS), [0, 1], {})
+    runs = make_runs(list(RECIPES), [0, 1], {})
     piles = deal(runs, 4)
     assert sorted(one.name for pile in piles for one in pile) == sorted(one.name for one in runs)
     for pile in piles:
         names = [one.name for one in pile]
         for one in pile:
-            if one.arm and one.arm.source:
-                assert names.index(one.name) > names.index(one.name.replace(one.arm.name, one.arm.source))
+            if one.recipe and one.recipe.source:
+                assert names.index(one.name) > names.index(one.name.replace(one.recipe.name, one.recipe.source))
 
 
 def test_consecutive_documents_of_a_chapter_are_joined(tmp_path):
@@ -153,13 +153,13 @@ def test_consecutive_documents_of_a_chapter_are_joined(tmp_path):
 
 def test_runs_are_made_measured_and_kept(place, data, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
-    assert run(place, data, out, "--arms", "constant,ship", "--budget-s", "1") == 3  # no time to begin
-    assert run(place, data, out, "--arms", "constant,ship") == 0
+    assert run(place, data, out, "--runs", "constant,ship", "--budget-s", "1") == 3  # no time to begin
+    assert run(place, data, out, "--runs", "constant,ship") == 0
     runs = {path.stem: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
     assert len(runs) == 3 and all(one["row"]["squad"][1] == 2 for one in runs.values())
     rows = json.loads((out / "summary.json").read_text())
     assert {row["arm"] for row in rows} == {"control", "constant", "ship"}
-    hybrid, control = (next(row for row in rows if row["arm"] == arm) for arm in ("constant", "control"))
+    hybrid, control = (next(row for row in rows if row["arm"] == recipe) for recipe in ("constant", "control"))
     assert hybrid["bytes_16k"] < control["bytes_16k"] and set(control["windows"]) == {-1}
     ordered = list(runs.values())
     for one in ordered:
@@ -170,10 +170,10 @@ def test_runs_are_made_measured_and_kept(place, data, tmp_path, capsys):  # noqa
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("distances.png", "learning.png", "shares.png"))
     (shipped,) = (out / "ship").iterdir()
     tensors, metadata = read_delta(shipped)
-    assert metadata["license"] == "apache-2.0" and "--arms ship" in metadata["command"]
+    assert metadata["license"] == "apache-2.0" and "--runs ship" in metadata["command"]
     assert any(name.endswith("q_proj.down") for name in tensors) and any("g_proj" in name for name in tensors)
     capsys.readouterr()
-    assert run(place, data, out, "--arms", "constant,ship,ship_svd") == 0
+    assert run(place, data, out, "--runs", "constant,ship,ship_svd") == 0
     assert capsys.readouterr().out.count("is there already") == 3
     assert len(list((out / "ship").iterdir())) == 2
 
@@ -187,12 +187,12 @@ def test_a_run_trains_its_teacher_first_and_is_kept_without_what_there_was_no_ti
     out, measure = tmp_path / "out", quality.Shard.measure
 
     def late(shard, run, model):
-        if run.arm:
+        if run.recipe:
             shard.options.budget_s = -1.0
         return measure(shard, run, model)
 
     monkeypatch.setattr(quality.Shard, "measure", late)
-    assert run(place, data, out, "--arms", "constant64_teacher") == 3
+    assert run(place, data, out, "--runs", "constant64_teacher") == 3
     monkeypatch.undo()
     assert not list((out / "measured").iterdir())
     (file,) = (out / "runs").glob("constant64_teacher*")
@@ -200,7 +200,7 @@ def test_a_run_trains_its_teacher_first_and_is_kept_without_what_there_was_no_ti
     assert set(cut["row"]["missing"]) >= {"piqa", "squad_qa"} and cut["row"]["squad"] is None
     assert len(cut["teacher_log"]) == 2 and cut["row"]["teacher_tokens"] == pytest.approx(0.4 * 4e3)
     assert len(list((place / "work" / "runs").glob("teacher-*"))) == 1
-    assert run(place, data, out, "--arms", "constant64_teacher") == 0
+    assert run(place, data, out, "--runs", "constant64_teacher") == 0
     whole = json.loads(file.read_text())
     assert "missing" not in whole["row"] and whole["row"]["squad"][1] == 2
     (control,) = (out / "runs").glob("control*")
@@ -226,13 +226,13 @@ def test_a_run_is_measured_again_as_a_packed_file_and_with_states_in_int8(place,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality.Shard, "train", train)
         one_full: dict[str, Any] = {"changes": {"full_layers": (1,)}}
-        packed = replace(ARMS["ship_svd"], name="from_constant", shipped="packed", **one_full)
-        patch.setitem(ARMS, "from_constant", packed)
-        patch.setitem(ARMS, "constant", replace(ARMS["constant"], name="one_full", **one_full))
+        packed = replace(RECIPES["ship_svd"], name="from_constant", shipped="packed", **one_full)
+        patch.setitem(RECIPES, "from_constant", packed)
+        patch.setitem(RECIPES, "constant", replace(RECIPES["constant"], name="one_full", **one_full))
         formats = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
-        int8 = replace(ARMS["constant"], name="int8", source="constant", **formats)
-        patch.setitem(ARMS, "int8", int8)
-        assert run(place, data, out, "--arms", "constant,from_constant,int8", "--no-controls", "--files") == 0
+        int8 = replace(RECIPES["constant"], name="int8", source="constant", **formats)
+        patch.setitem(RECIPES, "int8", int8)
+        assert run(place, data, out, "--runs", "constant,from_constant,int8", "--no-controls", "--files") == 0
     assert ("piqa", 4096) in tokenized[0]
     of_file, of_run = (read_delta(file) for file in sorted((out / "ship").iterdir(), reverse=True))
     tensors, metadata = of_file
@@ -248,8 +248,8 @@ def test_a_run_is_measured_again_as_a_packed_file_and_with_states_in_int8(place,
 
 def test_a_control_has_a_row_for_every_budget_that_it_serves():
     rows = [
-        {"arm": arm, "budget": budget, "control": "x", "tokens": 5, "seed": 0}
-        for arm, budget in (("control", "4full"), ("4full", "4full"), ("1full", "1full"))
+        {"arm": recipe, "budget": budget, "control": "x", "tokens": 5, "seed": 0}
+        for recipe, budget in (("control", "4full"), ("4full", "4full"), ("1full", "1full"))
     ]
     found = summary_rows([{"row": row} for row in rows])
     assert [(row["arm"], row["budget"]) for row in found] == [
@@ -274,8 +274,8 @@ def test_averages_are_compared_with_and_without_boolq_on_the_same_items():
     assert average_ratio({"eval": {"sets": {}}}, control, AVERAGES["average"]) is None
 
 
-def test_unknown_arms_and_shards_are_refused():
-    for wrong in (["--arms", "5full"], ["--shard", "2/2"], []):
+def test_unknown_runs_and_shards_are_refused():
+    for wrong in (["--runs", "5full"], ["--shard", "2/2"], []):
         with pytest.raises(SystemExit):
             quality.main(wrong if wrong == [] else [*wrong, "--data", "."])
 
@@ -294,14 +294,14 @@ def test_what_was_measured_is_kept_where_its_row_fails(place, data, tmp_path, mo
         raise AttributeError("bytes")
 
     monkeypatch.setattr(quality, "row_of", fail)
-    assert run(place, data, tmp_path, "--arms", "constant", "--no-controls") == 1
+    assert run(place, data, tmp_path, "--runs", "constant", "--no-controls") == 1
     (file,) = (tmp_path / "measured").iterdir()
     assert json.loads(file.read_text())["eval"]["sets"]["squad_qa"]["count"] == 2
 
 
 def test_rows_of_several_seeds_and_tokens_stand_beside_the_nearest_control():
-    def made(arm, tokens, seed, squad):
-        row = {"arm": arm, "tokens": tokens, "seed": seed, "budget": "constant", "needle": {"8192": [0.5, 100]}}
+    def made(recipe, tokens, seed, squad):
+        row = {"arm": recipe, "tokens": tokens, "seed": seed, "budget": "constant", "needle": {"8192": [0.5, 100]}}
         return {"row": row, "squad": squad}
 
     control, more = made("control", 25e6, 0, 0.5), made("control", 60e6, 0, 0.5)

@@ -71,7 +71,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Recipe:
     """One kind of run.
 
     Attributes:
@@ -81,12 +81,13 @@ class Arm:
         heads: windows per KV head.
         long_needles: lengths beyond the training's at which needles are measured with `--long-needles`.
         shipped: measure the small file of gates, sinks and changes of weights instead of the trained model; "lora" for
-            what LoRA trained, "svd" for the best changes of that rank in the weights of the arm `source`, "packed" for
-            all of them in 2 bits, "file" for the file in this package, or another, made of the known run of `source`.
-        source: the arm whose run is measured in another way: as an "svd" or "packed" file, or with other states.
+            what LoRA trained, "svd" for the best changes of that rank in the weights of the recipe `source`, "packed"
+            for all of them in 2 bits, "file" for the file in this package, or another, made of the known run of
+            `source`.
+        source: the recipe whose run is measured in another way: as an "svd" or "packed" file, or with other states.
         teacher_fraction: of the tokens, which train the teacher first.
         long_fraction: of the tokens, in long sequences.
-        state_dtype: how caches keep states while the arm is measured (see `nha.models.windows.set_state_dtype`).
+        state_dtype: how caches keep states while the recipe is measured (see `nha.models.windows.set_state_dtype`).
         kv_cache_dtype: how they keep keys and values of full heads meanwhile (see `set_kv_cache_dtype` there).
     """
 
@@ -123,25 +124,25 @@ FLOOR0 = Heads(((12, 1088),), 64, MEAN_PLAN)
 INT8 = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
-# Arms of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in the
-# first heads by rank and shorter ones in those that follow, since copying near text takes more heads than copying far
-# text. A token of a window takes twice the bytes of one in a full head (its slot key and gates), so MIXED4 and MIXED1
-# fit their columns with states in int8 alone. All arms but `constant_long` read the same batches, hence share a control
-# for each number of tokens.
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("quality", "4full", {"full_layers": FULL_LAYERS}, None, (32768,)),
-        Arm("balanced", "1full", {"full_layers": (18,)}, None, (32768,)),
-        Arm("constant", "constant", {}, None, LONG),
-        Arm("4full", "4full", {"full_layers": FULL_LAYERS}, None, (32768,), teacher_fraction=TEACHER),
-        Arm("1full", "1full", {"full_layers": (18,)}, None, (32768,), teacher_fraction=TEACHER),
-        Arm("4full_heads", "4full", {}, Heads(((12, FULL),)), (32768,), teacher_fraction=TEACHER),
-        Arm("1full_heads", "1full", {}, Heads(((15, 3264),)), (32768,), teacher_fraction=TEACHER),
-        Arm("4full_mixed", "4full", {}, MIXED4, (32768,), teacher_fraction=TEACHER),
-        Arm("4full_half", "4full", {}, MIXED4, (32768,), teacher_fraction=HALF),
-        Arm("1full_half", "1full", {}, WIDE1, (32768,), teacher_fraction=HALF),
-        Arm(
+# Recipes of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in
+# the first heads by rank and shorter ones in those that follow, since copying near text takes more heads than copying
+# far text. A token of a window takes twice the bytes of one in a full head (its slot key and gates), so MIXED4 and
+# MIXED1 fit their columns with states in int8 alone. All recipes but `constant_long` read the same batches, hence share
+# a control for each number of tokens.
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("quality", "4full", {"full_layers": FULL_LAYERS}, None, (32768,)),
+        Recipe("balanced", "1full", {"full_layers": (18,)}, None, (32768,)),
+        Recipe("constant", "constant", {}, None, LONG),
+        Recipe("4full", "4full", {"full_layers": FULL_LAYERS}, None, (32768,), teacher_fraction=TEACHER),
+        Recipe("1full", "1full", {"full_layers": (18,)}, None, (32768,), teacher_fraction=TEACHER),
+        Recipe("4full_heads", "4full", {}, Heads(((12, FULL),)), (32768,), teacher_fraction=TEACHER),
+        Recipe("1full_heads", "1full", {}, Heads(((15, 3264),)), (32768,), teacher_fraction=TEACHER),
+        Recipe("4full_mixed", "4full", {}, MIXED4, (32768,), teacher_fraction=TEACHER),
+        Recipe("4full_half", "4full", {}, MIXED4, (32768,), teacher_fraction=HALF),
+        Recipe("1full_half", "1full", {}, WIDE1, (32768,), teacher_fraction=HALF),
+        Recipe(
             "4full_int8",
             "4full",
             {},
@@ -151,7 +152,7 @@ ARMS = {
             teacher_fraction=HALF,
             state_dtype="int8",
         ),
-        Arm(
+        Recipe(
             "1full_int8",
             "1full",
             {},
@@ -161,17 +162,17 @@ ARMS = {
             teacher_fraction=HALF,
             state_dtype="int8",
         ),
-        Arm("4full_floor", "4full", {}, FLOOR4, (32768,), teacher_fraction=HALF, **INT8),
-        Arm("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
-        Arm("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
-        Arm("constant_long", "constant", FAR_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8),
-        Arm("1full_mixed", "1full", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
-        Arm("constant_heads", "constant", {}, NARROW, LONG),
-        Arm("constant_exact", "constant", {"slot_write": "exact"}, NARROW, LONG),
-        Arm("constant_teacher", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
-        Arm("constant_recall", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
-        Arm("constant64_teacher", "constant", {}, None, LONG, teacher_fraction=TEACHER),
-        Arm(
+        Recipe("4full_floor", "4full", {}, FLOOR4, (32768,), teacher_fraction=HALF, **INT8),
+        Recipe("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
+        Recipe("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
+        Recipe("constant_long", "constant", FAR_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8),
+        Recipe("1full_mixed", "1full", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
+        Recipe("constant_heads", "constant", {}, NARROW, LONG),
+        Recipe("constant_exact", "constant", {"slot_write": "exact"}, NARROW, LONG),
+        Recipe("constant_teacher", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
+        Recipe("constant_recall", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
+        Recipe("constant64_teacher", "constant", {}, None, LONG, teacher_fraction=TEACHER),
+        Recipe(
             "shipped",
             "constant",
             RECALL,
@@ -182,7 +183,7 @@ ARMS = {
             teacher_fraction=0.2,
             **INT8,
         ),
-        Arm(
+        Recipe(
             "shipped_recall",
             "constant",
             RECALL,
@@ -192,7 +193,7 @@ ARMS = {
             source="constant_recall",
             teacher_fraction=0.2,
         ),
-        Arm(
+        Recipe(
             "shipped_long",
             "constant",
             FAR_RECALL,
@@ -204,10 +205,10 @@ ARMS = {
             long_fraction=0.6,
             **INT8,
         ),
-        Arm("ship", "constant", LORA, None, LONG, shipped="lora"),
-        Arm("ship_svd", "constant", {}, None, LONG, shipped="svd", source="constant"),
-        Arm("ship_heads", "constant", LORA, NARROW, LONG, shipped="lora"),
-        Arm(
+        Recipe("ship", "constant", LORA, None, LONG, shipped="lora"),
+        Recipe("ship_svd", "constant", {}, None, LONG, shipped="svd", source="constant"),
+        Recipe("ship_heads", "constant", LORA, NARROW, LONG, shipped="lora"),
+        Recipe(
             "ship_teacher",
             "constant",
             {},
@@ -219,14 +220,14 @@ ARMS = {
         ),
     )
 }
-DEFAULT_ARMS = ("4full_heads", "1full_heads", "constant_heads", "constant_teacher")
+DEFAULT_RECIPES = ("4full_heads", "1full_heads", "constant_heads", "constant_teacher")
 
 
 @dataclass(frozen=True)
 class Run:
-    """An arm with a seed and tokens, or the control made for the arm `beside`: `arm` is None then."""
+    """A recipe with a seed and tokens, or the control made for the recipe `beside`: `recipe` is None then."""
 
-    arm: Arm | None
+    recipe: Recipe | None
     budget: str
     settings: DistillSettings
     beside: str
@@ -237,21 +238,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A name for files: arm or control, tokens, seed."""
-        kind = self.arm.name if self.arm else f"control-{batches_digest(self.settings)}"
+        """A name for files: recipe or control, tokens, seed."""
+        kind = self.recipe.name if self.recipe else f"control-{batches_digest(self.settings)}"
         return f"{kind}-{self.settings.tokens / 1e6:g}M-{self.seed}"
 
     @property
     def seconds(self) -> float:
         """About how long it takes on one H200, without loading and long needles; each trains its own teacher."""
-        if self.arm and self.arm.source:
+        if self.recipe and self.recipe.source:
             return EVAL_S
-        long, first = self.settings.long_tokens, self.settings.teacher_tokens if self.arm else 0.0
+        long, first = self.settings.long_tokens, self.settings.teacher_tokens if self.recipe else 0.0
         short = self.settings.tokens - long - first
-        if self.arm is None:
+        if self.recipe is None:
             begin, kind = CONTROL_COMPILE_S, "control"
         else:
-            begin, kind = ALIGN_S + (HEADS_COMPILE_S if self.arm.heads else COMPILE_S), ""
+            begin, kind = ALIGN_S + (HEADS_COMPILE_S if self.recipe.heads else COMPILE_S), ""
         teacher = CONTROL_COMPILE_S + first / TOKENS_PER_S["control"] if first else 0.0
         speed = TOKENS_PER_S[kind or "text"], TOKENS_PER_S[f"long {kind}".strip()]
         return teacher + begin + short / speed[0] + long / speed[1] + EVAL_S
@@ -298,24 +299,24 @@ def make_runs(
     given: Mapping[str, Any] | None = None,
     controls: bool = True,
 ) -> list[Run]:
-    """All runs of some arms and seeds, each control once, before the arms that it is for."""
+    """All runs of some recipes and seeds, each control once, before the recipes that it is for."""
     found: dict[str, Run] = {}
     for seed in seeds:
         for name in names:
-            arm = ARMS[name]
-            count = tokens.get(name, tokens.get(arm.budget, TOKENS[arm.budget]))
-            changes: dict[str, Any] = {"full_layers": (), "teacher_tokens": arm.teacher_fraction * count}
+            recipe = RECIPES[name]
+            count = tokens.get(name, tokens.get(recipe.budget, TOKENS[recipe.budget]))
+            changes: dict[str, Any] = {"full_layers": (), "teacher_tokens": recipe.teacher_fraction * count}
             changes |= {
-                "long_tokens": arm.long_fraction * count,
+                "long_tokens": recipe.long_fraction * count,
                 "save_every": 400,
-                **arm.changes,
+                **recipe.changes,
                 **(given or {}),
                 "tokens": count,
                 "seed": seed,
             }
-            if arm.heads:
-                changes["window_size"] = arm.heads.windows()
-            run = Run(arm, arm.budget, recipe_settings("quality", layers, EMBEDDED_ID, changes), name)
+            if recipe.heads:
+                changes["window_size"] = recipe.heads.windows()
+            run = Run(recipe, recipe.budget, recipe_settings("quality", layers, EMBEDDED_ID, changes), name)
             control = control_of(run)
             if controls:
                 found.setdefault(control.name, control)
@@ -331,12 +332,15 @@ def deal(runs: Sequence[Run], shards: int) -> list[list[Run]]:
     [['4full', 'constant'], ['1full', 'control']]
     """
     piles: list[list[Run]] = [[] for _ in range(shards)]
-    follows = [run for run in runs if run.arm and run.arm.source]
+    follows = [run for run in runs if run.recipe and run.recipe.source]
     for run in sorted((run for run in runs if run not in follows), key=lambda run: -run.seconds):
         min(piles, key=lambda pile: sum(one.seconds for one in pile)).append(run)
     for run in follows:
         for pile in piles:
-            if any(one.arm and run.arm and one.arm.name == run.arm.source and one.seed == run.seed for one in pile):
+            if any(
+                one.recipe and run.recipe and one.recipe.name == run.recipe.source and one.seed == run.seed
+                for one in pile
+            ):
                 pile.append(run)
                 break
         else:
