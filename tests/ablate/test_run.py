@@ -100,9 +100,10 @@ def test_a_file_that_is_no_table_is_named(tmp_path):
     with pytest.raises(ValueError, match="recall-cpu"):
         read_table("no-such-table")
     path = tmp_path / "broken.yaml"
-    path.write_text("a: [1")
-    with pytest.raises(ValueError, match=r"broken\.yaml"):
-        read_table(path)
+    for content in (b"a: [1", b"\xff\xfe", b"[" * 100_000, TINY.encode() + b"\ntitle: again\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.yaml"):
+            read_table(path)
 
 
 def test_rows_are_made_once_and_kept(table, tmp_path):

@@ -94,7 +94,12 @@ def test_a_spike_stops_the_command_and_names_the_checkpoint_that_is_kept(place):
 
 
 def test_a_settings_file_with_an_unknown_name_is_refused(place, tmp_path):
-    for content, word in (("learning_rate: 1", "learning_rate"), ("- 1", "mapping"), ("a: [", "YAML")):
+    for content, word in (
+        ("learning_rate: 1", "learning_rate"),
+        ("- 1", "mapping"),
+        ("a: [", "YAML"),
+        ("lr: 1\ntokens: 2\nlr: 3", "lr again in line 3"),
+    ):
         (tmp_path / "wrong.yaml").write_text(content)
         result = runner.invoke(app, ["train", str(tmp_path / "run"), "--settings", str(tmp_path / "wrong.yaml")])
         assert result.exit_code == 2 and word in result.stderr

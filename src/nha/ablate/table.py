@@ -9,16 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from nha.ablate.language import LanguagePlan
 from nha.ablate.recall import RecallPlan
 from nha.ablate.specs import ModelSpec
 from nha.data.synthetic import TASKS, TaskSize
 from nha.models.config import NHAConfig
+from nha.settings import read_yaml
 
 EXPECTATIONS = {"above": "better than", "at least": "no worse than", "equal": "as good as"}
 KINDS = ("recall", "language")
@@ -208,17 +208,13 @@ def read_table(name: str | Path) -> Table:
     'recall'
     """
     if str(name) in built_in_tables():
-        text = files("nha.ablate").joinpath("tables", f"{name}.yaml").read_text(encoding="utf-8")
+        path: Path | Traversable = files("nha.ablate").joinpath("tables", f"{name}.yaml")
     else:
         path = Path(name)
         if not path.is_file():
             known = ", ".join(built_in_tables())
             raise ValueError(f"expected a YAML file or one of the tables {known}, got {str(name)!r}")
-        text = path.read_text(encoding="utf-8")
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"expected YAML in {name}, got: {error}") from None
+    found = read_yaml(path)
     try:
         return parse_table(found)
     except (TypeError, ValueError) as error:
