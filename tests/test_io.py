@@ -1,10 +1,12 @@
 """Files and directories are replaced by whole new ones or not at all, and are on the disk before the old ones go."""
 
+import errno
 import os
 import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from nha import io
 from nha.io import atomic_directory, atomic_write, read_tensors, write_atomically, write_tensors
@@ -23,6 +25,17 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         write_half(atomic_write(path))
     assert path.read_text(encoding="utf-8") == "old, é"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error: No space left (os error 28)")]
+)
+@pytest.mark.parametrize("write", [atomic_write, atomic_directory])
+def test_an_error_of_a_full_disk_names_the_place(tmp_path, write, error):
+    with pytest.raises(OSError) as caught, write(tmp_path / "made"):
+        raise error
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "made")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

@@ -6,6 +6,7 @@ A reader, or a machine that lost power, finds the old file or the new one, never
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -78,10 +79,25 @@ def replace(work: Path, path: Path) -> None:
 
 
 @contextmanager
+def place_in_errors(path: Path) -> Iterator[None]:
+    """Name the file or directory in an error of the system that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except Exception as error:  # safetensors has an error of its own
+        if "(os error 28)" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+
+
+@contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, the file there durably replaces `path`.
 
-    Raises FileNotFoundError where the folder of `path` does not exist.
+    Raises FileNotFoundError where the folder of `path` does not exist, and OSError with its name for a full disk.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(f"{folder}/notes.txt") as work:
@@ -94,8 +110,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"expected a folder to write {path.name} in, there is none at {path.parent}")
     work = _temporary_name(path)
     try:
-        yield work
-        replace(work, path)
+        with place_in_errors(path):
+            yield work
+            replace(work, path)
     finally:
         work.unlink(missing_ok=True)
 
@@ -137,7 +154,7 @@ def append_line(path: str | Path, line: str) -> None:
     """
     path, data = Path(path), line.encode() + b"\n"
     is_new = not path.exists()
-    with path.open("ab+") as file:
+    with place_in_errors(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             data = data if file.read(1) == b"\n" else b"\n" + data
@@ -179,13 +196,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent))
     old = work.with_name(work.name + ".old")
     try:
-        yield work
-        # mkdtemp makes it private; a finished output has the usual rights.
-        mask = os.umask(0)
-        os.umask(mask)
-        work.chmod(0o777 & ~mask)
-        sync_tree(work)
-        sync_directory(path.parent)
+        with place_in_errors(path):
+            yield work
+            # mkdtemp makes it private; a finished output has the usual rights.
+            mask = os.umask(0)
+            os.umask(mask)
+            work.chmod(0o777 & ~mask)
+            sync_tree(work)
+            sync_directory(path.parent)
         if path.exists() and not _exchange(work, path):
             os.replace(path, old)
         if not path.exists():

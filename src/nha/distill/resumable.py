@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from nha.distill.checkpoint import LOG, PREFIX, WEIGHTS, load_trained, partial_path, publish
 from nha.distill.gradients import whole
-from nha.io import sync_file
+from nha.io import place_in_errors, sync_file
 
 
 def fsdp2_options(model: Any) -> dict[str, Any]:
@@ -37,7 +37,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(work)
         try:
-            super()._save_checkpoint(model, trial)
+            with place_in_errors(run):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if main:
                 if (run / LOG).is_file():  # what is logged up to here should not be younger than the checkpoint
