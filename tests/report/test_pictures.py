@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from nha.report import drawing, plots
-from tests.report.fixtures import distilled_results
+from tests.report.fixtures import distilled_results, results
 
 
 @pytest.mark.parametrize("values", [[5.0, 5.0], [5.0] * 4, [9.8, 9.9, 8.6], [0.1, 0.0, 1.2], [1.0, 5.0, 9.0]])
@@ -33,6 +33,13 @@ def test_no_text_is_cut_off_and_none_covers_another(name, size):
     for (one, a), (other, b) in combinations(boxes, 2):
         apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
         assert apart, (one, other)
+
+
+@pytest.mark.parametrize("found, words", [(distilled_results(), "all exact"), (results(), "the same model")])
+def test_weights_that_were_distilled_are_not_called_the_same_model(found, words):
+    figure = plots.perplexity(found, drawing.LIGHT, plots.WIDE)
+    notes = [text.get_text() for text in figure.axes[0].texts if "inside the window" in text.get_text()]
+    assert notes == [f"← inside the window: {words}"]
 
 
 @pytest.mark.parametrize("size", [plots.WIDE, plots.NARROW], ids=["wide", "narrow"])

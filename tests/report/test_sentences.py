@@ -222,7 +222,9 @@ def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_
     warning, last = "exact numbers from long before", found.distilled.recall[-1]
     last.recalled = last.facts
     assert warning in text and warning not in verdict(found).text
-    last.recalled = 0
+    last.recalled, last.facts = 0, 1
+    assert "Asked for 1 number that" in verdict(found).text and "0 of 1 number exactly" in verdict(found).text
+    last.facts = 2
     noted = replace(found, notes=["2 KV heads have longer windows."])
     assert "10.3 MB" in " ".join(conversion_text(found))
     assert "exactly. 2 KV heads have longer windows. The slots" in " ".join(conversion_text(noted))

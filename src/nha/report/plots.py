@@ -73,7 +73,7 @@ def perplexity(results: Results, theme: Theme, size: tuple[float, float]) -> Fig
     if shaded:
         axes.axvspan(axes.get_xlim()[0], window, color=theme.fill, zorder=0)
         axes.annotate(
-            "← inside the window: the same model",
+            f"← inside the window: {'all exact' if results.distilled else 'the same model'}",
             (window, low),
             xytext=(6, 6),
             textcoords="offset points",

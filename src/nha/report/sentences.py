@@ -142,9 +142,10 @@ def distilled_text(results: Results) -> list[str]:
         )
     if found.recall:
         last = found.recall[-1]
+        numbers = "1 number" if last.facts == 1 else f"{last.facts} numbers"
         lines.append(
-            f"Asked for {last.facts} numbers that it read {last.tokens:,} tokens before, it wrote {last.digits} of "
-            f"{last.of_digits} digits right from the first on, and {last.recalled} of {last.facts} numbers exactly."
+            f"Asked for {numbers} that it read {last.tokens:,} tokens before, it wrote {last.digits} of "
+            f"{last.of_digits} digits right from the first on, and {last.recalled} of {numbers} exactly."
         )
         if last.recalled < last.facts:
             lines.append("Do not rely on it for exact numbers from long before.")
