@@ -214,7 +214,7 @@ def logits(model: Any, context: Callable[[], Any]) -> Tensor:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory of the results")
+    parser.add_argument("output", type=Path, help="directory of the results")
     parser.add_argument("--layers", type=int, default=8, help="layers of the model")
     parser.add_argument("--budget-s", type=float, default=90, help="start no step after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, which need no GPU")

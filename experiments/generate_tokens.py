@@ -196,7 +196,7 @@ def long_prompt(model: Any, length: int, size: int) -> dict[str, float | None]:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory of the results")
+    parser.add_argument("output", type=Path, help="directory of the results")
     parser.add_argument("model", nargs="?", help="a GGUF file of SmolLM2-135M")
     parser.add_argument("--parts", type=parts_of, default=PARTS, help="what to measure, separated by commas")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of the prompts of that part")

@@ -133,7 +133,7 @@ def measure(variants: Variants, name: str, way: str, length: int, layers: int, r
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory of the results")
+    parser.add_argument("output", type=Path, help="directory of the results")
     parser.add_argument("--layers", type=int, default=8, help="layers of the model")
     parser.add_argument("--repeats", type=int, default=20, help="calls of each row")
     parser.add_argument("--budget-s", type=float, default=240, help="start no row after so many seconds")
