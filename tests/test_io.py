@@ -38,6 +38,14 @@ def test_an_error_of_a_full_disk_names_the_place(tmp_path, write, error):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("write", [atomic_write, atomic_directory])
+def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path, write):
+    error = ConnectionResetError(errno.ECONNRESET, "reset by peer")
+    with pytest.raises(ConnectionResetError) as caught, write(tmp_path / "made"):
+        raise error
+    assert caught.value is error and caught.value.filename is None
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, exchanges):
     if not exchanges:

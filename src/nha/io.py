@@ -26,6 +26,7 @@ STATE_FORMAT = "nha-state-v2"
 OLD_STATE_FORMAT = "nha-state-v1"
 OLD_NAMES = {f"tail_{name}": f"window_{name}" for name in ("slot_key", "log_gate")} | {"seen": "num_tokens"}
 OLD_ACTIVE = f"slots_{'live'}"  # written apart: nothing else in the code is called so any more
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 OPTIONAL_TENSORS = {"window_slot_key", "num_kept"}  # of a state: absent where slots share keys, and are soft
 
 
@@ -80,11 +81,11 @@ def replace(work: Path, path: Path) -> None:
 
 @contextmanager
 def place_in_errors(path: Path) -> Iterator[None]:
-    """Name the file or directory in an error of the system that names none, such as that of a full disk."""
+    """Name the file or directory in an error of the file system that names none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno not in DISK_ERRORS or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     except Exception as error:  # safetensors has an error of its own
