@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -136,33 +136,52 @@ def save_public(output: Path, results: dict[str, Any]) -> None:
 
 def public_tables(models: dict[str, dict[str, Any]], relative: dict[str, dict[str, Any]]) -> Iterator[Table]:
     """Accuracy on every set and perplexity, a column per model and, beside it, relative to the control."""
+    titles = [title for name in models for title in (name, *(["of control"] if name in relative else []))]
+    for title, rows in (("accuracy, %", _accuracy_rows(models)), ("perplexity", _perplexity_rows(models))):
+        if not rows:
+            continue
+        table = new_table("n", *titles, first=title)
+        for row in rows:
+            cells = [row.count]
+            for name, cell in row.cells.items():
+                cells += [cell, *_relative_cell(relative, name, row.part)]
+            table.add_row(row.title, *cells)
+        yield table
+
+
+class PublicRow(NamedTuple):
+    """A row of a table: its title, how many items, a cell for each model by name, and its part of the results."""
+
+    title: str
+    count: str
+    cells: dict[str, str]
+    part: str
+
+
+def _accuracy_rows(models: dict[str, dict[str, Any]]) -> list[PublicRow]:
     from nha.evaluate.public.run import values_of
 
-    titles = [title for name in models for title in (name, *(["of control"] if name in relative else []))]
     accuracy = {name: dict(values_of(row)) for name, row in models.items()}
-    parts = list(dict.fromkeys(part for values in accuracy.values() for part in values))
-    if parts:
-        table = new_table("n", *titles, first="accuracy, %")
-        for part in parts:
-            counts = {values[part]["count"] for values in accuracy.values() if part in values}
-            cells = [", ".join(f"{n:,}" for n in sorted(counts))]
-            for name, values in accuracy.items():
-                found = values.get(part)
-                cells.append(f"{100 * found['accuracy']:.1f} {bracket(found['interval'], 1, 100)}" if found else "-")
-                cells += _relative_cell(relative, name, part)
-            table.add_row(escape(part.replace("_", " ")), *cells)
-        yield table
-    lengths = list(dict.fromkeys(length for row in models.values() for length in row["perplexity"]))
-    if lengths:
-        table = new_table("n", *titles, first="perplexity")
-        for length in lengths:
-            found = {name: row["perplexity"].get(length) for name, row in models.items()}
-            cells = [f"{next(one['count'] for one in found.values() if one):,}"]
-            for name, one in found.items():
-                cells.append(f"{one['ppl']:.2f} {bracket(one['interval'], 2)}" if one else "-")
-                cells += _relative_cell(relative, name, f"perplexity {int(length):,}")
-            table.add_row(f"{int(length):,} tokens", *cells)
-        yield table
+    rows = []
+    for part in dict.fromkeys(part for values in accuracy.values() for part in values):
+        found = {name: values.get(part) for name, values in accuracy.items()}
+        count = ", ".join(f"{n:,}" for n in sorted({one["count"] for one in found.values() if one}))
+        cells = {
+            name: f"{100 * one['accuracy']:.1f} {bracket(one['interval'], 1, 100)}" if one else "-"
+            for name, one in found.items()
+        }
+        rows.append(PublicRow(escape(part.replace("_", " ")), count, cells, part))
+    return rows
+
+
+def _perplexity_rows(models: dict[str, dict[str, Any]]) -> list[PublicRow]:
+    rows = []
+    for length in dict.fromkeys(length for row in models.values() for length in row["perplexity"]):
+        found = {name: row["perplexity"].get(length) for name, row in models.items()}
+        count = f"{next(one['count'] for one in found.values() if one):,}"
+        cells = {name: f"{one['ppl']:.2f} {bracket(one['interval'], 2)}" if one else "-" for name, one in found.items()}
+        rows.append(PublicRow(f"{int(length):,} tokens", count, cells, f"perplexity {int(length):,}"))
+    return rows
 
 
 def _relative_cell(relative: dict[str, dict[str, Any]], name: str, part: str) -> list[str]:

@@ -491,33 +491,48 @@ def prepare_cache(
         layers.append(replicate())
     if len(layers) != len(windows):
         raise ValueError(f"expected a cache of {len(windows)} layers, got one of {len(layers)}")
+    rollback = getattr(cache, "max_rollback", 0)
     for index, (layer, given) in enumerate(zip(layers, windows, strict=True)):
-        window, is_nha = window_of(given), isinstance(layer, NHACacheLayer | HeadGroupsCacheLayer)
-        if is_nha and layer.window_size in (None, window) and window != FULL:
-            continue
-        filled = getattr(layer, "is_initialized", False)
-        if is_nha or (window != FULL and filled):
-            got = type(layer).__name__ if filled and not is_nha else repr(layer)
-            hint = "" if is_nha else " (for prefix tuning, nha.models.peft_slots learns what slots start with)"
-            raise ValueError(
-                f"expected an empty cache or one made with these windows, got {got} in layer {index}, whose window is "
-                f"{window}{hint}"
-            )
-        rollback = getattr(cache, "max_rollback", 0)
-        full = None if filled or kv_cache_dtype == "auto" else Int8CacheLayer.like(layer)
-        if isinstance(window, tuple):
-            layers[index] = HeadGroupsCacheLayer(window, full or layer, rollback, state_dtype)
-        elif window != FULL:
-            length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
-            layers[index] = NHACacheLayer(window, length, rollback, state_dtype)
-        elif full is not None:
-            layers[index] = full
+        window = window_of(given)
+        if not _is_of_hybrid(layer) or window == FULL or layer.window_size not in (None, window):
+            _check_empty(layer, index, window)
+            layers[index] = _layer_for(layer, window, rollback, state_dtype, kv_cache_dtype)
     for layer, window in zip(layers, windows, strict=True):
         if isinstance(layer, NHACacheLayer):
             layer.window_size = window_of(window)  # type: ignore[assignment]
     cache.layers[:] = layers
     if not isinstance(cache, HybridCacheMixin) and not torch.compiler.is_compiling():  # which cannot trace this
         cache.__class__ = hybrid_cache_class(type(cache))
+
+
+def _is_of_hybrid(layer: Any) -> bool:
+    return isinstance(layer, NHACacheLayer | HeadGroupsCacheLayer)
+
+
+def _check_empty(layer: Any, index: int, window: int | tuple[int, ...]) -> None:
+    """Raise ValueError for a cache's layer that cannot become one with this window: another's, or one with tokens."""
+    ours, filled = _is_of_hybrid(layer), getattr(layer, "is_initialized", False)
+    if not ours and (window == FULL or not filled):
+        return
+    got = type(layer).__name__ if filled and not ours else repr(layer)
+    hint = "" if ours else " (for prefix tuning, nha.models.peft_slots learns what slots start with)"
+    raise ValueError(
+        f"expected an empty cache or one made with these windows, got {got} in layer {index}, whose window is "
+        f"{window}{hint}"
+    )
+
+
+def _layer_for(layer: Any, window: int | tuple[int, ...], rollback: int, state_dtype: str, kv_cache_dtype: str) -> Any:
+    """What stands in for one of transformers' own layers of a cache; the layer itself where that serves."""
+    full: Any = layer
+    if kv_cache_dtype != "auto" and not getattr(layer, "is_initialized", False):
+        full = Int8CacheLayer.like(layer) or layer
+    if isinstance(window, tuple):
+        return HeadGroupsCacheLayer(window, full, rollback, state_dtype)
+    if window == FULL:
+        return full
+    length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+    return NHACacheLayer(window, length, rollback, state_dtype)
 
 
 def allow_rollback(cache: Cache, max_rollback: int) -> None:
