@@ -19,7 +19,7 @@ def one_line(message: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, in one line; after its type where that alone is no sentence.
+    """The message of another library's error in one line, after its type where that alone is no sentence.
 
     >>> reason(KeyError("added_tokens")), reason(OSError("no such\\nfile")), reason(AssertionError())
     ("KeyError: 'added_tokens'", 'no such file', 'AssertionError')

@@ -75,7 +75,7 @@ def parse_window(text: str) -> int | tuple[int, ...]:
 
 
 def read_yaml(path: Path | Traversable) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Raises ValueError, with the file's name, for a file that cannot be read, is no YAML or gives a name twice in one
     mapping, of which YAML would take the last without a word.

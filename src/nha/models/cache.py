@@ -523,7 +523,7 @@ def _check_empty(layer: Any, index: int, window: int | tuple[int, ...]) -> None:
 
 
 def _layer_for(layer: Any, window: int | tuple[int, ...], rollback: int, state_dtype: str, kv_cache_dtype: str) -> Any:
-    """What stands in for one of transformers' own layers of a cache; the layer itself where that serves."""
+    """The layer that stands in for one of transformers' own in a cache; that one itself where it serves."""
     full: Any = layer
     if kv_cache_dtype != "auto" and not getattr(layer, "is_initialized", False):
         full = Int8CacheLayer.like(layer) or layer
