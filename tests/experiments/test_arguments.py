@@ -28,7 +28,7 @@ def reads(tree: ast.AST, name: str) -> set[str]:
 
 
 def wrong(text: str, shared: str) -> set[str]:
-    """Names that a program reads of its arguments, `options` or, where it parses them, `chosen`, and does not define."""
+    """Names that a program reads of its arguments (`options`, or `chosen` where it parses them) and does not define."""
     tree, found = ast.parse(text), set()
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)):
         found |= reads(function, "options")

@@ -168,7 +168,7 @@ class Learner:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """What fails in here, such as for lack of memory, is the model's failure: it takes no further step."""
+        """Make an error in here, such as one for lack of memory, the model's failure: it takes no further step."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
