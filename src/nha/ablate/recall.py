@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -205,6 +205,26 @@ def train_recall(
     return measure_learner(learner, plan)
 
 
+def _step_all(learners: Sequence[Learner], drawn: Mapping[int, Iterator[Batch]], factor: float) -> list[Learner]:
+    """Start a step of every model that is not done, on the batch of its seed; those that are not done after it."""
+    active = [learner for learner in learners if not learner.done]
+    for seed in dict.fromkeys(learner.seed for learner in active):
+        readers = [learner for learner in active if learner.seed == seed]
+        if (batch := _draw(drawn[seed], readers)) is not None:
+            for learner in readers:
+                learner.step(batch, factor)
+    return [learner for learner in active if not learner.done]
+
+
+def _stop_those_that_know(learners: Sequence[Learner], plan: RecallPlan, started: float) -> None:
+    """Stop the models that answer every size of the plan well enough."""
+    for learner in learners:
+        if not learner.done:
+            with learner.failing():
+                if _knows_all(learner.model, plan):
+                    learner.stop(time.monotonic() - started)
+
+
 def train_learners(
     learners: Sequence[Learner],
     plan: RecallPlan,
@@ -223,35 +243,25 @@ def train_learners(
     timed_step, known = 0, False
     drawn = {seed: draw_ahead(plan.batches(seed, device), device) for seed in dict.fromkeys(x.seed for x in learners)}
     for step in range(1, plan.steps + 1):
-        active = [learner for learner in learners if not learner.done]
-        for seed in dict.fromkeys(learner.seed for learner in active):
-            readers = [learner for learner in active if learner.seed == seed]
-            if (batch := _draw(drawn[seed], readers)) is not None:
-                for learner in readers:
-                    learner.step(batch, lr_factor(step - 1, plan.steps))
-        active = [learner for learner in active if not learner.done]
+        active = _step_all(learners, drawn, lr_factor(step - 1, plan.steps))
         if step <= PROBE_STEPS or any(learner.steps.prepared for learner in active):
             for learner in active:  # the time of a step is known from now on
                 with learner.failing():
                     learner.read_loss()
             timed, timed_step = time.monotonic(), step
+        validates = step % plan.valid_every == 0
         first = not known and step % PROBE_STEPS == 0 and step - timed_step >= PROBE_STEPS
-        if first or step % plan.valid_every == 0:
+        if first or validates:
             losses = [_checked_loss(learner, step) for learner in active]
             known, now = step > timed_step, time.monotonic()
-            needed = (now - timed) / max(1, step - timed_step) * (plan.steps - step)
             if known:
+                needed = (now - timed) / (step - timed_step) * (plan.steps - step)
                 _drop_late(active, needed, time_left - (now - started))
-            if known and progress is not None:
                 for learner, loss in zip(active, losses, strict=True):
-                    if not learner.done:
+                    if progress is not None and not learner.done:
                         progress(learners.index(learner), step, loss)
-        if step % plan.valid_every == 0 and step < plan.steps:
-            for learner in active:
-                if not learner.done:
-                    with learner.failing():
-                        if _knows_all(learner.model, plan):
-                            learner.stop(time.monotonic() - started)
+        if validates and step < plan.steps:
+            _stop_those_that_know(active, plan, started)
         if all(learner.done for learner in learners):
             return
     for learner in learners:

@@ -489,16 +489,13 @@ def check_state(state: NHAState) -> None:
         "n": width,
         "H + 1": heads + 1,
     }
-    of_inputs, of_slots = state.key.dtype, slot_dtype(state.key.dtype)
-    dtypes = {"value": of_inputs, "window_slot_key": of_inputs, "slot_key": of_slots, "slot_value": of_slots}
-    dtypes |= {"num_tokens": torch.int64, "num_written": torch.int64, "num_kept": torch.int64}
-    dtypes |= {"arrival_counter": torch.int32}
+    dtypes = _state_dtypes(state.key.dtype)
     for name, x in tensors.items():
         letters = LETTERS[name]
         expected = tuple([sizes[letter] for letter in letters])
         check_shape(f"state.{name}", x, expected, letters)
         if x.dtype != dtypes.get(name, x.dtype):
-            raise TypeError(f"expected state.{name} of {dtypes[name]} beside keys of {of_inputs}, got {x.dtype}")
+            raise TypeError(f"expected state.{name} of {dtypes[name]} beside keys of {state.key.dtype}, got {x.dtype}")
         if name in ("key", "window_log_gate") and x.dtype not in DTYPES:
             raise TypeError(f"expected state.{name} to be floating point, got {x.dtype}")
         if x.device != state.key.device:
@@ -508,3 +505,18 @@ def check_state(state: NHAState) -> None:
         if lowest < 0 or (width != places and highest > width):
             limit = "0 or more" if width == places else f"0 to {width}, all of a window of {window_size} so far"
             raise ValueError(f"expected state.num_tokens of {limit}, got {lowest} to {highest}")
+
+
+def _state_dtypes(of_inputs: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every tensor of a state beside keys of a dtype; log-gates may be of any floating-point one."""
+    of_slots = slot_dtype(of_inputs)
+    return {
+        "value": of_inputs,
+        "window_slot_key": of_inputs,
+        "slot_key": of_slots,
+        "slot_value": of_slots,
+        "num_tokens": torch.int64,
+        "num_written": torch.int64,
+        "num_kept": torch.int64,
+        "arrival_counter": torch.int32,
+    }
