@@ -24,7 +24,7 @@ from nha.train.presets import model_config
 from nha.train.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-RUNS = (("340m-15b.yaml", 8), ("1.3b-100b.yaml", 32))  # settings, and the paper's number of GPUs
+RUNS = (("340m-15b.yaml", 8), ("1.3b-100b.yaml", 8), ("1.3b-100b.yaml", 32))  # settings and numbers of GPUs
 MEASURED = "340m"  # stands for sizes that were not
 VOCABULARY = 49152  # SmolLM2's
 
