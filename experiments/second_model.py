@@ -58,7 +58,9 @@ from nha.train.run import train
 from nha.train.settings import TrainSettings
 
 MODELS = ("llama-20m", "nha-20m", "llama-60m", "nha-60m", "llama-tiny", "nha-tiny")
-TEACHER_FRACTION = 0.4  # of the tokens of every recipe, so that they differ in full layers alone
+# Of every recipe, so that they differ in full layers alone and share a control.
+TEACHER_FRACTION = 0.4
+MIXTURE = {"recall_fraction": 0.25, "long_range_fraction": 0.5, "answer_weight": DistillSettings.answer_weight}
 RESERVE_S = 12.0  # left for saving and the report
 
 
@@ -274,10 +276,7 @@ class Sweep:
         """The settings of a recipe for a model: windows, slots and rates. "constant:2" doubles learning rates."""
         plan = self.plan
         given = {"tokens": plan.distill_tokens, "seed": plan.seed, "batch_size": plan.batch_size}
-        given |= {
-            "teacher_tokens": TEACHER_FRACTION * plan.distill_tokens,
-            "answer_weight": DistillSettings.answer_weight,
-        }
+        given |= {"teacher_tokens": TEACHER_FRACTION * plan.distill_tokens, **MIXTURE}
         given |= {"compile": "nothing", "save_every": 10**9, **self.options.changes}
         name, _, factor = name.partition(":")
         context = config.max_position_embeddings

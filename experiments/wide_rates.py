@@ -90,6 +90,8 @@ def settings_of(case: str, options: argparse.Namespace) -> DistillSettings:
         "tokens": float((options.teacher_steps + options.steps) * step),
         "teacher_tokens": float(options.teacher_steps * step),
         "long_tokens": 0.0,
+        "recall_fraction": 0.25,
+        "long_range_fraction": 0.5,
         "answer_weight": DistillSettings.answer_weight,
         "batch_size": options.batch_size,
         "seq_len": options.seq_len,

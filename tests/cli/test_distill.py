@@ -213,10 +213,10 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     result = runner.invoke(app, [*arguments, "--recipe", "constant"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["settings"]["long_tokens"] == 1.25e7 and found["steps"] > 0 and found["on_h100"]["seconds"] > 0
+    assert found["settings"]["long_tokens"] == 3e7 and found["steps"] > 0 and found["on_h100"]["seconds"] > 0
     again = runner.invoke(app, [*arguments, "--recipe", "constant", "--recall-fraction", "0.125", "--tokens", "1e6"])
     settings = json.loads(again.stdout)["settings"]
-    assert (settings["recall_fraction"], settings["long_tokens"], settings["long_range_fraction"]) == (0.125, 5e5, 0.5)
+    assert (settings["recall_fraction"], settings["long_tokens"], settings["long_range_fraction"]) == (0.125, 6e5, 0.75)
     assert settings["window_size"] == [[1088, 64], 64, 64] and "spread evenly" in again.stderr.replace("\n", " ")
     table = runner.invoke(app, arguments[:-1])
     assert table.exit_code == 0 and all(word in table.stdout for word in ("memory", "on one H100", "measured"))

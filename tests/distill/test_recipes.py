@@ -53,8 +53,9 @@ def test_recipes_of_the_embedded_model_have_the_windows_that_were_measured():
     plan = load_plan(ROOT / "results/plans/smollm2-heads20.json")
     ranks = searched_heads(SMOLLM2, [3] * 30)
     assert ranks is not None and list(ranks.ranked) == top_heads(plan.weights, len(ranks.ranked))
-    for name, recipe in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_floor")):
-        settings, (_, measured) = recipe_settings(name, 30, ranks=ranks), make_runs([recipe], [0], {})
+    for name, recipe in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_long")):
+        settings = recipe_settings(name, 30, ranks=ranks)
+        _, measured = make_runs([recipe], [0], {recipe: settings.tokens})
         assert per_layer(settings.window_size, 3) == per_layer(measured.settings.window_size, 3)
         assert dataclasses.replace(settings, window_size=64, save_every=400) == dataclasses.replace(
             measured.settings, window_size=64
@@ -105,7 +106,7 @@ def test_full_layers_are_inside_the_model_whatever_its_size():
 def test_what_is_given_overrides_a_recipe():
     assert recipe_settings("quality", 30, given={"full_layers": (1,)}).full_layers == (1,)
     assert recipe_settings("constant", 30, given={"long_tokens": 0.0}).long_tokens == 0
-    assert recipe_settings("constant", 30, given={"tokens": 1e6}).long_tokens == 5e5
+    assert recipe_settings("constant", 30, given={"tokens": 1e6}).long_tokens == 6e5
     assert recipe_settings("quality", 3, given={"window_size": (64, -1, 64)}).full_layers == ()
     with pytest.raises(ValueError, match="quality, balanced, constant"):
         recipe_settings("best", 30)
@@ -115,7 +116,7 @@ def test_recipes_train_the_teacher_first_where_whole_matrices_are_trained():
     for name in RECIPES:
         settings = recipe_settings(name, 30, SMOLLM2)
         assert settings.teacher_tokens == RECIPES[name].teacher_fraction * settings.tokens > 0
-        assert settings.long_tokens == 0.5 * settings.tokens
+        assert settings.long_tokens == RECIPES[name].long_fraction * settings.tokens > 0
         for trainable in ("lora", "slots"):
             assert recipe_settings(name, 30, given={"trainable": trainable}).teacher_tokens == 0
         assert recipe_settings(name, 30, given={"teacher_tokens": 0.0}).teacher_tokens == 0
