@@ -121,7 +121,7 @@ WIDE1 = Heads(((2, FULL), (10, 2144), (8, 896)), plan=MEAN_PLAN)
 FLOOR4 = Heads(((22, FULL),), 304, MEAN_PLAN)
 FLOOR1 = Heads(((2, FULL), (13, 2240)), 256, MEAN_PLAN)
 FLOOR0 = Heads(((12, 1088),), 64, MEAN_PLAN)
-INT8 = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
+INT8: dict[str, Any] = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Recipes of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in
