@@ -226,6 +226,23 @@ def test_models_whose_batch_cannot_be_drawn_have_failed_and_the_next_rows_are_ma
     assert [name[-1] for name in progress.made] == ["1", "1"]
 
 
+def test_after_a_row_that_breaks_the_gpu_no_other_begins_and_a_line_says_so(table, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for it.")
+
+    small, lines = table.only(lrs=[1e-3]), []
+    monkeypatch.setattr(run, "_free_memory", fail)
+    with monkeypatch.context() as broken:
+        broken.setattr(ModelSpec, "build", fail)
+        progress = run_table(small, tmp_path, log=lines.append)
+    assert [name.partition(" ")[0] for name in progress.failed] == [small.rows[0].name("tiny")] and not progress.made
+    assert "rows left to another run: 1 (" in lines[-1] and "illegal memory access" in lines[-1]
+    with pytest.raises(RuntimeError, match="illegal"):  # no row says why
+        run_table(small, tmp_path)
+    monkeypatch.undo()
+    assert len(run_table(small, tmp_path).made) == 1
+
+
 def test_shards_begin_with_different_rows_and_cover_all(table):
     orders = [Shard(i, 3).order(table.rows) for i in (1, 2, 3)]
     assert len({order[0].name("t") for order in orders}) == 3

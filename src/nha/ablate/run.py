@@ -163,6 +163,9 @@ def run_table(
         compile_layers: compile the layers of recall models on a GPU.
         log: gets lines about the progress.
 
+    A row that leaves its GPU unusable for this process (an illegal memory access, say) is the last: a line of the log
+    says how many are left.
+
     Raises:
         ValueError: a row in `out` is of other settings; nothing has run.
     """
@@ -188,10 +191,22 @@ def run_table(
                 _make_recall(table, free, out, device, left, progress, log, None if compile_layers else False)
             elif free:
                 _make_language(table, free[0], out, device, left, sources, reserve, progress, log)
-        if device.type == "cuda":
-            gc.collect()  # a Trainer refers to itself, and would keep the memory of a row that failed
-            torch.cuda.empty_cache()
+        try:
+            _free_memory(device)
+        except RuntimeError as error:
+            if not progress.failed:
+                raise
+            why = one_line(error)[:200]
+            log(f"the GPU refuses every call of this process, rows left to another run: {len(rows)} ({why})")
+            break
     return progress
+
+
+def _free_memory(device: torch.device) -> None:
+    """Free the memory of a row that failed. Raises RuntimeError where the row has left the GPU unusable."""
+    if device.type == "cuda":
+        gc.collect()  # a Trainer refers to itself
+        torch.cuda.empty_cache()
 
 
 def processes_for(table: Table, out: Path) -> int:
