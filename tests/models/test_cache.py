@@ -13,8 +13,9 @@ from transformers import DynamicCache, StaticCache
 
 from nha import NHAConfig, NHAForCausalLM, NHAState, load_cache, save_cache, save_state, set_windows
 from nha.io import read_tensors, write_tensors
-from nha.models.cache import cache_nbytes, nha_layers
+from nha.models.cache import cache_nbytes, nha_layers, pack_states
 from nha.models.observe import ablate
+from nha.models.windows import set_state_dtype
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, sliding, teacher, tokens
 
@@ -45,6 +46,22 @@ def test_bytes_are_those_of_slots_and_window_and_nothing_else(window, batch):
     assert cache_nbytes(cache) == LAYERS * batch * (slots + tail + 8)
     held = [x.untyped_storage() for layer in nha_layers(cache) for x in layer.state.tensors().values()]
     assert cache_nbytes(cache) == sum({x.data_ptr(): x.nbytes() for x in held}.values())  # no view keeps more alive
+
+
+@each_window
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_a_cache_that_is_packed_afterwards_equals_one_that_was_packed_from_the_start(windows, state_dtype):
+    model, ids, later = hybrid("llama", windows), tokens(2, 30), tokens(2, 5)
+    cache = filled(model, 30, 2)
+    plain = cache_nbytes(cache)
+    for _ in range(2):  # the second time it is packed already
+        pack_states(cache, state_dtype)
+    set_state_dtype(model, state_dtype)
+    wanted = read(model, ids).past_key_values
+    assert cache_nbytes(cache) == cache_nbytes(wanted) < plain
+    assert torch.equal(read(model, later, cache).logits, read(model, later, wanted).logits)
+    with pytest.raises(ValueError, match="int4"):
+        pack_states(cache, "int4")
 
 
 def test_bytes_do_not_grow_with_the_text():

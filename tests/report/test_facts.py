@@ -38,6 +38,17 @@ def test_questions_of_one_text_do_not_see_each_other(model, tokenizer):
     assert sample_of(far[0]).prompt_tokens == 60 and far[0].answer in sample_of(far[0]).teacher
 
 
+def test_a_question_is_asked_of_states_in_every_format(model, tokenizer):
+    asked = ask(model, tokenizer, np.arange(100) % 90, (20, 60), seed=3, state_dtypes=("float32", "int8"))
+    assert [(one.distance, one.state_dtype) for one in asked] == [
+        (20, "float32"),
+        (20, "int8"),
+        (60, "float32"),
+        (60, "int8"),
+    ]
+    assert asked[2].bytes > 2 * asked[3].bytes > 0 and recall_by_distance(asked[2:3])[0].bytes == asked[2].bytes
+
+
 def test_a_haystack_that_is_too_short_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"(?s)80.*50"):
         ask(model, tokenizer, np.arange(50), (20, 80))

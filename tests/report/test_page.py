@@ -137,7 +137,7 @@ def test_the_page_of_a_distilled_hybrid_shows_recall_by_distance():
     page = page_of(distilled_results())
     Page(page)
     assert page.count("data:image/png;base64,") == 20 and "Recall by distance" in page
-    assert "<td>6 of 12</td><td>0 of 2</td>" in page
+    assert "<td>6 of 12</td><td>0 of 2</td><td>0 of 2</td><td>5 of 12</td>" in page
 
 
 def test_figures_without_data_are_left_out():

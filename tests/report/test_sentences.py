@@ -225,6 +225,12 @@ def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_
     last.recalled, last.facts = 0, 1
     assert "Asked for 1 number that" in verdict(found).text and "0 of 1 number exactly" in verdict(found).text
     last.facts = 2
+    assert "takes 5.9 MB, 1.6 % of the original's, and it wrote 5 of 12 digits" in text
+    assert "5.9 MB in place of 21.0 MB: 24 of 36 digits at all distances, 27 without" in recall
+    assert "93 % as often" in recall and "50 % as often 500 to 4,000" in recall
+    assert ("5 of 12 digits", "recalled after 8K tokens, from 5.9 MB with states in 8 bits") in key_numbers(found)
+    older = replace(found, distilled=replace(found.distilled, recall_int8=[], relative={}))
+    assert "8 bits" not in verdict(older).text + " ".join(recall_text(older)) + str(key_numbers(older))
     noted = replace(found, notes=["2 KV heads have longer windows."])
     assert "10.3 MB" in " ".join(conversion_text(found))
     assert "exactly. 2 KV heads have longer windows. The slots" in " ".join(conversion_text(noted))

@@ -1,6 +1,7 @@
 """A number at the start of a long text, asked for as the text goes on, and the digits of it that come back.
 
-The text is read once. Every question is asked of a copy of its cache, and the text then goes on without it.
+The text is read once. Every question is asked of a copy of its cache, and the text then goes on without it. A copy may
+keep its states in fewer bits, so that one reading serves several formats.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from nha.data.recall.facts import draw_facts, filler_tokens, pieces_of
 from nha.data.recall.words import EVALUATION
 from nha.evaluate.public.needle import DIGITS
 from nha.evaluate.public.written import begins_with, first_line
+from nha.models.cache import cache_nbytes, pack_states
 from nha.models.conversation import cache_keyword
 from nha.report.results import RecallAt, Sample
 
@@ -33,6 +35,8 @@ class Asked:
     answer: str
     question: str
     written: str
+    state_dtype: str = "float32"  # how states were kept
+    bytes: int = 0  # of the cache that the question was asked of
 
 
 def leading_digits(text: str, answer: str) -> int:
@@ -53,10 +57,12 @@ def ask(
     distances: Sequence[int],
     *,
     seed: int = 0,
+    state_dtypes: Sequence[str] = ("float32",),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Asked]:
     """Read a fact and then text of the haystack's ids [N], and ask for the fact at every distance, in rising order.
 
+    Every question is asked once with the states in each of `state_dtypes`, of which "float32" leaves them as read.
     Raises ValueError if the haystack is shorter than the largest distance.
     """
     generator, pieces = np.random.default_rng(seed), pieces_of(tokenizer)
@@ -68,8 +74,13 @@ def ask(
     read(model, cache, [*pieces.start, *fact.statement])
     for distance in distances:
         read(model, cache, text[done:distance])
-        written = write(model, copy.deepcopy(cache), fact.question, len(fact.value) + MORE)
-        found.append(Asked(distance, answer, question, str(tokenizer.decode(written))))
+        for state_dtype in state_dtypes:
+            memory = copy.deepcopy(cache)
+            if state_dtype != "float32":
+                pack_states(memory, state_dtype)
+            size = cache_nbytes(memory)
+            written = write(model, memory, fact.question, len(fact.value) + MORE)
+            found.append(Asked(distance, answer, question, str(tokenizer.decode(written)), state_dtype, size))
         done = distance
         if progress is not None:
             progress(done, distances[-1])
@@ -108,6 +119,7 @@ def recall_by_distance(asked: Sequence[Asked]) -> list[RecallAt]:
                 continued=sum(whole) - sum(right),
                 digits=sum(digits),
                 of_digits=sum(len(one.answer) for one in own),
+                bytes=max(one.bytes for one in own),
             )
         )
     return found

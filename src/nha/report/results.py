@@ -123,6 +123,7 @@ class RecallAt:
         recalled: how many were written exactly.
         continued: how many were written exactly but for further digits after the last one.
         digits, of_digits: digits that were right from the first on, and all digits.
+        bytes: of the cache that the numbers were asked of (0: not measured).
     """
 
     tokens: int
@@ -131,6 +132,7 @@ class RecallAt:
     continued: int
     digits: int
     of_digits: int
+    bytes: int = 0
 
 
 @dataclass
@@ -141,11 +143,13 @@ class Distilled:
         bytes: of its file.
         relative: its numbers relative to those of the original trained on the same tokens, as ratios by name.
         recall: numbers recalled by distance, the nearest first.
+        recall_int8: the same with states in 8 bits.
     """
 
     bytes: int
     relative: dict[str, float] = field(default_factory=dict)
     recall: list[RecallAt] = field(default_factory=list)
+    recall_int8: list[RecallAt] = field(default_factory=list)
 
 
 @dataclass
@@ -270,6 +274,7 @@ class Results:
 def _distilled(data: dict[str, Any]) -> Distilled:
     found = Distilled(**data)
     found.recall = [RecallAt(**one) for one in data["recall"]]
+    found.recall_int8 = [RecallAt(**one) for one in data.get("recall_int8", [])]
     return found
 
 

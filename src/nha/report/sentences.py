@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nha.report.results import Results
+from nha.report.results import Distilled, Results
 
 SAME = 0.005  # relative change of a perplexity below which the report calls two the same
 STEADY = 0.1  # relative change of a time below which the report calls it steady
@@ -147,9 +147,24 @@ def distilled_text(results: Results) -> list[str]:
             f"Asked for {numbers} that it read {last.tokens:,} tokens before, it wrote {last.digits} of "
             f"{last.of_digits} digits right from the first on, and {last.recalled} of {numbers} exactly."
         )
+        lines += packed_text(results)
         if last.recalled < last.facts:
             lines.append("Do not rely on it for exact numbers from long before.")
     return lines
+
+
+def packed_text(results: Results) -> list[str]:
+    """The furthest numbers asked of states in 8 bits, beside the original's memory of as many tokens; or nothing."""
+    found = results.distilled
+    if found is None or not found.recall_int8:
+        return []
+    last = found.recall_int8[-1]
+    cost = next((cost for cost in results.costs if cost.context == last.tokens), None)
+    beside = "" if cost is None else f", {100 * last.bytes / cost.teacher_bytes:.1f} % of the original's"
+    return [
+        f"With states in 8 bits its memory of these {last.tokens:,} tokens takes {megabytes(last.bytes)}{beside}, and "
+        f"it wrote {last.digits} of {last.of_digits} digits."
+    ]
 
 
 def recall_text(results: Results) -> list[str]:
@@ -165,8 +180,32 @@ def recall_text(results: Results) -> list[str]:
         f"A text begins with a number, followed by {results.document}. As the text grows, the hybrid is asked for the "
         f"number and writes the likeliest tokens. Counted are digits that are right from the first on: {right[0]} "
         f"after {first.tokens:,} tokens, {right[1]} after {last.tokens:,}. Guessing gives 2 %.{more}",
-        "The text holds one number. Of several that are alike, a hybrid may write the wrong one.",
+        *packed_recall_text(found),
+        f"The text holds one number. Of several that are alike, a hybrid may write the wrong one.{cloze_text(found)}",
     ]
+
+
+def packed_recall_text(found: Distilled) -> list[str]:
+    """The same questions asked of states in 8 bits; nothing if they were not."""
+    if not found.recall_int8:
+        return []
+    digits, every = (sum(getattr(one, name) for one in found.recall_int8) for name in ("digits", "of_digits"))
+    return [
+        "The same questions were asked of a copy of the hybrid's memory with states in 8 bits (--state-dtype int8), "
+        f"{megabytes(found.recall_int8[-1].bytes)} in place of {megabytes(found.recall[-1].bytes)}: {digits} of {every} "
+        f"digits at all distances, {sum(one.digits for one in found.recall)} without. Packing takes time at every token."
+    ]
+
+
+def cloze_text(found: Distilled) -> str:
+    """How often names of natural text come back beside the fair control, as a sentence after others, or nothing."""
+    near, far = (found.relative.get(name) for name in ("cloze_near", "cloze_far"))
+    if near is None or far is None:
+        return ""
+    return (
+        f" Names in books come back {100 * near:.0f} % as often as from the original trained on the same tokens up to "
+        f"256 tokens later, and {100 * far:.0f} % as often 500 to 4,000 tokens later."
+    )
 
 
 def memory_text(results: Results) -> list[str]:
@@ -198,7 +237,7 @@ def filled_from(results: Results) -> int:
 
 
 def key_numbers(results: Results) -> list[tuple[str, str]]:
-    """(value, caption) of the two or three numbers to remember."""
+    """(value, caption) of the two to four numbers to remember."""
     found = [
         (
             f"{number(results.perplexity('teacher'))} → {number(results.perplexity('hybrid'))}",
@@ -209,6 +248,10 @@ def key_numbers(results: Results) -> list[tuple[str, str]]:
         last = results.costs[-1]
         memory = f"{megabytes(last.teacher_bytes)} → {megabytes(last.hybrid_bytes)}"
         found.insert(0, (memory, f"memory of a conversation of {tokens(last.context)} tokens"))
+    if results.distilled and results.distilled.recall:
+        last = (results.distilled.recall_int8 or results.distilled.recall)[-1]
+        how = f", from {megabytes(last.bytes)} with states in 8 bits" if results.distilled.recall_int8 else ""
+        found.append((f"{last.digits} of {last.of_digits} digits", f"recalled after {tokens(last.tokens)} tokens{how}"))
     if results.timed:
         cost = results.timed[-1]
         found.append(
