@@ -220,8 +220,11 @@ def test_a_distilled_hybrid_is_shown_beside_the_fair_control_and_with_the_facts_
     assert "12 of 12 after 256 tokens, 6 of 12 after 8,192" in recall and "2 of 6 answers" in recall
     assert not recall_text(results())
     warning, last = "exact numbers from long before", found.distilled.recall[-1]
-    last.recalled = last.facts
+    last.recalled, last.continued = 1, 1
     assert warning in text and warning not in verdict(found).text
+    assert "may write further digits" in verdict(found).text
+    last.recalled, last.continued = last.facts, 0
+    assert warning not in verdict(found).text and "further digits" not in verdict(found).text
     last.recalled, last.facts = 0, 1
     assert "Asked for 1 number that" in verdict(found).text and "0 of 1 number exactly" in verdict(found).text
     last.facts = 2

@@ -148,8 +148,10 @@ def distilled_text(results: Results) -> list[str]:
             f"{last.of_digits} digits right from the first on, and {last.recalled} of {numbers} exactly."
         )
         lines += packed_text(results)
-        if last.recalled < last.facts:
+        if last.recalled + last.continued < last.facts:
             lines.append("Do not rely on it for exact numbers from long before.")
+        elif last.continued:
+            lines.append("It may write further digits after a number from long before.")
     return lines
 
 
