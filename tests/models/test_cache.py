@@ -13,9 +13,9 @@ from transformers import DynamicCache, StaticCache
 
 from nha import NHAConfig, NHAForCausalLM, NHAState, load_cache, save_cache, save_state, set_windows
 from nha.io import read_tensors, write_tensors
-from nha.models.cache import cache_nbytes, nha_layers, pack_states
+from nha.models.cache import cache_nbytes, nha_layers
 from nha.models.observe import ablate
-from nha.models.windows import set_state_dtype
+from nha.models.windows import pack_states, set_state_dtype
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, sliding, teacher, tokens
 

@@ -17,7 +17,7 @@ from nha.models.segment import Inputs, Reading, Segment, Sink, attend, count_kep
 from nha.ops import NHAState, RingState
 from nha.ops.backends import needs_grad
 from nha.ops.heads import Window, head_groups, join_heads, window_of
-from nha.ops.packed_state import PackedState, check_state_dtype
+from nha.ops.packed_state import PackedState
 from nha.ops.single_token import FusedRing, read_token
 from nha.ops.state import check_max_rollback
 
@@ -557,30 +557,6 @@ def allow_rollback(cache: Cache, max_rollback: int) -> None:
     for layer in nha_layers(cache):
         layer.max_rollback = max_rollback
         layer._removable = min(layer._removable, max_rollback)
-
-
-def pack_states(cache: Cache, state_dtype: str) -> None:
-    """Keep the states of a cache in another format from now on, those that it holds included.
-
-    Layers with full attention and static layers stay as they are. Raises ValueError for an unknown format.
-
-    >>> from transformers import DynamicCache
-    >>> from nha import NHAConfig, NHAForCausalLM
-    >>> model, ids = NHAForCausalLM(NHAConfig.tiny()).eval(), torch.arange(60)[None]
-    >>> cache = DynamicCache(config=model.config)
-    >>> with torch.no_grad():
-    ...     _ = model(ids, past_key_values=cache)
-    >>> before = cache_nbytes(cache)
-    >>> pack_states(cache, "int8")
-    >>> cache_nbytes(cache) < before / 2
-    True
-    """
-    check_state_dtype(state_dtype)
-    for layer in nha_layers(cache):
-        if not layer.is_compileable:
-            state = layer.state.unpack() if isinstance(layer.state, PackedState) else layer.state
-            layer.state_dtype = state_dtype
-            layer._keep(state)
 
 
 def is_empty(cache: Cache | None) -> bool:

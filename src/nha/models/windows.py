@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from nha.models.cache import nha_layers
 from nha.models.config import FULL, check_windows
 from nha.ops.heads import Window, all_windows, map_window, window_of
 from nha.ops.int8_rows import check_kv_cache_dtype
-from nha.ops.packed_state import check_state_dtype
+from nha.ops.packed_state import PackedState, check_state_dtype
 
 
 def decoder(model: PreTrainedModel) -> Any:
@@ -121,6 +122,32 @@ def set_state_dtype(model: PreTrainedModel, state_dtype: str) -> None:
     hybrid_layers(model)
     check_state_dtype(state_dtype)
     decoder(model).config.state_dtype = state_dtype
+
+
+def pack_states(cache: Cache, state_dtype: str) -> None:
+    """Keep the states of a cache in another format from now on, those that it holds included.
+
+    Layers with full attention and static layers stay as they are. Raises ValueError for an unknown format.
+
+    >>> import torch
+    >>> from transformers import DynamicCache
+    >>> from nha import NHAConfig, NHAForCausalLM
+    >>> from nha.models.cache import cache_nbytes
+    >>> model, ids = NHAForCausalLM(NHAConfig.tiny()).eval(), torch.arange(60)[None]
+    >>> cache = DynamicCache(config=model.config)
+    >>> with torch.no_grad():
+    ...     _ = model(ids, past_key_values=cache)
+    >>> before = cache_nbytes(cache)
+    >>> pack_states(cache, "int8")
+    >>> cache_nbytes(cache) < before / 2
+    True
+    """
+    check_state_dtype(state_dtype)
+    for layer in nha_layers(cache):
+        if not layer.is_compileable:
+            state = layer.state.unpack() if isinstance(layer.state, PackedState) else layer.state
+            layer.state_dtype = state_dtype
+            layer._keep(state)
 
 
 def set_kv_cache_dtype(model: PreTrainedModel, kv_cache_dtype: str) -> None:

@@ -20,8 +20,9 @@ from nha.data.recall.facts import draw_facts, filler_tokens, pieces_of
 from nha.data.recall.words import EVALUATION
 from nha.evaluate.public.needle import DIGITS
 from nha.evaluate.public.written import begins_with, first_line
-from nha.models.cache import cache_nbytes, pack_states
+from nha.models.cache import cache_nbytes
 from nha.models.conversation import cache_keyword
+from nha.models.windows import pack_states
 from nha.report.results import RecallAt, Sample
 
 MORE = 2  # tokens written after as many as the number has

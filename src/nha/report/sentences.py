@@ -192,10 +192,11 @@ def packed_recall_text(found: Distilled) -> list[str]:
     if not found.recall_int8:
         return []
     digits, every = (sum(getattr(one, name) for one in found.recall_int8) for name in ("digits", "of_digits"))
+    plain = sum(one.digits for one in found.recall)
+    sizes = f"{megabytes(found.recall_int8[-1].bytes)} in place of {megabytes(found.recall[-1].bytes)}"
     return [
         "The same questions were asked of a copy of the hybrid's memory with states in 8 bits (--state-dtype int8), "
-        f"{megabytes(found.recall_int8[-1].bytes)} in place of {megabytes(found.recall[-1].bytes)}: {digits} of {every} "
-        f"digits at all distances, {sum(one.digits for one in found.recall)} without. Packing takes time at every token."
+        f"{sizes}: {digits} of {every} digits at all distances, {plain} without. Packing takes time at every token."
     ]
 
 
