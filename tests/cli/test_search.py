@@ -38,6 +38,7 @@ def test_what_is_found_is_what_hybridize_uses(places, tmp_path):
     result = run(places, "search", "@tiny", str(path), *options)
     assert result.exit_code == 0, result.output
     assert all(name in result.stdout for name in ("found", "uniform", "first", "last", "none", "all"))
+    assert "nha hybridize MODEL OUTPUT" in result.stdout
     found = json.loads(path.read_text())
     assert sorted(found["windows"]) == [-1, 16, 16] and len(found["full_layers"]) == 1
     assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
@@ -46,6 +47,12 @@ def test_what_is_found_is_what_hybridize_uses(places, tmp_path):
     converted = run(places, *arguments)
     assert converted.exit_code == 0, converted.output
     assert json.loads(converted.stdout)["window_sizes"] == found["windows"]
+
+
+def test_what_a_hybrids_search_finds_is_for_another_distillation_of_its_original(places, tmp_path):
+    result = run(places, "search", "@hybrid", str(tmp_path / "search.json"), "--full", "1", "--context", "1000", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "nha distill ORIGINAL OUTPUT" in result.stdout and "hybridize" not in result.stdout
 
 
 def test_a_search_is_resumed_with_a_larger_budget_and_refuses_other_settings(places, tmp_path):

@@ -111,6 +111,9 @@ def search(
         print_json(result.to_dict())
         return
     report(result, evaluate, output, picture)
+    # a hybrid is not converted again: its original is, and distilled with these windows
+    use = "distill ORIGINAL" if hybrid else "hybridize MODEL"
+    out.print(f"  use it:  [cyan]nha {use} OUTPUT --windows {escape(str(output))}[/]")
 
 
 def convert_in_memory(
@@ -217,4 +220,3 @@ def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | No
     out.print(table)
     where = f"{output}, {picture}" if picture else str(output)
     err.print(f"[dim]{len(result.evaluated)} sets measured in {result.seconds:.0f} s; saved in {escape(where)}[/]")
-    out.print(f"  use it:  [cyan]nha hybridize MODEL OUTPUT --windows {escape(str(output))}[/]")
