@@ -110,10 +110,7 @@ def search(
     if as_json:
         print_json(result.to_dict())
         return
-    report(result, evaluate, output, picture)
-    # a hybrid is not converted again: its original is, and distilled with these windows
-    use = "distill ORIGINAL" if hybrid else "hybridize MODEL"
-    out.print(f"  use it:  [cyan]nha {use} OUTPUT --windows {escape(str(output))}[/]")
+    report(result, evaluate, output, picture, hybrid)
 
 
 def convert_in_memory(
@@ -184,8 +181,8 @@ def draw(result: SearchResult, picture: Path) -> None:
     write_atomically(picture, front_png(result.to_dict()))
 
 
-def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | None) -> None:
-    """Print the placements and the front."""
+def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | None, hybrid: bool) -> None:
+    """Print the placements, the front and how to use them; a hybrid is not converted again, but its original is."""
     from nha.convert.search import cache_bytes
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -220,3 +217,5 @@ def report(result: SearchResult, evaluate: Any, output: Path, picture: Path | No
     out.print(table)
     where = f"{output}, {picture}" if picture else str(output)
     err.print(f"[dim]{len(result.evaluated)} sets measured in {result.seconds:.0f} s; saved in {escape(where)}[/]")
+    use = "distill ORIGINAL" if hybrid else "hybridize MODEL"
+    out.print(f"  use it:  [cyan]nha {use} OUTPUT --windows {escape(str(output))}[/]")
