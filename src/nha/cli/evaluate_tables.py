@@ -142,7 +142,7 @@ def public_tables(models: dict[str, dict[str, Any]], relative: dict[str, dict[st
             continue
         table = new_table("n", *titles, first=title)
         for row in rows:
-            cells = [row.count]
+            cells = [row.items]
             for name, cell in row.cells.items():
                 cells += [cell, *_relative_cell(relative, name, row.part)]
             table.add_row(row.title, *cells)
@@ -153,7 +153,7 @@ class PublicRow(NamedTuple):
     """A row of a table: its title, how many items, a cell for each model by name, and its part of the results."""
 
     title: str
-    count: str
+    items: str
     cells: dict[str, str]
     part: str
 
