@@ -22,7 +22,7 @@ WIDE_SIGNATURES = {"nha_attention"}  # the operator's arguments are the contract
 
 # From the bottom up: a room imports from its own level and from levels above it in this list.
 LEVELS = (
-    {"errors", "settings", "__init__"},
+    {"errors", "settings", "yaml_file", "__init__"},
     {"ops"},
     {"tensor_file"},
     {"io"},

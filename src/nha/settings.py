@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import field
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -74,52 +73,14 @@ def parse_window(text: str) -> int | tuple[int, ...]:
     return windows if "," in text else windows[0]
 
 
-def read_yaml(path: Path | Traversable) -> Any:
-    """Read a YAML file.
-
-    Raises ValueError, with the file's name, for a file that cannot be read, is no YAML or gives a name twice in one
-    mapping, of which YAML would take the last without a word.
-    """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        root, found = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"expected YAML at {path}, got: {' '.join(str(error).split())}") from None
-    _check_names(root, path)
-    return found
-
-
-def _check_names(root: Any, path: Path | Traversable) -> None:
-    """Raise ValueError for a name that stands twice in a mapping of a YAML document."""
-    import yaml
-
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen:  # an alias
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            names = set()
-            for name, value in node.value:
-                key = name.tag, str(name.value)
-                if key in names:
-                    place = f"line {name.start_mark.line + 1} of {path}"
-                    raise ValueError(f"expected each name once in a mapping, got {name.value} again in {place}")
-                names.add(key)
-                nodes.append(value)
-
-
 def read_settings(kind: type, path: Path | str) -> dict[str, Any]:
     """The settings of a dataclass that a YAML file holds, by name; fields that it leaves out are not in the result.
 
     Raises ValueError, with the file's name, for a file that cannot be read, is no mapping, names other settings or
     holds a value that a setting cannot have.
     """
+    from nha.yaml_file import read_yaml
+
     found = read_yaml(Path(path))
     if not isinstance(found, dict):
         raise ValueError(f"expected a mapping of settings in {path}, got {type(found).__name__}")

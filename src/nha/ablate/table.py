@@ -18,7 +18,7 @@ from nha.ablate.recall import RecallPlan
 from nha.ablate.specs import ModelSpec
 from nha.data.synthetic import TASKS, TaskSize
 from nha.models.config import NHAConfig
-from nha.settings import read_yaml
+from nha.yaml_file import read_yaml
 
 EXPECTATIONS = {"above": "better than", "at least": "no worse than", "equal": "as good as"}
 KINDS = ("recall", "language")
