@@ -211,6 +211,28 @@ def test_the_operator_knows_tensors_only():
     expect_none(wrong)
 
 
+def test_no_file_calls_a_private_method_of_a_class_of_another_file():
+    own: dict[str, set[Path]] = {}  # by name, the files whose classes have such a method
+    for path in SRC.rglob("*.py"):
+        for node in (each for each in ast.walk(tree(path)) if isinstance(each, ast.ClassDef)):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and re.match(
+                    "_(?!_|make$)", method.name
+                ):  # `_make`: named tuples
+                    own.setdefault(method.name, set()).add(path)
+    assert "_keep" in own
+    expect_none(
+        [
+            f"{place(path, node)} {ast.unparse(node)}"
+            for path in SRC.rglob("*.py")
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Attribute)
+            and path not in own.get(node.attr, {path})
+            and not (isinstance(node.value, ast.Call) or ast.unparse(node.value) in ("self", "cls"))  # a base's own
+        ]
+    )
+
+
 @pytest.mark.parametrize("leftover", ["fmt:" + " skip", "fmt:" + " off", "TO" + "DO", "FIX" + "ME"])
 def test_nothing_is_left_over(leftover):
     expect_none([str(path.relative_to(ROOT)) for path in FILES if leftover in path.read_text()])

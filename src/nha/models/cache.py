@@ -176,6 +176,12 @@ class NHACacheLayer(CacheLayerMixin):
         """Undo `make_static`: the state may be replaced by another from now on."""
         self.max_cache_len, self.is_compileable, self.length = None, False, int(self.length)
 
+    def pack(self, state_dtype: str) -> None:
+        """Keep the state in another format from now on, one that is held included; a static layer stays as it is."""
+        if not self.is_compileable:
+            self.state_dtype = state_dtype
+            self._keep(self.state.unpack() if isinstance(self.state, PackedState) else self.state)
+
     def check(self, rows: int, slots: int) -> None:
         """Raise ValueError for a state that holds another number of sequences or slots."""
         got = [rows, slots] if self.state is None else [self.state.slot_key.shape[0], self.state.slot_key.shape[2]]

@@ -13,7 +13,7 @@ from nha.models.cache import nha_layers
 from nha.models.config import FULL, check_windows
 from nha.ops.heads import Window, all_windows, map_window, window_of
 from nha.ops.int8_rows import check_kv_cache_dtype
-from nha.ops.packed_state import PackedState, check_state_dtype
+from nha.ops.packed_state import check_state_dtype
 
 
 def decoder(model: PreTrainedModel) -> Any:
@@ -144,10 +144,7 @@ def pack_states(cache: Cache, state_dtype: str) -> None:
     """
     check_state_dtype(state_dtype)
     for layer in nha_layers(cache):
-        if not layer.is_compileable:
-            state = layer.state.unpack() if isinstance(layer.state, PackedState) else layer.state
-            layer.state_dtype = state_dtype
-            layer._keep(state)
+        layer.pack(state_dtype)
 
 
 def set_kv_cache_dtype(model: PreTrainedModel, kv_cache_dtype: str) -> None:
