@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nha import NHAConfig, NHAForCausalLM
+from nha.models.windows import set_state_dtype
 from nha.report.facts import Asked, ask, recall_by_distance, sample_of
 from tests.data.tokenizers import small_tokenizer
 
@@ -47,6 +48,16 @@ def test_a_question_is_asked_of_states_in_every_format(model, tokenizer):
         (60, "int8"),
     ]
     assert asked[2].bytes > 2 * asked[3].bytes > 0 and recall_by_distance(asked[2:3])[0].bytes == asked[2].bytes
+
+
+def test_the_format_of_a_question_is_the_one_it_names_whatever_the_models_own_is(model, tokenizer):
+    def asked(own):
+        set_state_dtype(model, own)
+        return ask(model, tokenizer, np.arange(100) % 90, (20, 60), seed=3, state_dtypes=("int8", "float32"))
+
+    wanted = asked("float32")
+    assert wanted[0].bytes < wanted[1].bytes / 2
+    assert asked("int8") == wanted and asked("bfloat16") == wanted
 
 
 def test_a_haystack_that_is_too_short_is_refused(model, tokenizer):

@@ -63,8 +63,8 @@ def ask(
 ) -> list[Asked]:
     """Read a fact and then text of the haystack's ids [N], and ask for the fact at every distance, in rising order.
 
-    Every question is asked once with the states in each of `state_dtypes`, of which "float32" leaves them as read.
-    Raises ValueError if the haystack is shorter than the largest distance.
+    The text is read with states in float32, whatever the model's own format is, and every question is asked once with
+    them in each of `state_dtypes`. Raises ValueError if the haystack is shorter than the largest distance.
     """
     generator, pieces = np.random.default_rng(seed), pieces_of(tokenizer)
     wording = next(w for w in EVALUATION.wordings if w.task == "needle")
@@ -72,13 +72,13 @@ def ask(
     text = filler_tokens(generator, haystack, max(distances))
     question, answer = (str(tokenizer.decode(ids)).strip() for ids in (fact.question, fact.value))
     cache, done, found = DynamicCache(config=model.config), 0, []
+    pack_states(cache, "float32")
     read(model, cache, [*pieces.start, *fact.statement])
     for distance in distances:
         read(model, cache, text[done:distance])
         for state_dtype in state_dtypes:
             memory = copy.deepcopy(cache)
-            if state_dtype != "float32":
-                pack_states(memory, state_dtype)
+            pack_states(memory, state_dtype)
             size = cache_nbytes(memory)
             written = write(model, memory, fact.question, len(fact.value) + MORE)
             found.append(Asked(distance, answer, question, str(tokenizer.decode(written)), state_dtype, size))
