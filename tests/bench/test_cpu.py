@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from nha import io
-from nha.bench import cpu, cpu_model
-from nha.bench.resumable import complete
+from nha.bench import cpu, cpu_model, resumable
+from nha.bench.resumable import Outcome, complete
 from nha.bench.timing import read_table
 
 
@@ -36,7 +36,7 @@ def test_a_table_goes_on_where_it_stopped_and_not_with_other_versions(tmp_path):
     cases = {name: (lambda name=name: calls.append(name) or [{"ms": len(calls)}]) for name in ("a", "b", "c")}
 
     def go(about, budget_s):
-        return complete(path, ["ms"], cases, about, budget_s, log=lambda line: None)
+        return complete(path, ["ms"], cases, about, budget_s, log=lambda line: None).whole
 
     assert not go({"torch": "1"}, 0) and not calls
     kept = tmp_path / "times.csv.cases"
@@ -50,7 +50,7 @@ def test_one_case_is_measured_in_a_call_of_its_own(tmp_path):
     path = tmp_path / "times.csv"
     cases = {name: (lambda name=name: [{"ms": name}]) for name in ("T1", "T2")}
     for only, left in (("T2$", True), ("T2$", True), ("T1$", False)):
-        assert complete(path, ["ms"], cases, {}, 60, lambda line: None, only) is not left
+        assert complete(path, ["ms"], cases, {}, 60, lambda line: None, only).whole is not left
         assert path.exists() is not left
     with pytest.raises(ValueError, match="T3"):
         complete(path, ["ms"], cases, {}, 60, lambda line: None, "T3")
@@ -60,5 +60,36 @@ def test_a_measured_case_is_on_the_disk_before_the_next_begins(tmp_path, monkeyp
     path, order = tmp_path / "times.csv", []
     monkeypatch.setattr(io, "sync_file", lambda work: order.append("synced"))
     cases = {name: (lambda name=name: order.append(name) or [{"ms": 1}]) for name in ("a", "b")}
-    assert complete(path, ["ms"], cases, {}, 60, lambda line: None)
+    assert complete(path, ["ms"], cases, {}, 60, lambda line: None).whole
     assert order[:4] == ["a", "synced", "b", "synced"]  # then the table
+
+
+def test_a_case_that_fails_leaves_the_others_and_is_measured_again_by_the_next_call(tmp_path):
+    path, lines, broken = tmp_path / "times.csv", [], {"b", "c"}
+
+    def case(name):
+        if name in broken:
+            raise MemoryError(f"no room\nfor {name}")
+        return [{"ms": name}]
+
+    cases = {name: (lambda name=name: case(name)) for name in ("a", "b", "c", "d")}
+    assert complete(path, ["ms"], cases, {}, 60, lines.append) == Outcome(False, ("b", "c"))
+    assert lines[:2] == ["failed: b: MemoryError: no room for b", "failed: c: MemoryError: no room for c"]
+    assert "2 of 4 cases" in lines[2] and not path.exists()
+    broken.remove("b")
+    calls = []
+    for name in ("a", "d"):  # kept
+        cases[name] = lambda name=name: calls.append(name) or []
+    assert complete(path, ["ms"], cases, {}, 60, lambda line: None) == Outcome(False, ("c",))
+    broken.clear()
+    assert complete(path, ["ms"], cases, {}, 60, lambda line: None) == Outcome(True) and not calls
+    assert [row["ms"] for row in read_table(path)] == ["a", "b", "c", "d"]
+
+
+def test_a_table_that_cannot_be_written_is_no_case_that_failed(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(resumable, "write_atomically", full)
+    with pytest.raises(OSError, match="no space left"):
+        complete(tmp_path / "times.csv", ["ms"], {"a": lambda: [{"ms": 1}]}, {}, 60, lambda line: None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nha.bench import cpu_model
 from nha.cli import app
 
 
@@ -24,6 +25,25 @@ def test_a_table_is_written_and_drawn_from(tmp_path):
     assert done.exit_code == 0 and (tmp_path / "cpu.csv").exists()
     done = run("plots", "--results", str(tmp_path), "--output", str(tmp_path))
     assert done.exit_code == 2 and "ops.csv" in done.stderr
+
+
+def test_a_case_that_fails_is_named_at_the_end_with_exit_code_1_and_the_others_are_kept(tmp_path, monkeypatch):
+    once = cpu_model.once
+
+    def fails(model, length):
+        if length == 30:
+            raise RuntimeError("no room")
+        return once(model, length)
+
+    monkeypatch.setattr(cpu_model, "once", fails)
+    arguments = ("cpu", "--everything", "--tiny", "--repeats", "1", "--output", str(tmp_path))
+    done = run(*arguments)
+    last = done.stdout.splitlines()[-1]
+    assert done.exit_code == 1 and last == "2 failed: float32 T30 of cpu-model.csv, bfloat16 T30 of cpu-model.csv"
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.csv", "cpu-lengths.csv", "cpu-model.csv.cases"}
+    monkeypatch.setattr(cpu_model, "once", once)
+    assert run(*arguments).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.csv", "cpu-lengths.csv", "cpu-model.csv"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nha import nha_attention
-from nha.bench.resumable import complete
+from nha.bench.resumable import Outcome, complete
 
 COLUMNS = (
     "impl",
@@ -157,8 +157,8 @@ def run(
     budget_s: float = math.inf,
     log: Callable[[str], None] = print,
     only: str | None = None,
-) -> bool:
-    """Measure rows into the table at `path`; whether all are measured (`nha.bench.resumable`)."""
+) -> Outcome:
+    """Measure rows into the table at `path` (`nha.bench.resumable`)."""
     about = about_machine()
     dated = about | {"date": date.today().isoformat()}
     cases = {name: partial(measure, group, repeats, dated, log) for name, group in groups(wanted).items()}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nha.bench.cpu import about_machine, timed
-from nha.bench.resumable import complete
+from nha.bench.resumable import Outcome, complete
 from nha.convert.head_ranks import searched_heads
 from nha.distill.recipes import recipe_settings
 from nha.models.embedded import EMBEDDED_ID
@@ -195,8 +195,8 @@ def run(
     budget_s: float = math.inf,
     log: Callable[[str], None] = print,
     only: str | None = None,
-) -> bool:
-    """Time all models at each length into the table at `path`; whether all are timed (`nha.bench.resumable`)."""
+) -> Outcome:
+    """Time all models at each length into the table at `path` (`nha.bench.resumable`)."""
     import transformers
 
     size = TINY if tiny else SMOLLM2

@@ -6,13 +6,23 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nha.bench.timing import Table, select
+from nha.errors import one_line
 from nha.io import write_atomically
 
 Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of `complete` has done: whether the table is whole, and the names of the cases that failed in it."""
+
+    whole: bool
+    failed: tuple[str, ...] = ()
 
 
 def kept_cases(path: Path) -> list[dict[str, Any]]:
@@ -33,40 +43,47 @@ def complete(
     budget_s: float,
     log: Callable[[str], None],
     only: str | None = None,
-) -> bool:
-    """Measure the cases that are missing and write the table once all are there; whether they are.
+) -> Outcome:
+    """Measure the cases that are missing and write the table once all are there.
 
     No new case starts after `budget_s` seconds, and none whose name does not match the regular expression `only`. A
     case's rows go to PATH.cases at once, durably, from where the next call takes them; cases of another machine or
-    version are measured again. Raises ValueError for an expression that matches none.
+    version are measured again. A case that fails is left out with a line of the log, and the next call measures it
+    again. Raises ValueError for an expression that matches none.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "times.csv"
     >>> cases = {"one": lambda: [{"ms": 1}], "two": lambda: [{"ms": 2}]}
     >>> complete(path, ["ms"], cases, {}, 0, lambda line: None)
-    False
+    Outcome(whole=False, failed=())
     >>> complete(path, ["ms"], cases, {}, 60, lambda line: None), path.read_text().split()
-    (True, ['ms', '1', '2'])
+    (Outcome(whole=True, failed=()), ['ms', '1', '2'])
     """
     kept, started = path.with_name(path.name + ".cases"), time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     entries, wanted = kept_cases(kept), select(list(cases), only)
     found: dict[str, Rows] = {entry["case"]: entry["rows"] for entry in entries if entry["about"] == dict(about)}
+    failed: list[str] = []
     for name in wanted:
         if name in found:
             continue
         if time.perf_counter() - started >= budget_s:
             break
-        found[name] = cases[name]()
+        try:
+            found[name] = cases[name]()
+        except Exception as error:
+            failed.append(name)
+            log(f"failed: {name}: " + f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": "))
+            continue
         entries.append({"case": name, "about": dict(about), "rows": found[name]})
         write_atomically(kept, "".join(json.dumps(entry) + "\n" for entry in entries))
     if not cases.keys() <= found.keys():
         log(f"{len(cases.keys() & found.keys())} of {len(cases)} cases in {kept}: run the command again for the others")
-        return False
+        return Outcome(False, tuple(failed))
     with Table(path, columns) as table:
         for name in cases:
             for row in found[name]:
                 table.add(row)
     kept.unlink(missing_ok=True)
     log(f"{len(table.rows)} rows in {path}")
-    return True
+    return Outcome(True)

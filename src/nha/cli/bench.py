@@ -150,9 +150,13 @@ def cpu(
     list_: List = False,
     tiny: Tiny = False,
 ) -> None:
-    """Time the PyTorch implementation on the CPU beside full attention: cpu.csv. Run it again to resume."""
+    """Time the PyTorch implementation on the CPU beside full attention: cpu.csv. Run it again to resume.
+
+    Exit code 1: cases failed; those that were measured are kept.
+    """
     from nha.bench import cpu as op_bench
     from nha.bench import cpu_model
+    from nha.bench.resumable import Outcome
     from nha.bench.timing import read_table, select
 
     check_at_least("--repeats", repeats, 1)
@@ -163,16 +167,16 @@ def cpu(
     def left() -> float:
         return ends - time.perf_counter()
 
-    def time_op(long: bool, path: Path) -> bool:
+    def time_op(long: bool, path: Path) -> Outcome:
         return op_bench.run(op_bench.rows(long, tiny), path, repeats, left(), log, only)
 
-    def time_model(path: Path) -> bool:
-        whole = cpu_model.run(path, repeats, tiny, left(), log, only)
-        if whole:
+    def time_model(path: Path) -> Outcome:
+        outcome = cpu_model.run(path, repeats, tiny, left(), log, only)
+        if outcome.whole:
             log("\n".join(["Time relative to the original's:", *cpu_model.summary(read_table(path))]))
-        return whole
+        return outcome
 
-    tables: dict[str, tuple[list[str], Callable[[Path], bool]]] = {}
+    tables: dict[str, tuple[list[str], Callable[[Path], Outcome]]] = {}
     if everything or not (lengths or model):
         tables["cpu.csv"] = list(op_bench.groups(op_bench.rows(False, tiny))), partial(time_op, False)
     if everything or model:
@@ -184,9 +188,13 @@ def cpu(
         log("\n".join(f"{table}: {name}" for table, (names, _) in tables.items() for name in names if name in wanted))
         return
     check_writable(output)
+    failed: list[str] = []
     for table, (names, measure) in tables.items():
         if wanted & set(names):
-            measure(output / table)
+            failed += [f"{name} of {table}" for name in measure(output / table).failed]
+    if failed:
+        log(f"{len(failed)} failed: {', '.join(failed)}")
+    leave(len(failed))
 
 
 @bench_app.command("serve", epilog="Example: [cyan]nha bench serve my-hybrid --lengths 4096,32768,131072[/]")
