@@ -108,6 +108,8 @@ RECALL = {"answer_weight": 0.75}  # of the hybrid alone: slots learn recall more
 # With windows of 1,088 tokens a third of the questions in long rows is answered by windows: more recall text, and more
 # of it from afar (83 % of the questions in rows of 8,192 are beyond these windows, in place of 65).
 FAR_RECALL = {"recall_fraction": 0.5, "long_range_fraction": 0.75, "answer_weight": 1.0}
+# The same with longer sequences of four times the tokens, of which the teacher reads pieces that fit its context.
+FARTHER_RECALL = FAR_RECALL | {"long_seq_len": 32768}
 LORA = {"trainable": "lora", "lora_rank": 16}
 LONG = (32768, 65536, 131072)
 FULL_LAYERS = (8, 18, 20, 23)
@@ -127,8 +129,8 @@ TEACHER = 0.4
 # Recipes of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in
 # the first heads by rank and shorter ones in those that follow, since copying near text takes more heads than copying
 # far text. A token of a window takes twice the bytes of one in a full head (its slot key and gates), so MIXED4 and
-# MIXED1 fit their columns with states in int8 alone. All recipes but `constant_long` read the same batches, hence share
-# a control for each number of tokens.
+# MIXED1 fit their columns with states in int8 alone. All recipes but `constant_long` and `constant_far` read the same
+# batches, hence share a control for each number of tokens.
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -166,6 +168,9 @@ RECIPES = {
         Recipe("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
         Recipe("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
         Recipe("constant_long", "constant", FAR_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8),
+        Recipe(
+            "constant_far", "constant", FARTHER_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8
+        ),
         Recipe("1full_mixed", "1full", {}, MIXED1, (32768,), teacher_fraction=TEACHER),
         Recipe("constant_heads", "constant", {}, NARROW, LONG),
         Recipe("constant_exact", "constant", {"slot_write": "exact"}, NARROW, LONG),
@@ -213,6 +218,18 @@ RECIPES = {
             LONG,
             shipped="packed",
             source="constant_long",
+            teacher_fraction=0.15,
+            long_fraction=0.6,
+            **INT8,
+        ),
+        Recipe(
+            "shipped_far",
+            "constant",
+            FARTHER_RECALL,
+            FLOOR0,
+            LONG,
+            shipped="packed",
+            source="constant_far",
             teacher_fraction=0.15,
             long_fraction=0.6,
             **INT8,

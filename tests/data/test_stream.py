@@ -42,6 +42,32 @@ def test_packing_names_texts_targets_and_answers():
     assert batch["answers"].tolist() == [0, 0, 0, 0, 0, 1, 1, 0]
 
 
+def test_packing_cuts_documents_into_pieces_for_a_teacher():
+    first = (np.arange(7), [0, 5], None)
+    second = (np.arange(3), [0], np.array([False, False, True]))
+    batch, whole = pack([first, second], teacher_context=3), pack([first, second])
+    assert batch["teacher_position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 0, 1, 2]]
+    assert batch["teacher_cu_seqlens"].tolist()[:6] == [0, 3, 5, 7, 10, 10]
+    assert batch["teacher_cu_seqlens"].dtype == np.int32
+    assert all(np.array_equal(batch[name], value) for name, value in whole.items())
+
+
+def test_only_sequences_beyond_the_teachers_context_come_with_pieces(material):
+    mixture = Mixture(2, batch_size=4, seq_len=256, recall_fraction=0.5, long_steps=1, long_seq_len=512)
+    stream, plain = (Stream(*material, mixture, teacher_context=context) for context in (256, None))
+    assert same(stream[0], plain[0])
+    for name, batch in stream[1]:
+        extra = {key: batch.pop(key) for key in ("teacher_position_ids", "teacher_cu_seqlens")}
+        assert extra["teacher_position_ids"].max() < 256 and extra["teacher_cu_seqlens"].diff().max() <= 256
+        assert same([(name, batch)], [(name, dict(plain[1])[name])])
+
+
+def test_a_long_step_has_text_beside_recall_text(material):
+    mixture = Mixture(4, batch_size=2, seq_len=256, recall_fraction=0.25, long_steps=4, long_seq_len=512)
+    assert mixture.shape(0) == (2, 512)
+    assert [[name for name, _ in Stream(*material, mixture)[step]] for step in (0, 1)] == [[TEXT], [TEXT, RECALL]]
+
+
 def test_a_batch_depends_on_its_number_alone(material):
     mixture = Mixture(12, batch_size=4, seq_len=384, recall_fraction=0.25, seed=5)
     stream = Stream(*material, mixture)

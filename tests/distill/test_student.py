@@ -51,6 +51,26 @@ def test_frozen_weights_are_in_memory_once_and_the_teachers_are_the_originals(tr
     assert set(frozen) >= set(places.values())
 
 
+def test_the_teacher_reads_pieces_as_documents_of_their_own():
+    student, given = student_of(), batch((40,))
+    given["teacher_position_ids"] = given["position_ids"] % 16
+    given["teacher_cu_seqlens"] = torch.tensor([0, 16, 32, 40], dtype=torch.int32)
+    with student.teacher():
+        pieces = [batch_of_one(student, given, start, end) for start, end in ((0, 16), (16, 32), (32, 40))]
+    wanted, seen = torch.cat(pieces), []
+    hidden = student.hidden
+    student.hidden = lambda *args: seen.append(hidden(*args)) or seen[-1]
+    student(**given)
+    assert_close_to(seen[0], wanted)
+    assert seen[1].shape == wanted.shape and seen[1].requires_grad
+
+
+def batch_of_one(student, given, start, end):
+    """Hidden states of the teacher for a piece of a batch, read alone."""
+    bounds, length = torch.tensor([0, end - start], dtype=torch.int32), end - start
+    return student.hidden(given["ids"][:, start:end], torch.arange(length)[None], bounds, length)
+
+
 @pytest.mark.parametrize("trainable", ["attention", "layers", "lora", "slots"])
 def test_the_teacher_keeps_its_bits_while_the_student_learns(trainable):
     student, given = student_of(trainable=trainable), batch()

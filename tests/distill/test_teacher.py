@@ -79,7 +79,7 @@ def test_the_tokens_of_both_stages_are_those_of_the_run(whole_run):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"fact_warmup": 1 / 3}, {"long_tokens": 2 * STEP, "long_seq_len": STEP}], ids=str
+    "changes", [{}, {"fact_warmup": 1 / 3}, {"long_tokens": 2 * STEP, "long_seq_len": STEP // 2}], ids=str
 )
 def test_both_stages_read_the_batches_that_the_control_reads(changes, given):
     corpus, tokenizer = given

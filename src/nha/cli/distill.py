@@ -298,6 +298,7 @@ def note_context(source: loading.Source, settings: DistillSettings) -> None:
     longest = max(settings.seq_len, settings.long_seq_len if settings.long_tokens else 0)
     if context is not None and longest > context:
         note = f"note: sequences of {longest:,} tokens are longer than the {context:,} that the model was made for"
+        note += "; as the teacher it reads them in pieces of these"
         err.print(note, soft_wrap=True)
 
 

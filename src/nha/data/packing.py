@@ -54,16 +54,22 @@ class PackedSequences:
         return known[epoch]
 
 
-def pack(sequences: Sequence[tuple[np.ndarray, list[int], np.ndarray | None]]) -> dict[str, np.ndarray]:
+def pack(
+    sequences: Sequence[tuple[np.ndarray, list[int], np.ndarray | None]], teacher_context: int | None = None
+) -> dict[str, np.ndarray]:
     """Pack sequences (tokens [T], where documents start, which tokens are answers [T]) into one batch of size 1.
 
     Returns `ids` and `position_ids` [1, N]; `cu_seqlens` int32, with empty documents at the end up to a power of two
     and four for each sequence (so that few shapes occur); `target` [N] (the token after each, 0 for the last);
-    `follows` and `answers` [N] float32: whether that token belongs to the same document, and to an answer.
+    `follows` and `answers` [N] float32: whether that token belongs to the same document, and to an answer. With a
+    `teacher_context` also `teacher_position_ids` and `teacher_cu_seqlens`, which cut documents into pieces of so many
+    tokens: a teacher that was made for these reads each as a document.
 
     >>> batch = pack([(np.array([5, 6, 7]), [0, 2], None)])
     >>> batch["cu_seqlens"].tolist(), batch["position_ids"].tolist(), batch["follows"].tolist()
     ([0, 2, 3, 3, 3], [[0, 1, 0]], [1.0, 0.0, 0.0])
+    >>> pack([(np.array([5, 6, 7]), [0], None)], teacher_context=2)["teacher_position_ids"].tolist()
+    [[0, 1, 0]]
     """
     ids = np.concatenate([tokens for tokens, _, _ in sequences])
     offset, starts = 0, []
@@ -77,14 +83,23 @@ def pack(sequences: Sequence[tuple[np.ndarray, list[int], np.ndarray | None]]) -
     answers = np.zeros(len(ids), np.float32)
     marked = [np.zeros(len(tokens), bool) if answer is None else answer for tokens, _, answer in sequences]
     answers[:-1] = np.concatenate(marked)[1:]
-    padded = 1 << (max(len(starts), 4 * len(sequences)) - 1).bit_length()
-    cu_seqlens = np.full(padded + 1, len(ids), np.int32)
-    cu_seqlens[: len(starts)] = starts
-    return {
+    batch = {
         "ids": ids[None],
         "position_ids": position[None],
-        "cu_seqlens": cu_seqlens,
+        "cu_seqlens": _padded_bounds(bounds, 4 * len(sequences)),
         "target": np.append(ids[1:], 0),
         "follows": follows,
         "answers": answers * follows,
     }
+    if teacher_context is not None:
+        place = position % teacher_context
+        pieces = np.append(np.flatnonzero(place == 0), len(ids))
+        least = 4 * sum(-(-len(tokens) // teacher_context) for tokens, _, _ in sequences)
+        batch |= {"teacher_position_ids": place[None], "teacher_cu_seqlens": _padded_bounds(pieces, least)}
+    return batch
+
+
+def _padded_bounds(bounds: np.ndarray, least: int) -> np.ndarray:
+    """Bounds of documents, with empty ones at the end: in all a power of two, and at least `least` documents."""
+    padded = 1 << (max(len(bounds) - 1, least) - 1).bit_length()
+    return np.append(bounds, np.full(padded + 1 - len(bounds), bounds[-1])).astype(np.int32)

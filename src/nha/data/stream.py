@@ -56,7 +56,17 @@ class Mixture:
         """Sequences of a step and tokens of a sequence."""
         if step < self.steps - self.long_steps:
             return self.batch_size, self.seq_len
-        return max(1, self.batch_size * self.seq_len // self.long_seq_len), self.long_seq_len
+        return self.long_batch_size, self.long_seq_len
+
+    @property
+    def long_batch_size(self) -> int:
+        """Sequences of a step in longer sequences: as many tokens as in the others, and text beside recall text.
+
+        >>> [Mixture(1, long_seq_len=tokens).long_batch_size for tokens in (8192, 65536)]
+        [4, 2]
+        """
+        least = 2 if self.separate_recall and 0 < self.recall_fraction < 1 else 1
+        return max(least, self.batch_size * self.seq_len // self.long_seq_len)
 
     def num_recall(self, step: int) -> int:
         """Recall sequences of a step: `recall_fraction` of them, as a mean over steps if that is no integer.
@@ -82,8 +92,8 @@ class Mixture:
 class Stream(Dataset):
     """The steps of a run: item i is a list of micro-batches (name, tensors) for `Distillation.forward`.
 
-    Item i depends on (corpus, tokenizer, mixture, rank, world, first, i) alone: any process can make it, in any order.
-    `first` is the step of the mixture that item 0 is.
+    Item i depends on the arguments and i alone: any process can make it, in any order. `first` is the step of the
+    mixture that item 0 is. Sequences beyond `teacher_context` tokens come with their pieces for a teacher.
     """
 
     def __init__(
@@ -94,9 +104,10 @@ class Stream(Dataset):
         rank: int = 0,
         world: int = 1,
         first: int = 0,
+        teacher_context: int | None = None,
     ):
         self.corpus, self.tokenizer, self.mixture = corpus, tokenizer, mixture
-        self.rank, self.world, self.first = rank, world, first
+        self.rank, self.world, self.first, self.teacher_context = rank, world, first, teacher_context
         lengths = {mixture.seq_len, mixture.long_seq_len}
         self._packed = {n: PackedSequences(corpus, n, mixture.seed) for n in lengths}
 
@@ -116,7 +127,10 @@ class Stream(Dataset):
         recall = [self._recall_sequence(step, i, seq_len) for i in range(num_recall)]
         groups = [(TEXT, text), (RECALL, recall)] if mixture.separate_recall else [(TEXT, [*text, *recall])]
         micro = mixture.micro_batch_size or size
-        made = [(name, pack(group[at : at + micro])) for name, group in groups for at in range(0, len(group), micro)]
+        context = self.teacher_context
+        pieces = context if context is not None and seq_len > context else None
+        cuts = [(name, group[at : at + micro]) for name, group in groups for at in range(0, len(group), micro)]
+        made = [(name, pack(cut, pieces)) for name, cut in cuts]
         counted = max(1.0, sum(float(batch["follows"].sum()) for _, batch in made))
         answers = max(1.0, sum(float(batch["answers"].sum()) for _, batch in made))
         for _, batch in made:

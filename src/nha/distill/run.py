@@ -91,14 +91,11 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
     questions are answered by these.
     """
     steps = max(1, round((settings.tokens - settings.long_tokens) / (settings.batch_size * settings.seq_len * world)))
-    long_size = max(1, settings.batch_size * settings.seq_len // settings.long_seq_len)
-    long_steps = round(settings.long_tokens / (long_size * settings.long_seq_len * world))
     defaults = RecallSettings()
-    return Mixture(
-        steps=steps + long_steps,
+    mixture = Mixture(
+        steps=steps,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
-        long_steps=long_steps,
         long_seq_len=settings.long_seq_len,
         recall_fraction=settings.recall_fraction,
         recall=RecallSettings(
@@ -113,6 +110,13 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
         micro_batch_size=settings.micro_batch_size,
         seed=settings.seed,
     )
+    long_steps = round(settings.long_tokens / (mixture.long_batch_size * settings.long_seq_len * world))
+    return dataclasses.replace(mixture, steps=steps + long_steps, long_steps=long_steps)
+
+
+def teacher_context(model: PreTrainedModel) -> int | None:
+    """The tokens that a model was made for: as a teacher it reads longer documents in pieces."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def teacher_steps(settings: DistillSettings, world: int = 1) -> int:
@@ -326,7 +330,8 @@ def distill(
     rank, world = _place()
     windows = check_inputs(model, corpus, settings, control)
     first = 0 if control else teacher_steps(settings, world)
-    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first)
+    context = None if control else teacher_context(model)
+    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first, context)
     stream[0]  # raises for sequences too short for recall text
     if compiles(model, settings.compile):
         start_compiler()

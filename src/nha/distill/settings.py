@@ -87,7 +87,11 @@ class DistillSettings:
     long_tokens: float = setting(
         0.0, "How many of the tokens come in longer sequences, at the end.", at_least=0, at_most=MAX_TOKENS
     )
-    long_seq_len: int = count(8192, "Tokens of these longer sequences.", at_least=2)
+    long_seq_len: int = count(
+        8192,
+        "Tokens of these longer sequences; a teacher reads them in pieces that fit the tokens it was made for.",
+        at_least=2,
+    )
     teacher_tokens: float = setting(
         0.0,
         "How many of the tokens, the first, train the original with full attention; "

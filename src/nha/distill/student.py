@@ -279,6 +279,8 @@ class Distillation(nn.Module):
         kl_weight: Tensor,
         ce_weight: Tensor,
         max_seq_len: int,
+        teacher_position_ids: Tensor | None = None,
+        teacher_cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss [] of packed sequences, and the sums named in `SUMS` [6] float32.
 
@@ -290,11 +292,14 @@ class Distillation(nn.Module):
                 answer.
             kl_weight, ce_weight: [N] float32, weights of KL divergence and cross-entropy.
             max_seq_len: at least the length of every sequence.
+            teacher_position_ids, teacher_cu_seqlens: those of the pieces that the teacher reads; default: the same.
         """
         teacher = None
         if self.has_teacher:
             with self.teacher():
-                teacher = self.hidden(ids, position_ids, cu_seqlens, max_seq_len)
+                positions = position_ids if teacher_position_ids is None else teacher_position_ids
+                bounds = cu_seqlens if teacher_cu_seqlens is None else teacher_cu_seqlens
+                teacher = self.hidden(ids, positions, bounds, max_seq_len)
         student = self.hidden(ids, position_ids, cu_seqlens, max_seq_len)
         head = Head.of(self.causal)  # read each time: sharding replaces parameters
         found = head_loss(student, teacher, head, target, kl_weight, ce_weight)
