@@ -19,7 +19,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of `complete` has done: whether the table is whole, and the names of the cases that failed in it."""
+    """The result of a call of `complete`: whether the table is whole, and the names of the cases that failed."""
 
     whole: bool
     failed: tuple[str, ...] = ()
