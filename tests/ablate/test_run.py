@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from nha.ablate import recall, run
-from nha.ablate.run import Shard, claimed, processes_for, read_row, row_file, run_table
+from nha.ablate.run import Progress, Shard, claimed, processes_for, read_row, row_file, run_table, write_failure
 from nha.ablate.specs import ModelSpec
 from nha.ablate.steps import Steps
 from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary
@@ -273,6 +273,64 @@ def test_a_row_that_another_process_makes_is_left_to_it(table, tmp_path):
         process.kill()
         process.join()
     assert run_table(small, tmp_path).made == [name]  # the lock ended with the process
+
+
+def test_a_row_that_failed_in_another_process_of_the_run_is_not_repeated_and_has_failed(table, tmp_path, monkeypatch):
+    def build(self, *args, **options):
+        tried.append(self.name)
+        if self.name == "nha":
+            raise RuntimeError("no such\nkernel")
+        return original(self, *args, **options)
+
+    original, tried, began = ModelSpec.build, [], time.time() - 1
+    small = table.only(lrs=[1e-3])
+    first, second = (row.name("tiny") for row in small.rows)
+    why = f"{first} (RuntimeError: no such kernel)"
+    monkeypatch.setattr(ModelSpec, "build", build)
+    assert run_table(small.only(["nha"]), tmp_path, since=began).failed == [why]
+    found = run_table(small, tmp_path, shard=Shard(2, 2), since=began)
+    assert found == Progress(made=[second], failed=[why]) and tried == ["nha", "window only"]
+    run_table(small, tmp_path)  # a new run tries it again
+    assert tried[2:] == ["nha"]
+    monkeypatch.undo()
+    assert run_table(small, tmp_path).made == [first]
+    assert run_table(small, tmp_path, since=began) == Progress(present=[first, second])
+
+
+def _fail_when_told(out: Path, name: str, begun, go) -> None:
+    with claimed(out, name) as mine:
+        assert mine
+        begun.set()
+        assert go.wait(60)
+        write_failure(out, name, "RuntimeError: no room")
+
+
+def test_a_row_that_fails_in_another_process_while_this_one_ends_has_failed(table, tmp_path, monkeypatch):
+    small = table.only(lrs=[1e-3])
+    busy, free = (row.name("tiny") for row in small.rows)
+    context = multiprocessing.get_context("spawn")
+    begun, go = context.Event(), context.Event()
+    process = context.Process(target=_fail_when_told, args=(tmp_path, busy, begun, go))
+    process.start()
+    made = run._make_recall
+
+    def make(*args):
+        made(*args)
+        go.set()
+        process.join(60)
+
+    try:
+        assert begun.wait(60)
+        monkeypatch.setattr(run, "_make_recall", make)
+        assert run_table(small, tmp_path) == Progress(made=[free], failed=[f"{busy} (RuntimeError: no room)"])
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_processes_say_once_what_failed_in_one_of_them():
+    shards = [Progress(made=["a"], failed=["b (why)"]), Progress(present=["a"], failed=["b (why)", "c (why)"])]
+    assert Progress.merged(shards) == Progress(made=["a"], failed=["b (why)", "c (why)"])
 
 
 def test_the_page_holds_claims_rows_and_command_and_the_csv_every_rate(table, tmp_path):

@@ -30,6 +30,7 @@ from nha.io import write_atomically
 from nha.train.trainer import TrainingDiverged
 
 ROWS, RUNS, LOCKS = "rows", "runs", "locks"
+FAILED = "failed.txt"  # beside a row's lock: why it failed, for the other processes of the same run
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
 ROWS_OF_A_PROCESS = 3  # at least, since a process takes seconds to start
 MEASURE_SECONDS = 2.0  # of a recall model, at most what it took an H200
@@ -102,6 +103,26 @@ def row_file(out: Path, name: str) -> Path:
     return out / ROWS / f"{name}.json"
 
 
+def failure_file(out: Path, name: str) -> Path:
+    """Where it is written why a row failed."""
+    return out / LOCKS / name / FAILED
+
+
+def write_failure(out: Path, name: str, why: str) -> None:
+    """Let the other processes know that a row has failed."""
+    failure_file(out, name).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(failure_file(out, name), why)
+
+
+def failure_since(out: Path, name: str, since: float) -> str | None:
+    """Why a row failed in this or another process, None if it has not since a time in seconds since 1970."""
+    path = failure_file(out, name)
+    try:
+        return path.read_text(encoding="utf-8") if path.stat().st_mtime >= since else None
+    except FileNotFoundError:  # never failed, or another process has just made the row
+        return None
+
+
 def read_row(path: Path, digest: str | None) -> dict[str, Any] | None:
     """The result of a row, None if there is none.
 
@@ -147,6 +168,7 @@ def run_table(
     together: int = 1,
     best_lr_only: bool = False,
     compile_layers: bool = True,
+    since: float | None = None,
     log: Log = lambda line: None,
 ) -> Progress:
     """Train and measure the rows that `out` does not have yet; each is written durably as soon as it is known.
@@ -161,6 +183,8 @@ def run_table(
         together: rows of recall that are trained at once.
         best_lr_only: after a model's first seed, make rows alone of the learning rate that was best so far.
         compile_layers: compile the layers of recall models on a GPU.
+        since: when the run began of which this process is a part, in seconds since 1970, None for now: what has failed
+            in another process since then is not tried again, and has failed here as well.
         log: gets lines about the progress.
 
     A row that leaves its GPU unusable for this process (an illegal memory access, say) is the last: a line of the log
@@ -169,7 +193,7 @@ def run_table(
     Raises:
         ValueError: a row in `out` is of other settings; nothing has run.
     """
-    shard = shard or Shard()
+    shard, since = shard or Shard(), time.time() if since is None else since
     started, device = time.monotonic(), shard.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -183,7 +207,7 @@ def run_table(
         group = ready[: together if table.kind == "recall" else 1]
         rows = [row for row in rows if row not in group]
         with ExitStack() as stack:
-            free = [row for row in group if _is_free(table, row, out, stack, progress)]
+            free = [row for row in group if _is_free(table, row, out, since, stack, progress)]
             left = budget - (time.monotonic() - started)
             if left <= 0:
                 progress.late += [row.name(table.name) for row in free]
@@ -199,7 +223,20 @@ def run_table(
             why = one_line(error)[:200]
             log(f"the GPU refuses every call of this process, rows left to another run: {len(rows)} ({why})")
             break
+    _look_elsewhere(out, since, progress)
     return progress
+
+
+def _look_elsewhere(out: Path, since: float, progress: Progress) -> None:
+    """Find out what became of the rows that were left to other processes."""
+    left, progress.elsewhere = progress.elsewhere, []
+    for name in left:
+        if row_file(out, name).exists():
+            progress.present.append(name)
+        elif (why := failure_since(out, name, since)) is not None:
+            progress.failed.append(f"{name} ({why})")
+        else:
+            progress.elsewhere.append(name)
 
 
 def _free_memory(device: torch.device) -> None:
@@ -273,10 +310,10 @@ def with_best_lr(table: Table, rows: list[Row], out: Path) -> list[Row]:
     return ready
 
 
-def _is_free(table: Table, row: Row, out: Path, stack: ExitStack, progress: Progress) -> bool:
-    """Claim a row until `stack` ends. Returns False where it is there, or another process makes it."""
+def _is_free(table: Table, row: Row, out: Path, since: float, stack: ExitStack, progress: Progress) -> bool:
+    """Claim a row until `stack` ends. Returns False where it is there, or another process makes it or has failed to."""
     name = row.name(table.name)
-    if not stack.enter_context(claimed(out, name)):
+    if not stack.enter_context(claimed(out, name)) or failure_since(out, name, since) is not None:
         progress.elsewhere.append(name)
         return False
     if row_file(out, name).exists():
@@ -286,8 +323,8 @@ def _is_free(table: Table, row: Row, out: Path, stack: ExitStack, progress: Prog
 
 
 @contextmanager
-def _says_why(name: str, progress: Progress, log: Log) -> Iterator[None]:
-    """A row that fails must not take the others along."""
+def _says_why(name: str, out: Path, progress: Progress, log: Log) -> Iterator[None]:
+    """A row that fails must not take the others along, and no other process should repeat it."""
     try:
         yield
     except OutOfTime as error:
@@ -297,6 +334,7 @@ def _says_why(name: str, progress: Progress, log: Log) -> Iterator[None]:
         why = f"{type(error).__name__}: {one_line(error)[:200]}".removesuffix(": ")
         progress.failed.append(f"{name} ({why})")
         log(f"{name}: failed: {why}")
+        write_failure(out, name, why)
 
 
 def _make_recall(
@@ -314,7 +352,7 @@ def _make_recall(
     names = [row.name(table.name) for row in rows]
     for row, name in zip(rows, names, strict=True):
         log(f"{name}: starts")
-        with _says_why(name, progress, log):
+        with _says_why(name, out, progress, log):
             model: Any = row.model.build(table.recall_shape, row.seed, match=table.matched)
             steps = Steps(model.to(device), compiled=compiled)
             learners[name] = Learner(model, row.lr, steps, row.seed, row.model.random_windows)
@@ -330,7 +368,7 @@ def _make_recall(
     train_learners(list(learners.values()), plan, time_left=left - measuring, progress=report)
     for row, name in zip(rows, names, strict=True):
         if name in learners:
-            with _says_why(name, progress, log):
+            with _says_why(name, out, progress, log):
                 _write(table, row, out, device, recall_row(plan, learners[name], len(learners)), progress)
                 _log_scores(name, out, log)
 
@@ -359,7 +397,7 @@ def _make_language(
         raise ValueError("expected text for a language table, got none")
     name = row.name(table.name)
     log(f"{name}: starts")
-    with _says_why(name, progress, log):
+    with _says_why(name, out, progress, log):
         _write(table, row, out, device, language_row(table, row, out, sources, left, reserve), progress)
 
 
@@ -371,6 +409,7 @@ def _write(table: Table, row: Row, out: Path, device: torch.device, found: dict[
     path = row_file(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(about | found, indent=1, default=list) + "\n")
+    failure_file(out, name).unlink(missing_ok=True)
     progress.made.append(name)
 
 

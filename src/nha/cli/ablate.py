@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,6 +131,7 @@ def ablate(
     Writes summary.json, rows.csv, pictures and README.md. Run the same command again to resume; rows that are there are
     not made again. Exit code 3: rows are missing for lack of time; 1: rows failed.
     """
+    since = time.time()
     if show_list:
         show_tables(as_json)
         return
@@ -158,7 +160,7 @@ def ablate(
     sources = text.open(chosen)
     remember(read_table(table), output, name_of(table))
 
-    progress = make_rows(chosen, output, own, rows, sources)
+    progress = make_rows(chosen, output, own, rows, sources, since)
     page = write_summary(output)
     if as_json:
         print_json({"page": str(page), **vars(progress)})
@@ -170,8 +172,10 @@ def ablate(
         raise typer.Exit(UNFINISHED)
 
 
-def make_rows(table: Table, output: Path, shard: Shard, rows: Selection, sources: Sources | None) -> Progress:
-    """Make the rows of a table in this process, or in several."""
+def make_rows(
+    table: Table, output: Path, shard: Shard, rows: Selection, sources: Sources | None, since: float
+) -> Progress:
+    """Make the rows of a table in this process, or in several; `since` is when the command began."""
     from nha.ablate.run import processes_for, run_in_processes, run_table
 
     options: dict[str, Any] = {
@@ -181,6 +185,7 @@ def make_rows(table: Table, output: Path, shard: Shard, rows: Selection, sources
         "together": rows.together,
         "best_lr_only": rows.best_lr,
         "compile_layers": rows.compile_layers,
+        "since": since,
         "log": log_line,
     }
     count = rows.processes or (processes_for(table, output) if rows.shard == ONE_SHARD else 1)
