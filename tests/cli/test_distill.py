@@ -227,6 +227,34 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--text", "nowhere"], "nothing at nowhere"),
+        (["--corpus", "nowhere"], "expected a corpus in nowhere"),
+        (["--text", "a.txt", "--corpus", "tiny"], "expected a new directory or a corpus at tiny"),
+        (["--text", "a.txt", "--held-out", "1"], "--held-out"),
+        (["--text", "a.txt", "--control", "nowhere"], "--control"),
+        (["--corpus", "other"], "of the model's tokenizer"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_the_run_itself_would_refuse_to_read(
+    place, corpus, tmp_path, monkeypatch, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    shutil.copytree(place / "tiny", "tiny")
+    shutil.copytree(corpus, "other")
+    meta = tmp_path / "other" / "meta.json"
+    meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    options = ["distill", "tiny", "run", *arguments]
+    real, dry = (runner.invoke(app, [*options, *more]) for more in ([], ["--dry-run"]))
+    assert real.exit_code == dry.exit_code == 2 and words in dry.stderr.replace("\n", " ")
+    assert dry.stderr.partition("error: ")[2] == real.stderr.partition("error: ")[2]
+    assert not dry.stdout and not (tmp_path / "run").exists()
+
+
 def test_a_recipe_ranks_the_heads_of_a_model_once_and_keeps_the_plan(place, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "SEARCHES", tuple(replace(one, steps=1) for one in heads.SEARCHES))
     run = tmp_path / "run"

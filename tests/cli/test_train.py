@@ -117,14 +117,58 @@ def test_a_dry_run_estimates_the_papers_run_without_text(place):
         "--micro-batch-size",
         "8",
     ]
-    result = call(place, place / "dry", *arguments, "--gpu", "H100:32", "--json")
+
+    def dry(*more):
+        return runner.invoke(
+            app, ["train", *map(str, (place / "dry", "--tokenizer", place / "bytes")), *arguments, *more]
+        )
+
+    result = dry("--gpu", "H100:32", "--json")
     found = json.loads(result.stdout)
     assert 1.2e9 < found["parameters"] < 1.5e9 and found["seconds"] > 0 and found["total_bytes"] > 16 * 1.2e9
     assert not (place / "dry").exists()
-    shown = call(place, place / "dry", *arguments, "--gpu", "H100")
+    shown = dry("--gpu", "H100")
     assert shown.exit_code == 0 and "about" in shown.stdout
     for wrong in ("unheard-of", "H100:many", "H100:0"):
-        assert call(place, place / "dry", *arguments, "--gpu", wrong).exit_code == 2
+        assert dry("--gpu", wrong).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--text", "nowhere"], "nothing at nowhere"),
+        (["--text", "."], "expected text files"),
+        (["--text", "a.txt", "--text", "nowhere"], "nothing at nowhere"),
+        (["--corpus", "nowhere"], "expected a corpus in nowhere"),
+        (["--corpus", "a.txt"], "expected a corpus in a.txt"),
+        (["--text", "a.txt", "--corpus", "other"], "expected a new directory or a corpus at other"),
+        (["--text", "a.txt", "--tokenizer", "nowhere"], "nowhere"),
+        (["--text", "a.txt", "--held-out", "1"], "--held-out"),
+        (["--text", "datasets:"], "datasets:NAME"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_the_run_itself_would_refuse_to_read(place, tmp_path, monkeypatch, arguments, words):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.bin").touch()
+    if "." not in arguments:
+        (tmp_path / "a.txt").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    options = ["run", "--tokenizer", str(place / "bytes"), "--settings", str(place / "settings.yaml"), *arguments]
+    real, dry = (runner.invoke(app, ["train", *options, *more]) for more in ([], ["--dry-run"]))
+    assert real.exit_code == dry.exit_code == 2 and words in dry.stderr.replace("\n", " ")
+    assert dry.stderr.partition("error: ")[2] == real.stderr.partition("error: ")[2]
+    assert not dry.stdout and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_takes_text_and_a_corpus_that_the_run_would_take(place, tmp_path):
+    options = [str(tmp_path / "run"), "--tokenizer", str(place / "bytes"), "--settings", str(place / "settings.yaml")]
+    text, corpus = ["--text", str(place / "texts.jsonl")], ["--corpus", str(tmp_path / "corpus")]
+    dry = runner.invoke(app, ["train", *options, *text, *corpus, "--dry-run"])
+    assert dry.exit_code == 0 and "parameters" in dry.stdout and not list(tmp_path.iterdir())
+    assert runner.invoke(app, ["train", *options, *text, *corpus, "--prepare-only"]).exit_code == 0
+    for given in ([*text, *corpus], corpus):
+        assert runner.invoke(app, ["train", *options, *given, "--dry-run"]).stdout == dry.stdout
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(place):

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, err, out, print_json
+from nha.cli.corpus import Text, report_corpus
 from nha.cli.evaluate_options import with_groups
 from nha.cli.hybridize import WINDOWS_HELP, check_convertible, searched_windows
 from nha.cli.options import given_options, make_settings, option_errors, with_settings
@@ -159,7 +161,10 @@ def distill(
             size = settings.window_size
             check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
             note_context(source, settings)
+            own = Text(text.text, text.corpus, output, text.field, text.held_out)
+            tokenizer = partial(loading.load_tokenizer, source)
             if estimated.dry_run:
+                own.check(tokenizer)
                 if unknown:
                     err.print("note: heads are ranked when the run begins; here they are spread evenly", soft_wrap=True)
                 report_estimate(source, settings, estimated.gpu, as_json)
@@ -167,11 +172,10 @@ def distill(
             check_writable(output)
             timeline = Timeline()
             timeline.mark("options checked")
-            cache = text.corpus or output.with_name(output.name + ".corpus")
             if text.prepare_only:
-                report_corpus(read_text(source, text, cache), as_json)
+                report_corpus(own.read(tokenizer)[1], as_json)
                 return
-            opened, loaded = load_beside(source, dtype, timeline, lambda: read_text(source, text, cache))
+            opened, loaded = load_beside(source, dtype, timeline, lambda: own.read(tokenizer)[1])
             if unknown and recipe is not None:
                 place = output.with_name(output.name + ".heads.json")
                 settings = with_ranked_heads(recipe, settings, source, loaded, opened, place)
@@ -217,36 +221,6 @@ def load_original(source: loading.Source, dtype: str) -> tuple[Any, Any]:
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return loading.load(source, dtype=dtype)
-
-
-def read_text(source: loading.Source, given: TextOptions, cache: Path) -> Corpus:
-    """The corpus in `cache`, made from text if some is named and it is not there yet."""
-    from nha.data.corpus import open_corpus
-    from nha.data.sources import check_sources
-
-    text = given.text
-    if text is not None:
-        check_sources(text)
-    with common.status("loading the tokenizer"):
-        tokenizer = loading.load_tokenizer(source)
-    if text is None:
-        return open_corpus(cache, tokenizer)
-    return prepare_corpus(text, cache, tokenizer, given.field, given.held_out)
-
-
-def prepare_corpus(text: list[str], cache: Path, tokenizer: Any, field: str, held_out: float) -> Corpus:
-    """The corpus in `cache`, made from `text` if it is not there yet, with progress on stderr."""
-    from nha.data.prepare import prepare
-
-    with common.progress_bar() as bar:
-        task = bar.add_task("reading text", total=None)
-
-        def progress(documents: int, tokens: int) -> None:
-            bar.update(task, completed=documents, description=f"reading text: {tokens / 1e6:.1f} M tokens")
-
-        found = prepare(text, cache, tokenizer, field=field, held_out_fraction=held_out, progress=progress)
-        bar.update(task, total=len(found.held), completed=len(found.held))
-    return found
 
 
 def layers_of(source: loading.Source) -> int:
@@ -344,27 +318,6 @@ def one_gpu(found: Estimate, recomputed: Estimate) -> str:
     if found.memory_bytes > H100_BYTES:
         words, used = f"{found.memory_bytes / 2**30:.1f} GiB do not fit; with --gradient-checkpointing ", recomputed
     return f"{words}about {common.duration(used.seconds)}, {used.memory_bytes / 2**30:.1f} GiB, at {used.assumed}"
-
-
-def report_corpus(corpus: Corpus, as_json: bool) -> None:
-    """Print the contents of a corpus."""
-    held = corpus.meta["held_out"]
-    found: dict[str, Any] = {
-        "corpus": str(corpus.path),
-        "tokens": corpus.meta["tokens"],
-        "documents": corpus.meta["documents"],
-        "held_out": held,
-        "bytes": sum(file.stat().st_size for file in corpus.path.iterdir()),
-    }
-    if as_json:
-        print_json(found)
-        return
-    out.print(
-        f"[green]✓[/] {found['tokens']:,} tokens of {found['documents']:,} documents in "
-        f"[bold]{escape(str(corpus.path))}[/] ({common.human_bytes(found['bytes'])}), "
-        f"{held['tokens']:,} tokens of them held out",
-        soft_wrap=True,
-    )
 
 
 @dataclass(frozen=True)

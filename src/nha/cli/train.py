@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from nha.cli import common
 from nha.cli.common import BadInput, command, duration, err, human_bytes, out, print_json
-from nha.cli.distill import exit_code, prepare_corpus, report_corpus
+from nha.cli.corpus import Text, report_corpus
+from nha.cli.distill import exit_code
 from nha.cli.options import option_errors, with_settings
 from nha.distill.stopping import Stop, handle_signals
 from nha.io import atomic_directory, check_writable
@@ -65,20 +67,21 @@ def train(
     Run the same command again to resume a run that was stopped, in whatever way. Exit code 3: stopped by --budget;
     130 and 143: by SIGINT and SIGTERM, with a checkpoint.
     """
+    own, load = Text(text, corpus, output, field, held_out), partial(load_tokenizer, tokenizer)
+    common.check_range("--held-out", held_out, at_least=0, below=1)
     if dry_run:
         common.check_range("--mfu", mfu, above=0, at_most=1)
-        report_estimate(settings, tokenizer, (*common.parse_gpus(gpu), mfu), as_json)
+        own.check(load)
+        report_estimate(settings, len(load()), (*common.parse_gpus(gpu), mfu), as_json)
         return
     stop = Stop(settings.budget)
     try:
         with handle_signals(stop):
             if text is None and corpus is None:
                 raise BadInput("expected --text to train on, or --corpus of an earlier run, got neither")
-            common.check_range("--held-out", held_out, at_least=0, below=1)
             check_settings(settings)
             check_writable(output)
-            cache = corpus or output.with_name(output.name + ".corpus")
-            loaded, opened = read_text(tokenizer, text, cache, field, held_out)
+            loaded, opened = own.read(load)
             if prepare_only:
                 report_corpus(opened, as_json)
                 return
@@ -108,24 +111,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return loading.load_tokenizer(loading.find(name))
 
 
-def read_text(
-    tokenizer: str, text: list[str] | None, cache: Path, field: str, held_out: float
-) -> tuple[PreTrainedTokenizerBase, Corpus]:
-    """The tokenizer and the corpus in `cache`, made from `text` if that is given and it is not there yet."""
-    from nha.data.corpus import open_corpus
-    from nha.data.sources import check_sources
-
-    if text is not None:
-        check_sources(text)
-    with common.status("loading the tokenizer"):
-        loaded = load_tokenizer(tokenizer)
-    if text is None:
-        return loaded, open_corpus(cache, loaded)
-    return loaded, prepare_corpus(text, cache, loaded, field, held_out)
-
-
 def report_estimate(
-    settings: TrainSettings, tokenizer: str, machine: tuple[str | None, int, float], as_json: bool
+    settings: TrainSettings, vocabulary: int, machine: tuple[str | None, int, float], as_json: bool
 ) -> None:
     """Print parameters, memory and time of a run on a machine: (GPU, how many, fraction of their peak)."""
     import torch
@@ -137,7 +124,6 @@ def report_estimate(
     gpu, gpus, mfu = machine
     if gpu is not None and peak_operations(gpu) is None:
         raise BadInput(f"expected --gpu to be one of {', '.join(PEAK_OPERATIONS)}, got {gpu!r}")
-    vocabulary = len(load_tokenizer(tokenizer))
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, vocabulary))
     found = estimate(model, settings, world=gpus, device=gpu, utilisation=mfu)

@@ -51,6 +51,27 @@ def prepare(
         ImportError: a package that the sources need is missing.
     """
     path = Path(path)
+    made_from = check_preparation(
+        sources, path, tokenizer, field=field, held_out_fraction=held_out_fraction, min_tokens=min_tokens
+    )
+    if (path / "meta.json").is_file():
+        with contextlib.suppress(ValueError):  # a damaged one is made anew
+            return open_corpus(path, tokenizer)
+    with atomic_directory(path) as work:
+        _write(work, documents(sources, field), tokenizer, made_from, progress)
+    return open_corpus(path, tokenizer)
+
+
+def check_preparation(
+    sources: Sequence[str],
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    field: str = "text",
+    held_out_fraction: float = 0.02,
+    min_tokens: int = 32,
+) -> dict[str, Any]:
+    """Raise what `prepare` raises before it reads any text. Returns what its corpus is made from, by name."""
     check_sources(sources)
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"expected held_out_fraction from 0 to below 1, got {held_out_fraction}")
@@ -65,11 +86,7 @@ def prepare(
     }
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         check_replaceable(path, made_from)
-        with contextlib.suppress(ValueError):  # a damaged one is made anew
-            return open_corpus(path, tokenizer)
-    with atomic_directory(path) as work:
-        _write(work, documents(sources, field), tokenizer, made_from, progress)
-    return open_corpus(path, tokenizer)
+    return made_from
 
 
 def check_replaceable(path: Path, made_from: dict[str, Any]) -> None:
