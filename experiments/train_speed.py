@@ -5,14 +5,15 @@
 Both train in the same loop, on random tokens, with compiled layers. `full-cudnn` and `full-flash` name the kernel of
 full attention. `learn` is no timing: the first hundred steps on real text (the Python reference, as bytes). Rows go to
 OUT/train_speed.csv and .jsonl at once; a case that is there already is not run again. On several GPUs:
-`torchrun --nproc-per-node 2 experiments/train_speed.py`. --report prints the rows of OUT as the table of
-docs/training.md.
+`torchrun --nproc-per-node 2 experiments/train_speed.py`. There a case that fails is the last, since one process may
+wait for another: name the rest by --only. --report prints the rows of OUT as the table of docs/training.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import gc
 import json
 import os
@@ -192,26 +193,45 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
         writer.writerows(read_rows(out / "train_speed.jsonl"))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The timed rows in Markdown, by GPUs and length; beside each its speed over full attention through cuDNN."""
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a row another case."""
+    return row["preset"], row["case"], row["seq_len"], row["gpus"], row["parallel"]
 
-    def setting(row: dict[str, Any]) -> tuple[int, bool, int]:
-        return row["gpus"], row["preset"] != "340m", row["seq_len"]
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The timed rows in Markdown, by GPUs and length.
+
+    Beside each is its speed over full attention through cuDNN and, where there are rows of several GPUs, over one.
+    """
+
+    def setting(row: dict[str, Any]) -> tuple[int, bool, int, str]:
+        return row["gpus"], row["preset"] != "340m", row["seq_len"], row["parallel"]
 
     timed = sorted((row for row in rows if row["case"] != "learn"), key=setting)
-    full = {setting(row): row["tokens_per_s"] for row in timed if row["case"] == "full-cudnn"}
-    lines = [
-        "| GPUs | context | model | tokens/s | over full attention | of the peak | memory of each |",
-        "|---" * 7 + "|",
-    ]
+    speeds = {identity(row): row["tokens_per_s"] for row in timed}
+
+    def over(row: dict[str, Any], **changes: Any) -> str:
+        other = speeds.get(identity(row | changes))
+        return f"{row['tokens_per_s'] / other:.2f}" if other else ""
+
+    found = []
     for row in timed:
-        other = full.get(setting(row))
-        ratio = f"{row['tokens_per_s'] / other:.2f}" if other else ""
-        share = f"{100 * row['mfu']:.0f} %" if row["mfu"] else ""
-        name = NAMES[row["case"]] + ("" if row["preset"] == "340m" else f", {row['preset']}")
-        cells = [row["gpus"], f"{row['seq_len']:,}", name, f"{row['tokens_per_s']:,}", ratio, share]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak_gib']:.1f} GiB"])) + " |")
-    return "\n".join(lines) + "\n"
+        several = row["gpus"] > 1
+        cells = {
+            "GPUs": f"{row['gpus']}, {row['parallel'].upper()}" if several else "1",
+            "context": f"{row['seq_len']:,}",
+            "model": NAMES[row["case"]] + ("" if row["preset"] == "340m" else f", {row['preset']}"),
+            "tokens/s": f"{row['tokens_per_s']:,}",
+            "over full attention": over(row, case="full-cudnn"),
+            "over one GPU": over(row, gpus=1, parallel="ddp") if several else "",
+            "of the peak": f"{100 * row['mfu']:.0f} %" if row["mfu"] else "",
+            "memory of each": f"{row['peak_gib']:.1f} GiB",
+        }
+        found.append(cells)
+    names = [name for name in found[0] if any(cells[name] for cells in found)]
+    lines = [names, *([cells[name] for name in names] for cells in found)]
+    shown = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([shown[0], "|---" * len(names) + "|", *shown[1:]]) + "\n"
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -222,6 +242,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="tokens of a step on each GPU")
     parser.add_argument("--budget-s", type=float, default=540.0)
     parser.add_argument("--case-s", type=float, default=60.0, help="seconds that must be left for a case to start")
+    parser.add_argument("--limit-s", type=float, default=300.0, help="seconds after which a case ends the process")
     parser.add_argument("--only", default="", help="names of cases, separated by commas")
     parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"])
     parser.add_argument("--compile", default="auto", choices=["auto", "layers", "nothing"])
@@ -234,6 +255,15 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def is_late(options: argparse.Namespace) -> bool:
+    """Whether too little time is left for a case: where several processes run, to any of them."""
+    left = torch.tensor(options.ends - time.monotonic())
+    if torch.distributed.is_initialized():
+        left = left.to("cuda" if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MIN)
+    return left.item() < options.case_s
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases that are not there yet. Returns 0, 1 for a failure or 3 where time was short."""
     options = parse_options(arguments)
@@ -242,19 +272,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options.output.mkdir(parents=True, exist_ok=True)
-    there = {
-        (row["preset"], row["case"], row["seq_len"], row["gpus"])
-        for row in read_rows(options.output / "train_speed.jsonl")
-    }
+    there = {identity(row) for row in read_rows(options.output / "train_speed.jsonl")}
     status = 0
     for case in cases(options.tiny):
         named = not options.only or case.name in options.only.split(",") or str(case) in options.only.split(",")
-        if not named or (options.preset, case.name, case.seq_len, world) in there:
+        if not named or (options.preset, case.name, case.seq_len, world, options.parallel) in there:
             continue
-        if time.monotonic() + options.case_s > options.ends:
+        if is_late(options):
             print(f"{case}: no time left", flush=True)
             status = status or 3
             continue
+        faulthandler.dump_traceback_later(options.limit_s, exit=True)  # also where a process waits for another in C
         try:
             row = run_case(case, options, world)
             if rank == 0:
@@ -263,6 +291,10 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception:
             traceback.print_exc()
             status = 1
+            if world > 1:
+                break
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         torch._dynamo.reset()
         gc.collect()  # a Trainer refers to itself
         if torch.cuda.is_available():

@@ -25,7 +25,7 @@ def test_the_page_shows_the_rows_of_the_record():
 
 def test_the_estimate_of_memory_is_at_most_a_tenth_above_what_each_row_took():
     for row in train_speed.read_rows(ROOT / "results" / "from_scratch" / "train_speed.jsonl"):
-        options = train_speed.parse_options(["--preset", row["preset"]])
+        options = train_speed.parse_options(["--preset", row["preset"], "--parallel", row["parallel"]])
         settings = train_speed.settings_of(train_speed.Case(row["case"], row["seq_len"]), options, row["gpus"])
         with torch.device("meta"):
             model = NHAForCausalLM(model_config(settings, train_speed.VOCABULARY))
