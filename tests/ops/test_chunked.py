@@ -81,10 +81,11 @@ def test_no_operation_needs_float64_or_a_number_from_the_device(monkeypatch):
 
 @pytest.mark.parametrize("window, length", [(1, 40), (7, 33), (31, 70), (32, 64), (40, 75), (64, 97)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_windows_of_the_fused_kernel_equal_the_reference(window, length, padded, monkeypatch):
-    """Outputs, slot mass, states and gradients, over segments, with sinks and padding."""
+@pytest.mark.parametrize("slots", [3, 0])
+def test_windows_of_the_fused_kernel_equal_the_reference(window, length, padded, slots, monkeypatch):
+    """Outputs, slot mass, states and gradients, over segments, with sinks and padding, and without any slot."""
     monkeypatch.setattr(fused_window, "MIN_WINDOW", 1)
-    case = Case(length=length, query_heads=6, heads=2, dim=4, value_dim=4, sinks=1)
+    case = Case(length=length, query_heads=6, heads=2, dim=4, value_dim=4, slots=slots, sinks=1 if slots else 0)
     mask = torch.arange(length) < torch.tensor([[length], [length - 9]]) if padded else None
     found = {}
     for impl in ("chunked", "reference"):

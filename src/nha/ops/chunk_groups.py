@@ -79,7 +79,8 @@ def group_size(sizes: Sizes, window: int) -> int:
     tile = tile_size(CHUNK, window)
     scores = sizes.query_heads * (sizes.slots + key_blocks(window, tile) * tile)
     elements = sizes.batch * tile * (scores + sizes.heads * sizes.slots * sizes.width // CHUNK)
-    return tile * torch.sym_max(1, GROUP_ELEMENTS // elements)  # type: ignore[return-value]
+    # Without slots nothing is counted where the window is read elsewhere.
+    return tile * torch.sym_max(1, GROUP_ELEMENTS // torch.sym_max(1, elements))  # type: ignore[return-value]
 
 
 def make_plan(sizes: Sizes, length: int, window: int) -> Plan:
