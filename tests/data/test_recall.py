@@ -52,6 +52,14 @@ def test_training_and_evaluation_share_no_name_no_word_and_no_wording():
     assert {wording.task for wording in TRAINING.wordings} == set(TASKS)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_long_sequence_has_as_many_facts_as_there_are_names_and_words(task):
+    many = RecallSettings(tasks=(task,), facts=(2000, 2000))
+    filler = np.full(200_000, MARK)
+    ids, answers = training_sequence(np.random.default_rng(0), small_tokenizer("bytes"), filler, len(filler), many)
+    assert len(ids) == len(filler) and len(runs(answers)) > 0
+
+
 def test_no_training_sequence_holds_a_word_of_the_evaluation():
     tokenizer, generator = small_tokenizer("bytes"), np.random.default_rng(0)
     text = " ".join(tokenizer.decode(training_sequence(generator, tokenizer, FILLER, LENGTH)[0]) for _ in range(300))

@@ -142,11 +142,12 @@ def draw_facts(
     words: Words,
     wordings: Sequence[Wording],
     size_of: Callable[[str], int],
+    fewer: bool = False,
 ) -> list[Fact]:
     """One fact for each wording; no two share wording and key, or a value, and no word is both key and value.
 
-    Wordings without a key that come twice are left out. `size_of` gives the digits or words of a kind of value.
-    Raises ValueError if there are more facts than names and words.
+    Wordings without a key that come twice are left out. `size_of` gives the digits or words of a kind of value. Where
+    names and words run out, those that were drawn are returned if `fewer` is set. Raises ValueError otherwise.
     """
     found: list[Fact] = []
     used: set[Any] = set()
@@ -160,6 +161,8 @@ def draw_facts(
             if not new & used and value != key:
                 break
         else:
+            if fewer and found:
+                return found
             raise ValueError(f"expected fewer facts than there are names and words, got {len(wordings)}")
         used |= new | {wording}
         found.append(make_fact(pieces, wording, key, value))

@@ -72,7 +72,7 @@ def _draw_training_facts(
     def size_of(kind: str) -> int:
         return int(generator.integers(bounds[kind][0], bounds[kind][1] + 1))
 
-    facts = draw_facts(generator, pieces, TRAINING, wordings, size_of)
+    facts = draw_facts(generator, pieces, TRAINING, wordings, size_of, fewer=True)
     needed = _min_room(facts[0], settings) + len(pieces.start)
     if needed > room + len(pieces.start):
         raise ValueError(f"expected recall sequences of at least {needed} tokens, got {room + len(pieces.start)}")
