@@ -120,8 +120,22 @@ def test_windows_come_from_a_search(place, corpus, tmp_path):
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--budget", "nan"], "expected --budget of at least 0"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--full-layers", "1,x"], "got '1,x' for --full-layers"),
         (["{tiny}", "{new}", "--corpus", "{corpus}", "--dtype", "int8"], "expected --dtype to be auto"),
-        (["{tiny}", "{new}", "--corpus", "{corpus}", "--seq-len", "40"], "expected recall sequences of at least"),
-        (["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "5000"], "expected documents longer than the window"),
+        (
+            ["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "8", "--seq-len", "40"],
+            "expected recall sequences of at least",
+        ),
+        (
+            ["{tiny}", "{new}", "--corpus", "{corpus}", "--window", "5000", "--seq-len", "6000"],
+            "expected documents longer than the window",
+        ),
+        (
+            ["{tiny}", "{new}", "--corpus", "{corpus}", "--seq-len", "64"],
+            "expected --seq-len above the smallest window, 64, got 64",
+        ),
+        (
+            ["{tiny}", "{new}", "--text", "/nowhere", "--dry-run", "--full-layers", "0,1", "--seq-len", "32"],
+            "expected --seq-len above the smallest window, 64, got 32",
+        ),
         (["{tiny}", "{tiny}", "--corpus", "{corpus}"], "got other files such as config.json"),
         (["/nowhere/at/all", "{new}", "--corpus", "{corpus}"], "expected a model directory or a Hub id"),
         (["{gpt}", "{new}", "--corpus", "{corpus}"], "got gpt2: its positions are added to the embeddings"),
@@ -253,6 +267,12 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_to_read(
     assert real.exit_code == dry.exit_code == 2 and words in dry.stderr.replace("\n", " ")
     assert dry.stderr.partition("error: ")[2] == real.stderr.partition("error: ")[2]
     assert not dry.stdout and not (tmp_path / "run").exists()
+
+
+def test_a_control_and_full_attention_are_trained_on_sequences_of_any_length(place, corpus, tmp_path):
+    base = ["distill", str(place / "tiny"), str(tmp_path / "run"), "--corpus", str(corpus), "--seq-len", "64"]
+    for more in (["--control", "only"], ["--window", "-1"], ["--full-layers", "0,1,2"], ["--window", "64,63,-1"]):
+        assert runner.invoke(app, [*base, *more, "--dry-run"]).exit_code == 0
 
 
 def test_a_recipe_ranks_the_heads_of_a_model_once_and_keeps_the_plan(place, corpus, tmp_path, monkeypatch):

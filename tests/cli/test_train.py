@@ -64,7 +64,9 @@ def test_a_run_stops_resumes_and_saves_a_model(place):
         (["--batch-size", "5", "--micro-batch-size", "2"], "--batch-size"),
         (["--optimizer", "muon", "--parallel", "fsdp"], "muon"),
         (["--seq-len", "1000000", "--tokens", "1e7"], "1000000"),
-        (["--window", "1000"], "1000"),
+        (["--window", "1000", "--seq-len", "1001"], "expected documents longer than the window, 1000 tokens"),
+        (["--window", "32"], "expected --seq-len above the smallest window, 32, got 32"),
+        (["--random-windows", "-1,40,33"], "expected --seq-len above the smallest window, 33, got 32"),
     ],
     ids=str,
 )
@@ -169,6 +171,24 @@ def test_a_dry_run_takes_text_and_a_corpus_that_the_run_would_take(place, tmp_pa
     assert runner.invoke(app, ["train", *options, *text, *corpus, "--prepare-only"]).exit_code == 0
     for given in ([*text, *corpus], corpus):
         assert runner.invoke(app, ["train", *options, *given, "--dry-run"]).stdout == dry.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--window", "32"],
+        ["--batch-size", "5", "--micro-batch-size", "2"],
+        ["--full-layers", "9"],
+        ["--window", "8,8,8"],
+    ],
+    ids=str,
+)
+def test_a_dry_run_names_the_option_of_a_setting_as_the_run_itself_does(place, arguments):
+    text = ["--text", place / "texts.jsonl"]
+    real, dry = (call(place, place / "never", *text, *arguments, *more) for more in ([], ["--dry-run"]))
+    assert real.exit_code == dry.exit_code == 2 and not (place / "never").exists()
+    assert dry.stderr.partition("error: ")[2] == real.stderr.partition("error: ")[2]
+    assert "expected --" in dry.stderr or "expected 2 window sizes" in dry.stderr
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(place):

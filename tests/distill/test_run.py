@@ -263,7 +263,9 @@ def test_a_teacher_that_cannot_become_a_hybrid_is_refused(given, tmp_path):
 
 def test_a_corpus_that_does_not_fit_is_refused(given, tmp_path):
     refused(given, tmp_path / "run", "97 different tokens, the model's, got", model=teacher())
-    refused(given, tmp_path / "run", "longer than the window, 4096 tokens", settings(window_size=4096))
+    long = settings(window_size=4096, seq_len=5000)
+    refused(given, tmp_path / "run", "longer than the window, 4096 tokens", long)
+    refused(given, tmp_path / "run", "seq_len above the smallest window, 4096, got", settings(window_size=4096))
     refused(
         given, tmp_path / "run", "recall sequences of at least 167 tokens, got 40", settings(seq_len=40, tokens=400)
     )

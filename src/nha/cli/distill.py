@@ -159,7 +159,12 @@ def distill(
             else:
                 settings = make_settings(DistillSettings, dataclasses.asdict(settings) | given)
             size = settings.window_size
-            check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
+            plan = check_convertible(source, size if isinstance(size, int) else list(size), list(settings.full_layers))
+            if control != ONLY:
+                from nha.models.config import check_windows_end
+
+                with option_errors(DistillSettings):
+                    check_windows_end(plan, settings.seq_len)
             note_context(source, settings)
             own = Text(text.text, text.corpus, output, text.field, text.held_out)
             tokenizer = partial(loading.load_tokenizer, source)

@@ -158,14 +158,19 @@ def with_full(windows: Sequence[Window], full_layers: Collection[int] | None) ->
     return [-1 if layer in full else window for layer, window in enumerate(windows)]
 
 
-def check_convertible(source: loading.Source, windows: int | Sequence[Window], full_layers: list[int]) -> None:
-    """Raise BadInput, before any weight is read, for a family or layer numbers that cannot be converted."""
+def check_convertible(
+    source: loading.Source, windows: int | Sequence[Window], full_layers: list[int]
+) -> Sequence[Window]:
+    """The window of every layer. Raises BadInput, before any weight is read, for a family that cannot be converted.
+
+    So does it for layer numbers and windows that the model cannot have.
+    """
     if source.config is None:
         from nha.models.smollm2 import LAYERS
 
         loading.check_window_count(windows, LAYERS)
         common.check_layers(full_layers, LAYERS)
-        return
+        return with_full([windows] * LAYERS if isinstance(windows, int) else windows, full_layers)
     if loading.is_hybrid(source.config):
         raise BadInput(f"expected a model to convert, {source.name} is a hybrid already")
     from nha.models.config import plan_windows
@@ -174,7 +179,7 @@ def check_convertible(source: loading.Source, windows: int | Sequence[Window], f
     text = source.config.get_text_config()
     check_family(text)
     common.check_layers(full_layers, loading.layers_of(source.config))
-    plan_windows(text, windows, full_layers)
+    return plan_windows(text, windows, full_layers)
 
 
 def measuring_text(tokenizer: Any) -> Any:

@@ -72,7 +72,8 @@ def train(
     if dry_run:
         common.check_range("--mfu", mfu, above=0, at_most=1)
         own.check(load)
-        report_estimate(settings, len(load()), (*common.parse_gpus(gpu), mfu), as_json)
+        with option_errors(TrainSettings):
+            report_estimate(settings, len(load()), (*common.parse_gpus(gpu), mfu), as_json)
         return
     stop = Stop(settings.budget)
     try:
@@ -117,6 +118,7 @@ def report_estimate(
     """Print parameters, memory and time of a run on a machine: (GPU, how many, fraction of their peak)."""
     import torch
 
+    from nha.models.config import check_windows_end
     from nha.models.nha import NHAForCausalLM
     from nha.train.estimate import PEAK_OPERATIONS, device_bytes, estimate, peak_operations
     from nha.train.presets import model_config
@@ -126,6 +128,7 @@ def report_estimate(
         raise BadInput(f"expected --gpu to be one of {', '.join(PEAK_OPERATIONS)}, got {gpu!r}")
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, vocabulary))
+    check_windows_end(settings.random_windows or model.config.window_sizes, settings.seq_len)
     found = estimate(model, settings, world=gpus, device=gpu, utilisation=mfu)
     available = device_bytes() if gpu is None else None
     if as_json:

@@ -48,7 +48,7 @@ from nha.distill.student import Distillation, linear_layers
 from nha.distill.timeline import start_compiler
 from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback, short_windows
 from nha.models.adapter import to_hybrid
-from nha.models.config import FULL, largest_window, plan_windows, smallest_window
+from nha.models.config import FULL, check_windows_end, largest_window, plan_windows, smallest_window
 from nha.models.families import check_family
 from nha.models.head import check_head
 from nha.models.windows import attention_layers
@@ -433,6 +433,8 @@ def check_inputs(model: PreTrainedModel, corpus: Corpus, settings: DistillSettin
     """The window of every layer. Raises ValueError for a model or a corpus that these settings do not fit."""
     check_family(model.config)
     windows = plan_windows(model.config, _as_list(settings.window_size), settings.full_layers)
+    if not control:
+        check_windows_end(windows, settings.seq_len)
     check_corpus(model, corpus, windows)
     check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
     Head.of(model)

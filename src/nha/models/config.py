@@ -101,6 +101,18 @@ def smallest_window(windows: Iterable[Window]) -> int:
     return min(found) if found else FULL
 
 
+def check_windows_end(windows: Iterable[Window], seq_len: int) -> None:
+    """Raise ValueError where no window is shorter than training's sequences: no token would be written to the slots.
+
+    >>> check_windows_end([64, -1, [24, 256]], 25)
+    >>> check_windows_end([64, 64], 64)
+    Traceback (most recent call last):
+    ValueError: expected seq_len above the smallest window, 64, got 64
+    """
+    if seq_len <= (smallest := smallest_window(windows)):
+        raise ValueError(f"expected seq_len above the smallest window, {smallest}, got {seq_len}")
+
+
 def plan_windows(
     config: PreTrainedConfig, window_size: int | Sequence[Window], full_layers: Sequence[int] = ()
 ) -> list[LayerWindow]:

@@ -30,7 +30,7 @@ from nha.distill.gradients import whole
 from nha.distill.resumable import fsdp2_options
 from nha.distill.stopping import Stop, handle_signals
 from nha.distill.trainer import JsonlLogger, Log, Reports, StopCallback
-from nha.models.config import smallest_window
+from nha.models.config import check_windows_end, smallest_window
 from nha.models.nha import NHAForCausalLM
 from nha.train.estimate import Estimate, check_memory, estimate, peak_operations
 from nha.train.loss import LanguageModel
@@ -75,6 +75,7 @@ def check_data(data: Corpus | Rows, config: Any, settings: TrainSettings) -> Non
     if tokens > config.vocab_size:
         raise ValueError(f"expected at most {config.vocab_size} different tokens, the model's, got {tokens}")
     windows = getattr(config, "window_sizes", None)
+    check_windows_end(settings.random_windows or windows or (), settings.seq_len)
     if not isinstance(data, Corpus):
         return
     if settings.packing == "documents" and windows is None:
@@ -95,9 +96,10 @@ def check_data(data: Corpus | Rows, config: Any, settings: TrainSettings) -> Non
 
 
 def check_fit(settings: TrainSettings, vocab_size: int, world: int = 1) -> None:
-    """Raise ValueError for a preset's run that cannot fit into memory, before its weights are made."""
+    """Raise ValueError for a preset's run that would write no slot, or not fit into memory, before it has weights."""
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, vocab_size))
+    check_windows_end(settings.random_windows or model.config.window_sizes, settings.seq_len)
     check_memory(estimate(model, settings, world=world))
 
 
