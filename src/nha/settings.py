@@ -152,6 +152,10 @@ def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -
         if not isinstance(value, bool):
             raise ValueError(f"expected {name} to be True or False, got {value!r}")
         return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if "tuple" in kind and not (isinstance(value, (tuple, list)) or (whole and "int" in kinds)):
+        wanted = "an int or a list of them" if "int" in kinds else "a list of ints"
+        raise ValueError(f"expected {name} to be {wanted}, got {value!r}")
     if isinstance(value, (tuple, list)) and kind == WINDOWS:
         value = [own for entry in value for own in (entry if isinstance(entry, (tuple, list)) and entry else [entry])]
         kinds = ["int", "tuple[int, ...]"]
@@ -170,7 +174,7 @@ def _check_number(name: str, value: Any, kind: str, metadata: Mapping[str, Any])
         raise ValueError(f"expected {name} to be {'an int' if kind == 'int' else 'a number'}, got {value!r}")
     low, above, high = (metadata.get(bound) for bound in ("at_least", "above", "at_most"))
     inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-    if not (math.isfinite(value) and inside):
+    if not (inside and (isinstance(value, int) or math.isfinite(value))):  # an int may be too large for a float
         raise ValueError(f"expected {name} {bounds(metadata)}, got {value}")
 
 

@@ -83,3 +83,25 @@ def test_learning_rates_of_both_schedules_rise_and_fall_to_the_floor():
 
 def test_the_table_in_the_docs_is_that_of_the_settings():
     assert settings_table(TrainSettings) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"random_windows": 8}, "random_windows to be a list of ints, got 8"),
+        ({"full_layers": True}, "full_layers to be a list of ints, got True"),
+        ({"full_layers": "1"}, "full_layers to be a list of ints, got '1'"),
+        ({"random_windows": [[8]]}, "random_windows to be an int, got [8]"),
+        ({"window_size": 16.5}, "window_size to be an int or a list of them, got 16.5"),
+        ({"window_size": None}, "window_size to be an int or a list of them, got None"),
+        ({"window_size": {"a": 1}}, "window_size to be an int or a list of them, got {'a': 1}"),
+        ({"window_size": [8, [4, "8"]]}, "window_size to be an int, got '8'"),
+        ({"seed": 10**400}, "seed of at least 0 and at most 4294967295, got 1000"),
+        ({"tokens": 10**400}, "tokens of at least 1 and at most 1e+15, got 1000"),
+        ({"budget": 10**400}, "budget of at least 0 and at most 1000000000, got 1000"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_kind_that_is_expected(given, words):
+    with pytest.raises(ValueError) as error:
+        TrainSettings(**given)
+    assert str(error.value).startswith(f"expected {words}")
