@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from nha.ablate.language import LanguagePlan, open_sources
+from nha.ablate.record import read_rows
 from nha.ablate.run import RUNS, run_table
-from nha.ablate.summary import compare, read_rows, remember, write_summary
+from nha.ablate.summary import compare, remember, write_summary
 from nha.ablate.table import Claim, parse_table
 from tests.evaluate.test_public import PROSE, lines
 from tests.train.material import material

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nha.ablate.run import read_row
+from nha.ablate.record import read_row
 from nha.ablate.summary import add_rows, built_in_digest, full_text, write_summary
 from nha.ablate.table import built_in_tables, read_table
 

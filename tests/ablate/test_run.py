@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from nha.ablate import recall, run
-from nha.ablate.run import Progress, Shard, claimed, processes_for, read_row, row_file, run_table, write_failure
+from nha.ablate.record import read_row, row_file
+from nha.ablate.run import Progress, Shard, claimed, processes_for, run_table, write_failure
 from nha.ablate.specs import ModelSpec
 from nha.ablate.steps import Steps
 from nha.ablate.summary import Difference, add_rows, best_rows, compare, judge, remember, write_summary

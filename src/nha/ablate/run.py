@@ -20,6 +20,7 @@ import torch
 
 from nha.ablate.language import Sources, train_language
 from nha.ablate.recall import Learner, RecallPlan, mean_valid, measure_learner, train_learners
+from nha.ablate.record import ROWS, WINDOW, Data, read_row, row_file
 from nha.ablate.specs import state_bytes, used_parameters
 from nha.ablate.steps import Steps
 from nha.ablate.table import Row, Table
@@ -29,13 +30,11 @@ from nha.evaluate.public.run import NEEDLE, PERPLEXITY
 from nha.io import write_atomically
 from nha.train.trainer import TrainingDiverged
 
-ROWS, RUNS, LOCKS = "rows", "runs", "locks"
+RUNS, LOCKS = "runs", "locks"
 FAILED = "failed.txt"  # beside a row's lock: why it failed, for the other processes of the same run
-WINDOW = "window"  # the task of measures at one window of several, whose size is the window
 ROWS_OF_A_PROCESS = 3  # at least, since a process takes seconds to start
 MEASURE_SECONDS = 2.0  # of a recall model, at most what it took an H200
 Log = Callable[[str], None]
-Data = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,6 @@ class Progress:
         return cls(**{name: list(found) for name, found in names.items()})
 
 
-def row_file(out: Path, name: str) -> Path:
-    """Where the result of a row is."""
-    return out / ROWS / f"{name}.json"
-
-
 def failure_file(out: Path, name: str) -> Path:
     """Where it is written why a row failed."""
     return out / LOCKS / name / FAILED
@@ -121,25 +115,6 @@ def failure_since(out: Path, name: str, since: float) -> str | None:
         return path.read_text(encoding="utf-8") if path.stat().st_mtime >= since else None
     except FileNotFoundError:  # never failed, or another process has just made the row
         return None
-
-
-def read_row(path: Path, digest: str | None) -> dict[str, Any] | None:
-    """The result of a row, None if there is none.
-
-    Raises ValueError, with the file's name, if it is damaged or its digest is not `digest`, where that is known.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        same = digest is None or found["digest"] == digest
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"expected a row of a table in {path}, got another file") from None
-    if "model" not in found:
-        raise ValueError(f"expected a row with the key model in {path}, got one of an older version: delete it")
-    if not same:
-        raise ValueError(f"expected the row in {path} to be of the settings of this table, got others: delete it")
-    return found
 
 
 @contextmanager

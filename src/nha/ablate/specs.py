@@ -82,11 +82,6 @@ class ModelSpec:
         return (self.windows,) if isinstance(self.windows, int) else tuple(self.windows)
 
     @property
-    def slug(self) -> str:
-        """The name in names of files."""
-        return self.name.replace(" ", "-")
-
-    @property
     def has_cache(self) -> bool:
         """Whether the model can generate."""
         return self.fusion == SOFTMAX and not self.convolution

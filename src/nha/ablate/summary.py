@@ -14,17 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from nha.ablate.run import ROWS, WINDOW, Data, best_lr, read_row
-from nha.ablate.table import EXPECTATIONS, Claim, Row, Table, built_in_tables, read_table
+from nha.ablate.record import (
+    BY_LENGTH,
+    ROWS,
+    TABLES,
+    WINDOW,
+    Data,
+    read_about,
+    read_abouts,
+    read_row,
+    read_rows,
+)
+from nha.ablate.run import best_lr
+from nha.ablate.table import EXPECTATIONS, Claim, Row, Table, built_in_tables, read_table, row_name
 from nha.evaluate.bootstrap import interval, nested_interval
 from nha.io import write_atomically
 
-TABLES = "tables"
 MIN_PAIRS = 3  # an interval of fewer says nothing
 MIN_SEEDS = 3  # of fewer, an interval does not hold what another seed would change
 UNDECIDED, UNMEASURED = "undecided", "not measured"
 FEW = ", "  # between a verdict and its number of seeds
-BY_LENGTH = ("perplexity", "needle")  # tasks of several lengths
 LOSSES = ("perplexity", WINDOW)  # tasks that are compared by the loss of each document
 MARGIN = {"accuracy": 0.02, "loss": 0.01}  # a difference that does not count: of accuracy, of nats per token
 COLUMNS = ("table", "arm", "task", "size", "seed", "lr", "state_bytes", "parameters", "tokens", "seconds", "device")
@@ -62,11 +71,6 @@ class Difference:
         if self.low > -margin and self.high < margin:
             return "agrees"
         return "disagrees" if self.low > 0 or self.high < 0 else UNDECIDED
-
-
-def read_rows(out: Path) -> list[Data]:
-    """All rows in a directory of results, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / ROWS).glob("*.json"))]
 
 
 def best_rows(rows: Sequence[Data]) -> list[Data]:
@@ -157,8 +161,8 @@ def add_rows(source: Path, out: Path) -> tuple[int, int]:
     Returns how many were new, and how many were there already, which are kept.
 
     Raises:
-        ValueError: a row is damaged, or of other settings than the row or the built-in table of its name; nothing is
-            copied then.
+        ValueError: a row or a table's description is damaged, or a row of other settings than the row or the built-in
+            table of its name; nothing is copied then.
     """
     paths = sorted((source / ROWS).glob("*.json"))
     if not paths:
@@ -166,13 +170,13 @@ def add_rows(source: Path, out: Path) -> tuple[int, int]:
     new: dict[Path, str] = {}
     tables = {name: read_table(name) for name in built_in_tables()}
     for path in paths:
-        text = path.read_text(encoding="utf-8")
         found = read_row(path, None)
         assert found is not None
         read_row(path, built_in_digest(found, tables))
         if read_row(out / ROWS / path.name, found["digest"]) is None:
-            new[out / ROWS / path.name] = text
+            new[out / ROWS / path.name] = path.read_text(encoding="utf-8")
     for path in (source / TABLES).glob("*.json"):
+        read_about(path)
         if not (out / TABLES / path.name).exists():
             new[out / TABLES / path.name] = path.read_text(encoding="utf-8")
     for path, text in new.items():
@@ -185,10 +189,10 @@ def add_rows(source: Path, out: Path) -> tuple[int, int]:
 def write_summary(out: Path) -> Path:
     """Write summary.json, rows.csv, pictures and README.md of all rows in `out`; returns the page's path.
 
-    Pictures need matplotlib (the extra `report`) and are left out without it.
+    Pictures need matplotlib (the extra `report`) and are left out without it. Raises ValueError, before anything is
+    written, for a damaged file of a row or a table.
     """
-    rows = read_rows(out)
-    tables = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / TABLES).glob("*.json"))]
+    rows, tables = read_rows(out), read_abouts(out)
     tables.sort(key=lambda table: (table["name"].endswith("-cpu"), table["name"]))  # sizes for a CPU come last
     order = {(table["name"], model): number for table in tables for number, model in enumerate(table["models"])}
     best = sorted(best_rows(rows), key=lambda row: (row["table"], order.get((row["table"], row["model"]), len(order))))
@@ -341,7 +345,7 @@ def millions(values: Sequence[float]) -> str:
 
 def about_lines(table: Data, rows: Sequence[Data], best: Sequence[Data]) -> list[str]:
     """Devices, seeds, sizes, rows that are missing, and the command."""
-    present = {f"{row['table']}--{row['model'].replace(' ', '-')}--lr{row['lr']:g}--seed{row['seed']}" for row in rows}
+    present = {row_name(row["table"], row["model"], row["lr"], row["seed"]) for row in rows}
     missing = [name for name in table["rows"] if name not in present]
     models = [name for name in table["models"] if name not in {row["model"] for row in best}]
     learned = " (a run ends early once all sizes are learned)" if table["kind"] == "recall" else ""

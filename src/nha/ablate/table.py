@@ -51,6 +51,15 @@ class Claim:
             raise ValueError(f"expected expect to be one of {', '.join(EXPECTATIONS)}, got {self.expect!r}")
 
 
+def row_name(table: str, model: str, lr: float, seed: int) -> str:
+    """The name of a row's files.
+
+    >>> row_name("recall", "window alone", 3e-3, 1)
+    'recall--window-alone--lr0.003--seed1'
+    """
+    return f"{table}--{model.replace(' ', '-')}--lr{lr:g}--seed{seed}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One model of a table to train and measure."""
@@ -60,12 +69,8 @@ class Row:
     seed: int
 
     def name(self, table: str) -> str:
-        """A name for its files.
-
-        >>> Row(ModelSpec("window alone"), 3e-3, 1).name("recall")
-        'recall--window-alone--lr0.003--seed1'
-        """
-        return f"{table}--{self.model.slug}--lr{self.lr:g}--seed{self.seed}"
+        """The name of its files, as `row_name` gives it."""
+        return row_name(table, self.model.name, self.lr, self.seed)
 
 
 @dataclass(frozen=True)

@@ -151,12 +151,14 @@ def ablate(
         common.check_at_least("--processes", rows.processes, 1)
         if rows.processes > 1 and rows.shard != ONE_SHARD:
             raise BadInput(f"expected --processes without --shard, got {rows.processes} and {rows.shard}")
+    from nha.ablate.record import check_record
     from nha.ablate.run import Shard
     from nha.ablate.summary import remember, write_summary
     from nha.ablate.table import read_table
 
     own = Shard.parse(rows.shard)
     chosen = rows.apply(read_table(table))
+    check_record(output)  # before anything is trained
     sources = text.open(chosen)
     remember(read_table(table), output, name_of(table))
 
