@@ -1,10 +1,10 @@
-"""Estimate the paper's runs from the measured utilisation of one GPU, as the table of docs/training.md.
+"""Estimate the paper's runs from the measured utilisation of one or more GPUs, as the table of docs/training.md.
 
     python experiments/paper_runs.py --speed results/from_scratch/train_speed.jsonl
 
 Settings are those of `examples/settings`; the utilisation is that of the row `nha` of this size, or of 340M, at the
-paper's context which `experiments/train_speed.py` wrote. Nothing is assumed to be lost between GPUs, so that the time
-is a lower bound.
+paper's context under DDP, on as many GPUs as `experiments/train_speed.py` was run on. Nothing is assumed to be lost
+between more of them, so that the time is a lower bound.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ VOCABULARY = 49152  # SmolLM2's
 
 
 def measured_speed(path: Path, preset: str = MEASURED, seq_len: int = 2048) -> dict[str, Any]:
-    """The last row of NHA of a size, or of 340M, on one GPU at a length. Raises ValueError if there is none."""
+    """The last row of NHA of a size, or of 340M, at a length on the most GPUs. Raises ValueError if there is none."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [row for row in rows if (row["case"], row["seq_len"], row["gpus"]) == ("nha", seq_len, 1) and row["mfu"]]
+    wanted = ("nha", seq_len, "ddp")
+    found = [row for row in rows if (row["case"], row["seq_len"], row["parallel"]) == wanted and row["mfu"]]
     of_size = [row for row in found if row["preset"] == preset] or [row for row in found if row["preset"] == MEASURED]
     if not of_size:
-        raise ValueError(f"expected a row of nha at {seq_len} tokens on one GPU in {path}, got none")
-    return of_size[-1]
+        raise ValueError(f"expected a row of nha at {seq_len} tokens under DDP in {path}, got none")
+    most = max(row["gpus"] for row in of_size)
+    return [row for row in of_size if row["gpus"] == most][-1]
 
 
 def run_settings(name: str) -> TrainSettings:
@@ -65,7 +67,7 @@ def table(path: Path) -> str:
         each = found.tokens / found.seconds / gpus
         lines.append(
             f"| `{name}` | {found.parameters / 1e6:,.0f} M | {found.tokens / 1e9:.0f} B | {gpus} | "
-            f"{100 * speed['mfu']:.0f} %, {speed['preset']} | {each:,.0f} | "
+            f"{100 * speed['mfu']:.0f} %, {speed['preset']} on {speed['gpus']} | {each:,.0f} | "
             f"about {found.total_bytes / 1e9:.0f} GB | {found.seconds / 3600:.1f} hours |"
         )
     return "\n".join(lines)

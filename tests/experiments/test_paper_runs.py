@@ -22,14 +22,16 @@ def test_the_time_is_that_of_the_measured_tokens_per_second():
     found = estimate_run(run_settings("340m-15b.yaml"), 8, speed["mfu"])
     assert found.seconds is not None
     # The measured model has a vocabulary of 32,000, hence somewhat fewer operations for each token.
-    assert found.tokens / found.seconds / 8 == pytest.approx(speed["tokens_per_s"], rel=0.06)
+    assert found.tokens / found.seconds / 8 == pytest.approx(speed["tokens_per_s"] / speed["gpus"], rel=0.06)
 
 
-def test_a_record_without_a_row_of_one_gpu_is_refused(tmp_path):
+def test_a_record_without_a_row_under_ddp_is_refused_and_most_gpus_win(tmp_path):
     path = tmp_path / "speed.jsonl"
-    row = {"case": "nha", "preset": "340m", "seq_len": 2048, "gpus": 2, "mfu": 0.4}
+    row = {"case": "nha", "preset": "340m", "seq_len": 2048, "gpus": 1, "mfu": 0.4, "parallel": "fsdp"}
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match="2048"):
         measured_speed(path)
-    path.write_text(json.dumps(row | {"gpus": 1}) + "\n" + json.dumps(row | {"gpus": 1, "preset": "1.3b", "mfu": 0.5}))
-    assert [measured_speed(path, preset)["mfu"] for preset in ("340m", "1.3b", "60m")] == [0.4, 0.5, 0.4]
+    row["parallel"] = "ddp"
+    rows = [row | {"gpus": 2, "mfu": 0.3}, row, row | {"preset": "1.3b", "mfu": 0.5}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [measured_speed(path, preset)["mfu"] for preset in ("340m", "1.3b", "60m")] == [0.3, 0.5, 0.3]
