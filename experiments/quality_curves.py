@@ -21,11 +21,17 @@ PANELS = {
 
 
 def nearest_control(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The control of a run or, where it has none, the one with the nearest number of tokens, then its seed."""
+    """The control of a run or, where it has none, the one with the nearest number of tokens, its seed, its batches."""
     row = run["row"]
 
     def key(one: Run) -> tuple[Any, ...]:
-        return abs(one["row"]["tokens"] - row["tokens"]), one["row"]["seed"] != row["seed"], one["row"]["seed"]
+        own = one["row"]
+        return (
+            abs(own["tokens"] - row["tokens"]),
+            own["seed"] != row["seed"],
+            own["control"] != row["control"],
+            own["seed"],
+        )
 
     return min((one for one in runs if one["row"]["arm"] == "control"), key=key, default=None)
 

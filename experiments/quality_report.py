@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from experiments.quality_curves import facts_png, nearest_control, seeds_table, tokens_png
+from experiments.quality_runs import NOT_DRAWN, RECIPES
 from experiments.quality_targets import targets_table
+from nha.distill.settings import DistillSettings
 from nha.evaluate.bootstrap import LEVEL, RESAMPLES
 from nha.evaluate.public.run import KNOWLEDGE, relative
 from nha.io import write_atomically
@@ -30,30 +33,42 @@ SHOWN = {
 }
 AVERAGES = {"average": KNOWLEDGE, "without_boolq": tuple(name for name in KNOWLEDGE if name != "boolq")}
 PARTS = {"ppl_2k": "perplexity 2,048", "ppl_8k": "perplexity 8,192", "squad": "squad_qa"}
-DPI = 160
+DPI, LONG_SEQ_LEN = 160, DistillSettings.long_seq_len
 MARK = "\n\\* beside the control of the nearest tokens and seed: none read the same batches.\n"
 
 
 def read_runs(folder: Path) -> list[Run]:
     """All runs of a folder: controls first, then by budget, tokens and seed."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    for run in found:
+        run["row"].setdefault("long_seq_len", run["settings"]["long_seq_len"])
     order = {"beyond": 0, "4full": 1, "1full": 2, "constant": 3}
 
     def key(run: Run) -> tuple[Any, ...]:
         row = run["row"]
-        return row["arm"] != "control", order[row["budget"]], row["arm"], row["tokens"], row["seed"]
+        return (
+            row["arm"] != "control",
+            order[row["budget"]],
+            row["arm"],
+            row["tokens"],
+            row["long_seq_len"],
+            row["seed"],
+        )
 
     return sorted(found, key=key)
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """A run in a few words.
+    """A run in a few words; controls say how long their long sequences are where it is not the default.
 
     >>> name_of({"arm": "4full", "tokens": 24_969_216, "seed": 1, "budget": "4full"})
     '4full, 25 M, seed 1'
+    >>> name_of({"arm": "control", "tokens": 50e6, "seed": 0, "long_seq_len": 32768})
+    'control of 32K, 50 M'
     """
-    seed = f", seed {row['seed']}" if row["seed"] else ""
-    return f"{row['arm']}, {row['tokens'] / 1e6:.0f} M{seed}"
+    seed, long = f", seed {row['seed']}" if row["seed"] else "", row.get("long_seq_len", LONG_SEQ_LEN)
+    of = f" of {long // 1024}K" if row["arm"] == "control" and long != LONG_SEQ_LEN else ""
+    return f"{row['arm']}{of}, {row['tokens'] / 1e6:.0f} M{seed}"
 
 
 def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -266,25 +281,23 @@ def shares_png(runs: Sequence[Run]) -> bytes:
 
 
 def distances_png(runs: Sequence[Run]) -> bytes:
-    """Verbatim clozes and needles by distance, a line for every run; needs matplotlib."""
+    """Verbatim clozes and needles by distance, a line for every recipe, the mean of its seeds; needs matplotlib."""
     from matplotlib.figure import Figure
 
     from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
 
     figure = Figure(figsize=(4.9, 6.4), dpi=DPI, layout="constrained", facecolor=LIGHT.background)
     clozes, needles = figure.subplots(2, 1)
-    styles = line_styles([name_of(run["row"]) for run in runs])
-    for index, (run, (label, (colour, dash))) in enumerate(zip(runs, styles.items(), strict=True)):
+    groups = by_recipe(runs)
+    styles = line_styles(list(groups))
+    for index, (label, (colour, dash)) in enumerate(styles.items()):
         line = {"color": colour, "linestyle": dash, "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-        places, values = [], []
-        for part in distances(run):
-            for edges, (accuracy, _) in part.items():
-                low, high = (float(edge.replace(",", "")) for edge in edges.split(" to "))
-                places.append((low * high) ** 0.5)
-                values.append(100 * accuracy)
-        clozes.plot(places, values, label=label, **line)
-        found = {int(n): value for n, value in (run["row"]["needle"] or {}).items()}
-        needles.plot(sorted(found), [100 * found[n][0] for n in sorted(found)], **line)
+        near_and_far = mean_accuracies([part for run in groups[label] for part in distances(run)])
+        places = {edges: [float(edge.replace(",", "")) for edge in edges.split(" to ")] for edges in near_and_far}
+        clozes.plot([math.prod(places[n]) ** 0.5 for n in places], list(near_and_far.values()), label=label, **line)
+        found = mean_accuracies([run["row"]["needle"] or {} for run in groups[label]])
+        lengths = sorted(found, key=int)
+        needles.plot([int(n) for n in lengths], [found[n] for n in lengths], **line)
     for axes, title in ((clozes, "Clozes of books, written, %"), (needles, "Needles, written, %")):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xscale("log", base=2)
@@ -296,6 +309,27 @@ def distances_png(runs: Sequence[Run]) -> bytes:
     needles.set_xlabel("tokens from source to answer; of the prompt, for needles")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
     return to_png(figure)
+
+
+def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of all seeds by recipe and tokens; the name says how many seeds there are where it is more than one."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(name_of(run["row"] | {"seed": 0}), []).append(run)
+    return {
+        name_of(some[0]["row"]) if len(some) == 1 else f"{name}, {len(some)} seeds": some
+        for name, some in found.items()
+    }
+
+
+def mean_accuracies(found: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The mean accuracy in % of every name, over those of `found`, {name: (accuracy, n)}, that have it.
+
+    >>> mean_accuracies([{"8192": (0.5, 20), "32768": (0.1, 20)}, {"8192": (0.7, 20)}])
+    {'8192': 60.0, '32768': 10.0}
+    """
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: 100 * _mean([each[name][0] for each in found if name in each]) for name in names}
 
 
 def learning_png(runs: Sequence[Run]) -> bytes:
@@ -323,6 +357,12 @@ def learning_png(runs: Sequence[Run]) -> bytes:
     panels[1].set_xlabel("million tokens, the teacher's among them")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
     return to_png(figure)
+
+
+def is_file(row: Mapping[str, Any]) -> bool:
+    """Whether a row measures a small file, whose training is another row's."""
+    recipe = RECIPES.get(row["arm"])
+    return recipe is not None and recipe.shipped is not None and recipe.source is not None
 
 
 def smooth(values: Sequence[float], width: int = 9) -> list[float]:
@@ -354,10 +394,10 @@ def write_report(folder: Path) -> str:
         from nha.report.public import public_png
 
         measured = [run for run in runs if any(run["eval"][kind] for kind in ("sets", "needle", "perplexity"))]
-        lowest = {(run["row"]["arm"], run["row"]["tokens"]): run for run in reversed(measured)}
-        first = [run for run in measured if any(run is one for one in lowest.values())]
+        measured = [run for run in measured if run["row"]["arm"] not in NOT_DRAWN] or measured
+        first = [some[0] for some in by_recipe(measured).values()]
         if any(shares(run, find_control(run, runs)) for run in runs):
-            write_atomically(folder / "shares.png", shares_png(runs))
+            write_atomically(folder / "shares.png", shares_png(measured))
         facts = folder.parent / "hybridize" / "summary.json"
         if facts.is_file():
             write_atomically(folder / "facts.png", facts_png(json.loads(facts.read_text(encoding="utf-8"))))
@@ -365,8 +405,10 @@ def write_report(folder: Path) -> str:
         if curves is not None:
             write_atomically(folder / "tokens.png", curves)
         if first:
-            write_atomically(folder / "distances.png", distances_png(first))
-            hybrids = [run for run in first if run["row"]["arm"] != "control" and run["log"]]
+            write_atomically(folder / "distances.png", distances_png(measured))
+            hybrids = [
+                run for run in first if run["row"]["arm"] != "control" and run["log"] and not is_file(run["row"])
+            ]
             if hybrids:
                 write_atomically(folder / "learning.png", learning_png(hybrids))
             models = {name_of(run["row"]): run["eval"] for run in first}

@@ -249,6 +249,11 @@ RECIPES = {
         ),
     )
 }
+# In all tables, but left out of pictures: another run of the same column keeps more, or a packed file stands for it.
+NOT_DRAWN = frozenset(
+    ("4full", "1full", "4full_heads", "1full_heads", "4full_mixed", "1full_mixed", "4full_half", "1full_half")
+)
+NOT_DRAWN |= {"constant_heads", "constant_teacher", "shipped_recall", "shipped_floor", "shipped_far"}
 DEFAULT_RECIPES = ("4full_heads", "1full_heads", "constant_heads", "constant_teacher")
 
 

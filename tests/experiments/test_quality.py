@@ -105,7 +105,7 @@ def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
     assert tokens("constant_teacher") <= 64 * 90
 
 
-@pytest.mark.parametrize("name", ["4full_floor", "1full_floor", "constant_floor", "constant_long"])
+@pytest.mark.parametrize("name", ["4full_floor", "1full_floor", "constant_floor", "constant_long", "constant_far"])
 def test_recipes_in_8_bits_fit_the_bytes_of_their_column(name):
     """A window holds its tokens and 64 slots of 2 rows: 64 numbers, 32 bytes of errors and a scale of 2 bytes each."""
     recipe, dim, slots = RECIPES[name], 64, 64
@@ -302,13 +302,16 @@ def test_what_was_measured_is_kept_where_its_row_fails(place, data, tmp_path, mo
 def test_rows_of_several_seeds_and_tokens_stand_beside_the_nearest_control():
     def made(recipe, tokens, seed, squad):
         row = {"arm": recipe, "tokens": tokens, "seed": seed, "budget": "constant", "needle": {"8192": [0.5, 100]}}
-        return {"row": row, "squad": squad}
+        return {"row": row | {"control": "own"}, "squad": squad}
 
     control, more = made("control", 25e6, 0, 0.5), made("control", 60e6, 0, 0.5)
     first, second, longer = (made("a", *x) for x in ((25e6, 0, 0.4), (25e6, 1, 0.3), (50e6, 0, 0.45)))
     runs = [control, more, first, second, longer, made("b", 25e6, 0, 0.1)]
     assert nearest_control(second, runs) is control and nearest_control(longer, runs) is more
     assert nearest_control(first, [first]) is None
+    other = made("control", 25e6, 0, 0.5)
+    other["row"]["control"] = "of other batches"
+    assert nearest_control(first, [other, control]) is control and nearest_control(first, [other, more]) is other
     ratios = lambda run, beside: {"squad": {"ratio": run["squad"] / beside["squad"], "interval": None}}  # noqa: E731
     assert "| a, 25 M | squad | 75 | 80 / 60 | 70 | 1 of 2 |" in seeds_table(runs, ratios, {})
     assert seeds_table([control, first], ratios, {}) == ""
