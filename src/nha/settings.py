@@ -21,6 +21,11 @@ SLOT_WRITES = ("soft", "exact")
 VALUE_ACTIVATIONS = ("none", "silu")
 OUTPUT_NORMS = ("none", "rms", "silu_rms")
 MAX_LENGTH = MAX_WINDOW = 1 << 24  # tokens; positions in kernels are 32-bit numbers
+LISTS = {  # the kind of an entry, and entries in words
+    "tuple[int, ...]": ("int", "ints"),
+    "tuple[float, ...]": ("float", "numbers"),
+    "tuple[str, ...]": ("str", "texts"),
+}
 WINDOWS = "int | tuple[int | tuple[int, ...], ...]"  # one for all, one per layer, or in a layer one per KV head
 
 
@@ -135,14 +140,26 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -> None:
     """Raise ValueError unless a value is of its field's type, finite and within its bounds.
 
-    `kind` is the field's annotation, such as "int" or "float | None"; a tuple's bounds are those of its entries.
+    `kind` is the field's annotation, such as "int", "float | None", "tuple[str, ...]" or "dict[str, Any]"; a tuple's
+    bounds are those of its entries.
     """
     kinds = kind.split(" | ")
     if value is None and "None" in kinds:
         return
+    kind = kind.removesuffix(" | None")
     choices = metadata.get("choices")
     if choices is not None:
         check_choice(name, value, choices)
+        return
+    if kind.startswith("dict"):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected {name} to be a mapping, got {value!r}")
+        return
+    if kind in LISTS:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"expected {name} to be a list of {LISTS[kind][1]}, got {value!r}")
+        for entry in value:
+            check_value(name, entry, LISTS[kind][0], metadata)
         return
     if "str" in kinds:
         if not isinstance(value, str) or not value:
@@ -153,9 +170,8 @@ def check_value(name: str, value: Any, kind: str, metadata: Mapping[str, Any]) -
             raise ValueError(f"expected {name} to be True or False, got {value!r}")
         return
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if "tuple" in kind and not (isinstance(value, (tuple, list)) or (whole and "int" in kinds)):
-        wanted = "an int or a list of them" if "int" in kinds else "a list of ints"
-        raise ValueError(f"expected {name} to be {wanted}, got {value!r}")
+    if "tuple" in kind and not (isinstance(value, (tuple, list)) or whole):
+        raise ValueError(f"expected {name} to be an int or a list of them, got {value!r}")
     if isinstance(value, (tuple, list)) and kind == WINDOWS:
         value = [own for entry in value for own in (entry if isinstance(entry, (tuple, list)) and entry else [entry])]
         kinds = ["int", "tuple[int, ...]"]

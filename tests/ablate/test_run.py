@@ -54,6 +54,11 @@ def changed(**changes):
     return yaml.safe_load(TINY) | changes
 
 
+SIZE = {"task": "in_context_recall", "seq_len": 16, "vocab_size": 8}
+RECALL = yaml.safe_load(TINY)["recall"]
+CLAIM = {"says": "slots help", "model": "nha", "against": "window only"}
+
+
 def test_a_table_has_a_row_for_every_model_rate_and_seed(table):
     assert [row.name("t") for row in table.rows] == [
         "t--nha--lr0.001--seed0",
@@ -89,6 +94,48 @@ def test_built_in_tables_are_whole(name):
         (changed(claims=[{"says": "x", "model": "nha", "against": "nha", "expect": "below"}]), ("below", "above")),
         (changed(language={"train": {"token": 1}}), ("token",)),
         ([1], ("mapping", "list")),
+        (changed(lrs=0.1), ("lrs", "list of numbers", "0.1")),
+        (changed(lrs=[-1.0]), ("lrs", "above 0", "-1.0")),
+        (changed(lrs=[float("nan")]), ("lrs", "above 0", "nan")),
+        (changed(lrs=[1e-3, 0.001]), ("tiny--nha--lr0.001--seed0 twice",)),
+        (changed(lrs=[1e-3, 0.00100000001]), ("tiny--nha--lr0.001--seed0 twice",)),
+        (changed(seeds=0), ("seeds", "list of ints", "0")),
+        (changed(seeds=[0.5]), ("seeds", "int", "0.5")),
+        (changed(seeds=[-1]), ("seeds", "at least 0", "-1")),
+        (
+            changed(models={"nha": {}, "a b": {}, "a-b": {"windows": 8}}, claims=[]),
+            ("tiny--a-b--lr0.001--seed0 twice",),
+        ),
+        (changed(models={"nha": {}, "a/b": {}}, claims=[]), ("names of files", "'a/b'")),
+        (changed(models={"nha": {"windows": "4"}}, claims=[]), ("windows of model nha", "an int or a list", "'4'")),
+        (changed(models={"nha": {"slots": "no"}}, claims=[]), ("slots of model nha", "True or False", "'no'")),
+        (changed(models={"nha": {"num_slots": 0}}, claims=[]), ("num_slots of model nha", "at least 1", "0")),
+        (changed(models={"nha": {"config": {"gate": 1}}}, claims=[]), ("config of nha", "NHAConfig", "'gate'")),
+        (changed(name="../b"), ("names of files", "'../b'")),
+        (changed(name=5), ("name", "text", "5")),
+        (changed(notes="Few steps."), ("notes", "list of texts", "'Few steps.'")),
+        (changed(shape="x"), ("shape", "mapping", "'x'")),
+        (changed(shape={"hidden_sizes": 16}), ("shape of tiny", "NHAConfig", "'hidden_sizes'")),
+        (changed(shape={"hidden_size": 15}), ("nha", "15")),
+        (changed(language={}), ("plan", "recall alone", "language")),
+        (changed(claims=[CLAIM | {"main": "no"}]), ("main of claim 1", "True or False", "'no'")),
+        (changed(claims=[CLAIM | {"sizes": "abc"}]), ("sizes of claim 1", "list of texts", "'abc'")),
+        (changed(claims=[CLAIM | {"sizes": ["mqar 3"]}]), ("in_context_recall 32", "'mqar 3'")),
+        (changed(claims=[CLAIM | {"measure": "nonsense"}]), ("measure", "accuracy", "'nonsense'")),
+        *[
+            (changed(recall=RECALL | {name: value}), (words,))
+            for name, value, words in (
+                ("steps", 0, "at least 1, got 0"),
+                ("steps", "6", "to be an int, got '6'"),
+                ("batch_size", 0, "at least 1, got 0"),
+                ("examples", 0, "at least 1, got 0"),
+                ("valid_every", -1, "at least 1, got -1"),
+                ("train", [SIZE | {"weight": -1}], "weights of recall of at least 0, got -1.0"),
+                ("train", [SIZE | {"weight": 0}], "expected weights of at least 0 and one above"),
+                ("train", [SIZE | {"seq_len": 0}], "seq_len of a size of at least 1, got 0"),
+                ("test", [{"seq_len": 16, "num_items": 50}], "seq_len of at least 200 for 50 pairs, got 16"),
+            )
+        ],
     ],
 )
 def test_a_table_that_cannot_be_is_refused_by_name(found, names):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nha import NHAForCausalLM
-from nha.settings import read_settings, settings_table
+from nha.settings import check_value, read_settings, settings_table
 from nha.train.estimate import check_memory, estimate
 from nha.train.presets import model_config
 from nha.train.settings import TrainSettings
@@ -105,3 +105,21 @@ def test_a_value_of_another_kind_is_refused_with_the_kind_that_is_expected(given
     with pytest.raises(ValueError) as error:
         TrainSettings(**given)
     assert str(error.value).startswith(f"expected {words}")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [
+        ("a", "tuple[str, ...]", "x to be a list of texts, got 'a'"),
+        (["a", 3], "tuple[str, ...]", "x to be a text, got 3"),
+        ([1, "2"], "tuple[float, ...]", "x to be a number, got '2'"),
+        ([5], "tuple[int, ...] | None", "x at most 4, got 5"),
+        ([1], "dict[str, Any]", "x to be a mapping, got [1]"),
+    ],
+)
+def test_lists_and_mappings_are_checked_entry_by_entry(value, kind, words):
+    with pytest.raises(ValueError) as error:
+        check_value("x", value, kind, {"at_most": 4})
+    assert str(error.value) == f"expected {words}"
+    check_value("x", None, "tuple[int, ...] | None", {})
+    check_value("x", {"a": 1}, "dict[str, Any]", {})

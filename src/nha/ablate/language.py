@@ -24,6 +24,8 @@ from nha.train.settings import TrainSettings
 
 # Attention may read across documents: not every model has boundaries within a row.
 SHARED_SETTINGS = {"packing": "joined"}
+WINDOW = "window"  # the task of measures at one window of several, whose size is the window
+BY_LENGTH = (PERPLEXITY, NEEDLE)  # tasks of several lengths
 WRITTEN = (*RANGES, NEEDLE)  # parts whose answers a model writes
 
 

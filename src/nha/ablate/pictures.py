@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nha.ablate.record import WINDOW
+from nha.ablate.language import WINDOW
 from nha.models.config import FULL
 from nha.report.drawing import (
     LIGHT,

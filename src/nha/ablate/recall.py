@@ -58,6 +58,8 @@ class RecallPlan:
                 f"expected sizes to train on, a weight for each and sizes to measure on, got {len(self.train)}, "
                 f"{len(self.weights)} and {len(self.test)}"
             )
+        if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
+            raise ValueError(f"expected weights of at least 0 and one above, got {list(self.weights)}")
 
     @property
     def vocab_size(self) -> int:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nha.ablate.language import BY_LENGTH, WINDOW
 from nha.ablate.table import KINDS, Claim, row_name
-from nha.evaluate.public.run import NEEDLE, PERPLEXITY
+from nha.evaluate.public.run import PERPLEXITY
 
 ROWS, TABLES = "rows", "tables"
-WINDOW = "window"  # the task of measures at one window of several, whose size is the window
-BY_LENGTH = (PERPLEXITY, NEEDLE)  # tasks of several lengths
 Data = dict[str, Any]
 Kinds = Mapping[str, tuple[str, Callable[[Any], bool]]]  # by name: what is expected, and whether a value is that
 

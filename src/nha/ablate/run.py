@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from nha.ablate.language import Sources, train_language
+from nha.ablate.language import WINDOW, Sources, train_language
 from nha.ablate.recall import Learner, RecallPlan, mean_valid, measure_learner, train_learners
-from nha.ablate.record import ROWS, WINDOW, Data, read_row, row_file
+from nha.ablate.record import ROWS, Data, read_row, row_file
 from nha.ablate.specs import state_bytes, used_parameters
 from nha.ablate.steps import Steps
 from nha.ablate.table import Row, Table

@@ -14,17 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from nha.ablate.record import (
-    BY_LENGTH,
-    ROWS,
-    TABLES,
-    WINDOW,
-    Data,
-    read_about,
-    read_abouts,
-    read_row,
-    read_rows,
-)
+from nha.ablate.language import BY_LENGTH, WINDOW
+from nha.ablate.record import ROWS, TABLES, Data, read_about, read_abouts, read_row, read_rows
 from nha.ablate.run import best_lr
 from nha.ablate.table import EXPECTATIONS, Claim, Row, Table, built_in_tables, read_table, row_name
 from nha.evaluate.bootstrap import interval, nested_interval

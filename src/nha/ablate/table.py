@@ -13,15 +13,33 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from nha.ablate.language import LanguagePlan
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from nha.ablate.language import BY_LENGTH, WINDOW, LanguagePlan
 from nha.ablate.recall import RecallPlan
 from nha.ablate.specs import ModelSpec
-from nha.data.synthetic import TASKS, TaskSize
+from nha.data.synthetic import TaskSize
+from nha.errors import one_line
 from nha.models.config import NHAConfig
+from nha.settings import MAX_LENGTH, MAX_WINDOW, check_value
 from nha.yaml_file import read_yaml
 
 EXPECTATIONS = {"above": "better than", "at least": "no worse than", "equal": "as good as"}
 KINDS = ("recall", "language")
+PLAIN = ("str", "int", "float", "bool", "tuple[str, ...]", "tuple[int, ...]", "tuple[float, ...]", "dict[str, Any]")
+PLAIN += ("int | tuple[int, ...]", "str | None", "int | None")  # annotations that `check_value` knows
+BOUNDS: dict[str, dict[str, Any]] = {  # of fields, whatever they belong to
+    **{name: {"at_least": 1} for name in ("steps", "batch_size", "batch_tokens", "examples", "valid_every", "seq_len")},
+    **{name: {"at_least": 1, "at_most": 1 << 16} for name in ("num_slots", "limit", "documents", "clozes", "needles")},
+    **{name: {"at_least": 0} for name in ("num_items", "convolution", "weights", "seeds")},
+    **{name: {"at_least": 1, "at_most": MAX_LENGTH} for name in ("lengths", "needle_lengths")},
+    **{name: {"at_least": -1, "at_most": MAX_WINDOW} for name in ("windows", "random_windows", "knob")},
+    "vocab_size": {"at_least": 2},
+    "enough": {"above": 0, "at_most": 1},
+    "power": {"above": 0},
+    "lrs": {"above": 0},
+}
 FORMAT = 2  # of what a row's results depend on besides its settings
 
 
@@ -109,6 +127,13 @@ class Table:
     chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for entry in ("lrs", "seeds"):  # which the command line may name
+            check_value(
+                entry,
+                getattr(self, entry),
+                {"lrs": "tuple[float, ...]", "seeds": "tuple[int, ...]"}[entry],
+                BOUNDS[entry],
+            )
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"expected models of different names, got {', '.join(names) or 'none'}")
@@ -116,6 +141,9 @@ class Table:
             raise ValueError(
                 f"expected kind to be one of {', '.join(KINDS)} with a plan of that name, got {self.kind!r}"
             )
+        other = next(kind for kind in KINDS if kind != self.kind)
+        if getattr(self, other) is not None:
+            raise ValueError(f"expected a plan for {self.kind} alone, got one for {other} too")
         named = [*self.pictured, *self.chosen, *([self.match] if self.match else [])]
         named += [name for claim in self.claims for name in (claim.model, claim.against)]
         unknown = [name for name in named if name not in names]
@@ -126,6 +154,50 @@ class Table:
             raise ValueError(f"expected random windows of {drawn[0]} under train in a {self.kind} table")
         if not self.lrs or not self.seeds:
             raise ValueError(f"expected learning rates and seeds, got {list(self.lrs)} and {list(self.seeds)}")
+        self._check_names()
+        self._check_claims()
+        for model in self.models:
+            if model.peer is None:
+                check_names("config", model.name, model.config)
+                try:
+                    model.settings(self.any_shape)
+                except StrictDataclassError as error:
+                    raise ValueError(f"expected settings of a model in {model.name}, got: {one_line(error)}") from None
+
+    def _check_names(self) -> None:
+        """Raise ValueError for names that cannot be in names of files, and for rows that would share their files."""
+        for name in (self.name, *(model.name for model in self.models)):
+            if not name or name != Path(name).name or "\\" in name:
+                raise ValueError(f"expected names that can be names of files, got {name!r}")
+        files: set[str] = set()
+        for row in self.every_row:
+            name = row.name(self.name)
+            if name in files:
+                raise ValueError(f"expected models, learning rates and seeds of different files, got {name} twice")
+            files.add(name)
+
+    def _check_claims(self) -> None:
+        """Raise ValueError for measures and sizes that no row has."""
+        for claim in self.claims:
+            known = ["accuracy"] if self.language is None else [*self.language.sets, *BY_LENGTH, WINDOW]
+            if claim.measure not in known:
+                raise ValueError(
+                    f"expected the measure of a claim to be one of {', '.join(known)}, got {claim.measure!r}"
+                )
+            if self.recall is None:
+                continue
+            sizes = [size.label for size in self.recall.test]
+            unknown = [size for size in claim.sizes if size not in sizes]
+            if unknown:
+                raise ValueError(f"expected sizes of a claim out of {', '.join(sizes)}, got {unknown[0]!r}")
+
+    @property
+    def any_shape(self) -> NHAConfig:
+        """The configuration that all models share; of a language table with a vocabulary that is no tokenizer's."""
+        if self.language is None:
+            return self.recall_shape
+        check_names("shape", "language", self.language.shape)
+        return self.language.config(64)
 
     @property
     def rows(self) -> list[Row]:
@@ -146,6 +218,7 @@ class Table:
     def recall_shape(self) -> NHAConfig:
         """The configuration that all models of a recall table share."""
         assert self.recall is not None
+        check_names("shape", self.name, self.shape)
         return NHAConfig.tiny(**({"vocab_size": self.recall.vocab_size, "tie_word_embeddings": True} | self.shape))
 
     def digest(self, row: Row) -> str:
@@ -172,6 +245,19 @@ class Table:
         changes |= {"seeds": tuple(seeds)} if seeds else {}
         changes |= {"lrs": tuple(lrs)} if lrs else {}
         return dataclasses.replace(self, **changes)
+
+
+def check_names(what: str, of: str, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting that `NHAConfig` does not have: it would be kept and have no effect.
+
+    >>> check_names("shape", "recall", {"hidden_sizes": 16})
+    Traceback (most recent call last):
+    ValueError: expected shape of recall with names of NHAConfig, got 'hidden_sizes'
+    """
+    known = {entry.name for entry in dataclasses.fields(NHAConfig)}
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"expected {what} of {of} with names of NHAConfig, got {unknown[0]!r}")
 
 
 def plain(value: Any) -> Any:
@@ -241,14 +327,14 @@ def parse_table(found: Any) -> Table:
         values["recall"] = _recall_plan(_mapping("recall", values["recall"]))
     if "language" in values:
         values["language"] = _make(LanguagePlan, values["language"], "language")
-    values["lrs"] = tuple(float(lr) for lr in values.get("lrs") or ())
+    values["lrs"] = _floats("lrs of a table", values.get("lrs") or [])
     return _make(Table, values, "a table")
 
 
 def _recall_plan(found: Mapping[str, Any]) -> RecallPlan:
     values = dict(found)
     train = [dict(_mapping("a size", size)) for size in values.get("train") or ()]
-    values["weights"] = tuple(float(size.pop("weight", 1.0)) for size in train)
+    values["weights"] = _floats("weights of recall", [size.pop("weight", 1.0) for size in train])
     values["train"] = tuple(_size(size) for size in train)
     values["test"] = tuple(_size(_mapping("a size", size)) for size in values.get("test") or ())
     return _make(RecallPlan, values, "recall")
@@ -256,9 +342,18 @@ def _recall_plan(found: Mapping[str, Any]) -> RecallPlan:
 
 def _size(found: Mapping[str, Any]) -> TaskSize:
     size: TaskSize = _make(TaskSize, {"task": "mqar"} | dict(found), "a size")
-    if size.task not in TASKS:
-        raise ValueError(f"expected a task out of {', '.join(TASKS)}, got {size.task!r}")
+    size.draw(1, torch.Generator())
     return size
+
+
+def _floats(what: str, values: Any) -> tuple[float, ...]:
+    """Numbers; YAML reads 1e-3 as text. Raises ValueError for anything else."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"expected {what} as a list of numbers, got {values!r}")
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {what} as a list of numbers, got {values!r}") from None
 
 
 def _mapping(what: str, value: Any) -> Mapping[str, Any]:
@@ -281,4 +376,8 @@ def _make(kind: type, values: Any, what: str) -> Any:
     if unknown or missing:
         problem = f"got unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
         raise ValueError(f"expected {what} with names out of {', '.join(fields)}, {problem}")
+    for name, value in values.items():
+        annotation = str(fields[name].type)
+        if annotation in PLAIN:
+            check_value(f"{name} of {what}", value, annotation, BOUNDS.get(name, {}))
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
