@@ -194,7 +194,7 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes a row another case."""
+    """Settings and versions that make a row another case."""
     return row["preset"], row["case"], row["seq_len"], row["gpus"], row["parallel"]
 
 
