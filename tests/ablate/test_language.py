@@ -79,6 +79,16 @@ def test_every_model_is_trained_on_as_many_tokens_and_measured(table, sources, t
     assert {"ppl", "by_position"} <= next(e for e in entries if e["task"] == "perplexity").keys()
 
 
+def test_a_line_for_each_stage_says_where_a_row_is(table, sources, tmp_path):
+    lines = []
+    run_table(table.only(["nha"]), tmp_path / "out", sources=sources, log=lines.append)
+    starts = ["starts", "step 1 of 4, loss ", "step 2 of 4", "step 3 of 4", "trained in ", "piqa: ", "cloze_near: "]
+    starts += ["needle: ", "perplexity: ", "windows 0, 8, -1: "]
+    name = table.rows[0].name("text")
+    for line, start in zip(lines, starts, strict=True):
+        assert line.startswith(f"{name}: {start}")
+
+
 def test_a_run_without_time_is_late_and_resumes(table, sources, tmp_path, monkeypatch):
     one = table.only(["nha"])
     name = one.rows[0].name("text")

@@ -234,6 +234,26 @@ def test_a_row_that_fails_does_not_take_the_others_along(error, table, tmp_path,
     assert progress.made == ["tiny--window-only--lr0.001--seed0"]
 
 
+def test_a_row_that_fails_keeps_its_whole_traceback_until_it_is_made(table, tmp_path, monkeypatch):
+    def place_of_the_failure(*_, **__):
+        raise RuntimeError("CUDA error: unspecified launch failure\nSearch for it." + 300 * "x" + "end")
+
+    one, lines = table.only(["nha"], lrs=[1e-3]), []
+    name = one.rows[0].name("tiny")
+    with monkeypatch.context() as broken:
+        broken.setattr(recall, "measure_size", place_of_the_failure)
+        broken.setattr(
+            run, "_free_memory", place_of_the_failure
+        )  # the GPU is lost: what is known is on the disk already
+        run_table(one, tmp_path, log=lines.append)
+    path = tmp_path / "failures" / f"{name}.txt"
+    (said,) = [line for line in lines if "failed" in line]
+    text = path.read_text()
+    assert str(path) in said and text.startswith("RuntimeError: CUDA error: unspecified launch failure Search")
+    assert "in place_of_the_failure" in text and "in _make_recall" in text and text.endswith("xend\n")
+    assert run_table(one, tmp_path).made == [name] and not path.exists()
+
+
 MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.data.cloze import RANGES
 from nha.data.corpus import Corpus
+from nha.distill.trainer import Reports
 from nha.errors import OutOfTime
 from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicData, PublicSettings, measure_public, read_public
 from nha.models.config import FULL, NHAConfig
@@ -27,6 +29,7 @@ SHARED_SETTINGS = {"packing": "joined"}
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
 BY_LENGTH = (PERPLEXITY, NEEDLE)  # tasks of several lengths
 WRITTEN = (*RANGES, NEEDLE)  # parts whose answers a model writes
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -130,30 +133,45 @@ def train_language(
     has_cache: bool = True,
     time_left: float = math.inf,
     reserve: float = 0.0,
+    log: Callable[[str], None] = lambda line: None,
 ) -> LanguageOutcome:
     """Train a model in the directory `run`, which is resumed if it holds a part of that, and measure it.
 
     `own` are settings of this model alone; `windows` are those that it is measured at besides its own. Models without a
-    cache write nothing: they get neither clozes nor needles.
+    cache write nothing: they get neither clozes nor needles. `log` gets a line at each quarter of the training and at
+    the end of each part that is measured, so that a failure's stage is known.
 
     Raises:
         OutOfTime: training was stopped `reserve` seconds before `time_left` were over; its checkpoint is kept.
     """
     budget = None if math.isinf(time_left) else max(0.0, time_left - reserve)
     settings = plan.settings(lr, seed, budget, own)
-    trained: TrainResult = train(sources.corpus, run, settings, make_model=make_model)
+    started, steps = time.monotonic(), settings.steps()
+    quarters = {max(1, round(part * steps / QUARTERS)) for part in range(1, QUARTERS)}
+
+    def report(entry: dict[str, Any]) -> None:
+        reached = {step for step in quarters if "loss" in entry and step <= entry["step"]}
+        if reached:
+            quarters.difference_update(reached)
+            seconds = time.monotonic() - started
+            log(f"step {entry['step']:,} of {steps:,}, loss {entry['loss']:.3f}, {seconds:.0f} s")
+
+    trained: TrainResult = train(sources.corpus, run, settings, make_model=make_model, reports=Reports(log=report))
     if not trained.finished:
         rate = trained.summary.get("tokens_per_s") or math.inf
         raise OutOfTime((settings.steps() - trained.steps) * settings.batch_size * settings.seq_len / rate)
+    log(f"trained in {time.monotonic() - started:.0f} s")
     model = trained.model.eval()
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)  # type: ignore[arg-type]
     parts = tuple(part for part in sources.public.settings.parts if has_cache or part not in WRITTEN)
-    measures = measure_public(model, sources.tokenizer, with_parts(sources.public, parts))
+    measured = with_parts(sources.public, parts)
+    measures = measure_public(model, sources.tokenizer, measured, ended=lambda part, s: log(f"{part}: {s:.1f} s"))
     rows: list[dict[str, Any]] = []
     if windows:
         held_out = torch.from_numpy(sources.corpus.held_out_sequences(plan.documents, settings.seq_len))
         rows = turn_knob(model, held_out, windows)
+        log(f"windows {', '.join(map(str, windows))}: measured")
     return LanguageOutcome(measures, rows, trained.summary)
 
 

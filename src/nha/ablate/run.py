@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,8 +31,7 @@ from nha.evaluate.public.run import NEEDLE, PERPLEXITY
 from nha.io import write_atomically
 from nha.train.trainer import TrainingDiverged
 
-RUNS, LOCKS = "runs", "locks"
-FAILED = "failed.txt"  # beside a row's lock: why it failed, for the other processes of the same run
+RUNS, LOCKS, FAILURES = "runs", "locks", "failures"
 ROWS_OF_A_PROCESS = 3  # at least, since a process takes seconds to start
 MEASURE_SECONDS = 2.0  # of a recall model, at most what it took an H200
 Log = Callable[[str], None]
@@ -98,21 +98,21 @@ class Progress:
 
 
 def failure_file(out: Path, name: str) -> Path:
-    """Where it is written why a row failed."""
-    return out / LOCKS / name / FAILED
+    """Where it is written why a row failed: one line, which other processes read, and the traceback."""
+    return out / FAILURES / f"{name}.txt"
 
 
-def write_failure(out: Path, name: str, why: str) -> None:
-    """Let the other processes know that a row has failed."""
+def write_failure(out: Path, name: str, why: str, details: str = "") -> None:
+    """Write durably why a row has failed, in one line, with its traceback."""
     failure_file(out, name).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(failure_file(out, name), why)
+    write_atomically(failure_file(out, name), f"{why}\n\n{details}".rstrip() + "\n")
 
 
 def failure_since(out: Path, name: str, since: float) -> str | None:
     """Why a row failed in this or another process, None if it has not since a time in seconds since 1970."""
     path = failure_file(out, name)
     try:
-        return path.read_text(encoding="utf-8") if path.stat().st_mtime >= since else None
+        return path.read_text(encoding="utf-8").partition("\n")[0] if path.stat().st_mtime >= since else None
     except FileNotFoundError:  # never failed, or another process has just made the row
         return None
 
@@ -308,8 +308,8 @@ def _says_why(name: str, out: Path, progress: Progress, log: Log) -> Iterator[No
     except (RuntimeError, MemoryError, ArithmeticError, ImportError, TrainingDiverged) as error:
         why = f"{type(error).__name__}: {one_line(error)[:200]}".removesuffix(": ")
         progress.failed.append(f"{name} ({why})")
-        log(f"{name}: failed: {why}")
-        write_failure(out, name, why)
+        write_failure(out, name, why, "".join(traceback.format_exception(error)))
+        log(f"{name}: failed: {why}; traceback in {failure_file(out, name)}")
 
 
 def _make_recall(
@@ -373,7 +373,8 @@ def _make_language(
     name = row.name(table.name)
     log(f"{name}: starts")
     with _says_why(name, out, progress, log):
-        _write(table, row, out, device, language_row(table, row, out, sources, left, reserve), progress)
+        found = language_row(table, row, out, sources, left, reserve, lambda line: log(f"{name}: {line}"))
+        _write(table, row, out, device, found, progress)
 
 
 def _write(table: Table, row: Row, out: Path, device: torch.device, found: dict[str, Any], progress: Progress) -> None:
@@ -420,8 +421,10 @@ def recall_row(plan: RecallPlan, learner: Learner, together: int) -> dict[str, A
     }
 
 
-def language_row(table: Table, row: Row, out: Path, sources: Sources, left: float, reserve: float) -> dict[str, Any]:
-    """Train and measure a row of a language table. Raises OutOfTime."""
+def language_row(
+    table: Table, row: Row, out: Path, sources: Sources, left: float, reserve: float, log: Log = lambda line: None
+) -> dict[str, Any]:
+    """Train and measure a row of a language table; `log` gets a line about each stage. Raises OutOfTime."""
     plan = table.language
     assert plan is not None
     visible = torch.cuda.device_count()
@@ -441,6 +444,7 @@ def language_row(table: Table, row: Row, out: Path, sources: Sources, left: floa
         has_cache=row.model.has_cache,
         time_left=left,
         reserve=reserve,
+        log=log,
     )
     shutil.rmtree(run, ignore_errors=True)  # checkpoints; the results are what a table keeps
     model = row.model.build(shape, row.seed, match=table.matched)

@@ -210,6 +210,7 @@ def measure_public(
     partial: PartialResults | None = None,
     progress: Progress | None = None,
     max_batch_tokens: int | None = None,
+    ended: Callable[[str, float], None] = lambda part, seconds: None,
 ) -> dict[str, Any]:
     """All parts of a model as plain data: {"sets", "needle", "perplexity", "notes", "seconds"}.
 
@@ -217,8 +218,8 @@ def measure_public(
     `by_distance`, BoolQ with `balanced` (see `balanced`); `needle` does so by length, with `by_depth`, and with
     `contained` by the rule of RULER: the number is somewhere in what is written, and other digits may follow it.
     `perplexity` is the data of `measure_texts`; `notes` say what did not fit the model's context. Each part is kept in
-    `partial` under `name` as soon as it is known. Raises ValueError before the first part if no held-out document is
-    long enough for one that is asked for.
+    `partial` under `name` as soon as it is known, and `ended` is called with its name and seconds then. Raises
+    ValueError before the first part if no held-out document is long enough for one that is asked for.
     """
     session = _Session(model, tokenizer, data, name, partial or PartialResults(), progress, max_batch_tokens)
     found: dict[str, Any] = {"sets": {}, NEEDLE: {}, PERPLEXITY: {}, "notes": session.notes, "seconds": {}}
@@ -234,6 +235,7 @@ def measure_public(
         elif (correct := session.correct(part)) is not None:
             found["sets"][part] = counted(correct) | session.by_distance(part, correct) | balanced(data, part, correct)
         found["seconds"][part] = round(time.perf_counter() - started, 2)
+        ended(part, found["seconds"][part])
     return found
 
 
