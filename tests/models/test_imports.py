@@ -116,6 +116,13 @@ def test_stand_ins_have_the_names_of_the_classes_they_stand_for():
     assert len(found) == sum(t.removeprefix("nha-") in MODEL_NAMES[task] for t in model_types()[1:] for task in AUTO)
 
 
+def test_the_configuration_of_an_embedded_hybrid_is_known_to_auto_classes_in_a_new_process():
+    code = "import torch\nfrom transformers import AutoModelForCausalLM\nfrom nha.models import loading\n"
+    code += "config = loading.find('smollm2-hybrid').config\n"
+    code += "with torch.device('meta'):\n    found = AutoModelForCausalLM.from_config(config)"
+    assert run(f"{code}\nprint(type(found).__name__)").strip() == "NHALlamaForCausalLM"
+
+
 def test_the_model_class_takes_the_place_of_its_stand_in(tmp_path):
     kind = config_class("nha-olmo2")
     hybrid("olmo2", [8, -1, 4]).save_pretrained(tmp_path)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from nha.io import read_tensors, write_tensors
 from nha.models.adapter import to_hybrid
-from nha.models.config import FULL, hybrid_config_class
+from nha.models.auto import register_family
+from nha.models.config import FULL
 from nha.models.packed import pack_rows, unpack_rows
 from nha.models.windows import attention_layers, decoder, set_windows
 
@@ -220,10 +221,10 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def delta_config(path: str | Path) -> Any:
-    """The configuration of the hybrid in a delta."""
+    """The configuration of the hybrid in a delta, which transformers' Auto classes know from then on."""
     _, metadata = read_delta(path)
     values = json.loads(metadata["config"]) | converted_from(metadata)
-    kind = hybrid_config_class(values.pop("model_type").removeprefix("nha-"))
+    kind = register_family(values.pop("model_type"))
     return kind(**{name: value for name, value in values.items() if name not in VOLATILE})
 
 
