@@ -299,6 +299,9 @@ def test_missing_sets_and_files_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_public(place, PublicSettings(parts=parts))
+    (tmp_path / "boolq.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"expected the set boolq in .*, there is no boolq\.jsonl"):
+        find_set(tmp_path, "boolq")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "piqa.jsonl").write_text("{}")

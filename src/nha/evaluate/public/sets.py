@@ -58,7 +58,7 @@ class Item:
 
 def files_of_set(data: Path, name: str) -> list[Path]:
     """The files of a directory and below it that hold a set of this name."""
-    return [path for suffix in SUFFIXES for path in sorted(data.rglob(name + suffix))]
+    return [path for suffix in SUFFIXES for path in sorted(data.rglob(name + suffix)) if path.is_file()]
 
 
 def find_set(data: Path, name: str) -> Path:
