@@ -51,6 +51,14 @@ def test_what_cannot_be_done_is_one_line_and_the_conversation_goes_on(tiny_hybri
     assert "tokens/s" in result.stderr
 
 
+def test_a_line_that_is_no_utf8_is_named_and_the_conversation_goes_on(tiny_hybrid):
+    result = runner.invoke(app, ["chat", str(tiny_hybrid), "--max-new-tokens", "4"], input=b"a\xff\nHello\n")
+    assert result.exit_code == 0 and "expected text in UTF-8, got 'a\\udcff'" in result.stderr.replace("\n", " ")
+    assert result.stderr.count("tokens/s") == 1
+    alone = runner.invoke(app, ["generate", str(tiny_hybrid), "-", "--max-new-tokens", "4"], input=b"a\xff")
+    assert alone.exit_code == 2 and "expected text in UTF-8, got 'a\\udcff'" in alone.stderr.replace("\n", " ")
+
+
 def test_help_lists_the_commands(tiny_hybrid):
     result = chat(tiny_hybrid, "/help")
     for name in ("/save", "/load", "/reset"):

@@ -94,7 +94,7 @@ def chat(
 def lines() -> Iterator[str]:
     """Lines from the terminal or from stdin, until they end."""
     if not sys.stdin.isatty():
-        for line in sys.stdin:
+        for line in common.stdin():
             yield line.rstrip("\n")
         return
     with suppress(ImportError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import math
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self
+from typing import IO, Any, NoReturn, Protocol, Self
 
 import typer
 from rich.console import Console
@@ -369,6 +370,13 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise BadInput(f"expected some text, {path} is empty")
     return text
+
+
+def stdin() -> IO[str]:
+    """The standard input in UTF-8; other bytes arrive as lone surrogates, which `check_text` names."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def human_bytes(count: float) -> str:

@@ -47,7 +47,7 @@ def generate(
     """Write text; the memory that the conversation takes is shown at the end."""
     options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = common.stdin().read() if prompt == "-" else prompt
     if not text.strip():
         raise BadInput("expected a prompt, got nothing")
     from nha.memory.document import document_marks, join
