@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from nha import NHAConfig, NHAForCausalLM
+from nha.distill.resumable import ResumableTrainer
 from nha.train.loss import LanguageModel
 from nha.train.rows import Sequences
 from nha.train.run import gather, seeded, train
@@ -34,7 +37,29 @@ def work(out: str) -> None:
     loss = step(model)
     gathered = gather(model.causal, make, 1)
     torch.save({"loss": loss, "weights": gathered.state_dict()}, f"{out}/sharded-{rank}.pt")
+    model, options = LanguageModel(seeded(make, 0), torch.bfloat16), {"mp_policy": plugin().mixed_precision_policy}
+    for layer in model.causal.get_decoder().layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    torch.save(step(model), f"{out}/bfloat16-{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def plugin() -> Any:
+    """accelerate's, of a run in bfloat16, as a trainer has it."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    found = FullyShardedDataParallelPlugin(fsdp_version=2)
+    found.set_mixed_precision("bf16")
+    trainer = object.__new__(ResumableTrainer)
+
+    def create(self: Any) -> None:
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=found))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+        trainer.create_accelerator_and_postprocess()
+    return found
 
 
 def step(model: LanguageModel) -> torch.Tensor:
@@ -73,6 +98,16 @@ def test_a_sharded_model_trains_and_is_gathered_like_a_whole_one(out):
         assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
         for name, weight in model.causal.state_dict().items():
             assert torch.allclose(found["weights"][name], weight, atol=1e-6), name
+
+
+def test_the_loss_of_a_model_that_is_sharded_in_bfloat16_is_not_rounded_to_bfloat16(out):
+    whole = step(LanguageModel(seeded(make, 0)))
+    for rank in range(2):
+        loss = torch.load(out / f"bfloat16-{rank}.pt")
+        assert loss.dtype == torch.float32 and loss != loss.bfloat16()
+        assert loss.item() == pytest.approx(whole.item(), rel=torch.finfo(torch.bfloat16).eps)
+    policy = plugin().mixed_precision_policy
+    assert policy.param_dtype == torch.bfloat16 and policy.output_dtype is None
 
 
 def test_sharding_is_refused_without_gpus(tmp_path, monkeypatch):

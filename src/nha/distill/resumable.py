@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -23,10 +24,25 @@ def fsdp2_options(model: Any) -> dict[str, Any]:
     return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
 
 
+def keep_output_dtypes(plugin: Any) -> None:
+    """Let sharded modules return what they compute; `plugin` is accelerate's, None where nothing is sharded.
+
+    In bf16 accelerate would cast what each returns, and so the loss, to bfloat16: 10.5625 for all from 10.53 to 10.59.
+    """
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold what is trained in float32 and appear only when they are whole."""
 
     model: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers does; losses of a sharded model stay float32."""
+        super().create_accelerator_and_postprocess()
+        keep_output_dtypes(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint under a hidden name, make it durable, then give it its name and remove older ones."""
