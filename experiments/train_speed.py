@@ -99,7 +99,7 @@ def settings_of(case: Case, options: argparse.Namespace, world: int) -> TrainSet
     """The settings of a case: the same tokens in a step at every length."""
     size = max(1, options.step_tokens // case.seq_len)
     steps = 100 if case.name == "learn" else options.steps
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"window_size": 16} if options.tiny else {}
     if case.name == "nha-4-full":
         changes["full_layers"] = (1,) if options.tiny else FULL_LAYERS
     if case.name in BACKENDS:

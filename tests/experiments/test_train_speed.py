@@ -23,6 +23,23 @@ def test_the_page_shows_the_rows_of_the_record():
     assert learned["steps"] == 100 and f"{learned['first_loss']:.2f} to {learned['last_loss']:.2f}" in page
 
 
+def test_a_tiny_case_is_timed_and_not_repeated(tmp_path):
+    options = [
+        "--tiny",
+        "--steps",
+        "2",
+        "--compile",
+        "nothing",
+        "--only",
+        "nha-32,full-cudnn-32",
+        "--output",
+        str(tmp_path),
+    ]
+    assert [train_speed.main(options) for _ in range(2)] == [0, 0]
+    rows = train_speed.read_rows(tmp_path / "train_speed.jsonl")
+    assert [(row["case"], row["steps"]) for row in rows] == [("nha", 2), ("full-cudnn", 2)]
+
+
 def test_the_estimate_of_memory_is_at_most_a_tenth_above_what_each_row_took():
     for row in train_speed.read_rows(ROOT / "results" / "from_scratch" / "train_speed.jsonl"):
         options = train_speed.parse_options(["--preset", row["preset"], "--parallel", row["parallel"]])
