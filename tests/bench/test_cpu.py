@@ -93,3 +93,25 @@ def test_a_table_that_cannot_be_written_is_no_case_that_failed(tmp_path, monkeyp
     monkeypatch.setattr(resumable, "write_atomically", full)
     with pytest.raises(OSError, match="no space left"):
         complete(tmp_path / "times.csv", ["ms"], {"a": lambda: [{"ms": 1}]}, {}, 60, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b"3",
+        b'{"case": "a"}',
+        b'{"case": "a", "about": {}, "rows": "x"}',
+        b'{"case": "a", "about": {}, "rows": [1]}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"case": "b", "ab',
+    ],
+)
+def test_a_line_that_is_no_case_is_named_and_nothing_is_measured(line, tmp_path):
+    path, kept = tmp_path / "times.csv", tmp_path / "times.csv.cases"
+    whole = b'{"case": "a", "about": {}, "rows": [{"ms": 1}]}\n'
+    kept.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(ValueError, match=r"expected a measured case in line 2 of .*times\.csv\.cases"):
+        complete(path, ["ms"], {"a": lambda: pytest.fail("measured")}, {}, 60, lambda line: None)
+    assert kept.read_bytes().count(whole) == 2 and not path.exists()

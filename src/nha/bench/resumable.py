@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,29 @@ class Outcome:
 
 
 def kept_cases(path: Path) -> list[dict[str, Any]]:
-    """The cases of a file, each with its machine and versions and its rows; a line that was cut short is left out."""
+    """The cases of a file, each with its machine and versions and its rows; a last line that was cut short is left out.
+
+    Raises ValueError, with the line, for any other line that is no case.
+    """
     found: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if _is_case(entry):
+            found.append(entry)
+        elif entry is not None or number < len(lines) or line.endswith(b"\n"):
+            raise ValueError(f"expected a measured case in line {number} of {path}, got another line: delete the file")
     return found
+
+
+def _is_case(entry: Any) -> bool:
+    kinds = {"case": str, "about": dict, "rows": list}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return all(isinstance(row, dict) for row in entry["rows"])
 
 
 def complete(
