@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nha.bench.timing import Table, select
 from nha.errors import one_line
@@ -43,7 +43,7 @@ def kept_cases(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _is_case(entry: Any) -> bool:
+def _is_case(entry: Any) -> TypeGuard[dict[str, Any]]:
     kinds = {"case": str, "about": dict, "rows": list}
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
         return False
