@@ -55,6 +55,24 @@ def test_rows_of_another_gpu_are_not_mixed_in(measured, tmp_path):
         tiny_run(tmp_path, PLAIN)
 
 
+def test_rows_of_another_model_of_the_same_name_are_neither_taken_nor_mixed_in(measured, tmp_path):
+    _, rows = measured
+    path = tmp_path / "llama-3-8b.csv"
+    model.write_rows(path, [row | {"model": "elsewhere/llama-3-8b"} for row in rows])
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match=r"rows of llama-3-8b in .*llama-3-8b\.csv, got rows of elsewhere/llama-3-8b"):
+        tiny_run(tmp_path, PLAIN)
+    model.write_rows(tmp_path / "llama-3-8b.part-1-of-2.csv", [row | {"T": 7} for row in rows])
+    with pytest.raises(BadInput, match="rows of one model in .*, got rows of elsewhere/llama-3-8b, llama-3-8b"):
+        model.collect("llama-3-8b", tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_name_that_is_no_shape_has_no_tiny_one():
+    with pytest.raises(BadInput, match="smollm2-135m, got nowhere"):
+        shapes.load_original("nowhere", tiny=True)
+
+
 def test_memory_that_is_too_small_is_a_row(tmp_path, monkeypatch):
     def refuse(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -148,18 +148,20 @@ def attempt(variants: Variants, cell: Cell) -> Row:
 class Rows:
     """The table of one run, one row a line on the disk as soon as it is measured; a later run adds what is missing.
 
-    Raises BadInput for a table of another GPU.
+    Raises BadInput for a table of another GPU or of another model, whose directory may have the same name.
     """
 
-    def __init__(self, path: Path, about: Row):
-        self.path, self.about = path, about
+    def __init__(self, path: Path, model: str, about: Row):
+        self.path, self.about = path, about | {"model": model}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read_table(path) if path.exists() else []
-        others = sorted({str(row["gpu"]) for row in self.rows} - {about["gpu"]})
-        if others:
-            raise BadInput(
-                f"expected rows of {about['gpu']} in {path}, got rows of {', '.join(others)}: name a new --output"
-            )
+        for column in ("gpu", "model"):
+            own = str(self.about[column])
+            others = sorted({str(row[column]) for row in self.rows} - {own})
+            if others:
+                raise BadInput(
+                    f"expected rows of {own} in {path}, got rows of {', '.join(others)}: name a new --output"
+                )
         self.rows = [row for row in self.rows if row["status"] in (OK, OUT_OF_MEMORY)]
         write_rows(path, self.rows)
 
@@ -207,12 +209,12 @@ def run(
     """Measure the cells that the table in `out` lacks and start none that would end after `budget_s`.
 
     Returns the number of cells that failed; memory that is too small is no failure. Raises ValueError without a GPU,
-    unless `tiny`, and BadInput for a table of another GPU or a model that cannot be loaded.
+    unless `tiny`, and BadInput for a table of another GPU or model, and for a model that cannot be loaded.
     """
     require_gpu(tiny)
     deadline = time.monotonic() + budget_s
     wanted = wanted if shard is None else shard_of(wanted, shard)
-    table = Rows(table_path(out, name, shard), stamp("torch", "transformers", "triton", "nha"))
+    table = Rows(table_path(out, name, shard), name, stamp("torch", "transformers", "triton", "nha"))
     missing, failed, unrun = [cell for cell in wanted if not table.has(cell)], 0, 0
     variants: Variants | None = None
     for cell in missing:
@@ -227,9 +229,7 @@ def run(
         start = time.perf_counter()
         found = attempt(variants, cell)
         failed += found["status"] not in (OK, OUT_OF_MEMORY)
-        table.add(
-            {"model": name, "variant": cell.variant, "task": cell.task, "how": cell.how, "T": cell.length} | found
-        )
+        table.add({"variant": cell.variant, "task": cell.task, "how": cell.how, "T": cell.length} | found)
         log(f"{line(found)}  {cell} (in {time.perf_counter() - start:.0f} s)")
         if cell.how == "compiled":
             torch._dynamo.reset()
@@ -248,7 +248,7 @@ def line(row: Row) -> str:
 def collect(name: str, out: Path) -> list[Row]:
     """All rows of a model in a directory, parts of shards included, each cell once: the newest counts.
 
-    Raises BadInput if there are none, and for rows of different GPUs, whose ratios would mean nothing.
+    Raises BadInput if there are none, and for rows of different GPUs or models, whose ratios would mean nothing.
     """
     paths = [*sorted(out.glob(f"{label(name)}.part-*.csv")), table_path(out, name)]
     found: dict[tuple, Row] = {}
@@ -260,7 +260,8 @@ def collect(name: str, out: Path) -> list[Row]:
                 found[key] = row
     if not found:
         raise BadInput(f"expected a table of {name} in {out}, found none")
-    machines = sorted({str(row["gpu"]) for row in found.values()})
-    if len(machines) > 1:
-        raise BadInput(f"expected rows of one GPU in {out}, got rows of {', '.join(machines)}")
+    for column, what in (("gpu", "GPU"), ("model", "model")):
+        several = sorted({str(row[column]) for row in found.values()})
+        if len(several) > 1:
+            raise BadInput(f"expected rows of one {what} in {out}, got rows of {', '.join(several)}")
     return sorted(found.values(), key=lambda row: (row["task"], row["variant"], row["how"], row["T"]))

@@ -54,8 +54,10 @@ def shape_config(name: str, tiny: bool = False) -> Any:
 def load_original(name: str, tiny: bool = False) -> Any:
     """The original model on the fastest device, in bfloat16 on a GPU and float32 elsewhere.
 
-    Raises BadInput for a name that is no shape and cannot be loaded, and for a model that is a hybrid already.
+    Raises BadInput for a name that is no shape and cannot be loaded or is to be tiny, and for a hybrid.
     """
+    if tiny and name not in SHAPES:
+        raise BadInput(f"expected a tiny shape of {', '.join(SHAPES)}, got {name}")
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if CUDA else torch.float32
