@@ -105,3 +105,14 @@ def test_a_run_without_time_is_late_and_resumes(table, sources, tmp_path, monkey
 def test_plans_that_cannot_be_are_refused_by_name(changes, name):
     with pytest.raises(ValueError, match=name):
         LanguagePlan(**changes)
+
+
+@pytest.mark.parametrize("name", ["lr", "seed", "window_size", "preset"])
+def test_a_setting_of_the_rows_is_refused_under_train(name):
+    found = yaml.safe_load(TABLE)
+    model = next(iter(found["models"]))
+    own = found | {"models": found["models"] | {model: (found["models"][model] or {}) | {"train": {name: 1}}}}
+    shared = found | {"language": found["language"] | {"train": found["language"]["train"] | {name: 1}}}
+    for table in (own, shared):
+        with pytest.raises(ValueError, match=f"expected {name} as the plan, the models and the rows have it"):
+            parse_table(table)

@@ -28,6 +28,7 @@ from nha.train.settings import TrainSettings
 SHARED_SETTINGS = {"packing": "joined"}
 WINDOW = "window"  # the task of measures at one window of several, whose size is the window
 BY_LENGTH = (PERPLEXITY, NEEDLE)  # tasks of several lengths
+OF_ROWS = ("preset", "window_size", "full_layers", "lr", "seed", "budget")  # settings that `train` cannot hold
 WRITTEN = (*RANGES, NEEDLE)  # parts whose answers a model writes
 QUARTERS = 4
 
@@ -73,7 +74,11 @@ class LanguagePlan:
     ) -> TrainSettings:
         """The settings of one run, `own` those of its model. Raises ValueError for what cannot be."""
         values: dict[str, Any] = SHARED_SETTINGS | {"preset": self.preset, "lr": lr, "seed": seed, "budget": budget}
-        values |= {**self.train, **(own or {})}
+        given = {**self.train, **(own or {})}
+        wrong = [name for name in OF_ROWS if name in given]
+        if wrong:
+            raise ValueError(f"expected {wrong[0]} as the plan, the models and the rows have it, got it under train")
+        values |= given
         try:
             return TrainSettings(**values)
         except TypeError as error:

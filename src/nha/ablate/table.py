@@ -157,6 +157,8 @@ class Table:
         self._check_names()
         self._check_claims()
         for model in self.models:
+            if self.language is not None:
+                self.language.settings(lr=1e-3, seed=0, own=model.train)
             if model.peer is None:
                 check_names("config", model.name, model.config)
                 try:
