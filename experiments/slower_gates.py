@@ -1,4 +1,4 @@
-"""What slower forgetting gives and costs: a constant is added to the gates' biases of a hybrid, nothing is trained.
+"""Gain and cost of slower forgetting: a constant is added to the gates' biases of a hybrid, nothing is trained.
 
     python -m experiments.slower_gates --data DATA --output OUT [--model smollm2-hybrid] [--shifts 0,1.4,2.8]
 
@@ -40,7 +40,7 @@ def shift_gates(model: Any, by: float) -> None:
 
 
 def numbers_of(options: argparse.Namespace) -> PublicSettings:
-    """What is measured at every shift."""
+    """The measures at every shift."""
     return PublicSettings(
         parts=options.parts,
         needle_lengths=options.needle_lengths,
