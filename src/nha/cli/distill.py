@@ -237,8 +237,9 @@ def layers_of(source: loading.Source) -> int:
 
 def context_of(source: loading.Source) -> int | None:
     """The tokens that a model was made for, as its configuration has them, None for the embedded model."""
-    config: Any = source.config
-    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    from nha.models.config import context_length
+
+    return None if source.config is None else context_length(source.config)
 
 
 def ranks_of(source: loading.Source) -> tuple[HeadRanks, bool]:

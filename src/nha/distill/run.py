@@ -48,7 +48,7 @@ from nha.distill.student import Distillation, linear_layers
 from nha.distill.timeline import start_compiler
 from nha.distill.trainer import DistillTrainer, JsonlLogger, Log, Reports, StopCallback, short_windows
 from nha.models.adapter import to_hybrid
-from nha.models.config import FULL, check_windows_end, largest_window, plan_windows, smallest_window
+from nha.models.config import FULL, check_windows_end, context_length, largest_window, plan_windows, smallest_window
 from nha.models.families import check_family
 from nha.models.head import check_head
 from nha.models.windows import attention_layers
@@ -112,11 +112,6 @@ def make_mixture(settings: DistillSettings, world: int = 1, control: bool = Fals
     )
     long_steps = round(settings.long_tokens / (mixture.long_batch_size * settings.long_seq_len * world))
     return dataclasses.replace(mixture, steps=steps + long_steps, long_steps=long_steps)
-
-
-def teacher_context(model: PreTrainedModel) -> int | None:
-    """The tokens that a model was made for: as a teacher it reads longer documents in pieces."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def teacher_steps(settings: DistillSettings, world: int = 1) -> int:
@@ -330,7 +325,7 @@ def distill(
     rank, world = _place()
     windows = check_inputs(model, corpus, settings, control)
     first = 0 if control else teacher_steps(settings, world)
-    context = None if control else teacher_context(model)
+    context = None if control else context_length(model.config)
     stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first, context)
     stream[0]  # raises for sequences too short for recall text
     if compiles(model, settings.compile):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nha.data.packages import check_package
 from nha.evaluate.bootstrap import interval
+from nha.models.config import context_length
 
 FOLDER = Path(__file__).parent / "harness"
 OFFLINE = ("nha_cloze", "nha_choice", "nha_recall")
@@ -100,7 +101,7 @@ def run_tasks(
     Intervals are 95 % bootstrap intervals over documents, None for a metric that is no mean of them. Raises
     ImportError without lm-eval, ValueError for an unknown task; a data set that the Hub lacks raises as datasets does.
     """
-    length = max_seq_len or getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
+    length = max_seq_len or context_length(model.config) or 4096
     if any(name.startswith(GENERATED) for name in names):
         lengths = [n for n in (4096, 8192, 16384, 32768) if n <= length] or [length]
         manager = known_tasks(names, {"pretrained": tokenizer.name_or_path, "max_seq_lengths": lengths})

@@ -24,6 +24,15 @@ LAYER_CHOICES = {"slot_features": SLOT_FEATURES, "value_activation": VALUE_ACTIV
 LayerWindow = int | list[int]  # of a configuration: one for all KV heads of a layer, or one each
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The tokens that a model was made for, as its configuration has them, None if it does not say.
+
+    >>> context_length(LlamaConfig(max_position_embeddings=4096))
+    4096
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def sliding_layers(config: PreTrainedConfig) -> list[bool]:
     """Which layers of a family's configuration attend to a sliding window of their own.
 

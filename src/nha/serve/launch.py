@@ -82,8 +82,10 @@ def choose(asked: str, source: Source, settings: ServeSettings) -> Choice:
 
 def text_length(source: Source) -> int:
     """The longest text that a model's config speaks of."""
+    from nha.models.config import context_length
+
     config: Any = source.config
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH)
+    return context_length(config) or DEFAULT_LENGTH
 
 
 def vllm_command(source: Source, host: str, settings: ServeSettings, options: list[str]) -> list[str]:

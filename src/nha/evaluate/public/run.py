@@ -33,6 +33,7 @@ from nha.evaluate.public.sets import (
     spaced,
 )
 from nha.evaluate.public.written import begins_with, has_answer, write
+from nha.models.config import context_length
 
 FORMAT = "nha-public-v1"
 NEEDLE, PERPLEXITY = "needle", "perplexity"
@@ -185,7 +186,7 @@ class Context:
 def context_of(model: PreTrainedModel) -> Context:
     """The context of a model, as its configuration has it."""
     config = model.config.get_text_config()
-    tokens = getattr(config, "max_position_embeddings", None)
+    tokens = context_length(config)
     rotary = any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta", "rotary_dim"))
     return Context(tokens, tokens is not None and not rotary)
 
