@@ -81,9 +81,8 @@ def find_control(run: Run, runs: Sequence[Run]) -> Run | None:
 
 def beside(run: Run, runs: Sequence[Run]) -> tuple[dict[str, Any], str]:
     """The shares of a run and its name, with a mark where the nearest control stands in for one of the same batches."""
-    control = find_control(run, runs)
-    mark = "" if control is not None else r" \*"
-    return shares(run, control or nearest_control(run, runs)), name_of(run["row"]) + mark
+    mark = "" if find_control(run, runs) is not None else r" \*"
+    return shares(run, nearest_control(run, runs)), name_of(run["row"]) + mark
 
 
 def value_of(row: Mapping[str, Any], name: str) -> float | None:
@@ -359,8 +358,19 @@ def learning_png(runs: Sequence[Run]) -> bytes:
     return to_png(figure)
 
 
-def is_file(row: Mapping[str, Any]) -> bool:
-    """Whether a row measures a small file, whose training is another row's."""
+def to_draw(runs: Sequence[Run]) -> list[Run]:
+    """The runs that pictures show: those of `NOT_DRAWN` only where there is no other hybrid.
+
+    >>> control, hybrid, other = ({"row": {"arm": name}} for name in ("control", "4full", "constant_long"))
+    >>> len(to_draw([control, hybrid])), to_draw([control, hybrid, other]) == [control, other]
+    (2, True)
+    """
+    found = [run for run in runs if run["row"]["arm"] not in NOT_DRAWN]
+    return found if any(run["row"]["arm"] != "control" for run in found) else list(runs)
+
+
+def repeats_training(row: Mapping[str, Any]) -> bool:
+    """Whether a row measures a small file made of another row's training, whose log it holds."""
     recipe = RECIPES.get(row["arm"])
     return recipe is not None and recipe.shipped is not None and recipe.source is not None
 
@@ -394,10 +404,10 @@ def write_report(folder: Path) -> str:
         from nha.report.public import public_png
 
         measured = [run for run in runs if any(run["eval"][kind] for kind in ("sets", "needle", "perplexity"))]
-        measured = [run for run in measured if run["row"]["arm"] not in NOT_DRAWN] or measured
-        first = [some[0] for some in by_recipe(measured).values()]
-        if any(shares(run, find_control(run, runs)) for run in runs):
-            write_atomically(folder / "shares.png", shares_png(measured))
+        drawn = to_draw(measured)
+        first = [some[0] for some in by_recipe(drawn).values()]
+        if any(shares(run, find_control(run, drawn)) for run in drawn):
+            write_atomically(folder / "shares.png", shares_png(drawn))
         facts = folder.parent / "hybridize" / "summary.json"
         if facts.is_file():
             write_atomically(folder / "facts.png", facts_png(json.loads(facts.read_text(encoding="utf-8"))))
@@ -405,10 +415,9 @@ def write_report(folder: Path) -> str:
         if curves is not None:
             write_atomically(folder / "tokens.png", curves)
         if first:
-            write_atomically(folder / "distances.png", distances_png(measured))
-            hybrids = [
-                run for run in first if run["row"]["arm"] != "control" and run["log"] and not is_file(run["row"])
-            ]
+            write_atomically(folder / "distances.png", distances_png(drawn))
+            trained = [run for run in first if run["log"] and not repeats_training(run["row"])]
+            hybrids = [run for run in trained if run["row"]["arm"] != "control"]
             if hybrids:
                 write_atomically(folder / "learning.png", learning_png(hybrids))
             models = {name_of(run["row"]): run["eval"] for run in first}
