@@ -101,9 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     data = read_public(options.data, settings)
     source = loading.find(options.model)
-    tokenizer = loading.load_tokenizer(source)
-    model = loading.load(source, dtype="bfloat16" if cuda else "float32")[0].eval()
-    model = model.to("cuda") if cuda else model  # type: ignore[arg-type]
+    model, tokenizer = loading.load(source, dtype="bfloat16" if cuda else "float32")
     set_state_dtype(model, options.state_dtype)
     shift_gates(model, 0.0)
     options.output.mkdir(parents=True, exist_ok=True)

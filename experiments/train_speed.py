@@ -194,7 +194,7 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Settings and versions that make a row another case."""
+    """The settings that tell the case of a row from all others."""
     return row["preset"], row["case"], row["seq_len"], row["gpus"], row["parallel"]
 
 

@@ -127,13 +127,8 @@ class Table:
     chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for entry in ("lrs", "seeds"):  # which the command line may name
-            check_value(
-                entry,
-                getattr(self, entry),
-                {"lrs": "tuple[float, ...]", "seeds": "tuple[int, ...]"}[entry],
-                BOUNDS[entry],
-            )
+        for entry, kind in (("lrs", "tuple[float, ...]"), ("seeds", "tuple[int, ...]")):  # the command line names them
+            check_value(entry, getattr(self, entry), kind, BOUNDS[entry])
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"expected models of different names, got {', '.join(names) or 'none'}")

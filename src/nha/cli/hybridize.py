@@ -161,9 +161,10 @@ def with_full(windows: Sequence[Window], full_layers: Collection[int] | None) ->
 def check_convertible(
     source: loading.Source, windows: int | Sequence[Window], full_layers: list[int]
 ) -> Sequence[Window]:
-    """The window of every layer. Raises BadInput, before any weight is read, for a family that cannot be converted.
+    """The window of every layer.
 
-    So does it for layer numbers and windows that the model cannot have.
+    Raises BadInput, before any weight is read, for a family that cannot be converted, and for layer numbers and windows
+    that the model cannot have.
     """
     if source.config is None:
         from nha.models.smollm2 import LAYERS
