@@ -404,6 +404,7 @@ class Shard:
         """Train and measure a run, and write it; False if the time was up."""
         import torch
 
+        from experiments.slower_gates import shift_gates
         from nha.io import write_atomically
         from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 
@@ -418,6 +419,8 @@ class Shard:
         found = self.read_shipped(trained) if from_file else self.train(trained)
         if found is None:
             return False
+        if run.recipe and run.recipe.gate_shift:
+            shift_gates(found.model, run.recipe.gate_shift)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")

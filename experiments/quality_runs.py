@@ -89,6 +89,7 @@ class Recipe:
         long_fraction: of the tokens, in long sequences.
         state_dtype: how caches keep states while the recipe is measured (see `nha.models.windows.set_state_dtype`).
         kv_cache_dtype: how they keep keys and values of full heads meanwhile (see `set_kv_cache_dtype` there).
+        gate_shift: added to the gates' biases of the trained model (see `experiments.slower_gates`).
     """
 
     name: str
@@ -102,6 +103,7 @@ class Recipe:
     long_fraction: float = 0.5
     state_dtype: str = "float32"
     kv_cache_dtype: str = "auto"
+    gate_shift: float = 0.0
 
 
 RECALL = {"answer_weight": 0.75}  # of the hybrid alone: slots learn recall more slowly than perplexity
@@ -124,6 +126,16 @@ FLOOR4 = Heads(((22, FULL),), 304, MEAN_PLAN)
 FLOOR1 = Heads(((2, FULL), (13, 2240)), 256, MEAN_PLAN)
 FLOOR0 = Heads(((12, 1088),), 64, MEAN_PLAN)
 INT8: dict[str, Any] = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
+LONG_TRAINED: dict[str, Any] = {
+    "budget": "constant",
+    "changes": FAR_RECALL,
+    "heads": FLOOR0,
+    "long_needles": LONG,
+    "teacher_fraction": 0.15,
+    "long_fraction": 0.6,
+    **INT8,
+}
+SHIFT = 1.4  # slots keep what they hold 4 times as long
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Recipes of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in
@@ -167,7 +179,8 @@ RECIPES = {
         Recipe("4full_floor", "4full", {}, FLOOR4, (32768,), teacher_fraction=HALF, **INT8),
         Recipe("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
         Recipe("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
-        Recipe("constant_long", "constant", FAR_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8),
+        Recipe("constant_long", **LONG_TRAINED),
+        Recipe("constant_slow", source="constant_long", gate_shift=SHIFT, **LONG_TRAINED),
         Recipe(
             "constant_far", "constant", FARTHER_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8
         ),
@@ -177,18 +190,7 @@ RECIPES = {
         Recipe("constant_teacher", "constant", {}, NARROW, LONG, teacher_fraction=TEACHER),
         Recipe("constant_recall", "constant", RECALL, NARROW, LONG, teacher_fraction=0.2),
         Recipe("constant64_teacher", "constant", {}, None, LONG, teacher_fraction=TEACHER),
-        Recipe(
-            "shipped",
-            "constant",
-            FAR_RECALL,
-            FLOOR0,
-            LONG,
-            shipped="file",
-            source="constant_long",
-            teacher_fraction=0.15,
-            long_fraction=0.6,
-            **INT8,
-        ),
+        Recipe("shipped", shipped="file", source="constant_long", **LONG_TRAINED),
         Recipe(
             "shipped_recall",
             "constant",
@@ -210,18 +212,8 @@ RECIPES = {
             teacher_fraction=0.2,
             **INT8,
         ),
-        Recipe(
-            "shipped_long",
-            "constant",
-            FAR_RECALL,
-            FLOOR0,
-            LONG,
-            shipped="packed",
-            source="constant_long",
-            teacher_fraction=0.15,
-            long_fraction=0.6,
-            **INT8,
-        ),
+        Recipe("shipped_long", shipped="packed", source="constant_long", **LONG_TRAINED),
+        Recipe("shipped_slow", shipped="packed", source="constant_long", gate_shift=SHIFT, **LONG_TRAINED),
         Recipe(
             "shipped_far",
             "constant",

@@ -5,7 +5,8 @@
 A log-gate is logsigmoid(x) / 8. Where x is large, as for a token that a slot lets pass, x + c divides it by e^c: a slot
 keeps what it holds e^c times as long. Where x is far below 0, as for a token that a slot takes, it hardly moves.
 Needles of --needle-lengths, perplexity by --lengths and verbatim clozes are measured as `nha eval public` does. A shift
-is written to OUT/slower_gates.json as soon as it is measured, and one that is there is not measured again.
+is written to OUT/slower_gates.json as soon as it is measured, and one that is there is not measured again. Needles and
+clozes are others than those that are reported, so that a shift can be chosen by them.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def numbers_of(options: argparse.Namespace) -> PublicSettings:
         lengths=options.lengths,
         documents=options.documents,
         clozes=options.clozes,
+        seed=options.seed,
     )
 
 
@@ -96,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=ints, default=(2048, 8192))
     parser.add_argument("--documents", type=int, default=PublicSettings.documents)
     parser.add_argument("--clozes", type=int, default=PublicSettings.clozes)
+    parser.add_argument("--seed", type=int, default=1, help="of needles and clozes; the reported ones have 0")
     options = parser.parse_args(arguments)
     settings = numbers_of(options)
     cuda = torch.cuda.is_available()
@@ -107,7 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     path, now = options.output / RESULT, 0.0
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    about = {"model": options.model, "state_dtype": options.state_dtype, "identity": str(data.identity)}
+    about = {
+        "model": options.model,
+        "state_dtype": options.state_dtype,
+        "seed": options.seed,
+        "identity": str(data.identity),
+    }
     for shift in options.shifts:
         if any(row["shift"] == shift and row["about"] == about for row in rows):
             continue
