@@ -404,9 +404,8 @@ class Shard:
         """Train and measure a run, and write it; False if the time was up."""
         import torch
 
-        from experiments.slower_gates import shift_gates
         from nha.io import write_atomically
-        from nha.models.windows import set_kv_cache_dtype, set_state_dtype
+        from nha.models.windows import set_kv_cache_dtype, set_state_dtype, shift_gates
 
         cuda = torch.cuda.is_available()
         if cuda:

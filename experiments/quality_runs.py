@@ -89,7 +89,7 @@ class Recipe:
         long_fraction: of the tokens, in long sequences.
         state_dtype: how caches keep states while the recipe is measured (see `nha.models.windows.set_state_dtype`).
         kv_cache_dtype: how they keep keys and values of full heads meanwhile (see `set_kv_cache_dtype` there).
-        gate_shift: added to the gates' biases of the trained model (see `experiments.slower_gates`).
+        gate_shift: added to the gates' biases of the trained model (see `experiments/slower_gates.py`).
     """
 
     name: str
@@ -135,7 +135,7 @@ LONG_TRAINED: dict[str, Any] = {
     "long_fraction": 0.6,
     **INT8,
 }
-SHIFT = 1.4  # slots keep what they hold 4 times as long
+SHIFT = 2.1  # slots keep what they hold 8 times as long
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Recipes of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in
@@ -245,7 +245,8 @@ RECIPES = {
 NOT_DRAWN = frozenset(
     ("4full", "1full", "4full_heads", "1full_heads", "4full_mixed", "1full_mixed", "4full_half", "1full_half")
 )
-NOT_DRAWN |= {"constant_heads", "constant_teacher", "shipped_recall", "shipped_floor", "shipped_far"}
+NOT_DRAWN |= {"4full_int8", "1full_int8", "constant_heads", "constant_teacher", "constant_recall", "constant_floor"}
+NOT_DRAWN |= {"constant_far", "shipped_recall", "shipped_floor", "shipped_long", "shipped_far"}
 DEFAULT_RECIPES = ("4full_heads", "1full_heads", "constant_heads", "constant_teacher")
 
 

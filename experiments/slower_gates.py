@@ -1,9 +1,8 @@
-"""Gain and cost of slower forgetting: a constant is added to the gates' biases of a hybrid, nothing is trained.
+"""Gain and cost of slower forgetting: a constant is added to the gates' biases of a hybrid, nothing is trained
+(see `nha.models.windows.shift_gates`).
 
     python -m experiments.slower_gates --data DATA --output OUT [--model smollm2-hybrid] [--shifts 0,1.4,2.8]
 
-A log-gate is logsigmoid(x) / 8. Where x is large, as for a token that a slot lets pass, x + c divides it by e^c: a slot
-keeps what it holds e^c times as long. Where x is far below 0, as for a token that a slot takes, it hardly moves.
 Needles of --needle-lengths, perplexity by --lengths and verbatim clozes are measured as `nha eval public` does. A shift
 is written to OUT/slower_gates.json as soon as it is measured, and one that is there is not measured again. Needles and
 clozes are others than those that are reported, so that a shift can be chosen by them.
@@ -24,20 +23,11 @@ from experiments.distill import versions
 from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicSettings, measure_public, read_public
 from nha.io import write_atomically
 from nha.models import loading
-from nha.models.windows import attention_layers, set_state_dtype
+from nha.models.windows import set_state_dtype, shift_gates
 from nha.report.results import to_json
 
 RESULT = "slower_gates.json"
 PARTS = (NEEDLE, PERPLEXITY, "cloze_near", "cloze_far")
-
-
-@torch.no_grad()
-def shift_gates(model: Any, by: float) -> None:
-    """Add a constant to the biases of all gates, in place. Raises ValueError for exact slots, which have scores."""
-    if model.config.slot_write != "soft":
-        raise ValueError(f"expected a hybrid of slot_write 'soft', got {model.config.slot_write!r}")
-    for module in attention_layers(model):
-        module.nha.g_proj.bias += by
 
 
 def numbers_of(options: argparse.Namespace) -> PublicSettings:
@@ -91,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-hybrid")
     parser.add_argument("--state-dtype", default="float32")
-    parser.add_argument("--shifts", type=lambda s: tuple(map(float, s.split(","))), default=(0.0, 1.4, 2.8, 4.2))
+    parser.add_argument("--shifts", type=lambda s: tuple(map(float, s.split(","))), default=(0.0, 1.4, 2.1, 2.8))
     parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), default=PARTS)
     parser.add_argument("--needle-lengths", type=ints, default=(8192, 32768, 65536, 131072))
     parser.add_argument("--needles", type=int, default=4, help="of each depth (5 depths)")

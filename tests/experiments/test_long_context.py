@@ -46,7 +46,7 @@ def test_every_part_of_both_models_is_kept_and_shown(tmp_path, capsys):
 def test_the_page_shows_the_needles_of_the_record_and_the_long_prompts():
     root = Path(__file__).parents[2]
     page = (root / "docs" / "long_context.md").read_text(encoding="utf-8")
-    run = json.loads((root / "results" / "quality" / "runs" / "shipped_long-50M-0.json").read_text(encoding="utf-8"))
+    run = json.loads((root / "results" / "quality" / "runs" / "shipped_slow-50M-0.json").read_text(encoding="utf-8"))
     assert long_context.needles_by_distance(run["eval"]["needle"]) in page
     shown = page.partition("<!-- long prompts -->\n")[2].partition("<!-- /long prompts -->")[0]
     record = root / "results" / "long_context" / "long_context.json"

@@ -80,7 +80,13 @@ RECIPES = {
         64,
         0.0,
         0.15,
-        {"tokens": 50e6, "long_range_fraction": 0.75, "recall_fraction": 0.5, "answer_weight": 1.0},
+        {
+            "tokens": 50e6,
+            "long_range_fraction": 0.75,
+            "recall_fraction": 0.5,
+            "answer_weight": 1.0,
+            "gate_shift": 2.1,
+        },
         0.6,
     ),
 }

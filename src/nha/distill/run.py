@@ -51,7 +51,7 @@ from nha.models.adapter import to_hybrid
 from nha.models.config import FULL, check_windows_end, context_length, largest_window, plan_windows, smallest_window
 from nha.models.families import check_family
 from nha.models.head import check_head
-from nha.models.windows import attention_layers
+from nha.models.windows import attention_layers, shift_gates
 from nha.ops.heads import Window, all_windows
 
 SOFT_ALIGN_LR, SHARP_ALIGN_LR = 6e-4, 1e-2  # of gates, which have logits of deviation 6 and 100
@@ -290,7 +290,7 @@ def distill(
     see `train_teacher`. Stage 1 aligns each layer's attention output with the original one on the original inputs:
     only gates and sinks move. Stage 2 trains from end to end, on the KL divergence from the original model's
     predictions, the cross-entropy of text and that of the answers in recall text. Stage 3, with `long_tokens`, goes on
-    in longer sequences.
+    in longer sequences. At the end `gate_shift` makes slots forget more slowly; checkpoints hold the gates as trained.
 
     The directory `run` holds settings, checkpoints and log (JSON lines and TensorBoard). Called again with the same
     arguments, a run that was stopped in any way resumes with the same batches, optimizer and randomness, hence with
@@ -347,6 +347,8 @@ def distill(
             teacher_log = found.log
         used = [FULL] * len(windows) if control else windows
         found = _train(model, stream, run, settings, used, wanted, control, reports, stop)
+    if found.finished and settings.gate_shift and not control:
+        shift_gates(found.model, settings.gate_shift)
     return dataclasses.replace(found, steps=first + found.steps, teacher_log=teacher_log)
 
 

@@ -141,6 +141,14 @@ class DistillSettings:
     )
     fact_warmup: float = fraction(0.0, "Fraction of the steps over which the number of facts rises to its largest.")
     window_dropout: float = fraction(0.0, "Fraction of the steps with a quarter of the window.")
+    gate_shift: float = setting(
+        0.0,
+        "Added to the biases of the trained gates, so that slots keep what they hold up to e^x times as long; "
+        "of soft slots.",
+        at_least=0,
+        at_most=20,
+        resumable=True,
+    )
     slots_off: bool = setting(False, "Train window and sinks alone, as a baseline.")
     compile: str = setting(
         "auto",
@@ -165,6 +173,8 @@ class DistillSettings:
         answers = self.recall_fraction * self.answer_weight
         if self.kl_weight == self.ce_weight == answers == 0:
             raise ValueError("expected a loss, got kl_weight, ce_weight and answer_weight of 0")
+        if self.gate_shift and self.slot_write != "soft":
+            raise ValueError(f"expected slot_write 'soft' with gate_shift, got {self.slot_write!r}")
         if self.long_tokens > self.tokens:
             raise ValueError(f"expected long_tokens of at most tokens, {self.tokens:g}, got {self.long_tokens:g}")
         self._check_teacher()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
@@ -165,6 +166,38 @@ def set_kv_cache_dtype(model: PreTrainedModel, kv_cache_dtype: str) -> None:
     hybrid_layers(model)
     check_kv_cache_dtype(kv_cache_dtype)
     decoder(model).config.kv_cache_dtype = kv_cache_dtype
+
+
+@torch.no_grad()
+def shift_gates(model: PreTrainedModel, by: float) -> None:
+    """Add a constant to the biases of a hybrid's gates, in place: slots forget more slowly, or faster for `by` below 0.
+
+    A log-gate is logsigmoid(x) / 8. Where x is large, as for a token that a slot lets pass, x + by divides it by
+    e^by: a slot keeps what it holds e^by times as long. Where x is far below 0, as for a token that a slot takes, it
+    hardly moves. What that gains and costs is measured in docs/long_context.md.
+
+    Raises ValueError for a model that is no hybrid, for exact slots, whose projection gives scores, and for
+    `NHAForCausalLM`, whose gates have no bias.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from nha import hybridize
+    >>> base = LlamaConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
+    >>> ids = torch.arange(32)[None] % 9
+    >>> model = hybridize(LlamaForCausalLM(base), num_slots=2, window_size=4, calibration=ids)
+    >>> bias = hybrid_layers(model)[0].nha.g_proj.bias
+    >>> before = bias.tolist()
+    >>> shift_gates(model, 2.0)
+    >>> {round(after - x, 3) for after, x in zip(bias.tolist(), before)}
+    {2.0}
+    """
+    layers, write = hybrid_layers(model), decoder(model).config.slot_write
+    if write != "soft":
+        raise ValueError(f"expected slots of slot_write 'soft', got {write!r}")
+    biases = [getattr(module, "nha", module).g_proj.bias for module in layers]
+    if None in biases:
+        raise ValueError(f"expected gates with biases, got those of {type(model).__name__}, which have none")
+    for bias in biases:
+        bias += by
 
 
 @contextmanager
