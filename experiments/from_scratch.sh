@@ -5,10 +5,11 @@
 #
 # ONLY names the parts, of which each fills most of a GPU for ten minutes: recall (MQAR and two tasks of MAD), language
 # (20 M parameters, three seeds), large (60 M, and one model for every window), layer (choices of the layer), and peers, where
-# flash-linear-attention is installed. Without ONLY all but the peers share the GPU. Rows that are in results/from_scratch are
-# not made again. A row is written as soon as it is measured; add all to the page by `nha ablate --summarize --add OUT`. DATA
-# holds text/ and eval/. CORPUS is a folder with the tokens of the text, used if it is there; NHA_QUALITY_MODEL names a .gguf
-# for the tokenizer. TABLES is a folder whose tables take the place of the built-in ones, for a trial.
+# flash-linear-attention is installed. Without ONLY all but the peers share the GPU; the rows of 60 M are safest alone, by
+# ONLY=large. Rows that are in results/from_scratch are not made again. A row is written as soon as it is measured; add all to the
+# page by `nha ablate --summarize --add OUT`. DATA holds text/ and eval/. CORPUS is a folder with the tokens of the text, used if
+# it is there; NHA_QUALITY_MODEL names a .gguf for the tokenizer. TABLES is a folder whose tables take the place of the built-in
+# ones, for a trial.
 set -u
 DATA=$(realpath "$1") OUT=$2 LIMIT=$3
 export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true CUDA_DEVICE_MAX_CONNECTIONS=32
@@ -49,8 +50,12 @@ P
   for i in 1 2 3; do
     has language && jobs_of "language-$i" "$TEXT --shard $i/3" "language-muon:0,1,2:" &
   done
+  has large && { # rows of 60 M one after another: beside other processes they ended with launch failures
+    jobs_of large "$TEXT" "language-60m:0:nha,transformer,linear,window"
+    for i in 1 2; do jobs_of "large-$i" "$TEXT --shard $i/2" "windows:0:" & done
+    wait
+  } &
   for i in 1 2; do
-    has large && jobs_of "large-$i" "$TEXT --shard $i/2" "language-60m:0:nha,transformer,linear,window" "windows:0:" &
     has layer && jobs_of "layer-$i" "$TEXT --shard $i/2" "layer:0:" "layer:1,2:plain,qk norm,convolution" &
   done
 fi
