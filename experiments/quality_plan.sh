@@ -6,12 +6,13 @@
 #     FIRST=1full_half,1full_int8 OTHER=none FILES= ...    # states in float32, then in int8; no small files
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
-# What is to run next, each alone on a card (the pair shares one, and the teacher of the first to train it):
-#     FIRST=4full_floor OTHER=1full_floor FILES= SECONDS_GIVEN=520
-# Without full heads with other seeds, whose controls are there, both on one card:
-#     FIRST=constant_long FIRST_EXTRA="--seeds 1" OTHER=constant_long OTHER_EXTRA="--seeds 2" EXTRA="--tokens constant=50e6" SECONDS_GIVEN=820
+# What is to run next: the third seed without full heads, whose control is there, and the other seed of the rows with 22 and 2 full
+# heads, two on a card. `constant_slow` and `shipped_slow` measure a trained `constant_long` of the same WORK with slower gates:
+#     FIRST=constant_long,constant_slow,shipped_slow FIRST_EXTRA="--seeds 2" OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=900
+#     FIRST=4full_floor FIRST_EXTRA="--seeds 1" OTHER=1full_floor OTHER_EXTRA="--seeds 1" FILES= SECONDS_GIVEN=520
 # then with half of the tokens, which tells them from the recall text:
 #     FIRST=constant_long OTHER=constant_long OTHER_CONTROLS=--only-controls EXTRA="--tokens constant=25e6" SECONDS_GIVEN=620
+# With 100e6 tokens a hybrid beside its control took 979 and 900 seconds of training on one card.
 # A control in rows of 32,768 tokens (constant_far) trains at 60,000 tokens a second alone on a card.
 #
 # Seconds of 1full_half alone on an H200 with an empty cache of compiled kernels: model and tokens ready 47, teacher of 12.5 M tokens

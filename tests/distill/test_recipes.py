@@ -53,13 +53,21 @@ def test_recipes_of_the_embedded_model_have_the_windows_that_were_measured():
     plan = load_plan(ROOT / "results/plans/smollm2-heads20.json")
     ranks = searched_heads(SMOLLM2, [3] * 30)
     assert ranks is not None and list(ranks.ranked) == top_heads(plan.weights, len(ranks.ranked))
-    for name, recipe in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_long")):
+    for name, recipe in (("quality", "4full_half"), ("balanced", "1full_half"), ("constant", "constant_slow")):
         settings = recipe_settings(name, 30, ranks=ranks)
         _, measured = make_runs([recipe], [0], {recipe: settings.tokens})
         assert per_layer(settings.window_size, 3) == per_layer(measured.settings.window_size, 3)
+        assert measured.recipe is not None
         assert dataclasses.replace(settings, window_size=64, save_every=400) == dataclasses.replace(
-            measured.settings, window_size=64
+            measured.settings, window_size=64, gate_shift=measured.recipe.gate_shift
         )
+
+
+def test_exact_slots_take_a_recipe_without_its_shift_of_gates():
+    assert recipe_settings("constant", 12).gate_shift == 2.1
+    assert recipe_settings("constant", 12, given={"slot_write": "exact"}).gate_shift == 0
+    with pytest.raises(ValueError, match="'soft'.*'exact'"):
+        recipe_settings("constant", 12, given={"slot_write": "exact", "gate_shift": 1.0})
 
 
 def test_windows_of_heads_are_in_proportion_and_what_is_given_overrides_them():

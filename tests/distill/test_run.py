@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,19 @@ def test_how_often_to_save_may_change_when_a_run_is_resumed(given, whole_run, tm
     distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(budget=0.0))
     found = distill(tiny(), tokenizer, corpus, tmp_path / "run", settings(save_every=100, log_every=3))
     assert_same_bits(weights(found.model), weights(whole_run[0].model))
+
+
+def test_a_shift_of_gates_comes_after_training_and_once(given, whole_run, tmp_path):
+    corpus, tokenizer = given
+    _, run = whole_run
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    wanted = dict(distill(tiny(), tokenizer, corpus, place, settings()).model.state_dict())
+    for _ in range(2):  # a run that is read back is shifted from what was trained
+        found = distill(tiny(), tokenizer, corpus, place, settings(gate_shift=1.5)).model
+        for name, x in found.state_dict().items():
+            shift = 1.5 if name.endswith("g_proj.bias") else 0.0
+            assert torch.equal(x, wanted[name] + shift), name
 
 
 def test_a_directory_with_something_else_is_left_alone(given, tmp_path):

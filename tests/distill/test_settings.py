@@ -18,6 +18,7 @@ def test_settings_are_json_and_their_defaults_are_within_bounds():
     assert json.loads(json.dumps(dataclasses.asdict(DistillSettings())))["batch_size"] == 16
     assert set(DistillSettings(teacher_tokens=1e6).identity()) == {f.name for f in FIELDS} - {
         "compile",
+        "gate_shift",
         "save_every",
         "log_every",
         "budget",

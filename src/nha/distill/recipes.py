@@ -137,6 +137,8 @@ def recipe_settings(
         raise ValueError(f"expected a recipe out of {', '.join(RECIPES)}, got {name!r}")
     recipe, given = RECIPES[name], dict(given or {})
     values = {**recipe.changes, **given}
+    if values.get("slot_write", "soft") != "soft" and "gate_shift" not in given:  # such slots have no gates to shift
+        values.pop("gate_shift", None)
     tokens = values.get("tokens", DistillSettings().tokens)
     values = _within(context, values) if context else values
     plain = {name: values.get(name, getattr(DistillSettings, name)) for name in ("seq_len", "long_seq_len")}
