@@ -46,6 +46,24 @@ def test_a_case_that_fails_is_named_at_the_end_with_exit_code_1_and_the_others_a
     assert {path.name for path in tmp_path.iterdir()} == {"cpu.csv", "cpu-lengths.csv", "cpu-model.csv"}
 
 
+@pytest.mark.parametrize("command", ["cpu", "model"])
+def test_a_run_without_time_for_a_row_says_that_the_same_command_goes_on(tmp_path, command):
+    done = run(command, "--tiny", "--budget-s", "0", "--output", str(tmp_path))
+    assert done.exit_code == 0 and not done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("0 ") and "run the command again" in last
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".csv"]
+
+
+def test_a_model_without_a_row_is_not_drawn_until_one_is_measured(tmp_path):
+    arguments = ("model", "--tiny", "--output", str(tmp_path))
+    assert run(*arguments, "--budget-s", "0").exit_code == 0
+    done = run(*arguments, "--draw")
+    assert done.exit_code == 2 and "found none" in done.stderr
+    done = run(*arguments, "--only", "^hybrid-0 prefill one call T20$")
+    assert done.exit_code == 0 and (tmp_path / "llama-3-8b.html").is_file()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     "arguments, names",

@@ -234,7 +234,8 @@ def run(
         if cell.how == "compiled":
             torch._dynamo.reset()
         model_measure.clear()
-    log(f"{len(table.rows)} rows in {table.path}, {failed} failed, {unrun} not started for lack of time")
+    later = ": run the command again for them" if unrun else ""
+    log(f"{len(table.rows)} rows in {table.path}, {failed} failed, {unrun} not started for lack of time" + later)
     return failed
 
 
@@ -248,7 +249,7 @@ def line(row: Row) -> str:
 def collect(name: str, out: Path) -> list[Row]:
     """All rows of a model in a directory, parts of shards included, each cell once: the newest counts.
 
-    Raises BadInput if there are none, and for rows of different GPUs or models, whose ratios would mean nothing.
+    Raises BadInput for rows of different GPUs or models, whose ratios would mean nothing.
     """
     paths = [*sorted(out.glob(f"{label(name)}.part-*.csv")), table_path(out, name)]
     found: dict[tuple, Row] = {}
@@ -258,8 +259,6 @@ def collect(name: str, out: Path) -> list[Row]:
             old = found.get(key)
             if old is None or (row["status"] == OK, row["date"]) >= (old["status"] == OK, old["date"]):
                 found[key] = row
-    if not found:
-        raise BadInput(f"expected a table of {name} in {out}, found none")
     for column, what in (("gpu", "GPU"), ("model", "model")):
         several = sorted({str(row[column]) for row in found.values()})
         if len(several) > 1:

@@ -117,6 +117,10 @@ def model(
     else:
         failed = 0
     rows = bench.collect(name, output)
+    if not rows and draw:
+        raise BadInput(f"expected a table of {name} in {output}, found none")
+    if not rows:  # no time was left for any, which the last line says
+        return
     bench.write_rows(bench.table_path(output, name), rows)
     for line in model_page.summary(rows):
         log(line)
