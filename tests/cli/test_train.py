@@ -174,6 +174,32 @@ def test_a_dry_run_takes_text_and_a_corpus_that_the_run_would_take(place, tmp_pa
 
 
 @pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--seq-len", "1000000", "--tokens", "1e7"], "expected more than 1000000 tokens to train on"),
+        (["--window", "1000", "--seq-len", "1001"], "expected documents longer than the window, 1000 tokens"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_a_corpus_that_is_too_small_as_the_run_itself_does(place, tmp_path, arguments, words):
+    text, corpus = ["--text", str(place / "texts.jsonl")], ["--corpus", str(tmp_path / "corpus")]
+    options = [str(tmp_path / "run"), "--tokenizer", str(place / "bytes"), "--settings", str(place / "settings.yaml")]
+
+    def go(*more):
+        return runner.invoke(app, ["train", *options, *arguments, *more])
+
+    assert go(*text, *corpus, "--dry-run").exit_code == go("--dry-run").exit_code == 0
+    assert go(*text, *corpus, "--prepare-only").exit_code == 0
+    for given in ([*text, *corpus], corpus):
+        real, dry = go(*given), go(*given, "--dry-run")
+        assert real.exit_code == dry.exit_code == 2 and words in dry.stderr.replace("\n", " ") and not dry.stdout
+        assert dry.stderr.partition("error: ")[2] == real.stderr.partition("error: ")[2]
+    (tmp_path / "corpus" / "tokens.bin").write_bytes(b"")
+    assert go(*text, *corpus, "--dry-run").exit_code == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--window", "32"],

@@ -40,18 +40,22 @@ class Text:
         """Where the tokens are kept."""
         return self.corpus or self.output.with_name(self.output.name + ".corpus")
 
-    def check(self, load: Callable[[], PreTrainedTokenizerBase]) -> None:
-        """Raise what `read` raises for what is named before it reads any text; `load` loads the tokenizer."""
+    def check(self, load: Callable[[], PreTrainedTokenizerBase]) -> Corpus | None:
+        """Raise what `read` raises for what is named before it reads any text; `load` loads the tokenizer.
+
+        Returns the corpus, if there is one already.
+        """
         from nha.data.corpus import open_corpus
-        from nha.data.prepare import check_preparation
+        from nha.data.prepare import check_preparation, existing_corpus
         from nha.data.sources import check_sources
 
         if self.sources is not None:
             check_sources(self.sources)
             options: dict[str, Any] = {"field": self.field, "held_out_fraction": self.held_out}
-            check_preparation(self.sources, self.cache, load(), **options)
-        elif self.corpus is not None:
-            open_corpus(self.corpus, load())
+            tokenizer = load()
+            check_preparation(self.sources, self.cache, tokenizer, **options)
+            return existing_corpus(self.cache, tokenizer)
+        return None if self.corpus is None else open_corpus(self.corpus, load())
 
     def read(self, load: Callable[[], PreTrainedTokenizerBase]) -> tuple[PreTrainedTokenizerBase, Corpus]:
         """The tokenizer and the corpus, which is made from the sources if some are named and it is not there yet."""

@@ -71,9 +71,9 @@ def train(
     common.check_range("--held-out", held_out, at_least=0, below=1)
     if dry_run:
         common.check_range("--mfu", mfu, above=0, at_most=1)
-        own.check(load)
+        found = own.check(load)
         with option_errors(TrainSettings):
-            report_estimate(settings, len(load()), (*common.parse_gpus(gpu), mfu), as_json)
+            report_estimate(settings, len(load()), found, (*common.parse_gpus(gpu), mfu), as_json)
         return
     stop = Stop(settings.budget)
     try:
@@ -113,22 +113,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def report_estimate(
-    settings: TrainSettings, vocabulary: int, machine: tuple[str | None, int, float], as_json: bool
+    settings: TrainSettings,
+    vocabulary: int,
+    corpus: Corpus | None,
+    machine: tuple[str | None, int, float],
+    as_json: bool,
 ) -> None:
     """Print parameters, memory and time of a run on a machine: (GPU, how many, fraction of their peak)."""
     import torch
 
-    from nha.models.config import check_windows_end
     from nha.models.nha import NHAForCausalLM
     from nha.train.estimate import PEAK_OPERATIONS, device_bytes, estimate, peak_operations
     from nha.train.presets import model_config
+    from nha.train.run import check_data
 
     gpu, gpus, mfu = machine
     if gpu is not None and peak_operations(gpu) is None:
         raise BadInput(f"expected --gpu to be one of {', '.join(PEAK_OPERATIONS)}, got {gpu!r}")
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, vocabulary))
-    check_windows_end(settings.random_windows or model.config.window_sizes, settings.seq_len)
+    check_data(corpus, model.config, settings)
     found = estimate(model, settings, world=gpus, device=gpu, utilisation=mfu)
     available = device_bytes() if gpu is None else None
     if as_json:

@@ -54,12 +54,19 @@ def prepare(
     made_from = check_preparation(
         sources, path, tokenizer, field=field, held_out_fraction=held_out_fraction, min_tokens=min_tokens
     )
-    if (path / "meta.json").is_file():
-        with contextlib.suppress(ValueError):  # a damaged one is made anew
-            return open_corpus(path, tokenizer)
+    if (found := existing_corpus(path, tokenizer)) is not None:
+        return found
     with atomic_directory(path) as work:
         _write(work, documents(sources, field), tokenizer, made_from, progress)
     return open_corpus(path, tokenizer)
+
+
+def existing_corpus(path: Path, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
+    """The corpus in `path`; None where there is none, or a damaged one, which `prepare` makes anew."""
+    if (path / "meta.json").is_file():
+        with contextlib.suppress(ValueError):
+            return open_corpus(path, tokenizer)
+    return None
 
 
 def check_preparation(

@@ -69,13 +69,18 @@ def vocabulary(data: Corpus | Rows) -> int:
     return data.meta["tokenizer"]["vocabulary"] if isinstance(data, Corpus) else data.vocab_size
 
 
-def check_data(data: Corpus | Rows, config: Any, settings: TrainSettings) -> None:
-    """Raise ValueError for data that cannot train a model of this configuration."""
+def check_data(data: Corpus | Rows | None, config: Any, settings: TrainSettings) -> None:
+    """Raise ValueError for data that cannot train a model of this configuration.
+
+    Without data yet, only for sequences that would write nothing to the slots.
+    """
+    windows = getattr(config, "window_sizes", None)
+    check_windows_end(settings.random_windows or windows or (), settings.seq_len)
+    if data is None:
+        return
     tokens = vocabulary(data)
     if tokens > config.vocab_size:
         raise ValueError(f"expected at most {config.vocab_size} different tokens, the model's, got {tokens}")
-    windows = getattr(config, "window_sizes", None)
-    check_windows_end(settings.random_windows or windows or (), settings.seq_len)
     if not isinstance(data, Corpus):
         return
     if settings.packing == "documents" and windows is None:
@@ -99,7 +104,7 @@ def check_fit(settings: TrainSettings, vocab_size: int, world: int = 1) -> None:
     """Raise ValueError for a preset's run that would write no slot, or not fit into memory, before it has weights."""
     with torch.device("meta"):
         model = NHAForCausalLM(model_config(settings, vocab_size))
-    check_windows_end(settings.random_windows or model.config.window_sizes, settings.seq_len)
+    check_data(None, model.config, settings)
     check_memory(estimate(model, settings, world=world))
 
 
