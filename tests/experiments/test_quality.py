@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiments import quality
 from experiments.quality_curves import nearest_control, seeds_table, tokens_png
 from experiments.quality_report import AVERAGES, average_ratio, find_control, shares, summary_rows, table
 from experiments.quality_runs import BUDGETS, DEFAULT_RECIPES, RECIPES, batches_digest, budget_of, deal, make_runs
+from experiments.quality_targets import targets_table
 from nha.evaluate.public.run import KNOWLEDGE
 from nha.models.config import FULL
 from nha.models.delta import read_delta
@@ -226,7 +228,7 @@ def test_a_run_is_measured_again_as_a_packed_file_and_with_states_in_int8(place,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality.Shard, "train", train)
         one_full: dict[str, Any] = {"changes": {"full_layers": (1,)}}
-        packed = replace(RECIPES["ship_svd"], name="from_constant", shipped="packed", **one_full)
+        packed = replace(RECIPES["ship_svd"], name="from_constant", shipped="packed", gate_shift=1.5, **one_full)
         patch.setitem(RECIPES, "from_constant", packed)
         patch.setitem(RECIPES, "constant", replace(RECIPES["constant"], name="one_full", **one_full))
         formats = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
@@ -234,16 +236,26 @@ def test_a_run_is_measured_again_as_a_packed_file_and_with_states_in_int8(place,
         patch.setitem(RECIPES, "int8", int8)
         assert run(place, data, out, "--runs", "constant,from_constant,int8", "--no-controls", "--files") == 0
     assert ("piqa", 4096) in tokenized[0]
-    of_file, of_run = (read_delta(file) for file in sorted((out / "ship").iterdir(), reverse=True))
+    of_file, of_run = (read_delta(file) for file in sorted((out / "ship").iterdir()))  # from_constant, then one_full
     tensors, metadata = of_file
     assert metadata["format"] == "nha-delta-v2" and of_run[0].keys() == tensors.keys()
     assert any(name.endswith("q_proj.packed2") for name in tensors) and not any(".down" in name for name in tensors)
+    biases = [name for name in tensors if name.endswith("g_proj.bias")]
+    shifts = torch.cat([tensors[name].float() - of_run[0][name].float() for name in biases])
+    assert (shifts - 1.5).abs().max() < 0.1  # in bfloat16, as the file keeps them
     rows = {one["row"]["arm"]: one["eval"]["perplexity"]["256"]["ppl"] for one in quality_runs(out)}
     # 2 bits for a change of few steps cost 0.97 and 1.12 % here, with the texts of Python 3.11.7 and 3.11.2.
     assert rows["from_constant"] == pytest.approx(rows["one_full"], rel=0.02)
     found = {one["row"]["arm"]: one["row"] for one in quality_runs(out)}
     assert formats.items() <= found["int8"].items() and not formats.keys() & found["one_full"].keys()
     assert found["int8"]["bytes_16k"] < found["one_full"]["bytes_16k"] / 2.5  # 12 bytes for 8 numbers in float32
+
+
+def test_a_run_that_ends_with_a_whole_step_has_the_targets_of_its_tokens():
+    row = {"budget": "constant", "needle": {"8192": [0.9, 10]}}
+    for tokens, judged in ((100_007_936, True), (101e6, False)):
+        shown = targets_table([(row | {"tokens": tokens}, "one", {})], {})
+        assert ("| one (constant) | needle 8K | at least 97 % | 90 % |" in shown) == judged
 
 
 def test_a_control_has_a_row_for_every_budget_that_it_serves():
