@@ -135,6 +135,10 @@ LONG_TRAINED: dict[str, Any] = {
     "long_fraction": 0.6,
     **INT8,
 }
+# The same bytes with fewer and with more slots a head, and with exact slots in place of soft ones.
+FEW_SLOTS = LONG_TRAINED | {"changes": FAR_RECALL | {"num_slots": 16}, "heads": Heads(((12, 1760),), 64, MEAN_PLAN)}
+MANY_SLOTS = LONG_TRAINED | {"changes": FAR_RECALL | {"num_slots": 128}, "heads": Heads(((12, 508),), 64, MEAN_PLAN)}
+EXACT_SLOTS = LONG_TRAINED | {"changes": FAR_RECALL | {"slot_write": "exact"}}
 SHIFT = 2.1  # slots keep what they hold 8 times as long
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
@@ -180,6 +184,9 @@ RECIPES = {
         Recipe("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
         Recipe("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
         Recipe("constant_long", **LONG_TRAINED),
+        Recipe("constant_slots16", gate_shift=SHIFT, **FEW_SLOTS),
+        Recipe("constant_slots128", gate_shift=SHIFT, **MANY_SLOTS),
+        Recipe("constant_exact_long", **EXACT_SLOTS),
         Recipe("constant_slow", source="constant_long", gate_shift=SHIFT, **LONG_TRAINED),
         Recipe(
             "constant_far", "constant", FARTHER_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8

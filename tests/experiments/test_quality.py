@@ -107,11 +107,15 @@ def test_windows_per_head_go_by_rank_and_hold_the_tokens_of_the_budget():
     assert tokens("constant_teacher") <= 64 * 90
 
 
-@pytest.mark.parametrize("name", ["4full_floor", "1full_floor", "constant_floor", "constant_long", "constant_far"])
+IN_8_BITS = ["4full_floor", "1full_floor", "constant_floor", "constant_long", "constant_far", "constant_exact_long"]
+
+
+@pytest.mark.parametrize("name", [*IN_8_BITS, "constant_slots16", "constant_slots128"])
 def test_recipes_in_8_bits_fit_the_bytes_of_their_column(name):
-    """A window holds its tokens and 64 slots of 2 rows: 64 numbers, 32 bytes of errors and a scale of 2 bytes each."""
-    recipe, dim, slots = RECIPES[name], 64, 64
+    """A window holds its tokens and slots of 2 rows: 64 numbers, 32 bytes of errors and a scale of 2 bytes each."""
+    recipe, dim = RECIPES[name], 64
     assert recipe.heads is not None
+    slots = recipe.changes.get("num_slots", 64)
     full, token, held = 2 * (dim + 4), 3 * (dim + 2) + slots, 2 * slots * (dim + dim // 2 + 2)
     windows = [w for window in recipe.heads.windows() for w in per_head(window, 3)]
     total = sum(16384 * full if w == FULL else w * token + held for w in windows)
