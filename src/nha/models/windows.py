@@ -174,7 +174,7 @@ def shift_gates(model: PreTrainedModel, by: float) -> None:
 
     A log-gate is logsigmoid(x) / 8. Where x is large, as for a token that a slot lets pass, x + by divides it by
     e^by: a slot keeps what it holds e^by times as long. Where x is far below 0, as for a token that a slot takes, it
-    hardly moves. What that gains and costs is measured in docs/distilling.md.
+    hardly moves. What that gains and costs is measured in docs/quality.md.
 
     Raises ValueError for a model that is no hybrid, for exact slots, whose projection gives scores, and for
     `NHAForCausalLM`, whose gates have no bias.
