@@ -10,6 +10,9 @@
 # heads, two on a card. `constant_slow` and `shipped_slow` measure a trained `constant_long` of the same WORK with slower gates:
 #     FIRST=constant_long,constant_slow,shipped_slow FIRST_EXTRA="--seeds 2" OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=900
 #     FIRST=4full_floor FIRST_EXTRA="--seeds 1" OTHER=1full_floor OTHER_EXTRA="--seeds 1" FILES= SECONDS_GIVEN=520
+# Whether slots should be fewer, more or exact in the same bytes, two on a card; their control is there:
+#     FIRST=constant_slots16 OTHER=constant_slots128 EXTRA="--tokens constant=50e6" SECONDS_GIVEN=820
+#     FIRST=constant_exact_long OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=620
 # then with half of the tokens, which tells them from the recall text:
 #     FIRST=constant_long OTHER=constant_long OTHER_CONTROLS=--only-controls EXTRA="--tokens constant=25e6" SECONDS_GIVEN=620
 # With 100e6 tokens a hybrid beside its control took 979 and 900 seconds of training on one card.
