@@ -250,6 +250,7 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
         (["--text", "a.txt", "--held-out", "1"], "--held-out"),
         (["--text", "a.txt", "--control", "nowhere"], "--control"),
         (["--corpus", "other"], "of the model's tokenizer"),
+        (["--corpus", "whole", "--window", "9000", "--seq-len", "9001"], "expected documents longer than the window"),
     ],
     ids=str,
 )
@@ -260,6 +261,7 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_to_read(
     (tmp_path / "a.txt").write_text("some text")
     shutil.copytree(place / "tiny", "tiny")
     shutil.copytree(corpus, "other")
+    shutil.copytree(corpus, "whole")
     meta = tmp_path / "other" / "meta.json"
     meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
     options = ["distill", "tiny", "run", *arguments]

@@ -169,7 +169,12 @@ def distill(
             own = Text(text.text, text.corpus, output, text.field, text.held_out)
             tokenizer = partial(loading.load_tokenizer, source)
             if estimated.dry_run:
-                own.check(tokenizer)
+                found_corpus = own.check(tokenizer)
+                if found_corpus is not None:
+                    from nha.distill.run import check_documents
+
+                    with option_errors(DistillSettings):
+                        check_documents(found_corpus, plan)
                 if unknown:
                     err.print("note: heads are ranked when the run begins; here they are spread evenly", soft_wrap=True)
                 report_estimate(source, settings, estimated.gpu, as_json)

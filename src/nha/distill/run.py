@@ -184,6 +184,11 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: Sequence[Windo
     tokens = corpus.meta["tokenizer"]["vocabulary"]
     if tokens > vocabulary:
         raise ValueError(f"expected a corpus of at most {vocabulary} different tokens, the model's, got {tokens}")
+    check_documents(corpus, windows)
+
+
+def check_documents(corpus: Corpus, windows: Sequence[Window]) -> None:
+    """Raise ValueError for a corpus whose documents are all within the shortest window, where no slot is written."""
     smallest = max(smallest_window(windows), 0)
     longest = int(corpus.lengths[corpus.train_indices].max(initial=0))
     if longest <= smallest:
