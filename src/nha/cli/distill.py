@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -169,12 +169,7 @@ def distill(
             own = Text(text.text, text.corpus, output, text.field, text.held_out)
             tokenizer = partial(loading.load_tokenizer, source)
             if estimated.dry_run:
-                found_corpus = own.check(tokenizer)
-                if found_corpus is not None:
-                    from nha.distill.run import check_documents
-
-                    with option_errors(DistillSettings):
-                        check_documents(found_corpus, plan)
+                check_text(own, tokenizer, plan)
                 if unknown:
                     err.print("note: heads are ranked when the run begins; here they are spread evenly", soft_wrap=True)
                 report_estimate(source, settings, estimated.gpu, as_json)
@@ -195,6 +190,16 @@ def distill(
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
         raise typer.Exit(exit_code(reason)) from None
+
+
+def check_text(text: Text, tokenizer: Callable[[], Any], windows: Sequence[Any]) -> None:
+    """Raise what a run raises for its text, before any is read, and for a corpus that is there already."""
+    corpus = text.check(tokenizer)
+    if corpus is not None:
+        from nha.distill.run import check_documents
+
+        with option_errors(DistillSettings):
+            check_documents(corpus, windows)
 
 
 def exit_code(reason: str) -> int:
