@@ -405,7 +405,7 @@ class Shard:
         import torch
 
         from nha.io import write_atomically
-        from nha.models.windows import set_kv_cache_dtype, set_state_dtype, shift_gates
+        from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 
         cuda = torch.cuda.is_available()
         if cuda:
@@ -418,8 +418,6 @@ class Shard:
         found = self.read_shipped(trained) if from_file else self.train(trained)
         if found is None:
             return False
-        if run.recipe and run.recipe.gate_shift:
-            shift_gates(found.model, run.recipe.gate_shift)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         seconds = time.monotonic() - begun
         self.print(f"{run.name} trained in {seconds:.0f} s")

@@ -89,7 +89,6 @@ class Recipe:
         long_fraction: of the tokens, in long sequences.
         state_dtype: how caches keep states while the recipe is measured (see `nha.models.windows.set_state_dtype`).
         kv_cache_dtype: how they keep keys and values of full heads meanwhile (see `set_kv_cache_dtype` there).
-        gate_shift: added to the gates' biases of the trained model (see `experiments/slower_gates.py`).
     """
 
     name: str
@@ -103,7 +102,6 @@ class Recipe:
     long_fraction: float = 0.5
     state_dtype: str = "float32"
     kv_cache_dtype: str = "auto"
-    gate_shift: float = 0.0
 
 
 RECALL = {"answer_weight": 0.75}  # of the hybrid alone: slots learn recall more slowly than perplexity
@@ -135,11 +133,12 @@ LONG_TRAINED: dict[str, Any] = {
     "long_fraction": 0.6,
     **INT8,
 }
+SLOWER = FAR_RECALL | {"gate_shift": 2.1}  # slots keep what they hold 8 times as long
+SLOW: dict[str, Any] = LONG_TRAINED | {"changes": SLOWER}
 # The same bytes with fewer and with more slots a head, and with exact slots in place of soft ones.
-FEW_SLOTS = LONG_TRAINED | {"changes": FAR_RECALL | {"num_slots": 16}, "heads": Heads(((12, 1760),), 64, MEAN_PLAN)}
-MANY_SLOTS = LONG_TRAINED | {"changes": FAR_RECALL | {"num_slots": 128}, "heads": Heads(((12, 508),), 64, MEAN_PLAN)}
+FEW_SLOTS = SLOW | {"changes": SLOWER | {"num_slots": 16}, "heads": Heads(((12, 1760),), 64, MEAN_PLAN)}
+MANY_SLOTS = SLOW | {"changes": SLOWER | {"num_slots": 128}, "heads": Heads(((12, 508),), 64, MEAN_PLAN)}
 EXACT_SLOTS = LONG_TRAINED | {"changes": FAR_RECALL | {"slot_write": "exact"}}
-SHIFT = 2.1  # slots keep what they hold 8 times as long
 HALF = 0.5  # all that is not in long sequences: hybrids with long windows no longer improved after a third of theirs
 TEACHER = 0.4
 # Recipes of whole layers and of heads: 12 full heads hold the bytes of 4 full layers. Mixed ones have long windows in
@@ -184,10 +183,10 @@ RECIPES = {
         Recipe("1full_floor", "1full", {}, FLOOR1, (32768,), teacher_fraction=HALF, **INT8),
         Recipe("constant_floor", "constant", RECALL, FLOOR0, LONG, teacher_fraction=0.2, **INT8),
         Recipe("constant_long", **LONG_TRAINED),
-        Recipe("constant_slots16", gate_shift=SHIFT, **FEW_SLOTS),
-        Recipe("constant_slots128", gate_shift=SHIFT, **MANY_SLOTS),
+        Recipe("constant_slots16", **FEW_SLOTS),
+        Recipe("constant_slots128", **MANY_SLOTS),
         Recipe("constant_exact_long", **EXACT_SLOTS),
-        Recipe("constant_slow", source="constant_long", gate_shift=SHIFT, **LONG_TRAINED),
+        Recipe("constant_slow", source="constant_long", **SLOW),
         Recipe(
             "constant_far", "constant", FARTHER_RECALL, FLOOR0, LONG, teacher_fraction=0.15, long_fraction=0.6, **INT8
         ),
@@ -220,7 +219,7 @@ RECIPES = {
             **INT8,
         ),
         Recipe("shipped_long", shipped="packed", source="constant_long", **LONG_TRAINED),
-        Recipe("shipped_slow", shipped="packed", source="constant_long", gate_shift=SHIFT, **LONG_TRAINED),
+        Recipe("shipped_slow", shipped="packed", source="constant_long", **SLOW),
         Recipe(
             "shipped_far",
             "constant",

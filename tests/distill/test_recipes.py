@@ -57,9 +57,8 @@ def test_recipes_of_the_embedded_model_have_the_windows_that_were_measured():
         settings = recipe_settings(name, 30, ranks=ranks)
         _, measured = make_runs([recipe], [0], {recipe: settings.tokens})
         assert per_layer(settings.window_size, 3) == per_layer(measured.settings.window_size, 3)
-        assert measured.recipe is not None
         assert dataclasses.replace(settings, window_size=64, save_every=400) == dataclasses.replace(
-            measured.settings, window_size=64, gate_shift=measured.recipe.gate_shift
+            measured.settings, window_size=64
         )
 
 

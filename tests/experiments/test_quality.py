@@ -232,7 +232,8 @@ def test_a_run_is_measured_again_as_a_packed_file_and_with_states_in_int8(place,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality.Shard, "train", train)
         one_full: dict[str, Any] = {"changes": {"full_layers": (1,)}}
-        packed = replace(RECIPES["ship_svd"], name="from_constant", shipped="packed", gate_shift=1.5, **one_full)
+        slower = {"changes": {"full_layers": (1,), "gate_shift": 1.5}}
+        packed = replace(RECIPES["ship_svd"], name="from_constant", shipped="packed", **slower)
         patch.setitem(RECIPES, "from_constant", packed)
         patch.setitem(RECIPES, "constant", replace(RECIPES["constant"], name="one_full", **one_full))
         formats = {"state_dtype": "int8", "kv_cache_dtype": "int8"}
