@@ -11,15 +11,16 @@
     --tokens       such as 4full=25e6,constant=40e6: tokens by recipe or budget
     --set K=V      change a setting of every run (see DistillSettings); repeatable
     --seeds        0,1,2 for instance
-    --budget-s     stop in time, with a checkpoint; exit status 3 if something is left. A run that was trained is kept
-                   with the parts of its evaluation that there was time for
+    --budget-s     stop in time, with a checkpoint; exit status 3 if something is left
     --long-needles measure needles beyond the training length as well, to 128K tokens
     --file FILE    the small file that the recipe `shipped` is measured with (default: the one in this package)
     --files        write the small file of each trained hybrid to `ship` as soon as it is trained
     --plan         print runs, shards, estimated seconds and the control that each recipe is compared with, and stop
     --report DIR   make table and pictures of DIR anew, and stop
 
-Runs that are in --output or in --known (default: results/quality) are not made again.
+A run's row is written anew with every part of its evaluation that ends, and names those that are "missing": the same
+command measures them, whether time was up or the run was killed. Runs that are in --output or in --known (default:
+results/quality) are not made again; one that lacks parts is not either where --work no longer has what was trained.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.quality_runs import DEFAULT_RECIPES, RECIPES, Recipe, Run, budget_of, control_of, deal, make_runs
+from experiments.quality_rows import command_of, has_row, read_run, row_of, source_of, write_run
+from experiments.quality_runs import DEFAULT_RECIPES, RECIPES, Run, control_of, deal, make_runs
 
 # What decides most comes first: where time is up, a run is kept without the rest.
 LONG_NEEDLE = "long needle"
@@ -347,18 +348,25 @@ class Shard:
         apply_delta(model, path)
         return model.eval()
 
-    def measure(self, run: Run, model: Any) -> dict[str, Any]:
-        """The evaluation of a run's model part by part; "missing" names those that there was no time for."""
+    def measure(self, run: Run, model: Any, keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """The evaluation of a run's model part by part; "missing" names those that there was no time for.
+
+        `keep` is called with the evaluation so far after every part that ends.
+        """
         from nha.evaluate.partial import open_partial
         from nha.evaluate.public.run import PARTS, PublicData, measure_public
-        from nha.io import write_atomically
 
         self.take_tokenized()
-        kept = self.kept(run)
         partial = open_partial(self.options.work / "partial" / f"{run.name}.jsonl", self.public.identity)
         started, whole = time.monotonic(), self.public.settings
         found: dict[str, Any] = {"sets": {}, "needle": {}, "perplexity": {}, "notes": [], "seconds": {}}
-        missing = []
+        lengths = run.recipe.long_needles if run.recipe and self.options.long_needles else ()
+        parts = sorted((*whole.parts, LONG_NEEDLE) if lengths else whole.parts, key=ORDER.index)
+
+        def so_far() -> dict[str, Any]:
+            missing = [part for part in parts if part not in found["seconds"]]
+            sets = {part: found["sets"][part] for part in PARTS if part in found["sets"]}
+            return found | {"sets": sets} | ({"missing": missing} if missing else {})
 
         def progress(part: str, done: int, total: int) -> None:
             if self.left < 0:
@@ -372,17 +380,17 @@ class Shard:
             try:
                 new = measure_public(model, self.tokenizer, data, name=name, partial=partial, progress=progress)
             except TimeIsUp:
-                missing.append(part)
                 return
             for kind in ("sets", "needle", "perplexity"):
                 found[kind] |= new[kind]
             found["notes"] += new["notes"]
             found["seconds"][part] = round(time.monotonic() - begun, 2)
-            write_atomically(kept, json.dumps({"settings": dataclasses.asdict(run.settings), "eval": found}) + "\n")
+            try:
+                keep(so_far())
+            except Exception:  # the other parts are measured all the same; who calls keeps them once more
+                traceback.print_exc()
 
-        lengths = run.recipe.long_needles if run.recipe and self.options.long_needles else ()
-        parts = (*whole.parts, LONG_NEEDLE) if lengths else whole.parts
-        for part in sorted(parts, key=ORDER.index):
+        for part in parts:
             if part == LONG_NEEDLE:
                 count = self.options.long_needle_count
                 settings = dataclasses.replace(whole, parts=("needle",), needles=count, needle_lengths=lengths)
@@ -391,29 +399,19 @@ class Shard:
             self.public.settings = dataclasses.replace(whole, parts=(part,))
             add(part, self.public, "model")
         self.public.settings = whole
-        found["sets"] = {part: found["sets"][part] for part in PARTS if part in found["sets"]}
-        return found | ({"missing": missing} if missing else {})
-
-    def kept(self, run: Run) -> Path:
-        """The file of what a run's evaluation has found so far, until its row is written."""
-        path = self.options.output / "measured" / f"{run.name}.json"
-        path.parent.mkdir(exist_ok=True)
-        return path
+        return so_far()
 
     def make(self, run: Run) -> bool:
-        """Train and measure a run, and write it; False if the time was up."""
+        """Train and measure a run, and write it with every part that is measured; False if the time was up."""
         import torch
 
-        from nha.io import write_atomically
         from nha.models.windows import set_kv_cache_dtype, set_state_dtype
 
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         begun = time.monotonic()
-        trained = run
-        if run.recipe and run.recipe.source:
-            trained = Run(RECIPES[run.recipe.source], run.budget, run.settings, run.recipe.source)
+        trained = source_of(run)
         from_file = run.recipe is not None and run.recipe.shipped == "file"
         found = self.read_shipped(trained) if from_file else self.train(trained)
         if found is None:
@@ -427,31 +425,44 @@ class Shard:
             set_kv_cache_dtype(model, run.recipe.kv_cache_dtype)
         if self.options.files and run.recipe and not run.recipe.source and not run.recipe.shipped:
             self.write_file(run, found)
-        begun = time.monotonic()
-        measured = self.measure(run, model)
-        times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
-        about: dict[str, Any] = {"settings": dataclasses.asdict(run.settings), "log": found.log, "eval": measured}
-        about |= {"teacher_log": found.teacher_log} if found.teacher_log else {}
-        about["timelines"] = {name: timeline.stages for name, timeline in self.timelines.items()}
-        kept = self.kept(run)  # there, should anything below fail
-        write_atomically(kept, json.dumps(times | about) + "\n")
-        row = row_of(run, model, measured, found.log) | times | {"memory_gib": peak}
-        row |= {"missing": measured["missing"]} if "missing" in measured else {}
-        write_atomically(self.folder / f"{run.name}.json", json.dumps({"row": row} | about) + "\n")
-        kept.unlink()
+        begun, before = time.monotonic(), read_run(self.folder, run)
+
+        def keep(measured: dict[str, Any]) -> dict[str, Any]:
+            times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
+            return self.write_row(run, model, found, measured, times | {"memory_gib": peak}, before)
+
+        measured = self.measure(run, model, keep)
+        row = keep(measured)
         self.print(run.name, json.dumps({k: v for k, v in row.items() if k not in ("windows", "versions")}))
         return "missing" not in measured
 
+    def write_row(
+        self,
+        run: Run,
+        model: Any,
+        trained: Any,
+        measured: dict[str, Any],
+        times: dict[str, Any],
+        before: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Write the row of what is measured so far, and return it; `before` is the run's file of an earlier call."""
+        from nha.io import write_atomically
+
+        about: dict[str, Any] = {"settings": dataclasses.asdict(run.settings), "log": trained.log, "eval": measured}
+        about |= {"teacher_log": trained.teacher_log} if trained.teacher_log else {}
+        about["timelines"] = {name: timeline.stages for name, timeline in self.timelines.items()}
+        kept = self.options.output / "measured" / f"{run.name}.json"  # there, should anything below fail
+        kept.parent.mkdir(exist_ok=True)
+        write_atomically(kept, json.dumps(times | about) + "\n")
+        row = row_of(run, model, measured, trained.log) | times
+        row |= {"missing": measured["missing"]} if "missing" in measured else {}
+        row = write_run(self.folder, run, {"row": row} | about, before)
+        kept.unlink()
+        return row
+
     def is_known(self, run: Run) -> bool:
-        """Whether a run was made before. One that was measured in part is, unless its checkpoint is still there."""
-        name = f"{run.name}.json"
-        if (self.options.known / "runs" / name).is_file():
-            return True
-        own = self.folder / name
-        if not own.is_file():
-            return False
-        row = json.loads(own.read_text(encoding="utf-8"))["row"]
-        return "missing" not in row or not (self.options.work / "runs" / run.name).is_dir()
+        """Whether a run was made before. One that was measured in part is, unless what was trained is still there."""
+        return any(has_row(folder, run, self.options.work) for folder in (self.options.known / "runs", self.folder))
 
     def run_all(self, runs: list[Run]) -> int:
         """Make all runs that are not there. Returns the exit status: 0, 1 if one failed, 3 if time was up."""
@@ -481,65 +492,6 @@ class Shard:
             write_report(self.options.output)
         self.print(f"done; failed: {failed}; no time for: {late}")
         return 1 if failed else 3 if late else 0
-
-
-def command_of(run: Run) -> str:
-    """The command that makes a run; a control comes with the recipe that it is for."""
-    tokens = f"{run.beside}={run.settings.tokens:g}"
-    return f"python -m experiments.quality --data DATA --runs {run.beside} --tokens {tokens} --seeds {run.seed}"
-
-
-def cache_bytes(model: Any, tokens: int) -> int:
-    """Bytes of the cache after so many tokens of one sequence, in the model's dtype."""
-    import torch
-
-    from nha.models.cache import cache_nbytes
-    from nha.ops.heads import all_windows
-    from nha.report.costs import filled_cache
-
-    widest = max(all_windows(getattr(model.config, "window_sizes", None) or ()), default=0)
-    read = min(tokens, max(512, 2 * widest))  # until no window takes more memory
-    ids = torch.arange(read, device=model.device)[None] % model.config.vocab_size
-    return int(cache_nbytes(filled_cache(model, ids, tokens)))
-
-
-def cache_formats(recipe: Recipe) -> dict[str, str]:
-    """How a recipe's caches keep numbers, where it is not the default."""
-    found = {"state_dtype": recipe.state_dtype, "kv_cache_dtype": recipe.kv_cache_dtype}
-    return {name: dtype for name, dtype in found.items() if dtype not in ("float32", "auto")}
-
-
-def row_of(run: Run, model: Any, measured: dict[str, Any], log: list[dict[str, float]]) -> dict[str, Any]:
-    """The row of a run."""
-    import statistics
-
-    import torch
-
-    from experiments.distill import versions
-    from experiments.quality_runs import batches_digest
-    from nha.evaluate.public.run import summary
-
-    config, numbers, held = model.config, summary(measured), cache_bytes(model, 16384)
-    speeds = [entry["tokens_per_s"] for entry in log]
-    return {
-        "arm": run.recipe.name if run.recipe else "control",
-        "budget": budget_of(held) if run.recipe else run.budget,
-        "seed": run.seed,
-        "tokens": int(log[-1]["tokens"]) if log else 0,
-        "teacher_tokens": run.settings.teacher_tokens if run.recipe else 0,
-        "bytes_16k": held,
-        **(cache_formats(run.recipe) if run.recipe else {}),
-        "windows": list(config.window_sizes),
-        "slots": config.num_slots if run.recipe else 0,
-        **{name: numbers.get(name) for name in ("ppl_2k", "ppl_8k", "sets", "average", "squad")},
-        **{name: numbers.get(name) for name in ("cloze_near", "cloze_far", "needle")},
-        "control": batches_digest(run.settings),
-        "command": command_of(run),
-        "tokens_per_s": statistics.median(speeds[len(speeds) // 2 :]) if speeds else None,
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "versions": versions(),
-        "date": str(date.today()),
-    }
 
 
 def print_plan(shards: list[list[Run]], known: list[Run]) -> None:
@@ -572,7 +524,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = make_runs(options.runs, options.seeds, options.tokens, options.layers, given, not options.no_controls)
     if options.only_controls:
         runs = [run for run in runs if run.recipe is None]
-    known = [run for run in runs if (options.known / "runs" / f"{run.name}.json").is_file()]
+    known = [run for run in runs if has_row(options.known / "runs", run, options.work)]
     shards = deal([run for run in runs if run not in known], options.shards)
     if options.plan:
         print_plan(shards, known)

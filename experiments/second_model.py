@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from experiments.distill import versions
-from experiments.quality import cache_bytes, prepare_corpus
+from experiments.quality import prepare_corpus
+from experiments.quality_rows import cache_bytes
 from experiments.quality_runs import batches_digest
 from experiments.second_model_report import write_report
 from nha.data.corpus import Corpus, open_corpus

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.quality import cache_bytes
+from experiments.quality_rows import cache_bytes
 from experiments.quality_runs import Heads
 from experiments.state_bytes import load
 from nha import set_windows

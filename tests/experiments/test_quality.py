@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +19,7 @@ import torch
 from experiments import quality
 from experiments.quality_curves import nearest_control, seeds_table, tokens_png
 from experiments.quality_report import AVERAGES, average_ratio, find_control, shares, summary_rows, table
+from experiments.quality_rows import cache_bytes, has_row, read_run, write_run
 from experiments.quality_runs import BUDGETS, DEFAULT_RECIPES, RECIPES, batches_digest, budget_of, deal, make_runs
 from experiments.quality_targets import targets_table
 from nha.evaluate.public.run import KNOWLEDGE
@@ -52,10 +57,14 @@ def place(tmp_path_factory, data):  # noqa: F811
     return root
 
 
-def run(place, data, out, *more):  # noqa: F811
+def options(place, data, out, *more):  # noqa: F811
     given = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
     where = ["--data", data, "--model", place / "tiny", "--output", out, "--work", place / "work"]
-    return quality.main([*map(str, where), *SMALL, *given, *more])
+    return [*map(str, where), *SMALL, *given, *more]
+
+
+def run(place, data, out, *more):  # noqa: F811
+    return quality.main(options(place, data, out, *more))
 
 
 def test_runs_of_the_same_batches_share_a_control():
@@ -192,10 +201,10 @@ def test_a_run_trains_its_teacher_first_and_is_kept_without_what_there_was_no_ti
 ):
     out, measure = tmp_path / "out", quality.Shard.measure
 
-    def late(shard, run, model):
+    def late(shard, run, *rest):
         if run.recipe:
             shard.options.budget_s = -1.0
-        return measure(shard, run, model)
+        return measure(shard, run, *rest)
 
     monkeypatch.setattr(quality.Shard, "measure", late)
     assert run(place, data, out, "--runs", "constant64_teacher") == 3
@@ -212,6 +221,99 @@ def test_a_run_trains_its_teacher_first_and_is_kept_without_what_there_was_no_ti
     (control,) = (out / "runs").glob("control*")
     assert whole["row"]["tokens"] == json.loads(control.read_text())["row"]["tokens"]
     assert "constant64_teacher" in (out / "table.md").read_text()
+
+
+KILLED = """
+import os, signal, sys
+from experiments import quality
+from nha.evaluate.public import run as public
+
+measure = public.measure_public
+
+def killed(model, tokenizer, data, **more):
+    if data.settings.parts == ("squad_qa",):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(model, tokenizer, data, **more)
+
+public.measure_public = killed
+quality.main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_has_a_row_of_its_finished_parts_and_the_same_command_completes_it(
+    place,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    out, where = tmp_path / "out", ("--known", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
+    more = ("--runs", "constant", "--no-controls", *where)
+    command = [sys.executable, "-c", KILLED, *options(place, data, out, *more)]
+    done = subprocess.run(command, cwd=Path(quality.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (file,) = (out / "runs").iterdir()
+    cut = json.loads(file.read_text())
+    assert cut["row"]["missing"] == cut["eval"]["missing"] == ["squad_qa", "piqa"] and cut["row"]["squad"] is None
+    assert cut["row"]["cloze_near"][1] == 4 and set(cut["eval"]["seconds"]) == {"perplexity", "cloze_near"}
+    assert not list((out / "measured").iterdir()) and quality.main(["--report", str(out)]) == 0
+    measure = quality.Shard.measure
+
+    def late(shard, *rest):
+        shard.options.budget_s = -1.0
+        return measure(shard, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality.Shard, "measure", late)
+        assert run(place, data, out, *more) == 3
+    assert json.loads(file.read_text())["row"]["missing"] == ["squad_qa", "piqa"]
+    assert run(place, data, out, *more) == 0
+    whole = json.loads(file.read_text())
+    assert "missing" not in whole["row"] and "missing" not in whole["eval"] and whole["row"]["squad"][1] == 2
+    assert list(whole["eval"]["sets"]) == ["piqa", "squad_qa", "cloze_near"]
+    assert whole["eval"]["perplexity"] == cut["eval"]["perplexity"] and whole["log"] == cut["log"]
+    for name in ("train_seconds", "memory_gib"):
+        assert whole["row"][name] == cut["row"][name]
+    assert whole["row"]["eval_seconds"] >= cut["row"]["eval_seconds"] and whole["timelines"] == cut["timelines"]
+    assert cut["eval"]["seconds"].items() <= whole["eval"]["seconds"].items()
+
+
+def test_a_row_goes_on_from_that_of_an_earlier_call_and_never_loses_a_part(tmp_path):
+    (one,) = (made for made in make_runs(["constant"], [0], {}) if made.recipe)
+
+    def made(seconds, train, total, *missing):
+        row = {"train_seconds": train, "eval_seconds": total, "missing": list(missing)}
+        return {"row": row, "eval": {"seconds": seconds}, "timelines": {"hybrid": {"converted": train}}}
+
+    def written(*given):
+        row = write_run(tmp_path, one, *given)
+        found = read_run(tmp_path, one)
+        assert found is not None and row == found["row"]
+        return found
+
+    before = written(made({"perplexity": 5.0, "squad_qa": 7.0}, 900.0, 12.0, "piqa"), None)
+    assert written(made({"perplexity": 0.1}, 3.0, 0.2, "squad_qa", "piqa"), before) == before
+    whole = written(made({"perplexity": 0.1, "squad_qa": 0.1, "piqa": 4.0}, 3.0, 4.2), before)
+    assert whole["row"] == {"train_seconds": 900.0, "eval_seconds": 16.2, "missing": []}
+    assert whole["eval"]["seconds"] == {"perplexity": 5.0, "squad_qa": 7.0, "piqa": 4.0}
+    assert whole["timelines"] == before["timelines"]
+
+
+@pytest.mark.parametrize("name", ["constant_long", "constant_slow", "shipped"])  # its own, another's, the small file
+def test_a_row_that_lacks_parts_counts_as_made_unless_what_it_measures_is_there(tmp_path, name):
+    folder, work = tmp_path / "runs", tmp_path / "work"
+    folder.mkdir()
+    (one,) = (made for made in make_runs([name], [0], {}) if made.recipe)
+    assert not has_row(folder, one, work)
+    file = folder / f"{one.name}.json"
+    for row, expected in (({}, True), ({"missing": ["piqa"]}, False)):
+        file.write_text(json.dumps({"row": row}))
+        assert has_row(folder, one, work)
+        trained = work / "runs" / one.name.replace("constant_slow", "constant_long")
+        trained.mkdir(parents=True, exist_ok=True)
+        (work / "partial").mkdir(exist_ok=True)
+        (work / "partial" / f"{one.name}.jsonl").touch()
+        assert has_row(folder, one, work) == expected
+        shutil.rmtree(work)
 
 
 def quality_runs(out):
@@ -299,10 +401,10 @@ def test_unknown_runs_and_shards_are_refused():
 
 def test_the_bytes_of_full_heads_are_counted():
     tokens, model = 600, hybrid("llama", [[16, -1], 16, -1])
-    size = quality.cache_bytes(model, tokens)
+    size = cache_bytes(model, tokens)
     config = model.config
     each = 2 * 4 * (config.hidden_size // config.num_attention_heads)  # key and value of a token of a head, float32
-    grown = quality.cache_bytes(model, 2 * tokens)
+    grown = cache_bytes(model, 2 * tokens)
     assert grown - size == (1 + config.num_key_value_heads) * tokens * each
 
 
