@@ -251,6 +251,11 @@ def test_a_dry_run_reads_the_configuration_alone_and_options_override_a_recipe(p
         (["--text", "a.txt", "--control", "nowhere"], "--control"),
         (["--corpus", "other"], "of the model's tokenizer"),
         (["--corpus", "whole", "--window", "9000", "--seq-len", "9001"], "expected documents longer than the window"),
+        (["--corpus", "whole", "--window", "64,9000,64", "--seq-len", "9001"], "documents of at least 9001 tokens"),
+        (["--corpus", "whole", "--seq-len", "128"], "expected recall sequences of at least"),
+        (["--corpus", "whole", "--seq-len", "128", "--control", "only"], "expected recall sequences of at least"),
+        (["--corpus", "whole", "--seq-len", "128", "--control", "also"], "expected recall sequences of at least"),
+        (["--corpus", "wide"], "at most 300 different tokens"),
     ],
     ids=str,
 )
@@ -262,8 +267,13 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_to_read(
     shutil.copytree(place / "tiny", "tiny")
     shutil.copytree(corpus, "other")
     shutil.copytree(corpus, "whole")
+    shutil.copytree(corpus, "wide")
     meta = tmp_path / "other" / "meta.json"
     meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    meta = tmp_path / "wide" / "meta.json"
+    wide = json.loads(meta.read_text())
+    wide["tokenizer"]["vocabulary"] = 301
+    meta.write_text(json.dumps(wide))
     options = ["distill", "tiny", "run", *arguments]
     real, dry = (runner.invoke(app, [*options, *more]) for more in ([], ["--dry-run"]))
     assert real.exit_code == dry.exit_code == 2 and words in dry.stderr.replace("\n", " ")
@@ -273,6 +283,7 @@ def test_a_dry_run_refuses_what_the_run_itself_would_refuse_to_read(
 
 def test_a_control_and_full_attention_are_trained_on_sequences_of_any_length(place, corpus, tmp_path):
     base = ["distill", str(place / "tiny"), str(tmp_path / "run"), "--corpus", str(corpus), "--seq-len", "64"]
+    base += ["--recall-fraction", "0"]
     for more in (["--control", "only"], ["--window", "-1"], ["--full-layers", "0,1,2"], ["--window", "64,63,-1"]):
         assert runner.invoke(app, [*base, *more, "--dry-run"]).exit_code == 0
 

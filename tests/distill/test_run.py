@@ -279,6 +279,8 @@ def test_a_corpus_that_does_not_fit_is_refused(given, tmp_path):
     refused(given, tmp_path / "run", "97 different tokens, the model's, got", model=teacher())
     long = settings(window_size=4096, seq_len=5000)
     refused(given, tmp_path / "run", "longer than the window, 4096 tokens", long)
+    some = settings(window_size=(4096, 16, 16), seq_len=5000, tokens=40_000, teacher_tokens=20_000)
+    refused(given, tmp_path / "run", "documents of at least 4097 tokens", some)  # before its teacher is trained
     refused(given, tmp_path / "run", "seq_len above the smallest window, 4096, got", settings(window_size=4096))
     refused(
         given, tmp_path / "run", "recall sequences of at least 167 tokens, got 40", settings(seq_len=40, tokens=400)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -169,7 +169,7 @@ def distill(
             own = Text(text.text, text.corpus, output, text.field, text.held_out)
             tokenizer = partial(loading.load_tokenizer, source)
             if estimated.dry_run:
-                check_text(own, tokenizer, plan)
+                check_text(own, tokenizer, source, settings, control)
                 if unknown:
                     err.print("note: heads are ranked when the run begins; here they are spread evenly", soft_wrap=True)
                 report_estimate(source, settings, estimated.gpu, as_json)
@@ -192,14 +192,23 @@ def distill(
         raise typer.Exit(exit_code(reason)) from None
 
 
-def check_text(text: Text, tokenizer: Callable[[], Any], windows: Sequence[Any]) -> None:
+def check_text(
+    text: Text,
+    load_tokenizer: Callable[[], Any],
+    source: loading.Source,
+    settings: DistillSettings,
+    control: str | None,
+) -> None:
     """Raise what a run raises for its text, before any is read, and for a corpus that is there already."""
-    corpus = text.check(tokenizer)
-    if corpus is not None:
-        from nha.distill.run import check_documents
+    corpus = text.check(load_tokenizer)
+    if corpus is None:
+        return
+    from nha.distill.estimate import empty_model
+    from nha.distill.run import check_run
 
-        with option_errors(DistillSettings):
-            check_documents(corpus, windows)
+    model, tokenizer = empty_model(loading.read_config(source)), load_tokenizer()
+    for is_control in {ALSO: (True, False), ONLY: (True,)}.get(control or "", (False,)):
+        check_run(model, tokenizer, corpus, settings, is_control)
 
 
 def exit_code(reason: str) -> int:

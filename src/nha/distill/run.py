@@ -184,11 +184,6 @@ def check_corpus(model: PreTrainedModel, corpus: Corpus, windows: Sequence[Windo
     tokens = corpus.meta["tokenizer"]["vocabulary"]
     if tokens > vocabulary:
         raise ValueError(f"expected a corpus of at most {vocabulary} different tokens, the model's, got {tokens}")
-    check_documents(corpus, windows)
-
-
-def check_documents(corpus: Corpus, windows: Sequence[Window]) -> None:
-    """Raise ValueError for a corpus whose documents are all within the shortest window, where no slot is written."""
     smallest = max(smallest_window(windows), 0)
     longest = int(corpus.lengths[corpus.train_indices].max(initial=0))
     if longest <= smallest:
@@ -328,11 +323,8 @@ def distill(
     """
     settings, reports, run = settings or DistillSettings(), reports or Reports(), Path(run)
     rank, world = _place()
-    windows = check_inputs(model, corpus, settings, control)
-    first = 0 if control else teacher_steps(settings, world)
-    context = None if control else context_length(model.config)
-    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first, context)
-    stream[0]  # raises for sequences too short for recall text
+    windows, stream = check_run(model, tokenizer, corpus, settings, control)
+    first = stream.first
     if compiles(model, settings.compile):
         start_compiler()
     wanted = (control_identity if control else identity)(model, corpus, settings, world)
@@ -431,6 +423,28 @@ def _free(model: PreTrainedModel) -> None:
         torch.cuda.empty_cache()
 
 
+def check_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    settings: DistillSettings,
+    control: bool = False,
+) -> tuple[list[Window], Stream]:
+    """The window of every layer, and the batches of a run on this device.
+
+    Raises ValueError for a model, settings or a corpus that do not fit. A model on the device meta will do: the values
+    of its weights are not checked then.
+    """
+    rank, world = _place()
+    windows = check_inputs(model, corpus, settings, control)
+    first = 0 if control else teacher_steps(settings, world)
+    context = None if control else context_length(model.config)
+    stream = Stream(corpus, tokenizer, make_mixture(settings, world, control), rank, world, first, context)
+    stream[0]  # raises for sequences too short for recall text
+    align_ids(corpus, settings, [FULL] * len(windows) if control else windows)  # and for documents within a window
+    return windows, stream
+
+
 def check_inputs(model: PreTrainedModel, corpus: Corpus, settings: DistillSettings, control: bool) -> list[Window]:
     """The window of every layer. Raises ValueError for a model or a corpus that these settings do not fit."""
     check_family(model.config)
@@ -438,7 +452,8 @@ def check_inputs(model: PreTrainedModel, corpus: Corpus, settings: DistillSettin
     if not control:
         check_windows_end(windows, settings.seq_len)
     check_corpus(model, corpus, windows)
-    check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
+    if model.device.type != "meta":
+        check_head(model, torch.arange(1, 9)[None] % model.config.get_text_config().vocab_size)
     Head.of(model)
     if not linear_layers(model, settings.trainable) and control:
         raise ValueError(f"expected trainable weights for a control, got trainable {settings.trainable!r}")
