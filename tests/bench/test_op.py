@@ -100,3 +100,49 @@ def test_the_tiny_benchmark_runs_in_the_interpreter(tmp_path):
     assert {"triton", "triton-graph", "sdpa-cudnn", "sdpa-flash", "chunked"} == {r["impl"] for r in found}
     assert "gsa: flash-linear-attention is not installed" in done.stdout
     assert set(json.loads((tmp_path / "ceilings.json").read_text())) >= {"bytes_per_s", "operations_per_s"}
+
+
+def test_rows_that_were_measured_are_taken_by_the_next_call_and_the_table_has_what_is_there(tmp_path, monkeypatch):
+    wanted = [row for row in bench.rows(tiny=True) if row.kind != "decode" and row.impl in ("chunked", "sdpa-cudnn")]
+    names = [str(row) for row in wanted]
+    broken, calls = {names[1]}, []
+
+    def measure(row):
+        calls.append(str(row))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        if str(row) in broken:
+            raise RuntimeError("no room")
+        return {"ms": len(calls), "extra_bytes": 1, "first_call_s": 1.0}
+
+    def go(rows=wanted, budget_s=60.0):
+        calls.append("call")
+        failed = bench.run(rows, tmp_path, budget_s, True, lambda line: None)
+        return failed, [row["ms"] for row in read_table(tmp_path / "ops.csv")]
+
+    assert len(names) == 4 and wanted[1].impl == "sdpa-cudnn"
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench.peers, "missing", lambda impl: None)
+    kept = tmp_path / "ops.csv.cases"
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert calls == ["call", *names[:2]] and kept.exists() and not (tmp_path / "ops.csv").exists()
+    assert go(budget_s=0.0) == (0, [2])  # no time: what is there
+    assert go() == (0, [2, 7, 8]) and calls[4:] == ["call", *names[1:]]  # one of another library failed
+    assert go(wanted[:1]) == (0, [2]) and kept.exists()  # a part of the table leaves the other rows
+    broken.clear()
+    assert go()[1][2:] == [7, 8] and calls[-2:] == names[:2] and not kept.exists()
+    broken.add(names[2])
+    assert go()[0] == (wanted[2].impl == "chunked") and calls[-4:] == names  # a whole table is measured anew
+    monkeypatch.setattr(bench, "code_digest", lambda: "of other kernels")
+    go()
+    assert calls[-4:] == names
+
+
+def test_the_digest_is_that_of_the_code_of_the_operator(monkeypatch, tmp_path):
+    before = bench.code_digest()
+    assert before == bench.code_digest()
+    monkeypatch.setattr(bench.nha.ops, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "kernel.py").write_text("x = 1")
+    assert bench.code_digest() != before

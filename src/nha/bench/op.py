@@ -7,11 +7,13 @@ cache. In rows of decoding T is the number of tokens before the timed one, and "
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import nha.ops
 from nha.bench import peers
+from nha.bench.resumable import complete
 from nha.bench.roofline import roofline_fraction
 from nha.bench.timing import (
     CUDA,
     DEVICE,
-    Table,
     captured,
     ceilings,
     first_call,
@@ -244,6 +247,23 @@ def summary(done: list[dict[str, Any]], limits: dict[str, float]) -> str:
     return "\n".join(text)
 
 
+def measure_dated(row: Row, about: dict[str, Any], log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The one row of a case, with machine, versions and date."""
+    try:
+        found = row.fields | measure(row) | about
+    finally:
+        if CUDA:
+            torch.cuda.empty_cache()
+    log(f"{found['ms']:>10.3f} ms  {row}")
+    return [found]
+
+
+def code_digest() -> str:
+    """A digest of the operator's code: rows of other kernels are measured again."""
+    files = sorted(Path(nha.ops.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def run(
     wanted: list[Row],
     out: Path,
@@ -254,10 +274,11 @@ def run(
 ) -> int:
     """Measure rows into a table in `out`, starting none after `budget_s`; how many rows of this library failed.
 
-    Raises ValueError without a GPU, unless `tiny`.
+    The table has the rows that are there. While some are missing, the next call takes them and measures the others
+    (`nha.bench.resumable`). Raises ValueError without a GPU, unless `tiny`.
     """
     require_gpu(tiny)
-    deadline = time.monotonic() + budget_s
+    ends = time.monotonic() + budget_s
     if find_spec("triton") is not None:
         from triton import knobs
 
@@ -265,29 +286,17 @@ def run(
         knobs.cache.dir = tempfile.mkdtemp(prefix="triton-cold-")
     torch._dynamo.config.recompile_limit = 256  # a peer that compiles does so for every shape
     out.mkdir(parents=True, exist_ok=True)
-    limits, about = ceilings(), stamp("torch", "triton")
-    write_atomically(out / "ceilings.json", json.dumps(limits | about, indent=1) + "\n")
+    limits, dated = ceilings(), stamp("torch", "triton")
+    write_atomically(out / "ceilings.json", json.dumps(limits | dated, indent=1) + "\n")
     log(f"copy {limits['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {limits['operations_per_s'] / 1e12:.0f} TFLOP/s")
-    absent: dict[str, str] = {}
-    failed = unrun = 0
-    with Table(out / table_name, COLUMNS) as table:
-        for row in wanted:
-            reason = peers.missing(row.impl)
-            if reason is not None:
-                absent[row.impl] = reason
-            elif time.monotonic() > deadline:
-                unrun += 1
-            else:
-                try:
-                    table.add(row.fields | measure(row) | about)
-                    log(f"{table.rows[-1]['ms']:>10.3f} ms  {row}")
-                except Exception as error:
-                    failed += row.impl.removesuffix(GRAPH) in peers.OURS
-                    log(f"failed: {row}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            if CUDA:
-                torch.cuda.empty_cache()
-    log(summary(table.rows, limits))
+    about = {name: value for name, value in dated.items() if name != "date"} | {"code": code_digest()}
+    absent = {row.impl: reason for row in wanted if (reason := peers.missing(row.impl)) is not None}
+    there = {str(row): row for row in wanted if row.impl not in absent}
+    cases = {name: partial(measure_dated, row, dated, log) for name, row in there.items()}
     for name, reason in absent.items():
         log(f"{name}: {reason}")
-    log(f"{len(table.rows)} rows in {out / table_name}; {failed} of this library failed, for {unrun} no time was left")
+    done = complete(out / table_name, COLUMNS, cases, about, ends - time.monotonic(), log, in_part=True)
+    log(summary(done.rows, limits))
+    failed = sum(there[name].impl.removesuffix(GRAPH) in peers.OURS for name in done.failed)
+    log(f"{len(done.failed)} rows failed, {failed} of them of this library")
     return failed

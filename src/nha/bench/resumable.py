@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,10 +18,11 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a call of `complete`: whether the table is whole, and the names of the cases that failed."""
+    """The result of a call of `complete`: whether all cases are there, the names of those that failed, and the rows."""
 
     whole: bool
     failed: tuple[str, ...] = ()
+    rows: Rows = field(default_factory=list, compare=False, repr=False)
 
 
 def kept_cases(path: Path) -> list[dict[str, Any]]:
@@ -50,6 +51,10 @@ def _is_case(entry: Any) -> TypeGuard[dict[str, Any]]:
     return all(isinstance(row, dict) for row in entry["rows"])
 
 
+def _write_cases(path: Path, entries: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def complete(
     path: Path,
     columns: Sequence[str],
@@ -58,8 +63,9 @@ def complete(
     budget_s: float,
     log: Callable[[str], None],
     only: str | None = None,
+    in_part: bool = False,
 ) -> Outcome:
-    """Measure the cases that are missing and write the table once all are there.
+    """Measure the cases that are missing and write the table once all are there; `in_part`: with those that are there.
 
     No new case starts after `budget_s` seconds, and none whose name does not match the regular expression `only`. A
     case's rows go to PATH.cases at once, durably, from where the next call takes them; cases of another machine or
@@ -91,14 +97,19 @@ def complete(
             log(f"failed: {name}: " + f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": "))
             continue
         entries.append({"case": name, "about": dict(about), "rows": found[name]})
-        write_atomically(kept, "".join(json.dumps(entry) + "\n" for entry in entries))
-    if not cases.keys() <= found.keys():
-        log(f"{len(cases.keys() & found.keys())} of {len(cases)} cases in {kept}: run the command again for the others")
-        return Outcome(False, tuple(failed))
-    with Table(path, columns) as table:
-        for name in cases:
-            for row in found[name]:
+        _write_cases(kept, entries)
+    whole, rows = cases.keys() <= found.keys(), [row for name in cases for row in found.get(name, ())]
+    if whole or (in_part and rows):
+        with Table(path, columns) as table:
+            for row in rows:
                 table.add(row)
-    kept.unlink(missing_ok=True)
-    log(f"{len(table.rows)} rows in {path}")
-    return Outcome(True)
+        log(f"{len(rows)} rows in {path}")
+    if whole:
+        others = [entry for entry in entries if entry["about"] == dict(about) and entry["case"] not in cases]
+        if others:  # of a longer table, which this call measured a part of
+            _write_cases(kept, others)
+        else:
+            kept.unlink(missing_ok=True)
+    else:
+        log(f"{len(cases.keys() & found.keys())} of {len(cases)} cases in {kept}: run the command again for the others")
+    return Outcome(whole, tuple(failed), rows)

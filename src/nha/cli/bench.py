@@ -41,7 +41,10 @@ def leave(failed: int) -> None:
 def op(
     output: Output = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
 ) -> None:
-    """Time the operator beside cuDNN, FlashAttention, FlexAttention and what else is installed: ops.csv."""
+    """Time the operator beside cuDNN, FlashAttention, FlexAttention and what else is installed: ops.csv.
+
+    Run the same command again to resume: rows that are there are not measured again until all are.
+    """
     time_operator("ops.csv", output, budget, only, list_, tiny)
 
 
@@ -50,7 +53,10 @@ def op(
 def decode(
     output: Output = RESULTS, budget: Budget = 500, only: Only = None, list_: List = False, tiny: Tiny = False
 ) -> None:
-    """Time one token of the operator after 32,768 others, with and without a CUDA graph: ops-decode.csv."""
+    """Time one token of the operator after 32,768 others, with and without a CUDA graph: ops-decode.csv.
+
+    Run the same command again to resume, as with `nha bench op`.
+    """
     time_operator("ops-decode.csv", output, budget, only, list_, tiny, kind="decode")
 
 
