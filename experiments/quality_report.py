@@ -250,28 +250,29 @@ def _rule(cells: Sequence[str]) -> str:
 
 
 def shares_png(runs: Sequence[Run]) -> bytes:
-    """Shares of the control's quality, a point for every run and number; needs matplotlib."""
+    """Shares of the control's quality, a line for every number and recipe, a point for every seed; needs matplotlib."""
     from matplotlib.figure import Figure
 
     from nha.report.drawing import LIGHT, MARKERS, line_styles, to_png
 
-    drawn = [(run, shares(run, find_control(run, runs))) for run in runs if run["row"]["arm"] != "control"]
-    drawn = [(run, found) for run, found in drawn if found]
-    names = [name for name in SHOWN if any(found.get(name) and found[name]["ratio"] for _, found in drawn)]
-    figure = Figure(figsize=(4.9, 0.5 * len(names) + 1.5), dpi=DPI, layout="constrained", facecolor=LIGHT.background)
+    found = {id(run): shares(run, find_control(run, runs)) for run in runs if run["row"]["arm"] != "control"}
+    groups = by_recipe([run for run in runs if found.get(id(run))])
+    names = [name for name in SHOWN if any((each.get(name) or {}).get("ratio") for each in found.values())]
+    height = 0.1 * len(names) * len(groups) + 0.1 * len(names) + 1.5
+    figure = Figure(figsize=(4.9, height), dpi=DPI, layout="constrained", facecolor=LIGHT.background)
     axes = figure.add_subplot()
-    styles = line_styles([name_of(run["row"]) for run, _ in drawn])
-    for index, ((_, found), (label, (colour, _))) in enumerate(zip(drawn, styles.items(), strict=True)):
+    for index, (label, (colour, _)) in enumerate(line_styles(list(groups)).items()):
         places, values = [], []
         for at, name in enumerate(names):
-            ratio = (found.get(name) or {}).get("ratio")
-            if ratio:
-                places.append(at + 0.12 * (index - (len(drawn) - 1) / 2))
-                values.append(100 / ratio if name in LOWER else 100 * ratio)
+            ratios = [(found[id(run)].get(name) or {}).get("ratio") for run in groups[label]]
+            values += [100 / ratio if name in LOWER else 100 * ratio for ratio in ratios if ratio]
+            places += [at + 0.8 * ((index + 0.5) / len(groups) - 0.5)] * sum(map(bool, ratios))
         axes.plot(values, places, MARKERS[index % len(MARKERS)], color=colour, label=label, markersize=5)
     axes.axvline(100, color=LIGHT.line, linewidth=1)
+    for at in range(1, len(names)):
+        axes.axhline(at - 0.5, color=LIGHT.line, linewidth=0.8)
     axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("% of the fair control's\n(perplexity: control's / hybrid's)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color=LIGHT.line, linewidth=0.8)

@@ -222,6 +222,16 @@ def place_axes(figure: Figure, axes: Axes, left: float, bottom: float, width: fl
     axes.set_position((left / w, bottom / h, width / w, height / h))
 
 
+def legend_columns(labels: Sequence[str], width: float, most: int = 4) -> int:
+    """How many columns of a legend in 9 points fit into `width` inches, at the least one and `most` at most.
+
+    >>> legend_columns(["original", "hybrid"], 7.7), legend_columns(["a hybrid of a long name, 50 M"], 7.7)
+    (4, 2)
+    """
+    # A letter is some 0.07 inches wide, a handle with its spaces 0.6.
+    return max(1, min(most, int(width / (0.07 * max(map(len, labels)) + 0.6))))
+
+
 def legend_above(figure: Figure, columns: int) -> None:
     """A legend between the title and the axes, where it covers no point."""
     height = float(figure.get_size_inches()[1])

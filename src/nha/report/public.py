@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nha.report.drawing import DPI, LIGHT, line_styles, to_png
+from nha.report.drawing import DPI, LIGHT, legend_columns, line_styles, to_png
 from nha.report.sentences import tokens
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ def public_png(models: Models) -> bytes:
         each.tick_params(colors=LIGHT.ink, labelsize=9)
     if len(models) > 1 and panels:
         handles, labels = axes[0].get_legend_handles_labels()
+        columns = legend_columns(labels, size[0])
         figure.legend(
-            handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=LIGHT.ink
+            handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=LIGHT.ink
         )
     return to_png(figure)
 
@@ -62,7 +63,7 @@ def _accuracy(axes: Axes, models: Models) -> None:
         axes.barh(places, values, 0.9 * height, color=colour, label=model)
         axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=LIGHT.muted, elinewidth=1)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     _title(axes, "Correct answers (%), bars: 95 % intervals")
 
