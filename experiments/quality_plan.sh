@@ -6,15 +6,13 @@
 #     FIRST=1full_half,1full_int8 OTHER=none FILES= ...    # states in float32, then in int8; no small files
 #     FIRST=1full_mixed OTHER=none EXTRA="--tokens 1full=50e6" CONTROLS=--only-controls ...            # its control
 #
-# What is to run next: the third seed without full heads, whose control is there, and the other seed of the rows with 22 and 2 full
-# heads, two on a card. `constant_slow` and `shipped_slow` measure a trained `constant_long` of the same WORK with slower gates:
-#     FIRST=constant_long,constant_slow,shipped_slow FIRST_EXTRA="--seeds 2" OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=900
-#     FIRST=4full_floor FIRST_EXTRA="--seeds 1" OTHER=1full_floor OTHER_EXTRA="--seeds 1" FILES= SECONDS_GIVEN=520
-# Whether slots should be fewer, more or exact in the same bytes, two on a card; their control is there:
-#     FIRST=constant_slots16 OTHER=constant_slots128 EXTRA="--tokens constant=50e6" SECONDS_GIVEN=820
-#     FIRST=constant_exact_long OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=620
-# then with half of the tokens, which tells them from the recall text:
-#     FIRST=constant_long OTHER=constant_long OTHER_CONTROLS=--only-controls EXTRA="--tokens constant=25e6" SECONDS_GIVEN=620
+# What is to run next: second seeds of the rows of 16 and 128 slots and of exact ones, two on a card, and the rows with 22 and 2 full heads
+# at seed 2; the control of the first is there, the other's is not. `constant_slow` and `shipped_slow` measure a trained `constant_long`
+# of the same WORK with slower gates:
+#     FIRST=constant_slots16 OTHER=constant_slots128 FIRST_EXTRA="--seeds 1" OTHER_EXTRA="--seeds 1" EXTRA="--tokens constant=50e6" SECONDS_GIVEN=780
+#     FIRST=constant_exact_long FIRST_EXTRA="--seeds 1" OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=620
+#     FIRST=4full_floor FIRST_EXTRA="--seeds 2" OTHER=1full_floor OTHER_EXTRA="--seeds 2" FILES= SECONDS_GIVEN=400
+#     FIRST=constant_long,constant_slow,shipped_slow FIRST_EXTRA="--seeds 3" OTHER=none EXTRA="--tokens constant=50e6" SECONDS_GIVEN=900
 # With 100e6 tokens a hybrid beside its control took 979 and 900 seconds of training on one card.
 # A control in rows of 32,768 tokens (constant_far) trains at 60,000 tokens a second alone on a card.
 #

@@ -5,7 +5,8 @@
 
 Needles of --needle-lengths, perplexity by --lengths and verbatim clozes are measured as `nha eval public` does. A shift
 is written to OUT/slower_gates.json as soon as it is measured, and one that is there is not measured again. Needles and
-clozes are others than those that are reported, so that a shift can be chosen by them.
+clozes are others than those that are reported, so that a shift can be chosen by them. `--model smollm2 --file FILE`
+measures the hybrid that a small file of `experiments.quality --files` makes of a model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from experiments.distill import versions
 from nha.evaluate.public.run import NEEDLE, PERPLEXITY, PublicSettings, measure_public, read_public
 from nha.io import write_atomically
 from nha.models import loading
+from nha.models.delta import apply_delta
 from nha.models.windows import set_state_dtype, shift_gates
 from nha.report.results import to_json
 
@@ -80,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-hybrid")
+    parser.add_argument("--file", type=Path, help="the small file that makes a hybrid of the model")
     parser.add_argument("--state-dtype", default="float32")
     parser.add_argument("--shifts", type=lambda s: tuple(map(float, s.split(","))), default=(0.0, 1.4, 2.1, 2.8))
     parser.add_argument("--parts", type=lambda s: tuple(s.split(",")), default=PARTS)
@@ -95,13 +98,15 @@ def main(arguments: list[str] | None = None) -> int:
     data = read_public(options.data, settings)
     source = loading.find(options.model)
     model, tokenizer = loading.load(source, dtype="bfloat16" if cuda else "float32")
+    if options.file is not None:
+        apply_delta(model, options.file)
     set_state_dtype(model, options.state_dtype)
     shift_gates(model, 0.0)
     options.output.mkdir(parents=True, exist_ok=True)
     path, now = options.output / RESULT, 0.0
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     about = {
-        "model": options.model,
+        "model": options.model if options.file is None else f"{options.model} {options.file.name}",
         "state_dtype": options.state_dtype,
         "seed": options.seed,
         "identity": str(data.identity),
