@@ -34,8 +34,11 @@ def command_lines(page: Path) -> list[str]:
     return [re.split(r"\s[|&]\s|;", match[1])[0].rstrip(" &") for match in found if match]
 
 
-def unknown_words(line: str) -> list[str]:
-    """The command and the options of a line that `nha` does not have."""
+def wrong_words(line: str) -> list[str]:
+    """The command and the options of a line that `nha` does not have, and the arguments that it lacks.
+
+    A line without an argument, such as `nha search --heads`, names a command and is not one to type.
+    """
     command: Any = typer.main.get_command(app)
     words = shlex.split(line, comments=True)
     while words and getattr(command, "commands", None):
@@ -45,17 +48,24 @@ def unknown_words(line: str) -> list[str]:
         command = command.commands[name]
     known = {"--help", *(name for option in command.params for name in (*option.opts, *option.secondary_opts))}
     given = words[: words.index("--")] if "--" in words else words
-    return [word for word in given if word.startswith("--") and word.split("=")[0] not in known]
+    unknown = [word for word in given if word.startswith("--") and word.split("=")[0] not in known]
+    if unknown or not words or words[0].startswith("-"):
+        return unknown
+    found, _, _ = command.make_parser(typer.Context(command)).parse_args(list(words))
+    wanted = [one.name for one in command.params if one.param_type_name == "argument" and one.required]
+    return [name for name in wanted if found.get(name) is None]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.stem)
-def test_commands_on_the_page_have_these_options(page):
-    assert {line: bad for line in command_lines(page) if (bad := unknown_words(line))} == {}
+def test_commands_on_the_page_have_these_options_and_all_arguments(page):
+    assert {line: bad for line in command_lines(page) if (bad := wrong_words(line))} == {}
 
 
-def test_an_option_that_does_not_exist_is_found():
-    assert unknown_words("distill MODEL run --text books/ --tokns 3 # --not") == ["--tokns"]
-    assert unknown_words("hybridise MODEL run") == ["hybridise"]
+def test_an_option_that_does_not_exist_and_an_argument_that_is_missing_are_found():
+    assert wrong_words("distill MODEL run --text books/ --tokns 3 # --not") == ["--tokns"]
+    assert wrong_words("hybridise MODEL run") == ["hybridise"]
+    assert wrong_words("generate MODEL --state-dtype int8") == ["prompt"]
+    assert wrong_words("search --heads") == []
     assert sum(len(command_lines(page)) for page in (ROOT / "docs").rglob("*.md")) > 60
 
 
