@@ -48,6 +48,7 @@ def test_a_file_is_parsed_once(path, monkeypatch):
         ("a: 1\n---\nb: 1\n", "single document"),
         ("a: !!python/object:x {}\n", "python/object"),
         ("[" * 100_000, "recursion"),
+        ("a: 1\n{bad\n", "in line 3"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_what_is_wrong(path, text, words):
@@ -56,3 +57,13 @@ def test_a_file_that_cannot_be_read_is_named_with_what_is_wrong(path, text, word
         read_yaml(path)
     assert str(path) in str(error.value) and words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_absent_a_directory_or_in_another_encoding_is_named_in_words(path):
+    with pytest.raises(ValueError, match=r"given.yaml, got: No such file or directory$"):
+        read_yaml(path)
+    with pytest.raises(ValueError, match="got: Is a directory$"):
+        read_yaml(path.parent)
+    path.write_bytes(b"a: 1\nb: caf\xe9\n")
+    with pytest.raises(ValueError, match="got: invalid continuation byte in line 2, which is not UTF-8$"):
+        read_yaml(path)

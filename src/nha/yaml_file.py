@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from nha.errors import one_line
+
 
 class _Loader(yaml.SafeLoader):
     """Python's own errors for a value, such as the date 2001-13-45, become errors of YAML with the value's place."""
@@ -34,7 +36,20 @@ def read_yaml(path: Path | Traversable) -> Any:
         _check_names(root)
         return None if root is None else loader.construct_document(root)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"expected YAML at {path}, got: {' '.join(str(error).split())}") from None
+        raise ValueError(f"expected YAML at {path}, got: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The fault of a file, in one line, with its line number where there is one."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        return f"{error.reason} in line {line}, which is not UTF-8"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        words = ", ".join(one_line(part) for part in (error.context, error.problem) if part)
+        return f"{words} in line {error.problem_mark.line + 1}"
+    return one_line(error)
 
 
 def _check_names(root: yaml.Node | None) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from nha.cli import app
 from nha.cli.chat import interruptible
+from nha.models import loading
 
 runner = CliRunner()
 
@@ -39,6 +40,16 @@ def test_a_conversation_is_saved_reset_and_loaded(tiny_hybrid, tmp_path):
     answers = result.stdout.splitlines()
     resumed = chat(tiny_hybrid, "more", arguments=("--load", str(path)))
     assert resumed.stdout.strip() and result.stdout.endswith(resumed.stdout), answers
+
+
+@pytest.mark.parametrize("text", [None, b"{broken", b"\xff", b'{"format": "other"}'], ids=str)
+def test_a_conversation_that_cannot_be_read_is_refused_before_the_model_is_loaded(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    if text is not None:
+        (tmp_path / "talk.json").write_bytes(text)
+    result = runner.invoke(app, ["chat", "smollm2", "--load", str(tmp_path / "talk")], input="Hello\n")
+    assert result.exit_code == 2 and str(tmp_path / "talk.json") in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
         ),
         (["hybridize", "{tiny}", "{new}", "--dtype", "int8"], "expected --dtype to be one of auto"),
         (["hybridize", "{tiny}", "{new}", "--calibration", "/nowhere"], "expected a text file, there is none at"),
+        (["hybridize", "{tiny}", "{new}", "--calibration", "{tiny}"], "expected a text file, a directory is at"),
+        (["hybridize", "{tiny}", "{new}", "--calibration", "{short}"], "expected calibration text of more than 64"),
+        (["hybridize", "{tiny}", "{new}", "--calibration", "{latin}"], "expected UTF-8 text in line 2 of"),
+        (["generate", "{hybrid}", "hello", "--document", "{latin}"], "expected UTF-8 text in line 2 of"),
         (["hybridize", "{tiny}", "{tiny}"], "to be new or empty, it already holds files"),
         (["hybridize", "{hybrid}", "{new}"], "is a hybrid already"),
         (["hybridize", "/nowhere/at/all", "{new}"], "expected a model directory or a Hub id"),
@@ -149,7 +153,10 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tiny, tiny_hybrid, tmp_path):
+    (tmp_path / "short.txt").write_text("Hello.")
+    (tmp_path / "latin.txt").write_bytes(b"Hello.\nA caf\xe9.\n")
     places = {"{tiny}": str(tiny), "{hybrid}": str(tiny_hybrid), "{new}": str(tmp_path / "new")}
+    places |= {f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in ("short", "latin")}
     result = runner.invoke(app, [places.get(argument, argument) for argument in arguments])
     assert result.exit_code == 2
     assert message in result.stderr.replace("\n", " ")

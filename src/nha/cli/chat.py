@@ -72,9 +72,11 @@ def chat(
     options = sampling(max_new_tokens, temperature, top_p)
     windows = None if window is None else common.parse_windows(window)
     store = open_memory(settings)
-    loaded, tokenizer, source = load(model, windows, seed, settings)
-    from nha.models.conversation import Conversation, has_template, load_conversation
+    from nha.models.conversation import Conversation, has_template, load_conversation, read_turns
 
+    if resume is not None:  # refused before the model is loaded
+        read_turns(resume)
+    loaded, tokenizer, source = load(model, windows, seed, settings)
     conversation = Conversation() if resume is None else load_conversation(resume, loaded)
     recall = None if store is None else reader(store, loaded, [])
     session = Session(loaded, tokenizer, conversation, raw, options, recall)

@@ -362,11 +362,13 @@ def status(what: str) -> Iterator[None]:
 def read_text(path: Path) -> str:
     """A text file's contents. Raises BadInput for one that is absent, empty or not UTF-8."""
     if not path.is_file():
-        raise BadInput(f"expected a text file, there is none at {path}")
+        got = "a directory is" if path.is_dir() else "there is none"
+        raise BadInput(f"expected a text file, {got} at {path}")
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise BadInput(f"expected UTF-8 text, {path} is something else") from None
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise BadInput(f"expected UTF-8 text in line {line} of {path}, got {error.reason}") from None
     if not text.strip():
         raise BadInput(f"expected some text, {path} is empty")
     return text

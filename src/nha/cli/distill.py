@@ -165,6 +165,7 @@ def distill(
 
                 with option_errors(DistillSettings):
                     check_windows_end(plan, settings.seq_len)
+            check_run_directories(output, control, text.prepare_only)
             note_context(source, settings)
             own = Text(text.text, text.corpus, output, text.field, text.held_out)
             tokenizer = partial(loading.load_tokenizer, source)
@@ -190,6 +191,18 @@ def distill(
         reason = stop.reason or "SIGINT"
         err.print(f"{reason}: stopped before the first step; run the same command again to start", soft_wrap=True)
         raise typer.Exit(exit_code(reason)) from None
+
+
+def check_run_directories(output: Path, control: str | None, prepare_only: bool) -> None:
+    """Raise ValueError for the directory of a run, or of its control, that holds other files, before text is read."""
+    from nha.distill.checkpoint import check_place
+
+    if prepare_only or rank() != 0:  # under torchrun the first process may be writing there already
+        return
+    if control != ONLY:
+        check_place(output)
+    if control in (ALSO, ONLY):
+        check_place(output / CONTROL)
 
 
 def check_text(
@@ -479,7 +492,8 @@ def train(job: Job, model: Any, tokenizer: Any, output: Path, stop: Stop, contro
     shown: list[str] = []
     with common.progress_bar() as bar:
         tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
-        texts = {"align": "aligning layers", "train": "training the control" if control else "training"}
+        texts = {"convert": "converting", "align": "aligning layers"}
+        texts["train"] = "training the control" if control else "training"
         texts[TEACHER] = "training the teacher"
 
         def progress(stage: str, done: int, total: int) -> None:

@@ -96,9 +96,12 @@ def convert(
     measure: bool,
 ) -> tuple[Any, dict[str, Perplexity]]:
     """The hybrid, and perplexities of original and hybrid by name, if they are to be measured."""
+    from nha.convert.hybridize import calibration_ids
     from nha.convert.hybridize import hybridize as convert_model
     from nha.models.observe import ablate
 
+    if texts is not None:  # too little text is refused before anything is measured
+        calibration_ids(model, texts, tokenizer, settings.num_slots)
     measured: dict[str, Perplexity] = {}
     ids = measuring_text(tokenizer) if measure else None
     if ids is not None:

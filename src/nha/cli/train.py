@@ -69,6 +69,10 @@ def train(
     """
     own, load = Text(text, corpus, output, field, held_out), partial(load_tokenizer, tokenizer)
     common.check_range("--held-out", held_out, at_least=0, below=1)
+    if not prepare_only and os.environ.get("RANK", "0") == "0":  # under torchrun the first may be writing already
+        from nha.distill.checkpoint import check_place
+
+        check_place(output)
     if dry_run:
         common.check_range("--mfu", mfu, above=0, at_most=1)
         found = own.check(load)

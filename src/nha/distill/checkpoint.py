@@ -76,8 +76,7 @@ if hasattr(os, "register_at_fork"):
 
 def check_directory(run: Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError unless a run of this identity can begin or be resumed in this directory; writes nothing."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"expected {run} to be a directory, got a file")
+    check_place(run)
     file = run / RUN
     if file.is_file():
         begun, wanted = _read_run(file), _as_json(wanted)
@@ -85,7 +84,13 @@ def check_directory(run: Path, wanted: Mapping[str, Any]) -> None:
         if differing:
             pairs = "; ".join(f"{k} {_given(begun.get(k))}, got {wanted.get(k)!r}" for k in differing)
             raise ValueError(f"expected to resume the run in {run} with {pairs}: name a new directory for another run")
-    elif run.is_dir():
+
+
+def check_place(run: Path) -> None:
+    """Raise ValueError unless a directory is absent, empty or holds a run, of whatever identity; writes nothing."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"expected {run} to be a directory, got a file")
+    if run.is_dir() and not (run / RUN).is_file():
         others = sorted(
             path.name for path in run.iterdir() if path.name not in (CONTROL, TEACHER) and not _is_leftover(path)
         )

@@ -204,6 +204,25 @@ def load_conversation(path: str | Path, model: Any) -> Conversation:
     """
     path = Path(path)
     text = _text_path(path)
+    turns, ids, digest, closed = read_turns(path)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(f"expected tokens below {vocabulary} at {text}, got {int(ids.min())} to {int(ids.max())}")
+    cache = load_cache(path, model)
+    if _digest(path) != digest:
+        raise ValueError(f"expected the cache that {text} was saved with, {path} is another one")
+    read = cache.get_seq_length()
+    if not 0 < read <= ids.shape[1]:
+        raise ValueError(f"expected a cache of at most {ids.shape[1]} tokens at {path}, got one of {read}")
+    return Conversation(turns, ids, cache, closed)
+
+
+def read_turns(path: Path) -> tuple[list[Turn], Tensor, Any, bool]:
+    """The text of a saved conversation: turns, ids [1, T], its cache's digest, and whether the last turn is closed.
+
+    Needs no model. Raises ValueError for a file that is absent, damaged or foreign.
+    """
+    text = _text_path(path)
     try:
         data = json.loads(text.read_text(encoding="utf-8"))
         turns = [Turn(str(turn["role"]), str(turn["content"])) for turn in data["turns"]]
@@ -215,16 +234,7 @@ def load_conversation(path: str | Path, model: Any) -> Conversation:
         raise ValueError(f"expected a conversation of format {FORMAT!r} at {text}, got: {error!r}") from None
     if kind != FORMAT:
         raise ValueError(f"expected a conversation of format {FORMAT!r} at {text}, got {kind!r}")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise ValueError(f"expected tokens below {vocabulary} at {text}, got {int(ids.min())} to {int(ids.max())}")
-    cache = load_cache(path, model)
-    if _digest(path) != digest:
-        raise ValueError(f"expected the cache that {text} was saved with, {path} is another one")
-    read = cache.get_seq_length()
-    if not 0 < read <= ids.shape[1]:
-        raise ValueError(f"expected a cache of at most {ids.shape[1]} tokens at {path}, got one of {read}")
-    return Conversation(turns, ids, cache, closed)
+    return turns, ids, digest, closed
 
 
 def _text_path(path: Path) -> Path:
