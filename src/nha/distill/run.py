@@ -473,7 +473,10 @@ def _train(
 ) -> Distilled:
     """Convert a model in place and train it on a stream, in a directory that holds a run of this identity, or none."""
     cached = model.config.use_cache
+    converting = reports.progress if reports.progress is not None and not control else lambda *_: None
+    converting("convert", 0, 1)
     student, ids = make_student(model, stream.corpus, settings, windows, control)
+    converting("convert", 1, 1)
     reports.timeline.mark("converted")
     stop.check()
     with ExitStack() as stack:
@@ -580,6 +583,7 @@ def align_student(
         if reports.progress is not None:
             reports.progress("align", done, total)
 
+    progress(0, len(student.windows))
     gate_lr = SHARP_ALIGN_LR if settings.init == "kmeans" else SOFT_ALIGN_LR
     return align(
         student.causal,

@@ -29,12 +29,13 @@ from nha.io import write_atomically
 from nha.ops.heads import Window, map_window
 
 Log = dict[str, float]
-Progress = Callable[[str, int, int], None]  # (stage, done, in all), with the stage "teacher", "align" or "train"
+Progress = Callable[[str, int, int], None]  # (stage, done, in all); stage: "teacher", "convert", "align" or "train"
 
 
 @dataclass
 class Reports:
-    """Functions that a run calls: `log` with every entry of the log, `progress` after every layer and step.
+    """Functions that a run calls: `log` with every entry of the log, `progress` as a stage begins and after every
+    layer and step.
 
     `teacher_log` is called with every entry of the log of a teacher in training. `timeline` takes down when each stage
     ends.
