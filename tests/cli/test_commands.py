@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -47,6 +48,12 @@ def test_windows_of_minus_one_are_full_attention(tiny_hybrid):
     assert changed["perplexity"] == original["perplexity"]
 
 
+def check_step_numbers(stderr: str) -> None:
+    """Every step of a quickstart is told as it begins, each with the next number."""
+    began = re.findall(r"^ *(\d+)/(\d+) .* left$", stderr, re.MULTILINE)
+    assert [int(number) for number, _ in began] == list(range(1, int(began[0][1]) + 1)), began
+
+
 def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it_ships(tiny, tmp_path, monkeypatch):
     import transformers
 
@@ -76,6 +83,7 @@ def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it
     asked = [(one["tokens"], one["facts"]) for one in found["distilled"]["recall"]]
     assert asked == [(256, 1), (1024, 1), (2048, 1)] and found["distilled"]["bytes"] == path.stat().st_size
     assert found["tuning"] is None and len(found["samples"]) == 3
+    check_step_numbers(result.stderr)
     page = (tmp_path / "report" / "index.html").read_text()
     assert "Relative to the original trained on the same tokens" in page and "A number 2,048 tokens back" in page
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "report" / "hybrid")
@@ -103,6 +111,7 @@ def test_quickstart_writes_a_report_and_a_hybrid(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["healthy"]
+    check_step_numbers(result.stderr)
     names = {variant["name"] for variant in found["variants"]}
     assert names == {"teacher", "untuned", "all_hybrid", "hybrid", "slots_off", "longer_window", "window_off"}
     assert found["window_sizes"] == [16, -1, 16]

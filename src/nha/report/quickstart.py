@@ -48,11 +48,11 @@ FACT_STATES = ("float32", "int8")  # questions of both cost as much as those of 
 MAX_SLOTS = 4096  # half of the tokens that gates are calibrated on
 Report = Callable[[str, int, int], None]  # (step, done, total)
 
-# Every step with about the seconds that it takes the embedded model on one idle core.
+# Every step, in order, with about the seconds that it takes the embedded model on one idle core.
 STEPS = {
     "loading the model": 19.0,
-    "measuring the original": 12.0,
     "writing as the original": 7.0,
+    "measuring the original": 12.0,
     "calibrating sinks and gates": 27.0,
     "measuring before training": 14.0,
     "training gates and sinks": 58.0,
