@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from nha.cli import app
 from nha.convert import head_counts, heads
 from nha.convert.heads import CopyRow
+from nha.models import loading
 from tests.convert.test_hybridize import byte_tokenizer
 from tests.models.families import hybrid, teacher
 
@@ -111,6 +112,18 @@ def test_bad_input_is_one_line_and_writes_nothing(places, arguments, message, tm
     assert result.exit_code == 2, result.output
     assert message in result.stderr.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"] and other.read_text() == "{}"
+
+
+@pytest.mark.parametrize("options", [[], ["--heads", "2"]], ids=" ".join)
+@pytest.mark.parametrize("text", [b"{broken", b"\xff", b"[1]", b'{"format": "other"}'], ids=str)
+def test_an_output_of_another_kind_is_refused_before_the_model_is_loaded(places, options, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded a model"))
+    output = tmp_path / "search.json"
+    output.write_bytes(text)
+    result = runner.invoke(app, ["search", str(places / "tiny"), str(output), *options])
+    assert result.exit_code == 2 and str(output) in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert output.read_bytes() == text
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path, change):
 def test_a_directory_without_a_tokenizer_is_refused(saved):
     for path in saved.glob("tokenizer*"):
         path.unlink()
-    refused(saved, "tokenizer")
+    refused(saved, f"expected a tokenizer in {saved}, there is none")
 
 
 def test_a_damaged_tokenizer_is_refused_with_the_kind_of_the_error(saved):

@@ -58,9 +58,10 @@ def search(
     from nha.convert.search import search as find
     from nha.models.cache_file import fingerprint
 
+    if output.exists():  # a file of another kind is refused before the model is loaded
+        load_search(output)
     with err.status(f"loading {escape(source.label)}"):
         loaded, tokenizer = loading.load(source, dtype=settings.dtype)
-    digest = fingerprint(loaded)
     data = search_data(
         tokenizer,
         texts,
@@ -72,7 +73,7 @@ def search(
     base = base_window(loaded, settings.window_size)
     measured_with = {
         "model": source.label,
-        "weights": digest,
+        "weights": fingerprint(loaded),
         "window_size": base,
         "wide_window": settings.wide_window,
         "recall_weight": settings.recall_weight,

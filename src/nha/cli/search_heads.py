@@ -31,6 +31,8 @@ def search_heads(
     from nha.data.sources import check_sources, documents
     from nha.models.cache_file import fingerprint
 
+    if output.exists():  # a file of another kind is refused before the model is loaded
+        load_plan(output)
     texts = None
     if text is not None:
         sources = [str(path) for path in text]

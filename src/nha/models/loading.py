@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nha.ops.heads import Window
 
 TRAINED_TYPE = "nha"  # the model type of what `nha train` makes
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -198,6 +199,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return transformers.AutoTokenizer.from_pretrained(source.name)
     except Exception as error:  # whatever a damaged file makes transformers raise, the file is the reason
+        if source.directory is not None and not any(any(source.directory.glob(one)) for one in TOKENIZER_FILES):
+            place = f"{source.name}, there is none: tokenizer.save_pretrained writes it there"
+            raise BadInput(f"expected a tokenizer in {place}") from None
         raise BadInput(f"expected a tokenizer with {source.name}, got none that can be read: {reason(error)}") from None
 
 
