@@ -131,6 +131,7 @@ def test_an_interrupted_evaluation_resumes_with_the_same_numbers(places, tmp_pat
         (["recall", "@tiny", "--output", "@tiny"], "to be new or empty, it already holds files"),
         (["recall", "@tiny", "--text", "/nowhere"], "expected a text file, there is none at"),
         (["recall", "@tiny", "--window", "8"], "expected a hybrid for --window"),
+        (["perplexity", "@tiny", "--length", "400000"], "expected text for 4 blocks of 400000 tokens"),
         (["perplexity", "@tiny", "--output", "@tiny"], "to be new or empty, it already holds files"),
         (["all", "@tiny", "@new", "--lengths", ""], "expected --lengths to name at least one length"),
         (["all", "@tiny", "@new", "--lengths", "100"], "expected --lengths of at least 256, got 100"),
@@ -138,7 +139,8 @@ def test_an_interrupted_evaluation_resumes_with_the_same_numbers(places, tmp_pat
         (["all", "@tiny", "@new", "--tasks", ","], "expected --tasks out of"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(places, arguments, message):
+def test_bad_input_is_one_line_before_weights_are_read_and_writes_nothing(places, arguments, message, monkeypatch):
+    monkeypatch.setattr("nha.evaluate.compare.load_planned", None)
     result = run(places, *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr.replace("\n", " ")

@@ -37,13 +37,14 @@ def perplexity(
     options.check_output(output)
     texts = options.read_texts(text)
     plan = options.checked_plan(model, models)
-    loaded, tokenizer = options.load(plan)
+    tokenizer = options.load_tokenizer(plan)
 
     from nha.data.text import blocks, evaluation_documents
     from nha.evaluate.compare import measure_each
     from nha.evaluate.measure import bucket_edges, perplexity_row
 
     ids = blocks(tokenizer, evaluation_documents() if texts is None else texts, count, length)
+    loaded, tokenizer = options.load(plan)
 
     def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
         return perplexity_row(model, ids, seed=models.seed, progress=progress)
@@ -92,7 +93,7 @@ def recall(
     options.check_output(output)
     texts = options.read_texts(text)
     plan = options.checked_plan(model, models)
-    loaded, tokenizer = options.load(plan)
+    tokenizer = options.load_tokenizer(plan)
 
     import numpy as np
 
@@ -105,6 +106,7 @@ def recall(
     sets = recall_sets(
         tokenizer, filler, tasks=wanted, distances=chosen, seq_len=length, count=questions, seed=models.seed
     )
+    loaded, tokenizer = options.load(plan)
     asked = {"tasks": wanted, "distances": chosen, "length": length, "questions": questions, "generate": generate}
     identity = {"command": "recall", **plan.identity, **asked, "texts": text_digest(texts), "seed": models.seed}
 
@@ -160,7 +162,7 @@ def everything(
     options.check_output(output)
     texts = options.read_texts(text)
     plan = options.checked_plan(model, models)
-    loaded, tokenizer = options.load(plan)
+    tokenizer = options.load_tokenizer(plan)
 
     from nha.evaluate.compare import measure_each
     from nha.evaluate.measure import label, measure_model, standard_suite, tokenized
@@ -175,6 +177,7 @@ def everything(
         tasks=wanted,
         seed=models.seed,
     )
+    loaded, tokenizer = options.load(plan)
     asked = {"lengths": sizes, "documents": documents, "questions": questions, "tasks": wanted, "generate": generate}
     identity = {"command": "all", **plan.identity, **asked, "texts": text_digest(texts), "seed": models.seed}
 

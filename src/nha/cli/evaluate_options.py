@@ -91,6 +91,13 @@ def checked_plan(model: str, models: ModelOptions, auto: str = "auto") -> Plan:
     return make_plan(model, windows=windows, ablations=models.ablations, compare=models.compare or [], dtype=dtype)
 
 
+def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """The tokenizer of a plan's model alone, with which texts are checked before any weight is read."""
+    from nha.models.loading import load_tokenizer
+
+    return load_tokenizer(plan.source)
+
+
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a plan and its tokenizer."""
     from nha.evaluate.compare import load_planned
