@@ -110,6 +110,39 @@ def test_a_copied_cache_goes_on_with_the_same_bits(dtype):
     assert torch.equal(torch.cat([first, last], 1), whole)
 
 
+@pytest.mark.parametrize("windows", [8, WINDOWS, 24], ids=str)
+@pytest.mark.parametrize("other", [torch.enable_grad, torch.inference_mode])
+def test_tokens_whose_gates_come_at_once_and_later_take_turns(windows, other):
+    model, ids = hybrid("llama", windows).double().requires_grad_(False), tokens(2, 60)
+    cache, found = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits[:, 30:]
+        model(ids[:, :30], past_key_values=cache)
+    for t in range(30, 60):
+        with torch.no_grad() if t % 5 < 3 else other():
+            found.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+    assert_close_to(torch.cat(found, 1), wanted)
+
+
+def test_tokens_keep_the_gates_of_the_adapter_that_read_them():
+    from peft import LoraConfig, get_peft_model
+
+    base, ids = hybrid("llama", WINDOWS), tokens(1, 50)
+    adapted: Any = get_peft_model(base, LoraConfig(r=3, target_modules=["g_proj"], init_lora_weights=False))
+    adapted.eval().double()
+    found = []
+    for steps in ([1] * 6, [6]):  # gates of a segment are computed at once
+        cache = DynamicCache(config=base.config)
+        with torch.no_grad():
+            for part in ids[:, :30].split([24, *steps], 1):
+                adapted(part, past_key_values=cache)
+            with adapted.disable_adapter():
+                found.append(read(base, ids, 30, cache)[0])
+    assert_close_to(*found)
+    with torch.no_grad():
+        assert error(found[0], base(ids, use_cache=False).logits[:, 30:]) > 1e-3
+
+
 def test_what_watches_a_projection_or_a_layer_is_called():
     model, ids, calls = hybrid("llama", WINDOWS), tokens(1, 30), []
     for module in (

@@ -16,7 +16,7 @@ from nha.models.config import FULL
 from nha.models.full_attention import base_attention, packed_base_attention
 from nha.models.head_windows import LayerCache, keep_in_graph, read_heads, read_segment
 from nha.models.masks import NAME, HybridMask, causal_mask, read_mask
-from nha.models.next_token import is_next_token, next_token
+from nha.models.next_token import defers_gates, is_next_token, next_token
 from nha.models.observe import Observation
 from nha.models.segment import Initial, Reading, Segment, Sink, mask_first_token_write, zero_slots
 from nha.models.slots import SlotInputs
@@ -97,11 +97,11 @@ def hybrid_attention(
     cu = kwargs.get("cu_seq_lens_q")
     if cu is None and not dropout and is_next_token(module, query, query.shape[2], attention_mask, nha.cache):
         assert nha.cache is not None
-        if module.slot_write == "soft":
+        if defers_gates(module):
             given = nha.hidden, nha.tables, nha.cache
             return next_token(module, (query, key, value), *given, scaling, softcap), None
         if isinstance(nha.cache, NHACacheLayer):
-            return next_exact_token(module, (query, key, value), nha, scaling, softcap), None
+            return next_gated_token(module, (query, key, value), nha, scaling, softcap), None
     mask = read_mask(module, attention_mask, query.shape[2], cu)
     options: dict[str, Any] = kwargs | {"softcap": softcap, "scaling": scaling, "dropout": dropout}
     read = read_outside_graph if module.attention_outside_graph else read_layer
@@ -186,10 +186,10 @@ def read_layer(
 read_outside_graph = cast(Callable[..., tuple[Tensor, Tensor | None]], torch.compiler.disable(read_layer))
 
 
-def next_exact_token(
+def next_gated_token(
     module: Any, inputs: tuple[Tensor, ...], nha: LayerInputs, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """`nha.models.next_token.next_token` of exact slots, whose gates depend on the tokens before."""
+    """`nha.models.next_token.next_token` with gates that are computed at once."""
     cache = nha.cache
     assert isinstance(cache, NHACacheLayer)
     slots = slot_inputs(module, nha)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nha.models.cache import NHACacheLayer
 from nha.models.head_windows import LayerCache
@@ -53,6 +53,14 @@ def can_step(state: NHAState | None, x: Tensor, *, may_be_filling: bool = False)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
     return supports_step(state, (x[:, :1],), may_be_filling=may_be_filling)
+
+
+def defers_gates(module: Any) -> bool:
+    """Whether the log-gates of a token may be computed when it leaves the window.
+
+    Those of exact slots depend on the tokens before. An adapter may be switched off, or another on, until then.
+    """
+    return module.slot_write == "soft" and isinstance(module.nha.g_proj, nn.Linear)
 
 
 class LayerGates:
@@ -190,7 +198,7 @@ def token_attention(
     """The outputs [B, 1, hidden] of an attention module for one token of each sequence; None where this cannot be."""
     if hidden.shape[1] != 1 or tables is None or module.training or module.observer is not None:
         return None
-    if module.slot_write != "soft" or module.rotary_style != RotaryStyle():
+    if not defers_gates(module) or module.rotary_style != RotaryStyle():
         return None
     if not computes_as(module.family, *ATTENTIONS):
         return None

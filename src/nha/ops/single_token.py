@@ -369,6 +369,7 @@ def read_token(
     if state.block is None:
         write_token(state, token, log_gate)
     else:
+        state.settle(state.cursor)  # the newest tokens are pending, and this one is not
         state.window_log_gate[:, state.cursor : state.cursor + 1] = log_gate
     out = read_rows(state, query, slot_query, token, scale=scale, softcap=softcap)
     return out.view(k.shape[0], 1, -1, v.shape[3])
