@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from nha.models.cache import cache_parts
+from nha.models.windows import set_kv_cache_dtype
 from tests.inputs import assert_close_to
 from tests.models.families import hybrid, sliding, teacher, tokens
 
@@ -160,6 +162,18 @@ def test_static_cache_of_a_left_padded_batch(windows):
     model, ids = build("llama", windows), tokens(3, 20) * LEFT_PADDED
     found = generate(model, ids, attention_mask=LEFT_PADDED, cache_implementation="static")
     assert torch.equal(found, generate(model, ids, attention_mask=LEFT_PADDED, use_cache=False))
+
+
+@pytest.mark.parametrize("windows", [*WINDOWS, [[3, 8], -1, [-1, 0]]], ids=str)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_static_cache_and_a_prompt_in_chunks(windows, kv_cache_dtype):
+    model, ids = build("llama", windows), tokens(3, 20) * LEFT_PADDED
+    set_kv_cache_dtype(model, kv_cache_dtype)
+    options = {"attention_mask": LEFT_PADDED, "prefill_chunk_size": 7, "return_dict_in_generate": True}
+    found = generate(model, ids, cache_implementation="static", **options)
+    assert torch.equal(found.sequences, generate(model, ids, **options).sequences)
+    kinds = {type(part).__name__ for part in cache_parts(found.past_key_values)}
+    assert kinds <= {"NHACacheLayer", "StaticLayer" if kv_cache_dtype == "auto" else "Int8CacheLayer"}
 
 
 @each_window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache as memoize
 from typing import Any, SupportsIndex
@@ -17,7 +18,7 @@ from nha.models.segment import Inputs, Reading, Segment, Sink, attend, count_kep
 from nha.ops import NHAState, RingState
 from nha.ops.backends import needs_grad
 from nha.ops.heads import Window, head_groups, join_heads, window_of
-from nha.ops.packed_state import PackedState
+from nha.ops.packed_state import PackedState, like_ring
 from nha.ops.single_token import FusedRing, read_token
 from nha.ops.state import check_max_rollback
 
@@ -330,14 +331,6 @@ class NHACacheLayer(CacheLayerMixin):
         """Do nothing, as for `offload`."""
 
 
-def like_ring(state: NHAState, held: NHAState) -> NHAState:
-    """The state with its window in ring order where `held` has it so, else oldest first."""
-    wanted = held.is_ring if isinstance(held, PackedState) else isinstance(held, RingState)
-    if isinstance(state, PackedState) or wanted == isinstance(state, RingState):
-        return state
-    return RingState.of(state) if wanted else state.aligned()
-
-
 def check_no_grad(segment: Segment, state_dtype: str) -> None:
     """Raise ValueError where a gradient would have to go through a state that is packed."""
     if needs_grad(segment.tensors):
@@ -501,6 +494,7 @@ def prepare_cache(
     for index, (layer, given) in enumerate(zip(layers, windows, strict=True)):
         window = window_of(given)
         if not _is_of_hybrid(layer) or window == FULL or layer.window_size not in (None, window):
+            layer = layer if window == FULL and kv_cache_dtype == "auto" else without_early_init(layer)
             _check_empty(layer, index, window)
             layers[index] = _layer_for(layer, window, rollback, state_dtype, kv_cache_dtype)
     for layer, window in zip(layers, windows, strict=True):
@@ -509,6 +503,15 @@ def prepare_cache(
     cache.layers[:] = layers
     if not isinstance(cache, HybridCacheMixin) and not torch.compiler.is_compiling():  # which cannot trace this
         cache.__class__ = hybrid_cache_class(type(cache))
+
+
+def without_early_init(layer: Any) -> Any:
+    """A cache's layer; a new one for a static layer that has its tensors and no token yet, as for prompts in chunks."""
+    if not (isinstance(layer, StaticLayer) and layer.is_initialized) or bool(layer.get_seq_length()):
+        return layer
+    layer = copy.copy(layer)
+    layer.is_initialized, layer.keys, layer.values = False, None, None
+    return layer
 
 
 def _is_of_hybrid(layer: Any) -> bool:

@@ -242,3 +242,11 @@ def unpack_gates(x: Tensor) -> Tensor:
     """
     size = torch.expm1(x.float() * GATE_STEP) * GATE_SCALE
     return torch.where(x == 255, GATE_FLOOR, -size)
+
+
+def like_ring(state: NHAState, held: NHAState) -> NHAState:
+    """The state with its window in ring order where `held` has it so, else oldest first."""
+    wanted = held.is_ring if isinstance(held, PackedState) else isinstance(held, RingState)
+    if isinstance(state, PackedState) or wanted == isinstance(state, RingState):
+        return state
+    return RingState.of(state) if wanted else state.aligned()
