@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 
 from nha.models.attention import LayerInputs, cache_windows, check_implementation, layer_cache
 from nha.models.cache import allow_rollback, prepare_cache
+from nha.models.call import check_call
 from nha.models.checkpoint import CheckpointMixin, in_memory_name, public_name
 from nha.models.config import (
     check_sizes,
@@ -347,6 +348,7 @@ def before_decoder(stack: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     if len(args) > 1:  # a mask or positions that came without a name
         names = list(inspect.signature(type(stack).forward).parameters)[1:]
         args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs
+    check_call(stack, kwargs)
     return args, mark_packing(kwargs)
 
 

@@ -92,7 +92,7 @@ def mark_packing(kwargs: dict[str, Any]) -> dict[str, Any]:
     They come as `cu_seq_lens_q` (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes it) or are read off
     `position_ids` that step backwards. Without boundaries slots would leak from one sequence into the next.
 
-    Raises ValueError for packed sequences with a cache.
+    Raises ValueError for packed sequences with a cache, or with padding before their tokens.
     """
     cache, cu = cache_argument(kwargs), kwargs.get("cu_seq_lens_q")
     if cu is None and cache is None and kwargs.get("attention_mask") is None:
@@ -101,9 +101,30 @@ def mark_packing(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     if cache is not None:
         raise ValueError("expected packed sequences without a cache, got cu_seq_lens_q and past_key_values")
+    check_packed_padding(kwargs.get("attention_mask"), cu)
     # Boundaries say it all. A mask of four dimensions keeps transformers from making one of T x T.
     visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=cu.device)
     return kwargs | {"use_cache": False, "attention_mask": visible}
+
+
+def check_packed_padding(mask: Any, cu_seqlens: Tensor) -> None:
+    """Raise ValueError for a mask [1, T] with padding that later tokens of a packed sequence would read.
+
+    Padding at the end of a sequence is read by nobody.
+
+    >>> check_packed_padding(torch.tensor([[1, 0, 1, 1, 0]]), torch.tensor([0, 2, 5]))
+    >>> check_packed_padding(torch.tensor([[1, 0, 1, 1, 0]]), torch.tensor([0, 5]))
+    Traceback (most recent call last):
+    ValueError: expected padding at the end of packed sequences only, got an attention_mask with some before token 2
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling() or bool(mask.all()):
+        return
+    read = mask[0, 1:].bool() & ~mask[0, :-1].bool()
+    starts = cu_seqlens[(cu_seqlens > 0) & (cu_seqlens < mask.shape[1])].long()
+    place = read.index_fill(0, starts - 1, False).nonzero()
+    if len(place):
+        got = f"an attention_mask with some before token {int(place[0]) + 1}"
+        raise ValueError(f"expected padding at the end of packed sequences only, got {got}")
 
 
 def find_boundaries(kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
