@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from nha.models.cache import nha_layers
 from nha.models.masks import cache_argument
+from nha.ops.padding import may_wait, readable
 
 
 def check_call(stack: Any, kwargs: dict[str, Any]) -> None:
@@ -32,14 +33,17 @@ def check_recomputation(stack: Any, cache: Cache) -> None:
 def check_past_padding(cache: Cache, mask: Any) -> None:
     """Raise ValueError for a mask [B, T] that has other padding among the cached tokens than they were read with.
 
-    Slots cannot forget a token that turns out to be padding, and never saw one that was.
+    Slots cannot forget a token that turns out to be padding, and never saw one that was. Single tokens are not checked
+    on a GPU, where every step would wait for it, nor is a call that is traced or recorded.
     """
     layer = next(iter(nha_layers(cache)), None)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or layer is None or layer.state is None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or layer is None or layer.state is None or not may_wait(mask):
         return
     read, past = layer.state.num_tokens, int(layer.get_seq_length())
     if len(read) != len(mask) or mask.shape[1] < past:
         return  # refused elsewhere
+    if mask.shape[1] == past + 1 and not readable(mask):
+        return
     got = mask[:, :past].bool().sum(1)
     if not torch.equal(got, read.to(got.device)):
         raise ValueError(

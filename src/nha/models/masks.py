@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from nha.models.config import FULL
 from nha.ops.heads import all_windows
+from nha.ops.padding import may_wait
 
 NAME = "nha"  # of the attention and of the mask function, in transformers' registries
 
@@ -117,7 +118,7 @@ def check_packed_padding(mask: Any, cu_seqlens: Tensor) -> None:
     Traceback (most recent call last):
     ValueError: expected padding at the end of packed sequences only, got an attention_mask with some before token 2
     """
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling() or bool(mask.all()):
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not may_wait(mask) or bool(mask.all()):
         return
     read = mask[0, 1:].bool() & ~mask[0, :-1].bool()
     starts = cu_seqlens[(cu_seqlens > 0) & (cu_seqlens < mask.shape[1])].long()

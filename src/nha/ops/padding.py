@@ -17,6 +17,17 @@ def readable(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def may_wait(x: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read, though that waits for a GPU: not while they are traced or recorded.
+
+    >>> may_wait(torch.ones(2)), may_wait(torch.ones(2, device="meta"))
+    (True, False)
+    """
+    if not x.is_cuda:
+        return readable(x)
+    return not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
 def check_padding_mask(attention_mask: Tensor) -> None:
     """Raise ValueError for a mask [B, T] with holes; on a device other than the CPU reading it would stall.
 
