@@ -71,7 +71,7 @@ def test_quickstart_measures_the_distilled_hybrid_of_the_embedded_model_where_it
     monkeypatch.setattr(quickstart, "DELTA", path)
     monkeypatch.setattr(quickstart, "CONTEXTS", (512, 1024))
     monkeypatch.setattr(smollm2, "gguf_path", lambda: path)
-    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (base, tokenizer))
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda *_: (base, tokenizer))
     arguments = ["quickstart", "--output", str(tmp_path / "report"), "--quick", "--json"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output

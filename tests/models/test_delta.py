@@ -176,7 +176,7 @@ def test_the_embedded_models_hybrid_is_found_by_name_where_it_is_installed(tmp_p
     save_delta(made, model, low_rank_changes(base, model, 2), {**ship.FACTS, "command": "nha distill"})
     monkeypatch.setattr(smollm2, "DELTA", tmp_path / "shipped" / "smollm2-hybrid.safetensors")
     monkeypatch.setattr(smollm2, "gguf_path", lambda: tmp_path)
-    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (copy.deepcopy(base), None))
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda *_: (copy.deepcopy(base), None))
     with pytest.raises(ImportError, match="smollm2-hybrid.safetensors"):
         loading.find(loading.EMBEDDED_HYBRID)
     ship.install(made, smollm2.DELTA, {"ppl_2k": 1.08})

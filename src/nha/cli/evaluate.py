@@ -44,7 +44,7 @@ def perplexity(
     from nha.evaluate.measure import bucket_edges, perplexity_row
 
     ids = blocks(tokenizer, evaluation_documents() if texts is None else texts, count, length)
-    loaded, tokenizer = options.load(plan)
+    loaded, _ = options.load(plan, tokenizer)
 
     def measure(model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
         return perplexity_row(model, ids, seed=models.seed, progress=progress)
@@ -106,7 +106,7 @@ def recall(
     sets = recall_sets(
         tokenizer, filler, tasks=wanted, distances=chosen, seq_len=length, count=questions, seed=models.seed
     )
-    loaded, tokenizer = options.load(plan)
+    loaded, _ = options.load(plan, tokenizer)
     asked = {"tasks": wanted, "distances": chosen, "length": length, "questions": questions, "generate": generate}
     identity = {"command": "recall", **plan.identity, **asked, "texts": text_digest(texts), "seed": models.seed}
 
@@ -177,7 +177,7 @@ def everything(
         tasks=wanted,
         seed=models.seed,
     )
-    loaded, tokenizer = options.load(plan)
+    loaded, _ = options.load(plan, tokenizer)
     asked = {"lengths": sizes, "documents": documents, "questions": questions, "tasks": wanted, "generate": generate}
     identity = {"command": "all", **plan.identity, **asked, "texts": text_digest(texts), "seed": models.seed}
 

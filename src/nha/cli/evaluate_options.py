@@ -98,12 +98,14 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return load_tokenizer(plan.source)
 
 
-def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a plan and its tokenizer."""
+def load(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a plan and its tokenizer, which may have been read already."""
     from nha.evaluate.compare import load_planned
 
     with common.status(f"loading {plan.source.label}"):
-        return load_planned(plan)
+        return load_planned(plan, tokenizer)
 
 
 def parse_tasks(tasks: str | None) -> list[str] | None:

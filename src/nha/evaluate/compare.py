@@ -79,9 +79,11 @@ def make_plan(
     return Plan(source, windows, variants, compared, dtype)
 
 
-def load_planned(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a plan, with the plan's windows, and its tokenizer."""
-    model, tokenizer = loading.load(plan.source, dtype=plan.dtype)
+def load_planned(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a plan, with the plan's windows, and its tokenizer, which may have been read already."""
+    model, tokenizer = loading.load(plan.source, dtype=plan.dtype, tokenizer=tokenizer)
     if plan.windows is not None:
         set_windows(model, plan.windows)
     return model, tokenizer

@@ -161,11 +161,13 @@ def load_weights(source: Source, dtype: str) -> PreTrainedModel:
     return model
 
 
-def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    source: Source, *, dtype: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode on the fastest device, and its tokenizer.
 
-    Raises BadInput for weights that are missing, left over or of other shapes than the configuration says, and for a
-    tokenizer that cannot be read.
+    A `tokenizer` that was read already is not read again. Raises BadInput for weights that are missing, left over or of
+    other shapes than the configuration says, and for a tokenizer that cannot be read.
     """
     import torch
 
@@ -174,11 +176,11 @@ def load(source: Source, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
     if source.embedded:
         from nha.models.smollm2 import load_smollm2, load_smollm2_hybrid
 
-        model, tokenizer = load_smollm2() if source.name == EMBEDDED else load_smollm2_hybrid()
+        model, tokenizer = (load_smollm2 if source.name == EMBEDDED else load_smollm2_hybrid)(tokenizer)
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
     else:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
         model = load_weights(source, dtype)
         if model.config.model_type == TRAINED_TYPE and not is_hybrid(source.config):  # of `find_to_convert`
             from nha.models.plain import to_plain

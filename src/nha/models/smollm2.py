@@ -34,13 +34,18 @@ def gguf_path() -> Path:
     return files[0]
 
 
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode, its weights as float32, and its tokenizer; takes half a minute on two cores."""
+def load_smollm2(
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode, its weights as float32, and its tokenizer; takes half a minute on two cores.
+
+    A `tokenizer` that was read already is not read again.
+    """
     path = gguf_path()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    own = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name) if tokenizer is None else tokenizer
     model.name_or_path = model.config.name_or_path = EMBEDDED_ID
-    return model.eval(), tokenizer
+    return model.eval(), own
 
 
 def forget_gguf(model: PreTrainedModel) -> None:
@@ -68,9 +73,11 @@ def hybrid_configuration() -> Any:
     return delta_config(DELTA)
 
 
-def load_smollm2_hybrid() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The distilled hybrid in evaluation mode, its weights as float32, and its tokenizer."""
-    model, tokenizer = load_smollm2()
+def load_smollm2_hybrid(
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The distilled hybrid in evaluation mode, its weights as float32, and its tokenizer; see `load_smollm2`."""
+    model, tokenizer = load_smollm2(tokenizer)
     forget_gguf(model)
     apply_delta(model, DELTA)
     return model.eval(), tokenizer
