@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.quality_rows import command_of, has_row, read_run, row_of, source_of, write_run
+from experiments.quality_rows import cache_bytes, command_of, has_row, read_run, row_of, source_of, write_run
 from experiments.quality_runs import DEFAULT_RECIPES, RECIPES, Run, control_of, deal, make_runs
 
 # What decides most comes first: where time is up, a run is kept without the rest.
@@ -425,11 +425,11 @@ class Shard:
             set_kv_cache_dtype(model, run.recipe.kv_cache_dtype)
         if self.options.files and run.recipe and not run.recipe.source and not run.recipe.shipped:
             self.write_file(run, found)
-        begun, before = time.monotonic(), read_run(self.folder, run)
+        begun, before, held = time.monotonic(), read_run(self.folder, run), cache_bytes(model, 16384)
 
         def keep(measured: dict[str, Any]) -> dict[str, Any]:
             times = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.monotonic() - begun, 1)}
-            return self.write_row(run, model, found, measured, times | {"memory_gib": peak}, before)
+            return self.write_row(run, model.config, held, found, measured, times | {"memory_gib": peak}, before)
 
         measured = self.measure(run, model, keep)
         row = keep(measured)
@@ -439,13 +439,17 @@ class Shard:
     def write_row(
         self,
         run: Run,
-        model: Any,
+        config: Any,
+        held: int,
         trained: Any,
         measured: dict[str, Any],
         times: dict[str, Any],
         before: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """Write the row of what is measured so far, and return it; `before` is the run's file of an earlier call."""
+        """Write the row of what is measured so far, see `row_of`, and return it.
+
+        `before` is the run's file of an earlier call.
+        """
         from nha.io import write_atomically
 
         about: dict[str, Any] = {"settings": dataclasses.asdict(run.settings), "log": trained.log, "eval": measured}
@@ -454,7 +458,7 @@ class Shard:
         kept = self.options.output / "measured" / f"{run.name}.json"  # there, should anything below fail
         kept.parent.mkdir(exist_ok=True)
         write_atomically(kept, json.dumps(times | about) + "\n")
-        row = row_of(run, model, measured, trained.log) | times
+        row = row_of(run, config, held, measured, trained.log) | times
         row |= {"missing": measured["missing"]} if "missing" in measured else {}
         row = write_run(self.folder, run, {"row": row} | about, before)
         kept.unlink()
