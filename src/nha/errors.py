@@ -30,6 +30,18 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def line_of(error: UnicodeDecodeError) -> int:
+    """The line, from 1, of the byte that could not be decoded.
+
+    >>> try:
+    ...     b"one\\ntwo\\xff".decode()
+    ... except UnicodeDecodeError as error:
+    ...     line_of(error)
+    2
+    """
+    return 1 + error.object.count(b"\n", 0, error.start)
+
+
 class OutOfTime(Exception):
     """Work that would take longer than there is time for; `needed` is what it would still take, in seconds."""
 

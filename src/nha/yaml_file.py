@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from nha.errors import one_line
+from nha.errors import line_of, one_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,8 +44,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnicodeDecodeError):
-        line = 1 + error.object.count(b"\n", 0, error.start)
-        return f"{error.reason} in line {line}, which is not UTF-8"
+        return f"{error.reason} in line {line_of(error)}, which is not UTF-8"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         words = ", ".join(one_line(part) for part in (error.context, error.problem) if part)
         return f"{words} in line {error.problem_mark.line + 1}"

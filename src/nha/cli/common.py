@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nha.errors import BadInput, one_line
+from nha.errors import BadInput, line_of, one_line
 from nha.io import check_writable
 
 OK, FAILED_CHECK, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -367,8 +368,7 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        line = 1 + error.object.count(b"\n", 0, error.start)
-        raise BadInput(f"expected UTF-8 text in line {line} of {path}, got {error.reason}") from None
+        raise BadInput(f"expected UTF-8 text in line {line_of(error)} of {path}, got {error.reason}") from None
     if not text.strip():
         raise BadInput(f"expected some text, {path} is empty")
     return text
@@ -392,3 +392,13 @@ def human_bytes(count: float) -> str:
             value = count / size
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def rank() -> int:
+    """The number of this process under torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -197,7 +196,7 @@ def check_run_directories(output: Path, control: str | None, prepare_only: bool)
     """Raise ValueError for the directory of a run, or of its control, that holds other files, before text is read."""
     from nha.distill.checkpoint import check_place
 
-    if prepare_only or rank() != 0:  # under torchrun the first process may be writing there already
+    if prepare_only or common.rank() != 0:  # under torchrun the first process may be writing there already
         return
     if control != ONLY:
         check_place(output)
@@ -297,7 +296,7 @@ def with_ranked_heads(
     from nha.distill.heads import find_heads
     from nha.ops.heads import window_of
 
-    if rank() != 0:
+    if common.rank() != 0:
         wait_for_file(path, RANKING_SECONDS)
     with common.steps(f"learning which heads of {source.label} copy") as advance:
         plan = find_heads(recipe, *loaded, corpus, path, progress=advance)
@@ -318,7 +317,7 @@ def report_estimate(source: loading.Source, settings: DistillSettings, gpu: str 
     """Print what a run on GPUs such as "H100:8", or on what is here, will cost, from the model's configuration."""
     from nha.distill.estimate import PEAKS, estimate
 
-    device, world = common.parse_gpus(gpu) if gpu is not None else (None, world_size())
+    device, world = common.parse_gpus(gpu) if gpu is not None else (None, common.world_size())
     if device is not None and not any(name in device for name in PEAKS):
         raise BadInput(f"expected --gpu to be one of {', '.join(PEAKS)}, got {device!r}")
     config = loading.read_config(source)
@@ -381,7 +380,7 @@ def run(job: Job, original: tuple[Any, Any], stop: Stop) -> None:
     stop.check()
     identity, control = None, None
     if job.control is not None:
-        identity = control_identity(loaded, job.corpus, job.settings, world_size())
+        identity = control_identity(loaded, job.corpus, job.settings, common.world_size())
     if job.control in (ALSO, ONLY):
         control = train_and_save(job, loaded, tokenizer, stop, control_of=identity)
         if job.control == ONLY or control is None:
@@ -414,7 +413,7 @@ def train_and_save(
     place = job.output / CONTROL if is_control else job.output
     folder = place / (MODEL if is_control else "hybrid")
     found, steps = train(job, model, tokenizer, place, stop, is_control)
-    if rank() != 0:
+    if common.rank() != 0:
         return {}
     measured = relative = None
     if found.finished:
@@ -460,16 +459,6 @@ def free(model: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def rank() -> int:
-    """The number of this process under torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """The number of processes under torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def base_dtype(source: loading.Source, default: Any) -> Any:
     """The dtype that the base model is stored in, which the hybrid is saved in."""
     stored = getattr(source.config, "dtype", None)
@@ -486,8 +475,8 @@ def train(job: Job, model: Any, tokenizer: Any, output: Path, stop: Stop, contro
     from nha.distill.run import make_mixture, teacher_steps
     from nha.distill.trainer import Reports
 
-    steps = make_mixture(job.settings, world_size()).steps
-    first = 0 if control else teacher_steps(job.settings, world_size())
+    steps = make_mixture(job.settings, common.world_size()).steps
+    first = 0 if control else teacher_steps(job.settings, common.world_size())
     timeline = dataclasses.replace(job.timeline, stages=dict(job.timeline.stages))
     shown: list[str] = []
     with common.progress_bar() as bar:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,7 +68,7 @@ def train(
     """
     own, load = Text(text, corpus, output, field, held_out), partial(load_tokenizer, tokenizer)
     common.check_range("--held-out", held_out, at_least=0, below=1)
-    if not prepare_only and os.environ.get("RANK", "0") == "0":  # under torchrun the first may be writing already
+    if not prepare_only and common.rank() == 0:  # under torchrun the first may be writing already
         from nha.distill.checkpoint import check_place
 
         check_place(output)
@@ -102,7 +101,7 @@ def check_settings(settings: TrainSettings) -> None:
     from nha.train.run import check_fit
 
     with option_errors(TrainSettings):
-        check_fit(settings, vocab_size=64, world=int(os.environ.get("WORLD_SIZE", "1")))
+        check_fit(settings, vocab_size=64, world=common.world_size())
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -178,7 +177,7 @@ def run(
     """Train, show the progress, and save the model."""
     with option_errors(TrainSettings):
         found, steps = train_with_progress(corpus, output, settings, stop)
-    if os.environ.get("RANK", "0") != "0":
+    if common.rank() != 0:
         return
     result: dict[str, Any] = {
         "output": str(output),
@@ -205,7 +204,7 @@ def train_with_progress(corpus: Corpus, output: Path, settings: TrainSettings, s
     from nha.train.run import train as train_model
 
     steps = settings.steps()
-    if os.environ.get("RANK", "0") != "0":
+    if common.rank() != 0:
         return train_model(corpus, output, settings, stop=stop), steps
     with common.progress_bar() as bar:
         tasks: dict[str, Any] = {}  # added when there is progress: what does not fit is refused in one line alone
